@@ -1,0 +1,321 @@
+"""Configuration: every key with its default, range and meaning; how files and flags merge; what follows from it.
+
+Later wins: defaults, the files under BASE, the file itself, --opts, flags that were typed. The result is frozen.
+"""
+
+import ast
+import contextlib
+import difflib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from yacs.config import CfgNode
+
+
+class ConfigError(ValueError):
+    """A mistake in a configuration file, in --opts or in a flag: one line with key, value, what is allowed, remedy."""
+
+
+class Rule(NamedTuple):
+    text: str
+    holds: Callable[[Any], bool]
+
+
+def at_least(low: float) -> Rule:
+    return Rule(f"at least {low}", lambda value: value >= low)
+
+
+def above(low: float) -> Rule:
+    return Rule(f"above {low}", lambda value: value > low)
+
+
+def between(low: float, high: float) -> Rule:
+    return Rule(f"from {low} to {high}", lambda value: low <= value <= high)
+
+
+def one_of(*values: object) -> Rule:
+    return Rule("one of " + ", ".join(map(str, values)), lambda value: value in values)
+
+
+ANY = Rule("any", lambda _: True)
+YES_NO = Rule("true or false", lambda _: True)
+FRACTION = between(0, 1)
+POLICY = Rule(
+    "none, rand-..., augmix-..., original, v0 or 3a",
+    lambda value: value.split("-")[0] in ("none", "rand", "augmix", "original", "originalr", "v0", "v0r", "3a"),
+)
+
+
+class Key(NamedTuple):
+    default: Any
+    rule: Rule
+    about: str
+    kind: type | None = None  # of the value, or of a list's elements; that of the default where None
+    optional: bool = False  # may be null
+
+
+# The official keys with their defaults, and ours. Steps are optimizer steps; learning rates are for 512 images a step.
+SCHEMA: dict[str, Key] = {
+    "BASE": Key([""], ANY, "files to start from, relative to this one"),
+    "DATA.BATCH_SIZE": Key(128, at_least(1), "images per process and forward pass"),
+    "DATA.DATA_PATH": Key("", ANY, "folder with train/ and val/, a folder per class in each"),
+    "DATA.DATASET": Key("imagenet", one_of("imagenet", "folder", "digits"), "imagenet and folder read DATA_PATH"),
+    "DATA.IMG_SIZE": Key(224, at_least(8), "side of the images, pixels"),
+    "DATA.INTERPOLATION": Key("bicubic", one_of("bicubic", "bilinear", "lanczos", "random"), "resizing filter"),
+    "DATA.ZIP_MODE": Key(False, YES_NO, "read zip archives"),
+    "DATA.CACHE_MODE": Key("part", one_of("no", "part", "full"), "what to keep in memory of zip archives"),
+    "DATA.PIN_MEMORY": Key(True, YES_NO, "page-locked batches, for faster copies to a GPU"),
+    "DATA.NUM_WORKERS": Key(8, at_least(0), "loader processes per training process; 0 loads in the training process"),
+    "MODEL.TYPE": Key("mlla", one_of("mlla"), "model family"),
+    "MODEL.NAME": Key("mlla_tiny", Rule("not empty", bool), "names the output folder"),
+    "MODEL.RESUME": Key("", ANY, "checkpoint to go on from, or weights to evaluate"),
+    "MODEL.PRETRAINED": Key("", ANY, "weights to start from; a classifier of other width starts fresh"),
+    "MODEL.NUM_CLASSES": Key(None, at_least(1), "null: as many as the data set has, 1000 without one", int, True),
+    "MODEL.DROP_RATE": Key(0.0, FRACTION, "dropout after the stem and in the MLPs"),
+    "MODEL.DROP_PATH_RATE": Key(0.1, FRACTION, "stochastic depth of the last block, rising linearly from 0"),
+    "MODEL.LABEL_SMOOTHING": Key(0.1, FRACTION, "share of the label spread over all classes"),
+    "MODEL.MLLA.PATCH_SIZE": Key(4, one_of(4), "stride of the stem"),
+    "MODEL.MLLA.IN_CHANS": Key(3, at_least(1), "channels of an image"),
+    "MODEL.MLLA.EMBED_DIM": Key(64, at_least(4), "token width of the first stage; it doubles with each stage"),
+    "MODEL.MLLA.DEPTHS": Key([2, 4, 8, 4], at_least(1), "blocks of each stage"),
+    "MODEL.MLLA.NUM_HEADS": Key([2, 4, 8, 16], at_least(1), "heads of each stage; must divide its width"),
+    "MODEL.MLLA.MLP_RATIO": Key(4.0, above(0), "hidden width of the MLP over its input width"),
+    "MODEL.MLLA.QKV_BIAS": Key(True, YES_NO, "bias in the projection to q and k"),
+    "MODEL.MLLA.APE": Key(False, YES_NO, "add a learned absolute position embedding"),
+    "TRAIN.START_EPOCH": Key(0, at_least(0), "first epoch where no checkpoint says it"),
+    "TRAIN.EPOCHS": Key(300, at_least(1), "epochs of the schedule, warm-up included"),
+    "TRAIN.WARMUP_EPOCHS": Key(20, at_least(0), "epochs of linear warm-up; below EPOCHS"),
+    "TRAIN.COOLDOWN_EPOCHS": Key(0, at_least(0), "epochs after the schedule, at its last rate"),
+    "TRAIN.WEIGHT_DECAY": Key(0.05, at_least(0), "on tensors of two or more dimensions"),
+    "TRAIN.BASE_LR": Key(5e-4, above(0), "learning rate after warm-up, per 512 images a step"),
+    "TRAIN.WARMUP_LR": Key(5e-7, at_least(0), "learning rate of the first step, per 512 images"),
+    "TRAIN.MIN_LR": Key(5e-6, at_least(0), "learning rate at the end of cosine, per 512 images"),
+    "TRAIN.CLIP_GRAD": Key(5.0, at_least(0), "largest L2 norm of all gradients together; 0: no clipping"),
+    "TRAIN.AUTO_RESUME": Key(True, YES_NO, "go on from the newest whole checkpoint in the output folder"),
+    "TRAIN.ACCUMULATION_STEPS": Key(1, at_least(1), "forward passes per step"),
+    "TRAIN.USE_CHECKPOINT": Key(False, YES_NO, "recompute blocks in the backward pass to save memory"),
+    "TRAIN.FIND_UNUSED_PARAMS": Key(False, YES_NO, "let DDP look for parameters without gradient"),
+    "TRAIN.LR_SCHEDULER.NAME": Key("cosine", one_of("cosine", "linear", "step"), "shape after warm-up"),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, at_least(1), "epochs between decays of step"),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, FRACTION, "factor of each decay of step"),
+    "TRAIN.OPTIMIZER.NAME": Key("adamw", one_of("adamw", "sgd"), "sgd is with Nesterov momentum"),
+    "TRAIN.OPTIMIZER.EPS": Key(1e-8, above(0), "AdamW's epsilon"),
+    "TRAIN.OPTIMIZER.BETAS": Key([0.9, 0.999], FRACTION, "AdamW's two decay rates"),
+    "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, FRACTION, "SGD's momentum"),
+    "EMA.ENABLED": Key(True, YES_NO, "keep an exponential moving average of the weights"),
+    "EMA.DECAY": Key(0.9996, FRACTION, "per 4096 images; a step uses DECAY ^ (images a step / 4096)"),
+    "EMA.FORCE_CPU": Key(False, YES_NO, "keep the average on the CPU; not with AUG.MESA"),
+    "AUG.COLOR_JITTER": Key(0.4, at_least(0), "only where AUTO_AUGMENT is none"),
+    "AUG.AUTO_AUGMENT": Key("rand-m9-mstd0.5-inc1", POLICY, "timm's augmentation policy"),
+    "AUG.HFLIP": Key(0.5, FRACTION, "probability of a horizontal flip"),
+    "AUG.SCALE": Key([0.08, 1.0], between(0, 1), "area of the random crop, smallest and largest share"),
+    "AUG.RATIO": Key([0.75, 4 / 3], above(0), "width over height of the random crop, smallest and largest"),
+    "AUG.REPROB": Key(0.25, FRACTION, "probability of random erasing"),
+    "AUG.REMODE": Key("pixel", one_of("pixel", "rand", "const"), "filling of the erased part"),
+    "AUG.RECOUNT": Key(1, at_least(1), "erased parts at most"),
+    "AUG.MIXUP": Key(0.8, at_least(0), "mixup alpha; 0: off"),
+    "AUG.CUTMIX": Key(1.0, at_least(0), "cutmix alpha; 0: off"),
+    "AUG.CUTMIX_MINMAX": Key(None, FRACTION, "null, or smallest and largest side of the cutmix box", float, True),
+    "AUG.MIXUP_PROB": Key(1.0, FRACTION, "probability of mixup or cutmix"),
+    "AUG.MIXUP_SWITCH_PROB": Key(0.5, FRACTION, "probability of cutmix where both are on"),
+    "AUG.MIXUP_MODE": Key("batch", one_of("batch", "pair", "elem"), "what shares one mixing ratio"),
+    "AUG.MESA": Key(0.0, at_least(0), "weight of the EMA model's output as a second target; 0: off"),
+    "TEST.CROP": Key(True, YES_NO, "resize the short side to 256/224 of the size and crop; else resize both sides"),
+    "TEST.COMPILE": Key(
+        "off", one_of("off", "default", "reduce-overhead", "max-autotune"), "torch.compile in --eval and --throughput"
+    ),
+    "AMP": Key(False, YES_NO, "16-bit autocast"),
+    "AMP_DTYPE": Key("auto", one_of("auto", "float16", "bfloat16"), "auto: bfloat16 where the device has it"),
+    "OUTPUT": Key("output", Rule("not empty", bool), "results go to OUTPUT/MODEL.NAME/TAG"),
+    "TAG": Key("default", Rule("not empty", bool), "tells runs of one model apart"),
+    "SAVE_FREQ": Key(1, at_least(1), "epochs between checkpoints"),
+    "PRINT_FREQ": Key(10, at_least(1), "steps between lines in the log"),
+    "SEED": Key(0, at_least(0), "of weights, order and augmentation"),
+    "EVAL_MODE": Key(False, YES_NO, "only evaluate"),
+    "THROUGHPUT_MODE": Key(False, YES_NO, "only measure speed, on synthetic images"),
+    "PROFILE_MODE": Key(False, YES_NO, "only count parameters and MACs"),
+    "LOCAL_RANK": Key(0, at_least(0), "set by the launcher"),
+}
+
+
+def load_config(path: str | Path, opts: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> CfgNode:
+    """Merge defaults, a YAML file with its BASE files, `KEY VALUE ...` pairs and flags into a checked, frozen node.
+
+    Args:
+        path: the YAML file.
+        opts: alternating keys and values, as typed after --opts.
+        flags: values by key, of those flags that were typed.
+
+    Raises:
+        ConfigError: a missing file, an unknown key, a wrong type, a value out of range, or values that contradict.
+    """
+    values = {name: key.default for name, key in SCHEMA.items()}
+    for name, value, source in read_file(Path(path)):
+        values[name] = checked(name, value, source)
+    if len(opts) % 2:
+        raise ConfigError(f"--opts takes pairs of KEY VALUE, got {len(opts)} words: {' '.join(opts)}")
+    for name, text in zip(opts[::2], opts[1::2], strict=True):
+        values[name] = checked(name, parse_text(name, text), "--opts")
+    for name, value in (flags or {}).items():
+        values[name] = checked(name, value, "command line")
+    check_together(values)
+
+    config = CfgNode()
+    for name, value in values.items():
+        *sections, leaf = name.split(".")
+        node = config
+        for section in sections:
+            node = node.setdefault(section, CfgNode())
+        node[leaf] = list(value) if isinstance(value, list) else value
+    config.freeze()
+    return config
+
+
+def read_file(path: Path, within: tuple[Path, ...] = ()) -> Iterator[tuple[str, Any, str]]:
+    """(key, value, file) of a YAML file, those of its BASE files first."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration file; see cfgs/ for those that come with the project")
+    if path.resolve() in within:
+        raise ConfigError(f"{path}: BASE files include each other in a circle")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict | None):
+        raise ConfigError(f"{path}: a configuration file holds 'KEY: value' lines, this one a {type(content).__name__}")
+    items = list(flatten(content or {}))
+    for base in checked("BASE", dict(items).get("BASE", [""]), str(path)):
+        if base:
+            yield from read_file(path.parent / base, (*within, path.resolve()))
+    yield from ((name, value, str(path)) for name, value in items if name != "BASE")
+
+
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested sections to (dotted key, value)."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def parse_text(name: str, text: str) -> Any:
+    """A value typed after --opts: text as it stands for text keys, else a Python or YAML literal."""
+    if name in SCHEMA and isinstance(SCHEMA[name].default, str):
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return yaml.safe_load(text)
+
+
+def checked(name: str, value: Any, source: str) -> Any:
+    """The value in the key's own type, once its type and range are found right."""
+    if name not in SCHEMA:
+        near = [key for key in SCHEMA if key.split(".")[-1] == name.split(".")[-1]]
+        near = near or difflib.get_close_matches(name, SCHEMA, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{name} (in {source}): unknown key{hint}")
+    key = SCHEMA[name]
+    if value is None and key.optional:
+        return None
+    is_list = isinstance(key.default, list) or name == "AUG.CUTMIX_MINMAX"
+    kind = key.kind or type(key.default[0] if is_list else key.default)
+    if is_list and not isinstance(value, list | tuple):
+        raise ConfigError(f"{name} {value!r} (in {source}): must be a list of {kind.__name__}")
+    result = [coerced(name, item, kind, source) for item in value] if is_list else coerced(name, value, kind, source)
+    if not all(key.rule.holds(item) for item in (result if is_list else [result])):
+        raise ConfigError(f"{name} {value!r} (in {source}): must be {key.rule.text}")
+    return result
+
+
+def coerced(name: str, value: Any, kind: type, source: str) -> Any:
+    """The value as a bool, int, float or str; YAML reads 5e-4 as text, so text is tried as a number."""
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise ConfigError(f"{name} {value!r} (in {source}): must be of type {kind.__name__}")
+    return value
+
+
+def check_together(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError where values that are right alone contradict each other."""
+
+    def refuse(name: str, reason: str) -> None:
+        raise ConfigError(f"{name} {values[name]!r}: {reason}")
+
+    if values["TRAIN.WARMUP_EPOCHS"] >= values["TRAIN.EPOCHS"]:
+        refuse("TRAIN.WARMUP_EPOCHS", f"must be below TRAIN.EPOCHS, which is {values['TRAIN.EPOCHS']}")
+    for name in ("TRAIN.MIN_LR", "TRAIN.WARMUP_LR"):
+        if values[name] > values["TRAIN.BASE_LR"]:
+            refuse(name, f"must not be above TRAIN.BASE_LR, which is {values['TRAIN.BASE_LR']}")
+    for name in ("AUG.SCALE", "AUG.RATIO", "AUG.CUTMIX_MINMAX", "TRAIN.OPTIMIZER.BETAS"):
+        if values[name] is not None and len(values[name]) != 2:
+            refuse(name, "must have two values")
+        if values[name] is not None and name.startswith("AUG") and values[name][0] > values[name][1]:
+            refuse(name, "must have the smaller value first")
+    if len(values["MODEL.MLLA.DEPTHS"]) != len(values["MODEL.MLLA.NUM_HEADS"]):
+        refuse("MODEL.MLLA.NUM_HEADS", f"must be as many as MODEL.MLLA.DEPTHS, {values['MODEL.MLLA.DEPTHS']}")
+    for stage, heads in enumerate(values["MODEL.MLLA.NUM_HEADS"]):
+        if (width := values["MODEL.MLLA.EMBED_DIM"] * 2**stage) % heads or width % 4:
+            refuse("MODEL.MLLA.NUM_HEADS", f"stage {stage} is {width} wide: its {heads} heads and 4 must divide that")
+    if values["DATA.ZIP_MODE"]:
+        refuse("DATA.ZIP_MODE", "zip archives cannot be read yet; unpack them to DATA_PATH/train and DATA_PATH/val")
+    if values["MODEL.MLLA.IN_CHANS"] != 3 and not (values["THROUGHPUT_MODE"] or values["PROFILE_MODE"]):
+        refuse("MODEL.MLLA.IN_CHANS", "images are read as RGB: must be 3")
+    if (values["AUG.MIXUP"] or values["AUG.CUTMIX"]) and values["DATA.BATCH_SIZE"] % 2:
+        refuse("DATA.BATCH_SIZE", "must be even with mixup or cutmix, which pair images; or set both AUG keys to 0")
+    if values["EMA.FORCE_CPU"] and values["EMA.ENABLED"] and values["AUG.MESA"]:
+        refuse("EMA.FORCE_CPU", "MESA runs the EMA model on every batch; set AUG.MESA to 0 or EMA.FORCE_CPU to False")
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What follows from a configuration, the number of processes and the size of the training set."""
+
+    global_batch: int  # images per optimizer step, over all processes
+    steps_per_epoch: int
+    total_epochs: int  # cool-down included
+    schedule_steps: int  # without cool-down
+    warmup_steps: int
+    decay_steps: int  # between decays of the step schedule
+    base_lr: float
+    warmup_lr: float
+    min_lr: float
+    ema_decay: float  # per step
+    mesa_start_epoch: int
+
+
+def derive(config: CfgNode, *, num_processes: int, num_train_images: int) -> Derived:
+    """Global batch, steps and scaled rates of a run; the configuration itself stays unscaled.
+
+    Raises:
+        ConfigError: the training set is too small for one step.
+    """
+    train = config.TRAIN
+    global_batch = config.DATA.BATCH_SIZE * num_processes * train.ACCUMULATION_STEPS
+    steps_per_epoch = num_train_images // num_processes // config.DATA.BATCH_SIZE // train.ACCUMULATION_STEPS
+    if steps_per_epoch == 0:
+        raise ConfigError(
+            f"DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x {num_processes} processes x {train.ACCUMULATION_STEPS} "
+            f"accumulation steps is more than the {num_train_images} training images; lower --batch-size"
+        )
+    scale = global_batch / 512
+    return Derived(
+        global_batch=global_batch,
+        steps_per_epoch=steps_per_epoch,
+        total_epochs=train.EPOCHS + train.COOLDOWN_EPOCHS,
+        schedule_steps=train.EPOCHS * steps_per_epoch,
+        warmup_steps=train.WARMUP_EPOCHS * steps_per_epoch,
+        decay_steps=train.LR_SCHEDULER.DECAY_EPOCHS * steps_per_epoch,
+        base_lr=train.BASE_LR * scale,
+        warmup_lr=train.WARMUP_LR * scale,
+        min_lr=train.MIN_LR * scale,
+        ema_decay=config.EMA.DECAY ** (global_batch / 4096),
+        mesa_start_epoch=int(0.25 * train.EPOCHS),
+    )

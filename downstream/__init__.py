@@ -1,0 +1,1 @@
+"""MLLA in dense prediction."""

@@ -1,0 +1,83 @@
+"""Building blocks of MLLA. Tokens flow as (B, H, W, C): seen as (B, C, H, W) that is channels_last, so no copies."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DepthwiseConv(nn.Conv2d):
+    """3x3 depthwise convolution with bias, on tokens (B, H, W, C) -> (B, H, W, C)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, kernel_size=3, padding=1, groups=channels)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ConvLayer(nn.Module):
+    """Convolution, then batch norm if `norm`, then ReLU if `activation`, on (B, C, H, W)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+        norm: bool = True,
+        activation: bool = True,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, groups=groups, bias=bias
+        )
+        self.norm = nn.BatchNorm2d(out_channels) if norm else nn.Identity()
+        self.act = nn.ReLU(inplace=True) if activation else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+
+class Stem(nn.Module):
+    """Images (B, in_chans, H, W), H and W multiples of 4, to tokens (B, H / 4, W / 4, embed_dim)."""
+
+    def __init__(self, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        half = embed_dim // 2
+        self.conv1 = ConvLayer(in_chans, half, 3, stride=2)
+        self.conv2 = nn.Sequential(ConvLayer(half, half, 3), ConvLayer(half, half, 3, activation=False))
+        self.conv3 = nn.Sequential(
+            ConvLayer(half, embed_dim * 4, 3, stride=2), ConvLayer(embed_dim * 4, embed_dim, 1, activation=False)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv1(images)  # (B, E / 2, H / 2, W / 2)
+        x = x + self.conv2(x)
+        return self.conv3(x).permute(0, 2, 3, 1)  # (B, H / 4, W / 4, E)
+
+
+class Downsample(nn.Module):
+    """Halve the token grid and double the width: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2 C)."""
+
+    def __init__(self, channels: int, expansion: int = 4) -> None:
+        super().__init__()
+        hidden = 2 * channels * expansion
+        self.conv = nn.Sequential(
+            ConvLayer(channels, hidden, 1, bias=True, norm=False),
+            ConvLayer(hidden, hidden, 3, stride=2, groups=hidden, bias=True, norm=False),
+            ConvLayer(hidden, 2 * channels, 1, bias=True, activation=False),
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = pad_to_multiple(tokens.permute(0, 3, 1, 2), 2)  # (B, C, H, W), both even
+        return self.conv(x).permute(0, 2, 3, 1)  # (B, H / 2, W / 2, 2 C)
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Pad x (B, C, H, W) with zeros at the right and the bottom until H and W are multiples of `multiple`."""
+    pad_bottom, pad_right = -x.shape[2] % multiple, -x.shape[3] % multiple
+    if pad_bottom or pad_right:
+        x = F.pad(x, (0, pad_right, 0, pad_bottom))
+    return x

@@ -1,0 +1,223 @@
+"""MLLA, Mamba-Like Linear Attention (Han et al., NeurIPS 2024, arXiv 2405.16605): the network at one glance."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.attention import LinearAttention
+from models.layers import DepthwiseConv, Downsample, Stem, pad_to_multiple
+from models.rope import rotary_tables
+
+# The official classifier stores rotary tables for its one image size; here they follow from the grid.
+DERIVED_KEY_SUFFIX = "attn.rope.rotations"
+
+
+class MLLABlock(nn.Module):
+    """The paper's block (figure 3): linear attention inside Mamba's gated block, then an MLP. Tokens (B, H, W, C)."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+    ) -> None:
+        super().__init__()
+        self.cpe1 = DepthwiseConv(dim)
+        self.norm1 = norm_layer(dim)
+        self.in_proj = nn.Linear(dim, dim)
+        self.act_proj = nn.Linear(dim, dim)
+        self.dwc = DepthwiseConv(dim)
+        self.attn = LinearAttention(dim, num_heads, qkv_bias)
+        self.out_proj = nn.Linear(dim, dim)
+        self.drop_path = DropPath(drop_path)
+        self.cpe2 = DepthwiseConv(dim)
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.cpe1(x)
+        y = self.norm1(x)
+        gate = F.silu(self.act_proj(y))
+        y = F.silu(self.dwc(self.in_proj(y)))
+        x = x + self.drop_path(self.out_proj(self.attn(y, rotary) * gate))
+        x = x + self.cpe2(x)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution; `downsample` leads to the next stage and is None in the last one."""
+
+    def __init__(self, blocks: list[MLLABlock], dim: int, downsample: bool, use_checkpoint: bool) -> None:
+        super().__init__()
+        self.dim = dim
+        self.use_checkpoint = use_checkpoint
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = Downsample(dim) if downsample else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, H, W, C), any grid, through the blocks, before downsampling."""
+        rotary = rotary_tables(x.shape[1], x.shape[2], self.dim, x.device)  # (H, W, C / 2) each
+        for block in self.blocks:
+            if self.use_checkpoint and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, use_reentrant=False)
+            else:
+                x = block(x, rotary)
+        return x
+
+
+class MLLA(nn.Module):
+    """Classifier for images (B, in_chans, H, W) of any H and W; gives logits (B, num_classes).
+
+    Sizes that 32 does not divide are padded at the right and the bottom with zeros: the image to a multiple of 4, the
+    tokens to an even grid before each downsampling. Names of keywords and of parameters are those of the released
+    weights.
+
+    Args:
+        img_size: side in pixels of the images for which the table of `ape` is made; other sizes interpolate it.
+        patch_size: stride of the stem; 4, since the stem is convolutional.
+        in_chans: channels of an image.
+        num_classes: width of the classifier; 0 leaves it out, and the model gives features (B, C).
+        embed_dim: token width of the first stage; it doubles with each stage.
+        depths: blocks of each stage.
+        num_heads: heads of each stage.
+        mlp_ratio: hidden width of the MLP over its input width.
+        qkv_bias: bias of the projection to q and k.
+        drop_rate: dropout after the stem and in the MLPs.
+        drop_path_rate: stochastic depth of the last block; rises linearly from 0 over the blocks.
+        norm_layer: makes the token norms from a width.
+        ape: add a learned absolute position embedding after the stem.
+        use_checkpoint: recompute each block in the backward pass, to save memory.
+
+    Raises:
+        ValueError: patch_size is not 4, depths and num_heads differ in length, a stage's heads do not divide its
+            width, or a width is not a multiple of 4.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 64,
+        depths: Sequence[int] = (2, 4, 8, 4),
+        num_heads: Sequence[int] = (2, 4, 8, 16),
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.2,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        ape: bool = False,
+        use_checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        if patch_size != 4:
+            raise ValueError(f"patch_size is 4 in MLLA, whose stem has stride 4; got {patch_size}")
+        if len(depths) != len(num_heads):
+            raise ValueError(f"depths {list(depths)} and num_heads {list(num_heads)} differ in length")
+        self.widths = [embed_dim * 2**i for i in range(len(depths))]
+        for i, (width, heads) in enumerate(zip(self.widths, num_heads, strict=True)):
+            if heads < 1 or width % heads or width % 4:
+                raise ValueError(
+                    f"stage {i} is {width} wide (embed_dim {embed_dim}): {heads} heads must divide it, and so must 4; "
+                    f"change num_heads or embed_dim"
+                )
+        self.num_classes = num_classes
+        self.num_features = self.widths[-1]
+
+        self.patch_embed = Stem(in_chans, embed_dim)
+        grid = -(-img_size // patch_size)
+        self.absolute_pos_embed = nn.Parameter(torch.zeros(1, grid * grid, embed_dim)) if ape else None
+        self.pos_drop = nn.Dropout(drop_rate)
+
+        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
+        self.layers = nn.ModuleList()
+        for i, (width, heads) in enumerate(zip(self.widths, num_heads, strict=True)):
+            blocks = [
+                MLLABlock(width, heads, mlp_ratio, qkv_bias, drop_rate, drop_path, norm_layer)
+                for drop_path in rates[i].tolist()
+            ]
+            self.layers.append(Stage(blocks, width, i < len(depths) - 1, use_checkpoint))
+        self.norm = norm_layer(self.num_features)
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+        self.apply(initialise)
+        if self.absolute_pos_embed is not None:
+            nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
+        self.register_load_state_dict_pre_hook(drop_derived_keys)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters with two or more dimensions that are not decayed all the same."""
+        return {"absolute_pos_embed"}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass, or stop doing so."""
+        for stage in self.layers:
+            stage.use_checkpoint = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The linear layer from features to classes."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifier by a fresh one for num_classes (0: none), on the device and in the dtype it was in."""
+        self.num_classes = num_classes
+        weight = self.norm.weight
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head.apply(initialise).to(weight.device, weight.dtype)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to the first stage's tokens (B, ceil(H / 4), ceil(W / 4), embed_dim)."""
+        x = pad_to_multiple(images, 4).contiguous(memory_format=torch.channels_last)
+        x = self.patch_embed(x)  # (B, H, W, C)
+        if self.absolute_pos_embed is not None:
+            x = x + self.position_table(x.shape[1], x.shape[2])
+        return self.pos_drop(x)
+
+    def position_table(self, height: int, width: int) -> Tensor:
+        """The learned position embedding for a grid, (1, height, width, embed_dim); bicubic for other grids."""
+        assert self.absolute_pos_embed is not None
+        side = int(self.absolute_pos_embed.shape[1] ** 0.5)
+        table = self.absolute_pos_embed.unflatten(1, (side, side))  # (1, side, side, E)
+        if (height, width) != (side, side):
+            table = F.interpolate(table.permute(0, 3, 1, 2), (height, width), mode="bicubic").permute(0, 2, 3, 1)
+        return table
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to normalised tokens of the last stage, (B, H / 32, W / 32, num_features)."""
+        x = self.embed(images)
+        for stage in self.layers:
+            x = stage(x)
+            if stage.downsample is not None:
+                x = stage.downsample(x)  # (B, H / 2, W / 2, 2 C)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens (B, H, W, C) to logits (B, num_classes), or to their mean (B, C) if pre_logits."""
+        x = x.mean(dim=(1, 2))  # (B, C)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+
+def initialise(module: nn.Module) -> None:
+    """Linear weights truncated normal 0.02 and biases 0; norms and convolutions keep PyTorch's defaults."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def drop_derived_keys(_module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Before loading: forget the rotary tables that official files carry (load_state_dict works on a copy)."""
+    for key in [k for k in state_dict if k.startswith(prefix) and k.endswith(DERIVED_KEY_SUFFIX)]:
+        del state_dict[key]
