@@ -1,0 +1,374 @@
+"""Train, evaluate, time or profile a model from a YAML file, as one process or many.
+
+python main.py --cfg cfgs/digits.yaml --amp
+torchrun --nproc_per_node=8 main.py --cfg cfgs/mlla_t.yaml --data-path imagenet --output out --amp
+python main.py --cfg cfgs/mlla_t.yaml --data-path imagenet --eval --resume mlla_t.pth
+"""
+
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from config import ConfigError, Derived, derive, load_config
+from data import Data, build_data, build_targets
+from data.samplers import SampleKey
+from data.transforms import denormalise
+from models import PAPER_FIGURES, build_model
+from utils.amp import Precision
+from utils.benchmark import compiled, measure_throughput, peak_memory_mib, throughput_table
+from utils.build import build_ema, build_optimizer, build_precision, build_schedule, build_train_step
+from utils.checkpoint import (
+    CheckpointError,
+    checkpoint_name,
+    checkpoints_in,
+    load_checkpoint,
+    load_latest,
+    save_under_names,
+)
+from utils.command_line import parse_command_line
+from utils.distributed import Process, distribute, gather_objects, start_process, stop_process
+from utils.engine import NonFiniteLossError, TrainStep, evaluate, train_one_epoch
+from utils.logger import Progress, RunRecorder, append_records, logger, start_logging
+from utils.metrics import Scores
+from utils.plots import plot_predictions
+from utils.profiling import profile, profile_table
+from utils.run_state import RunState
+from utils.weights import load_weights, weights_in
+
+
+@contextmanager
+def mistakes_in_one_line() -> Iterator[None]:
+    """While a run is set up, what is wrong with its inputs ends it with one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    with mistakes_in_one_line():
+        config = load_config(*parse_command_line(__doc__, argv))
+        process = start_process(config.LOCAL_RANK)
+    try:
+        if config.PROFILE_MODE:
+            return run_profile(config)
+        if config.THROUGHPUT_MODE:
+            return run_throughput(config, process)
+        if config.EVAL_MODE:
+            return run_evaluation(config, process)
+        return run_training(config, process)
+    finally:
+        stop_process()
+
+
+def run_profile(config: CfgNode) -> int:
+    with mistakes_in_one_line():
+        model = build_model(config)
+    figures = PAPER_FIGURES.get(config.MODEL.NAME)
+    parts = profile(model, config.DATA.IMG_SIZE, config.MODEL.MLLA.IN_CHANS)
+    print(f"{config.MODEL.NAME}, {config.DATA.IMG_SIZE}x{config.DATA.IMG_SIZE}")
+    print(profile_table(parts, (figures.parameters_m, figures.gmacs) if figures else None))
+    return 0
+
+
+def run_throughput(config: CfgNode, process: Process) -> int:
+    with mistakes_in_one_line():
+        folder = open_output_folder(config, process)
+        model = prepare_model(config, process, num_classes=None)
+    result = measure_throughput(
+        model,
+        name=config.MODEL.NAME,
+        device=process.device,
+        precision=build_precision(config, process.device),
+        batch_size=config.DATA.BATCH_SIZE,
+        image_size=config.DATA.IMG_SIZE,
+        in_chans=config.MODEL.MLLA.IN_CHANS,
+        compile_mode=config.TEST.COMPILE,
+    )
+    if process.is_main:
+        print(throughput_table(result))
+        append_records(folder / "throughput.jsonl", [asdict(result)])
+    return 0
+
+
+def run_evaluation(config: CfgNode, process: Process) -> int:
+    with mistakes_in_one_line():
+        if not config.MODEL.RESUME:
+            raise ConfigError("MODEL.RESUME is empty: evaluation needs weights, name them with --resume FILE")
+        open_output_folder(config, process)
+        data = build_data(config, rank=process.rank, num_processes=process.num_processes)
+        model = prepare_model(config, process, len(data.classes))
+        content = load_checkpoint(config.MODEL.RESUME)
+        candidates = {"model": weights_in(content, "model"), "EMA": weights_in(content, "state_dict_ema")}
+        found = {name: weights for name, weights in candidates.items() if weights is not None}
+        if not found:
+            raise CheckpointError(f"{config.MODEL.RESUME}: holds no weights; found {', '.join(map(str, content))}")
+        load_weights(model, next(iter(found.values())), config.MODEL.RESUME)
+    precision = build_precision(config, process.device)
+    runner = compiled(model, config.TEST.COMPILE)
+    for name, weights in found.items():
+        load_weights(model, weights, config.MODEL.RESUME)
+        log_scores(name, evaluate(runner, data.val, process, precision))
+    return 0
+
+
+@dataclass
+class Run:
+    """What a training run consists of."""
+
+    config: CfgNode
+    process: Process
+    folder: Path
+    data: Data
+    derived: Derived
+    precision: Precision
+    state: RunState
+
+    @property
+    def uses_mesa(self) -> bool:
+        return self.config.AUG.MESA > 0 and self.config.EMA.ENABLED
+
+
+def run_training(config: CfgNode, process: Process) -> int:
+    with mistakes_in_one_line():
+        run = set_up(config, process)
+    state, derived = run.state, run.derived
+    if state.next_epoch >= derived.total_epochs:
+        logger.info("this run is complete; for more raise TRAIN.EPOCHS, for another run name another --tag")
+        log_results(run)
+        return 0
+    log_plan(run)
+    ddp_model = distribute(state.model, process, find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS)
+    train_step = build_train_step(config, ddp_model, state.optimizer, state.ema, run.precision)
+    recorder = RunRecorder(run.folder, state.next_epoch) if process.is_main else None
+    try:
+        for epoch in range(state.next_epoch, derived.total_epochs):
+            run_epoch(run, train_step, recorder, epoch)
+    except NonFiniteLossError as error:
+        if process.is_main:
+            logger.error("%s", error)
+        return 1
+    if recorder is not None:
+        recorder.close()
+        draw_predictions(run)
+    log_results(run)
+    return 0
+
+
+def set_up(config: CfgNode, process: Process) -> Run:
+    """Open the data and the output folder, make the model, and go on from a checkpoint where there is one."""
+    folder = open_output_folder(config, process)
+    data = build_data(config, rank=process.rank, num_processes=process.num_processes)
+    assert data.train is not None
+    derived = derive(config, num_processes=process.num_processes, num_train_images=data.num_train_images)
+    model = prepare_model(config, process, len(data.classes))
+    if config.MODEL.PRETRAINED:
+        load_pretrained(model, config.MODEL.PRETRAINED)
+    precision = build_precision(config, process.device)
+    ema = build_ema(config, model, derived)
+    optimizer = build_optimizer(config, model)
+    state = RunState(model, ema, optimizer, precision.scaler, process, next_epoch=config.TRAIN.START_EPOCH)
+    resume(config, folder, state)
+    if process.is_main and state.next_epoch < derived.total_epochs:
+        write_config(config, folder)
+    return Run(config, process, folder, data, derived, precision, state)
+
+
+def run_epoch(run: Run, train_step: TrainStep, recorder: RunRecorder | None, epoch: int) -> None:
+    """Train one epoch, evaluate model and EMA, write down figures and checkpoint."""
+    config, process, derived, state = run.config, run.process, run.derived, run.state
+    assert run.data.train is not None
+    start = time.perf_counter()
+    with Progress(epoch, derived.total_epochs, derived.steps_per_epoch, is_main=process.is_main) as progress:
+        summary = train_one_epoch(
+            train_step,
+            run.data.train,
+            epoch=epoch,
+            steps=derived.steps_per_epoch,
+            accumulation_steps=config.TRAIN.ACCUMULATION_STEPS,
+            schedule=build_schedule(config, derived),
+            make_targets=build_targets(config, len(run.data.classes)),
+            use_mesa=run.uses_mesa and epoch >= derived.mesa_start_epoch,
+            process=process,
+            progress=progress,
+            print_freq=config.PRINT_FREQ,
+        )
+    scores = evaluate(state.model, run.data.val, process, run.precision)
+    log_scores("model", scores)
+    ema_scores = None
+    if state.ema is not None:
+        ema_scores = evaluate(state.ema.on(process.device), run.data.val, process, run.precision)
+        log_scores("EMA", ema_scores)
+    if recorder is not None:
+        recorder.add(
+            {
+                "epoch": epoch,
+                "step": (epoch + 1) * derived.steps_per_epoch,
+                "lr": summary.lr,
+                "train_loss": summary.train_loss,
+                "grad_norm": summary.grad_norm,
+                "acc1": scores.acc1,
+                "acc5": scores.acc5,
+                "loss": scores.loss,
+                "ema_acc1": ema_scores.acc1 if ema_scores else None,
+                "ema_acc5": ema_scores.acc5 if ema_scores else None,
+                "epoch_seconds": time.perf_counter() - start,
+                "images_per_second": summary.images_per_second,
+                "memory_mib": peak_memory_mib(process.device),
+            }
+        )
+        recorder.draw_curves(is_last=epoch + 1 == derived.total_epochs)
+    finish_epoch(run, epoch, scores, ema_scores)
+
+
+def finish_epoch(run: Run, epoch: int, scores: Scores, ema_scores: Scores | None) -> None:
+    """Note the best accuracies and save what is due: by SAVE_FREQ, the last epoch, and the best ones."""
+    state, config = run.state, run.config
+    state.next_epoch = epoch + 1
+    names = []
+    if state.next_epoch % config.SAVE_FREQ == 0 or state.next_epoch == run.derived.total_epochs:
+        names.append(checkpoint_name(epoch))
+    if scores.acc1 >= state.best_acc1:
+        state.best_acc1 = scores.acc1
+        names.append("max_acc.pth")
+    if ema_scores is not None and ema_scores.acc1 >= state.best_ema_acc1:
+        state.best_ema_acc1 = ema_scores.acc1
+        names.append("max_ema_acc.pth")
+    if names:
+        content = state.capture(config=config.dump(), classes=run.data.classes, versions={"torch": torch.__version__})
+        if run.process.is_main:
+            save_under_names(run.folder, names, content)
+
+
+def resume(config: CfgNode, folder: Path, state: RunState) -> None:
+    """Go on from --resume, or else from the newest whole checkpoint in the output folder."""
+    existing = checkpoints_in(folder)
+    if config.MODEL.RESUME:
+        state.restore(load_checkpoint(config.MODEL.RESUME), config.MODEL.RESUME)
+        logger.info("resumed from %s", config.MODEL.RESUME)
+        if existing:
+            logger.warning("%s has checkpoints already; those of epochs that run again will be replaced", folder)
+    elif config.TRAIN.AUTO_RESUME:
+        latest = load_latest(folder)
+        if latest is not None:
+            state.restore(latest[1], str(latest[0]))
+            logger.info("resumed from %s", latest[0])
+    elif existing:
+        raise ConfigError(
+            f"TRAIN.AUTO_RESUME False: {folder} holds a run already, which would be overwritten; name another --tag"
+        )
+    epochs = gather_objects(state.next_epoch)
+    if len(set(epochs)) > 1:
+        raise ConfigError(f"OUTPUT {config.OUTPUT!r}: processes see different checkpoints there (next epochs {epochs})")
+
+
+def load_pretrained(model: nn.Module, path: str) -> None:
+    """Start from weights; a classifier of another width stays fresh, with a message."""
+    content = load_checkpoint(path)
+    weights = weights_in(content, "state_dict_ema") or weights_in(content, "model")
+    if weights is None:
+        raise CheckpointError(f"{path}: holds no weights; found {', '.join(map(str, content))}")
+    has_fresh_head = load_weights(model, weights, path, fresh_head=True)
+    logger.info("start from %s%s", path, "; its head has other classes, ours is fresh" if has_fresh_head else "")
+
+
+def prepare_model(config: CfgNode, process: Process, num_classes: int | None) -> nn.Module:
+    """The model with weights that SEED fixes, on the device; afterwards each process draws its own random numbers."""
+    seed_everything(config.SEED)
+    model = build_model(config, num_classes).to(process.device, memory_format=torch.channels_last)
+    seed_everything(config.SEED + process.rank)
+    torch.backends.cudnn.benchmark = True
+    return model
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def open_output_folder(config: CfgNode, process: Process) -> Path:
+    """Make <OUTPUT>/<MODEL.NAME>/<TAG>, see that it can be written, and start the log in it."""
+    folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        start_logging(folder, process.rank)
+    except OSError as error:
+        raise ConfigError(f"OUTPUT {config.OUTPUT!r}: cannot write to {folder} ({error.strerror}); change --output")
+    return folder
+
+
+def write_config(config: CfgNode, folder: Path) -> None:
+    """Write config.yaml, unscaled, so that `--cfg` can read it again; one that differs is kept under another name."""
+    path, text = folder / "config.yaml", config.dump()
+    if path.exists() and (old := path.read_text()) != text:
+        number = 1
+        while (backup := folder / f"config_{number}.yaml").exists():
+            number += 1
+        path.rename(backup)
+        changed = sorted(set(text.splitlines()) - set(old.splitlines()))
+        logger.warning("the configuration changed, the former one is kept as %s: %s", backup, "; ".join(changed))
+    path.write_text(text)
+
+
+def log_plan(run: Run) -> None:
+    config, derived = run.config, run.derived
+    num_parameters = sum(p.numel() for p in run.state.model.parameters())
+    logger.info(
+        "%s: %.2f M parameters, %d classes, %d training and %d validation images; %d process(es) on %s, %s",
+        *(config.MODEL.NAME, num_parameters / 1e6, len(run.data.classes), run.data.num_train_images),
+        *(len(run.data.val.dataset), run.process.num_processes, run.process.device, run.precision.name),  # type: ignore
+    )
+    logger.info(
+        "%d images a step, %d steps an epoch, epochs %d to %d; learning rate %.3e, EMA decay %s, MESA %s; output in %s",
+        *(derived.global_batch, derived.steps_per_epoch, run.state.next_epoch + 1, derived.total_epochs),
+        *(derived.base_lr, f"{derived.ema_decay:.6f}" if config.EMA.ENABLED else "off"),
+        f"{config.AUG.MESA} from epoch {derived.mesa_start_epoch + 1}" if run.uses_mesa else "off",
+        run.folder,
+    )
+    if config.AUG.MESA and not config.EMA.ENABLED:
+        logger.warning("AUG.MESA %s is off: its teacher is the EMA model, and EMA.ENABLED is False", config.AUG.MESA)
+
+
+def log_scores(name: str, scores: Scores) -> None:
+    logger.info("%s on %d images, loss %.4f:", name, scores.num_images, scores.loss)
+    logger.info(" * Acc@1 %.3f Acc@5 %.3f", scores.acc1, scores.acc5)
+
+
+def log_results(run: Run) -> None:
+    state = run.state
+    logger.info("best top-1: model %.3f%s", state.best_acc1, f", EMA {state.best_ema_acc1:.3f}" if state.ema else "")
+    logger.info("results are in %s: metrics.jsonl, curves.png, predictions.png, checkpoints", run.folder)
+
+
+def draw_predictions(run: Run, count: int = 40) -> None:
+    """predictions.png: evenly spaced validation images with their true and predicted classes."""
+    state, dataset, device = run.state, run.data.val.dataset, run.process.device
+    model = (state.ema.on(device) if state.ema else state.model).eval()
+    indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)  # type: ignore[arg-type]
+    samples = [dataset[SampleKey(0, int(index))] for index in indices]
+    images = torch.stack([image for image, _ in samples])
+    with torch.no_grad(), run.precision.autocast():
+        probabilities = model(images.to(device)).float().softmax(dim=1).cpu()
+    confidences, predictions = probabilities.max(dim=1)
+    plot_predictions(
+        denormalise(images).permute(0, 2, 3, 1).numpy(),
+        [run.data.classes[label] for _, label in samples],
+        [run.data.classes[label] for label in predictions.tolist()],
+        confidences.tolist(),
+        run.folder / "predictions.png",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

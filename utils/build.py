@@ -1,0 +1,58 @@
+"""From a configuration to the parts of training."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from utils.amp import Precision, make_precision
+from utils.ema import ModelEma
+from utils.engine import TrainStep
+from utils.lr_schedule import Schedule
+from utils.optimizer import make_optimizer, parameter_groups
+
+
+def build_precision(config: CfgNode, device: torch.device) -> Precision:
+    return make_precision(device, amp=config.AMP, dtype=config.AMP_DTYPE)
+
+
+def build_optimizer(config: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    settings = config.TRAIN.OPTIMIZER
+    return make_optimizer(
+        settings.NAME,
+        parameter_groups(model, config.TRAIN.WEIGHT_DECAY),
+        eps=settings.EPS,
+        betas=settings.BETAS,
+        momentum=settings.MOMENTUM,
+    )
+
+
+def build_schedule(config: CfgNode, derived: Any) -> Schedule:
+    """The schedule with `derived`'s scaled rates and steps (see config.derive)."""
+    return Schedule(
+        name=config.TRAIN.LR_SCHEDULER.NAME,
+        base_lr=derived.base_lr,
+        warmup_lr=derived.warmup_lr,
+        min_lr=derived.min_lr,
+        warmup_steps=derived.warmup_steps,
+        total_steps=derived.schedule_steps,
+        decay_steps=derived.decay_steps,
+        decay_rate=config.TRAIN.LR_SCHEDULER.DECAY_RATE,
+    )
+
+
+def build_ema(config: CfgNode, model: nn.Module, derived: Any) -> ModelEma | None:
+    """The average with `derived.ema_decay`, or None where it is off; `model` is not wrapped in DDP."""
+    return ModelEma(model, derived.ema_decay, config.EMA.FORCE_CPU) if config.EMA.ENABLED else None
+
+
+def build_train_step(
+    config: CfgNode,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: ModelEma | None,
+    precision: Precision,
+) -> TrainStep:
+    """The training step; `model` is wrapped in DDP where there are several processes."""
+    return TrainStep(model, optimizer, precision, clip_grad=config.TRAIN.CLIP_GRAD, ema=ema, mesa_ratio=config.AUG.MESA)

@@ -1,0 +1,64 @@
+"""The command line: the official script's flags, and those of its mistakes that one line can explain."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+# Flags and the keys they set; a flag that is not typed sets nothing.
+TEXT_FLAGS = {
+    "--data-path": ("DATA.DATA_PATH", "folder with train/ and val/"),
+    "--cache-mode": ("DATA.CACHE_MODE", "no, part or full: what to keep in memory of zip archives"),
+    "--resume": ("MODEL.RESUME", "checkpoint to go on from, or weights to evaluate"),
+    "--pretrained": ("MODEL.PRETRAINED", "weights to start from"),
+    "--output": ("OUTPUT", "results go to <output>/<MODEL.NAME>/<tag>"),
+    "--tag": ("TAG", "tells runs of one model apart"),
+}
+NUMBER_FLAGS = {
+    "--batch-size": ("DATA.BATCH_SIZE", int, "images per process and forward pass"),
+    "--model-ema-decay": ("EMA.DECAY", float, "EMA decay per 4096 images"),
+    "--local-rank": ("LOCAL_RANK", int, "set by torch.distributed.launch"),
+}
+SWITCHES = {
+    "--zip": ("DATA.ZIP_MODE", "read zip archives"),
+    "--use-checkpoint": ("TRAIN.USE_CHECKPOINT", "recompute blocks in the backward pass to save memory"),
+    "--amp": ("AMP", "16-bit autocast"),
+    "--eval": ("EVAL_MODE", "only evaluate"),
+    "--throughput": ("THROUGHPUT_MODE", "only measure speed, on synthetic images"),
+    "--profile": ("PROFILE_MODE", "only count parameters and MACs"),
+    "--find-unused-params": ("TRAIN.FIND_UNUSED_PARAMS", "let DDP look for parameters without gradient"),
+    "--model-ema": ("EMA.ENABLED", "keep an average of the weights"),
+    "--model-ema-force-cpu": ("EMA.FORCE_CPU", "keep the average on the CPU"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaint is one line, with the nearest flag."""
+
+    def error(self, message: str) -> NoReturn:
+        words = message.removeprefix("unrecognized arguments: ").split()
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(words[0].split("=")[0], flags, n=1) if words[0].startswith("--") else []
+        hint = f"; did you mean {near[0]}?" if near else "; see --help"
+        print(f"error: {message}{hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_command_line(description: str, argv: Sequence[str] | None = None) -> tuple[str, list[str], dict[str, Any]]:
+    """A command line (by default this process's) as (YAML file, words after --opts, values by key of typed flags).
+
+    A mistyped command line ends the process with one line and exit code 2.
+    """
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file, such as cfgs/mlla_t.yaml")
+    parser.add_argument("--opts", nargs="+", default=[], metavar=("KEY", "VALUE"), help="settings over the file's")
+    for flag, (key, about) in TEXT_FLAGS.items():
+        parser.add_argument(flag, dest=key, help=about)
+    for flag, (key, kind, about) in NUMBER_FLAGS.items():
+        parser.add_argument(flag, flag.replace("local-rank", "local_rank"), dest=key, type=kind, help=about)
+    for flag, (key, about) in SWITCHES.items():
+        parser.add_argument(flag, dest=key, action=argparse.BooleanOptionalAction, help=about)
+    arguments = vars(parser.parse_args(argv))
+    path, opts = arguments.pop("cfg"), arguments.pop("opts")
+    return path, opts, {key: value for key, value in arguments.items() if value is not None}

@@ -1,0 +1,46 @@
+"""Learning rate as a pure function of the step, so that going on from any step needs no state."""
+
+import math
+from dataclasses import dataclass
+
+LINEAR_END = 0.01  # share of the base rate at which the linear schedule ends
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up, then cosine, linear or step decay.
+
+    Attributes:
+        name: "cosine", "linear" or "step".
+        base_lr, warmup_lr, min_lr: rates after warm-up, at step 0, and at the end of cosine.
+        warmup_steps: steps of warm-up.
+        total_steps: steps of the whole schedule; later steps keep its last rate.
+        decay_steps, decay_rate: the step schedule multiplies by decay_rate every decay_steps.
+    """
+
+    name: str
+    base_lr: float
+    warmup_lr: float
+    min_lr: float
+    warmup_steps: int
+    total_steps: int
+    decay_steps: int = 1
+    decay_rate: float = 1.0
+
+    def rate_at(self, t: int) -> float:
+        """The rate at time t. Cosine and step count t from 0, not from the end of warm-up (as timm's schedulers do
+        without warmup_prefix); linear falls from the end of warm-up to 1% of the base rate.
+        """
+        if t < self.warmup_steps:
+            return self.warmup_lr + (self.base_lr - self.warmup_lr) * t / self.warmup_steps
+        if self.name == "step":
+            return self.base_lr * self.decay_rate ** (min(t, self.total_steps) // self.decay_steps)
+        if self.name == "linear":
+            progress = min((t - self.warmup_steps) / (self.total_steps - self.warmup_steps), 1.0)
+            return self.base_lr * (1 - (1 - LINEAR_END) * progress)
+        progress = min(t / self.total_steps, 1.0)
+        return self.min_lr + (self.base_lr - self.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+    def rate_of_step(self, step: int) -> float:
+        """The rate that optimizer step `step` (from 0) runs at: that of t = step - 1, and of t = 0 for the first."""
+        return self.rate_at(max(step - 1, 0))

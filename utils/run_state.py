@@ -1,0 +1,105 @@
+"""Everything that the next step of a run depends on, to and from a checkpoint."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from utils.checkpoint import CheckpointError
+from utils.distributed import Process, gather_objects
+from utils.ema import ModelEma
+from utils.logger import logger
+from utils.weights import load_weights, weights_in
+
+
+@dataclass
+class RunState:
+    """A run between two epochs.
+
+    Attributes:
+        model: not wrapped in DDP.
+        next_epoch: the epoch to run next, from 0.
+        best_acc1, best_ema_acc1: highest top-1 so far, of the model and of the average, in percent.
+    """
+
+    model: nn.Module
+    ema: ModelEma | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    process: Process
+    next_epoch: int = 0
+    best_acc1: float = 0.0
+    best_ema_acc1: float = 0.0
+
+    def capture(self, **facts: Any) -> dict[str, Any]:
+        """The state as a checkpoint's content, `facts` beside it; called by all processes together."""
+        return {
+            "model": self.model.state_dict(),
+            "state_dict_ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.next_epoch - 1,
+            "max_accuracy": self.best_acc1,
+            "max_accuracy_e": self.best_ema_acc1,
+            "rng": gather_objects(rng_state(self.process.device)),
+            **facts,
+        }
+
+    def restore(self, content: dict[str, Any], source: str) -> None:
+        """Take over a checkpoint's content, or only the weights where there is nothing else in it.
+
+        Raises:
+            CheckpointError: there are no weights, or they or the optimizer's state do not fit.
+        """
+        weights = weights_in(content, "model") or weights_in(content, "state_dict_ema")
+        if weights is None:
+            raise CheckpointError(f"{source}: holds no weights; found {', '.join(map(str, content)) or 'nothing'}")
+        load_weights(self.model, weights, source)
+        if self.ema is not None:
+            load_weights(self.ema.module, weights_in(content, "state_dict_ema") or weights, source)
+        if "optimizer" not in content:
+            logger.info("%s holds weights only: optimizer and epoch start afresh", source)
+            return
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{source}: its optimizer state does not fit TRAIN.OPTIMIZER: {error}") from error
+        if content.get("scaler"):
+            self.scaler.load_state_dict(content["scaler"])
+        self.next_epoch = content["epoch"] + 1
+        self.best_acc1 = float(content.get("max_accuracy", 0.0))
+        self.best_ema_acc1 = float(content.get("max_accuracy_e", 0.0))
+        states = content.get("rng", [])
+        if len(states) == self.process.num_processes:
+            restore_rng_state(states[self.process.rank], self.process.device)
+        else:
+            logger.warning(
+                "%s was written by %d processes, now there are %d: dropout and mixup draw other random numbers",
+                *(source, len(states), self.process.num_processes),
+            )
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """States of this process's random number generators, in types that load safely."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "python": [version, list(words), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+    }
+
+
+def restore_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Put this process's random number generators back to `rng_state`'s states."""
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
