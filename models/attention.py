@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import DepthwiseConv
+from models.layers import TokenConv
 from models.rope import rotate_pairs
 
 NORMALISER_EPS = 1e-6
@@ -30,7 +30,7 @@ class LinearAttention(nn.Module):
             raise ValueError(f"{num_heads} heads do not divide a token width of {dim}")
         self.num_heads = num_heads
         self.qk = nn.Linear(dim, dim * 2, bias=qkv_bias)
-        self.lepe = DepthwiseConv(dim)
+        self.lepe = TokenConv(dim)
 
     def forward(self, v: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """v (B, H, W, C) and the grid's rotary tables (cos, sin), each (H, W, C / 2) -> (B, H, W, C)."""

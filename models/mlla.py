@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import LinearAttention
-from models.layers import DepthwiseConv, Downsample, Stem, pad_to_multiple
+from models.layers import Downsample, Stem, TokenConv, pad_to_multiple
 from models.rope import rotary_tables
 
 # The official classifier stores rotary tables for its one image size; here they follow from the grid.
@@ -30,15 +30,15 @@ class MLLABlock(nn.Module):
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
     ) -> None:
         super().__init__()
-        self.cpe1 = DepthwiseConv(dim)
+        self.cpe1 = TokenConv(dim)
         self.norm1 = norm_layer(dim)
         self.in_proj = nn.Linear(dim, dim)
         self.act_proj = nn.Linear(dim, dim)
-        self.dwc = DepthwiseConv(dim)
+        self.dwc = TokenConv(dim)
         self.attn = LinearAttention(dim, num_heads, qkv_bias)
         self.out_proj = nn.Linear(dim, dim)
         self.drop_path = DropPath(drop_path)
-        self.cpe2 = DepthwiseConv(dim)
+        self.cpe2 = TokenConv(dim)
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
 
