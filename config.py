@@ -238,7 +238,8 @@ def coerced(name: str, value: Any, kind: type, source: str) -> Any:
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
             value = float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    if type(value) is not kind or not is_finite:
         raise ConfigError(f"{name} {value!r} (in {source}): must be of type {kind.__name__}")
     return value
 

@@ -20,29 +20,22 @@ from yacs.config import CfgNode
 
 from config import ConfigError, Derived, derive, load_config
 from data import Data, build_data, build_targets
-from data.samplers import SampleKey
 from data.transforms import denormalise
 from models import PAPER_FIGURES, build_model
 from utils.amp import Precision
 from utils.benchmark import compiled, measure_throughput, peak_memory_mib, throughput_table
 from utils.build import build_ema, build_optimizer, build_precision, build_schedule, build_train_step
-from utils.checkpoint import (
-    CheckpointError,
-    checkpoint_name,
-    checkpoints_in,
-    load_checkpoint,
-    load_latest,
-    save_under_names,
-)
+from utils.checkpoint import checkpoint_name, save_under_names
 from utils.command_line import parse_command_line
-from utils.distributed import Process, distribute, gather_objects, start_process, stop_process
+from utils.distributed import Process, distribute, start_process, stop_process
 from utils.engine import NonFiniteLossError, TrainStep, evaluate, train_one_epoch
-from utils.logger import Progress, RunRecorder, append_records, logger, start_logging
+from utils.logger import Progress, RunRecorder, append_records, logger
 from utils.metrics import Scores
 from utils.plots import plot_predictions
 from utils.profiling import profile, profile_table
+from utils.run_folder import open_run_folder, write_config
 from utils.run_state import RunState
-from utils.weights import load_weights, weights_in
+from utils.weights import load_pretrained, load_weights, read_weights
 
 
 @contextmanager
@@ -83,7 +76,7 @@ def run_profile(config: CfgNode) -> int:
 
 def run_throughput(config: CfgNode, process: Process) -> int:
     with mistakes_in_one_line():
-        folder = open_output_folder(config, process)
+        folder = open_run_folder(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
         model = prepare_model(config, process, num_classes=None)
     result = measure_throughput(
         model,
@@ -105,20 +98,19 @@ def run_evaluation(config: CfgNode, process: Process) -> int:
     with mistakes_in_one_line():
         if not config.MODEL.RESUME:
             raise ConfigError("MODEL.RESUME is empty: evaluation needs weights, name them with --resume FILE")
-        open_output_folder(config, process)
+        open_run_folder(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
         data = build_data(config, rank=process.rank, num_processes=process.num_processes)
         model = prepare_model(config, process, len(data.classes))
-        content = load_checkpoint(config.MODEL.RESUME)
-        candidates = {"model": weights_in(content, "model"), "EMA": weights_in(content, "state_dict_ema")}
-        found = {name: weights for name, weights in candidates.items() if weights is not None}
-        if not found:
-            raise CheckpointError(f"{config.MODEL.RESUME}: holds no weights; found {', '.join(map(str, content))}")
-        load_weights(model, next(iter(found.values())), config.MODEL.RESUME)
+        model_weights, ema_weights = read_weights(config.MODEL.RESUME)
+        found = {"model": model_weights, "EMA": ema_weights}
+        for weights in filter(None, found.values()):
+            load_weights(model, weights, config.MODEL.RESUME)  # that both fit is known before either is evaluated
     precision = build_precision(config, process.device)
     runner = compiled(model, config.TEST.COMPILE)
-    for name, weights in found.items():
-        load_weights(model, weights, config.MODEL.RESUME)
-        log_scores(name, evaluate(runner, data.val, process, precision))
+    for name, candidate in found.items():
+        if candidate is not None:
+            load_weights(model, candidate, config.MODEL.RESUME)
+            log_scores(name, evaluate(runner, data.val, process, precision))
     return 0
 
 
@@ -167,20 +159,21 @@ def run_training(config: CfgNode, process: Process) -> int:
 
 def set_up(config: CfgNode, process: Process) -> Run:
     """Open the data and the output folder, make the model, and go on from a checkpoint where there is one."""
-    folder = open_output_folder(config, process)
+    folder = open_run_folder(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
     data = build_data(config, rank=process.rank, num_processes=process.num_processes)
     assert data.train is not None
     derived = derive(config, num_processes=process.num_processes, num_train_images=data.num_train_images)
     model = prepare_model(config, process, len(data.classes))
     if config.MODEL.PRETRAINED:
-        load_pretrained(model, config.MODEL.PRETRAINED)
+        has_fresh_head = load_pretrained(model, config.MODEL.PRETRAINED)
+        logger.info("weights from %s%s", config.MODEL.PRETRAINED, ", but for the head" if has_fresh_head else "")
     precision = build_precision(config, process.device)
     ema = build_ema(config, model, derived)
     optimizer = build_optimizer(config, model)
     state = RunState(model, ema, optimizer, precision.scaler, process, next_epoch=config.TRAIN.START_EPOCH)
-    resume(config, folder, state)
+    state.resume(folder, explicit=config.MODEL.RESUME, auto=config.TRAIN.AUTO_RESUME)
     if process.is_main and state.next_epoch < derived.total_epochs:
-        write_config(config, folder)
+        write_config(folder, config.dump())
     return Run(config, process, folder, data, derived, precision, state)
 
 
@@ -250,42 +243,11 @@ def finish_epoch(run: Run, epoch: int, scores: Scores, ema_scores: Scores | None
             save_under_names(run.folder, names, content)
 
 
-def resume(config: CfgNode, folder: Path, state: RunState) -> None:
-    """Go on from --resume, or else from the newest whole checkpoint in the output folder."""
-    existing = checkpoints_in(folder)
-    if config.MODEL.RESUME:
-        state.restore(load_checkpoint(config.MODEL.RESUME), config.MODEL.RESUME)
-        logger.info("resumed from %s", config.MODEL.RESUME)
-        if existing:
-            logger.warning("%s has checkpoints already; those of epochs that run again will be replaced", folder)
-    elif config.TRAIN.AUTO_RESUME:
-        latest = load_latest(folder)
-        if latest is not None:
-            state.restore(latest[1], str(latest[0]))
-            logger.info("resumed from %s", latest[0])
-    elif existing:
-        raise ConfigError(
-            f"TRAIN.AUTO_RESUME False: {folder} holds a run already, which would be overwritten; name another --tag"
-        )
-    epochs = gather_objects(state.next_epoch)
-    if len(set(epochs)) > 1:
-        raise ConfigError(f"OUTPUT {config.OUTPUT!r}: processes see different checkpoints there (next epochs {epochs})")
-
-
-def load_pretrained(model: nn.Module, path: str) -> None:
-    """Start from weights; a classifier of another width stays fresh, with a message."""
-    content = load_checkpoint(path)
-    weights = weights_in(content, "state_dict_ema") or weights_in(content, "model")
-    if weights is None:
-        raise CheckpointError(f"{path}: holds no weights; found {', '.join(map(str, content))}")
-    has_fresh_head = load_weights(model, weights, path, fresh_head=True)
-    logger.info("start from %s%s", path, "; its head has other classes, ours is fresh" if has_fresh_head else "")
-
-
 def prepare_model(config: CfgNode, process: Process, num_classes: int | None) -> nn.Module:
     """The model with weights that SEED fixes, on the device; afterwards each process draws its own random numbers."""
     seed_everything(config.SEED)
-    model = build_model(config, num_classes).to(process.device, memory_format=torch.channels_last)
+    model = build_model(config, num_classes).to(process.device)
+    model = model.to(memory_format=torch.channels_last)
     seed_everything(config.SEED + process.rank)
     torch.backends.cudnn.benchmark = True
     return model
@@ -297,37 +259,13 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def open_output_folder(config: CfgNode, process: Process) -> Path:
-    """Make <OUTPUT>/<MODEL.NAME>/<TAG>, see that it can be written, and start the log in it."""
-    folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        start_logging(folder, process.rank)
-    except OSError as error:
-        raise ConfigError(f"OUTPUT {config.OUTPUT!r}: cannot write to {folder} ({error.strerror}); change --output")
-    return folder
-
-
-def write_config(config: CfgNode, folder: Path) -> None:
-    """Write config.yaml, unscaled, so that `--cfg` can read it again; one that differs is kept under another name."""
-    path, text = folder / "config.yaml", config.dump()
-    if path.exists() and (old := path.read_text()) != text:
-        number = 1
-        while (backup := folder / f"config_{number}.yaml").exists():
-            number += 1
-        path.rename(backup)
-        changed = sorted(set(text.splitlines()) - set(old.splitlines()))
-        logger.warning("the configuration changed, the former one is kept as %s: %s", backup, "; ".join(changed))
-    path.write_text(text)
-
-
 def log_plan(run: Run) -> None:
     config, derived = run.config, run.derived
     num_parameters = sum(p.numel() for p in run.state.model.parameters())
     logger.info(
         "%s: %.2f M parameters, %d classes, %d training and %d validation images; %d process(es) on %s, %s",
         *(config.MODEL.NAME, num_parameters / 1e6, len(run.data.classes), run.data.num_train_images),
-        *(len(run.data.val.dataset), run.process.num_processes, run.process.device, run.precision.name),  # type: ignore
+        *(run.data.num_val_images, run.process.num_processes, run.process.device, run.precision.name),
     )
     logger.info(
         "%d images a step, %d steps an epoch, epochs %d to %d; learning rate %.3e, EMA decay %s, MESA %s; output in %s",
@@ -351,22 +289,20 @@ def log_results(run: Run) -> None:
     logger.info("results are in %s: metrics.jsonl, curves.png, predictions.png, checkpoints", run.folder)
 
 
-def draw_predictions(run: Run, count: int = 40) -> None:
-    """predictions.png: evenly spaced validation images with their true and predicted classes."""
-    state, dataset, device = run.state, run.data.val.dataset, run.process.device
-    model = (state.ema.on(device) if state.ema else state.model).eval()
-    indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)  # type: ignore[arg-type]
-    samples = [dataset[SampleKey(0, int(index))] for index in indices]
-    images = torch.stack([image for image, _ in samples])
+def draw_predictions(run: Run) -> None:
+    """predictions.png: validation images with their true and predicted classes, by the EMA model if there is one."""
+    state, device, classes = run.state, run.process.device, run.data.classes
+    model = state.ema.on(device) if state.ema else state.model.eval()
+    images, labels = run.data.preview(count=40)
     with torch.no_grad(), run.precision.autocast():
-        probabilities = model(images.to(device)).float().softmax(dim=1).cpu()
+        probabilities = model(images.to(device)).float().softmax(dim=1).cpu()  # (N, classes)
     confidences, predictions = probabilities.max(dim=1)
     plot_predictions(
         denormalise(images).permute(0, 2, 3, 1).numpy(),
-        [run.data.classes[label] for _, label in samples],
-        [run.data.classes[label] for label in predictions.tolist()],
-        confidences.tolist(),
-        run.folder / "predictions.png",
+        labels=[classes[label] for label in labels],
+        predictions=[classes[label] for label in predictions.tolist()],
+        confidences=confidences.tolist(),
+        picture=run.folder / "predictions.png",
     )
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from torch import Tensor
@@ -11,7 +13,7 @@ from yacs.config import CfgNode
 
 from data.digits import Digits
 from data.image_folder import open_image_folder
-from data.samplers import EvalSampler, LabelledImages, TrainSampler, TransformedImages
+from data.samplers import EvalSampler, LabelledImages, SampleKey, TrainSampler, TransformedImages
 from data.transforms import eval_transform, train_transform
 
 TargetMaker = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -28,6 +30,16 @@ class Data:
     @property
     def num_train_images(self) -> int:
         return 0 if self.train is None else len(self.train.dataset)  # type: ignore[arg-type]
+
+    @property
+    def num_val_images(self) -> int:
+        return len(self.val.dataset)  # type: ignore[arg-type]
+
+    def preview(self, count: int) -> tuple[Tensor, list[int]]:
+        """Up to `count` evenly spaced validation images (N, 3, H, W), normalised, and their labels."""
+        indices = np.linspace(0, self.num_val_images - 1, min(count, self.num_val_images)).astype(int)
+        samples = [self.val.dataset[SampleKey(0, int(index))] for index in indices]
+        return torch.stack([image for image, _ in samples]), [label for _, label in samples]
 
 
 def build_data(config: CfgNode, *, rank: int, num_processes: int) -> Data:
@@ -92,7 +104,7 @@ def make_loader(
         batch_size=config.DATA.BATCH_SIZE,
         sampler=sampler,
         num_workers=config.DATA.NUM_WORKERS,
-        pin_memory=config.DATA.PIN_MEMORY,
+        pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
         drop_last=drop_last,
         persistent_workers=config.DATA.NUM_WORKERS > 0,
     )

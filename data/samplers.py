@@ -15,7 +15,7 @@ class SampleKey(NamedTuple):
     """What a sampler hands to the data set: with the epoch in it, workers that live on need not be told of epochs."""
 
     epoch: int
-    index: int
+    position: int
 
 
 class LabelledImages(Protocol):
@@ -51,24 +51,24 @@ class TrainSampler(Sampler[SampleKey]):
     def __iter__(self) -> Iterator[SampleKey]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples)
         mine = order[self.rank :: self.num_processes][: len(self)]
-        return (SampleKey(self.epoch, int(index)) for index in mine)
+        return (SampleKey(self.epoch, int(position)) for position in mine)
 
 
 class EvalSampler(Sampler[SampleKey]):
     """Every P-th image from the r-th on: each image once over all processes, none repeated to make shares even."""
 
     def __init__(self, num_samples: int, *, rank: int, num_processes: int) -> None:
-        self.indices = range(rank, num_samples, num_processes)
+        self.positions = range(rank, num_samples, num_processes)
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.positions)
 
     def __iter__(self) -> Iterator[SampleKey]:
-        return (SampleKey(0, index) for index in self.indices)
+        return (SampleKey(0, position) for position in self.positions)
 
 
 class TransformedImages(Dataset[tuple[Tensor, int]]):
-    """(transformed image, label) by SampleKey; the transform's randomness follows from (seed, epoch, index) alone."""
+    """(transformed image, label) by SampleKey; the transform draws from (seed, epoch, position) and nothing else."""
 
     def __init__(self, images: LabelledImages, transform: Callable[[Any], Tensor], seed: int) -> None:
         self.images = images
@@ -79,8 +79,8 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
         return len(self.images)
 
     def __getitem__(self, key: SampleKey) -> tuple[Tensor, int]:
-        image, label = self.images[key.index]
-        with random_state_of(self.seed, key.epoch, key.index):
+        image, label = self.images[key.position]
+        with random_state_of(self.seed, key.epoch, key.position):
             return self.transform(image), label
 
 

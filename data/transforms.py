@@ -38,7 +38,7 @@ def train_transform(
             ratio=ratio,
             hflip=hflip,
             auto_augment=None if auto_augment == "none" else auto_augment,
-            color_jitter=color_jitter or None,
+            color_jitter=color_jitter,
             re_prob=erase_prob,
             re_mode=erase_mode,
             re_count=erase_count,

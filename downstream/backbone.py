@@ -24,7 +24,7 @@ class MLLABackbone(MLLA):
         """Maps (B, embed_dim * 2^i, ceil(H / s), ceil(W / s)) with s = 4 * 2^i, i = 0, 1, ..."""
         maps = []
         x = self.embed(images)
-        for i, stage in enumerate(self.layers):
+        for i, stage in enumerate(self.stages):
             x = stage(x)  # (B, H, W, C)
             maps.append(self.get_submodule(f"norm{i}")(x).permute(0, 3, 1, 2))  # (B, C, H, W)
             if stage.downsample is not None:

@@ -1,6 +1,7 @@
 """MLLA, Mamba-Like Linear Attention (Han et al., NeurIPS 2024, arXiv 2405.16605): the network at one glance."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -154,13 +155,17 @@ class MLLA(nn.Module):
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
         self.register_load_state_dict_pre_hook(drop_derived_keys)
 
+    @property
+    def stages(self) -> Iterable[Stage]:
+        return cast("Iterable[Stage]", self.layers)
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters with two or more dimensions that are not decayed all the same."""
         return {"absolute_pos_embed"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass, or stop doing so."""
-        for stage in self.layers:
+        for stage in self.stages:
             stage.use_checkpoint = enable
 
     def get_classifier(self) -> nn.Module:
@@ -170,9 +175,8 @@ class MLLA(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier by a fresh one for num_classes (0: none), on the device and in the dtype it was in."""
         self.num_classes = num_classes
-        weight = self.norm.weight
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.apply(initialise).to(weight.device, weight.dtype)
+        self.head.apply(initialise).to(next(self.parameters()))
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to the first stage's tokens (B, ceil(H / 4), ceil(W / 4), embed_dim)."""
@@ -194,7 +198,7 @@ class MLLA(nn.Module):
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to normalised tokens of the last stage, (B, H / 32, W / 32, num_features)."""
         x = self.embed(images)
-        for stage in self.layers:
+        for stage in self.stages:
             x = stage(x)
             if stage.downsample is not None:
                 x = stage.downsample(x)  # (B, H / 2, W / 2, 2 C)

@@ -118,5 +118,5 @@ def throughput_table(result: Throughput) -> str:
         "peak MiB": f"{result.memory_mib:.0f}",
     }
     widths = [max(len(name), len(value)) for name, value in columns.items()]
-    lines = [columns.keys(), columns.values()]
+    lines = [list(columns), list(columns.values())]
     return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines)

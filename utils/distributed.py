@@ -1,6 +1,7 @@
 """One process or many: device and backend are picked here, and everything that crosses processes goes through here."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,11 @@ def distribute(model: nn.Module, process: Process, *, find_unused_parameters: bo
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DDP."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def without_sync(model: nn.Module) -> AbstractContextManager[None]:
+    """Within: backward passes add up gradients on this process alone (DDP's no_sync)."""
+    return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
 
 
 def sum_over_processes(values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from utils.amp import Precision
-from utils.distributed import Process, average_buffers, min_over_processes, sum_over_processes, unwrap
+from utils.distributed import Process, average_buffers, min_over_processes, sum_over_processes, unwrap, without_sync
 from utils.ema import ModelEma
 from utils.logger import Progress
 from utils.losses import training_loss
@@ -83,7 +83,7 @@ class TrainStep:
         loss = torch.zeros_like(self.is_halted)
         for i, (images, targets) in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
-            with nullcontext() if is_last or self.model is unwrap(self.model) else self.model.no_sync():
+            with nullcontext() if is_last else without_sync(self.model):
                 micro_loss = self.forward(images, targets, use_mesa) / len(micro_batches)
                 self.precision.scaler.scale(micro_loss).backward()
             loss = loss + micro_loss.detach()
@@ -156,7 +156,7 @@ def train_one_epoch(
         NonFiniteLossError: on all processes, at the next report after the step it names.
     """
     train_step.model.train()
-    loader.sampler.set_epoch(epoch)  # type: ignore[union-attr]
+    loader.sampler.set_epoch(epoch)  # type: ignore
     batches = device_batches(loader, process.device)
     sums = torch.zeros(3, dtype=torch.float64, device=process.device)  # losses, finite gradient norms, number of those
     num_images, start = 0, time.perf_counter()

@@ -1,6 +1,6 @@
 """Optimizers and their parameter groups."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Two groups: decayed, and not. Not decayed are tensors of fewer than two dimensions, names that end in `.bias`,
     and names that the model's `no_weight_decay()` lists.
     """
-    exempt: set[str] = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
-    decayed, others = [], []
+    list_exempt: Callable[[], set[str]] = getattr(model, "no_weight_decay", set)
+    exempt = list_exempt()
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_exempt = parameter.ndim < 2 or name.endswith(".bias") or name in exempt

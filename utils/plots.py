@@ -35,7 +35,7 @@ def plot_curves(records: list[dict[str, Any]], picture: Path) -> None:
 
 
 def plot_predictions(
-    images: np.ndarray, labels: list[str], predictions: list[str], confidences: list[float], picture: Path
+    images: np.ndarray, *, labels: list[str], predictions: list[str], confidences: list[float], picture: Path
 ) -> None:
     """Draw a grid of images with their true and predicted classes; mistakes in red.
 

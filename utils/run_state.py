@@ -2,17 +2,18 @@
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from utils.checkpoint import CheckpointError
+from utils.checkpoint import CheckpointError, checkpoints_in, load_checkpoint, load_latest
 from utils.distributed import Process, gather_objects
 from utils.ema import ModelEma
 from utils.logger import logger
-from utils.weights import load_weights, weights_in
+from utils.weights import load_weights, no_weights_error, weights_in
 
 
 @dataclass
@@ -48,6 +49,29 @@ class RunState:
             **facts,
         }
 
+    def resume(self, folder: Path, *, explicit: str, auto: bool) -> None:
+        """Go on from the file `explicit` if it is named, else, with `auto`, from the folder's newest whole checkpoint.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit, a run would be overwritten, or processes see different files.
+        """
+        existing = checkpoints_in(folder)
+        if explicit:
+            self.restore(load_checkpoint(explicit), explicit)
+            logger.info("resumed from %s", explicit)
+            if existing:
+                logger.warning("%s has checkpoints already; those of epochs that run again will be replaced", folder)
+        elif auto and (latest := load_latest(folder)) is not None:
+            self.restore(latest[1], str(latest[0]))
+            logger.info("resumed from %s", latest[0])
+        elif existing and not auto:
+            raise CheckpointError(
+                f"TRAIN.AUTO_RESUME False: {folder} holds a run, which would be overwritten; name another --tag"
+            )
+        epochs = gather_objects(self.next_epoch)
+        if len(set(epochs)) > 1:
+            raise CheckpointError(f"{folder}: processes see different checkpoints there; next epochs {epochs}")
+
     def restore(self, content: dict[str, Any], source: str) -> None:
         """Take over a checkpoint's content, or only the weights where there is nothing else in it.
 
@@ -56,7 +80,7 @@ class RunState:
         """
         weights = weights_in(content, "model") or weights_in(content, "state_dict_ema")
         if weights is None:
-            raise CheckpointError(f"{source}: holds no weights; found {', '.join(map(str, content)) or 'nothing'}")
+            raise no_weights_error(source, content)
         load_weights(self.model, weights, source)
         if self.ema is not None:
             load_weights(self.ema.module, weights_in(content, "state_dict_ema") or weights, source)
@@ -85,12 +109,12 @@ class RunState:
 def rng_state(device: torch.device) -> dict[str, Any]:
     """States of this process's random number generators, in types that load safely."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "python": [version, list(words), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
     }
 
 

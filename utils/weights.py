@@ -4,13 +4,43 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from utils.checkpoint import CheckpointError
+from utils.checkpoint import CheckpointError, load_checkpoint
+
+Weights = dict[str, Tensor]
 
 MAX_KEYS_SHOWN = 5
 DERIVED = "rope.rotations"  # in official files; follows from the image size
 
 
-def weights_in(content: dict[str, Any], key: str) -> dict[str, Tensor] | None:
+def read_weights(path: str) -> tuple[Weights | None, Weights | None]:
+    """The weights of a file: the model's and the average's, at least one of them.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds neither.
+    """
+    content = load_checkpoint(path)
+    found = weights_in(content, "model"), weights_in(content, "state_dict_ema")
+    if found == (None, None):
+        raise no_weights_error(path, content)
+    return found
+
+
+def no_weights_error(source: str, content: dict[str, Any]) -> CheckpointError:
+    found = ", ".join(map(str, content)) or "nothing"
+    return CheckpointError(f"{source}: no weights under 'model' or 'state_dict_ema', nor bare ones; found {found}")
+
+
+def load_pretrained(model: nn.Module, path: str) -> bool:
+    """Start from a file's weights, the average's if there are some; see `load_weights` with fresh_head.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its weights do not fit.
+    """
+    weights, average = read_weights(path)
+    return load_weights(model, average or weights or {}, path, fresh_head=True)
+
+
+def weights_in(content: dict[str, Any], key: str) -> Weights | None:
     """Weights by name from a file's content: those under `key` ("model" or "state_dict_ema"), or None.
 
     A bare state_dict counts as "model". Prefixes `module.` are taken off, the official files' rotary tables left out.
@@ -23,7 +53,7 @@ def weights_in(content: dict[str, Any], key: str) -> dict[str, Tensor] | None:
     return {name.removeprefix("module."): v for name, v in weights.items() if not name.endswith(DERIVED)}
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, *, fresh_head: bool = False) -> bool:
+def load_weights(model: nn.Module, weights: Weights, source: str, *, fresh_head: bool = False) -> bool:
     """Copy weights into a model, every one of them.
 
     Args:
