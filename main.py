@@ -238,7 +238,9 @@ def finish_epoch(run: Run, epoch: int, scores: Scores, ema_scores: Scores | None
         state.best_ema_acc1 = ema_scores.acc1
         names.append("max_ema_acc.pth")
     if names:
-        content = state.capture(config=config.dump(), classes=run.data.classes, versions={"torch": torch.__version__})
+        content = state.capture(
+            config=config.dump(), classes=run.data.classes, versions={"torch": str(torch.__version__)}
+        )
         if run.process.is_main:
             save_under_names(run.folder, names, content)
 

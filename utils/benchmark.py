@@ -60,7 +60,7 @@ def measure_throughput(
     return Throughput(
         model=name,
         chip=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         precision=precision.name,
         layout="channels_last",
         compile=compile_mode,

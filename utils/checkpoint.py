@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 KEEP = 3  # newest epochs kept
+UNSAFE = re.compile(r"Unsupported (?:global: GLOBAL|class) (\S+)")
 NAME = re.compile(r"ckpt_epoch_(\d+)\.pth")
 
 logger = logging.getLogger("mlla")
@@ -54,9 +55,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such checkpoint file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: cannot be read as a PyTorch weights file ({reason[:200]})") from error
+    except Exception as error:  # torch.load raises many kinds for a file that is not its own, or is cut short
+        found = UNSAFE.search(str(error))
+        reason = f"it holds a {found[1]}, and such objects could run code" if found else "damaged, or not its format"
+        raise CheckpointError(f"{path}: cannot be read as a PyTorch weights file: {reason}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not weights by name")
     return content

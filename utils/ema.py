@@ -23,21 +23,21 @@ class ModelEma:
         self.module = deepcopy(model).eval().requires_grad_(False)
         if force_cpu:
             self.module.to("cpu")
-        pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
-        floats = [pair for pair in pairs if pair[0].is_floating_point()]
-        others = [pair for pair in pairs if not pair[0].is_floating_point()]
         # The tensors themselves, gathered once: training changes them in place.
-        self.averages, self.sources = [average for average, _ in floats], [source for _, source in floats]
-        self.copies, self.originals = [copy for copy, _ in others], [original for _, original in others]
+        pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
+        self.averages = [average for average, _ in pairs if average.is_floating_point()]
+        self.sources = [source for _, source in pairs if source.is_floating_point()]
+        self.counters = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
     def update(self) -> None:
         """Follow the model by one step."""
-        sources, originals = self.sources, self.originals
+        sources = self.sources
         if self.averages[0].device != sources[0].device:
             sources = [source.to(self.averages[0].device) for source in sources]
         torch._foreach_lerp_(self.averages, sources, 1 - self.decay)
-        torch._foreach_copy_(self.copies, originals)
+        for copy, original in self.counters:
+            copy.copy_(original)
 
     def on(self, device: torch.device) -> nn.Module:
         """The average on a device: itself, or a copy where it is kept on the CPU."""

@@ -1,0 +1,85 @@
+"""What several test files share: golden numbers, small models, a tiny image folder, and starting main.py."""
+
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+MICRO = {"img_size": 64, "embed_dim": 32, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8), "drop_path_rate": 0.0}
+
+
+def random_values(seed: int, *shape: int) -> Tensor:
+    """The golden files' inputs: NumPy's legacy standard normals, as float32."""
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+@torch.no_grad()
+def fill_weights(model: nn.Module) -> None:
+    """Give a model the golden files' weights, which follow from the names and shapes in its state_dict."""
+    for name, value in model.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        noise = random_values(zlib.crc32(name.encode()) & 0x7FFFFFFF, *value.shape).double()
+        if name.endswith("running_var"):
+            noise = 1 + 0.1 * noise.abs()
+        elif name.endswith(("running_mean", "bias")):
+            noise = 0.1 * noise
+        elif value.ndim == 1:
+            noise = 1 + 0.1 * noise
+        else:
+            noise = noise / np.sqrt(np.prod(value.shape[1:]))
+        value.copy_(noise.float())  # rounded once, also where the model is in float64
+
+
+def make_image_folder(root: Path, *, train: int, val: int, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
+    """JPEGs of random sizes in `train` and `val` images a class; each class has a colour of its own."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for label, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                height, width = rng.integers(40, 90, size=2)
+                pixels = rng.integers(0, 80, size=(height, width, 3), dtype=np.uint8)
+                pixels[..., label % 3] += 150
+                Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    return root
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_image_folder(tmp_path_factory.mktemp("images"), train=8, val=5)
+
+
+def run_python(*words: str | Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run this Python with the given words in the project's folder, on the CPU, one thread."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture
+def run_main(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Call main.py's main in this process: (exit code, standard output, standard error)."""
+    import main
+
+    def run(*words: Any) -> tuple[int, str, str]:
+        try:
+            code = main.main([str(word) for word in words])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run

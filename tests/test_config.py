@@ -1,0 +1,147 @@
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from config import SCHEMA, ConfigError, derive, load_config
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_later_wins(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", "TRAIN: {EPOCHS: 100, BASE_LR: 1e-3}\nTAG: base\nSEED: 5\n")
+    path = write(tmp_path, "run.yaml", "BASE: [base.yaml]\nTRAIN:\n  EPOCHS: 50\nTAG: file\n")
+    config = load_config(path, ["TAG", "opts", "DATA.BATCH_SIZE", "64"], {"DATA.BATCH_SIZE": 32})
+    assert config.TRAIN.BASE_LR == 1e-3  # PyYAML alone would read this as text
+    assert config.SEED == 5
+    assert config.TRAIN.EPOCHS == 50
+    assert config.TAG == "opts"
+    assert config.DATA.BATCH_SIZE == 32
+    assert config.TRAIN.WEIGHT_DECAY == 0.05
+
+
+@pytest.mark.parametrize("name", ["mlla_t", "mlla_s", "mlla_b", "digits"])
+def test_dump_can_be_used_again(tmp_path: Path, name: str) -> None:
+    config = load_config(f"cfgs/{name}.yaml", ["AUG.CUTMIX_MINMAX", "[0.2, 0.8]", "TAG", "12"])
+    again = load_config(write(tmp_path, "config.yaml", config.dump()))
+    assert again == config
+    assert again.TAG == "12"
+
+
+def test_shipped_values() -> None:
+    t, s, b = (load_config(f"cfgs/mlla_{size}.yaml") for size in "tsb")
+    assert [c.AUG.MESA for c in (t, s, b)] == [1.0, 1.5, 2.0]
+    assert [c.MODEL.DROP_PATH_RATE for c in (t, s, b)] == [0.2, 0.3, 0.5]
+    assert [c.DATA.BATCH_SIZE for c in (t, s, b)] == [128, 64, 64]
+    assert [c.MODEL.MLLA.DEPTHS for c in (t, s, b)] == [[2, 4, 8, 4], [3, 6, 21, 6], [3, 6, 21, 6]]
+    assert [c.MODEL.MLLA.NUM_HEADS for c in (t, s, b)] == [[2, 4, 8, 16], [2, 4, 8, 16], [3, 6, 12, 24]]
+    assert all(c.TRAIN.EPOCHS == 300 and c.TRAIN.WARMUP_EPOCHS == 20 and c.EMA.ENABLED for c in (t, s, b))
+
+
+def test_frozen() -> None:
+    config = load_config("cfgs/mlla_t.yaml")
+    with pytest.raises(AttributeError):
+        config.TRAIN.BASE_LR = 1.0
+
+
+def test_lists_are_not_shared() -> None:
+    load_config("cfgs/mlla_t.yaml").TRAIN.OPTIMIZER.BETAS.append(1.0)
+    assert SCHEMA["TRAIN.OPTIMIZER.BETAS"].default == [0.9, 0.999]
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["TRAIN.BASE_LRR", "1"], r"TRAIN.BASE_LRR \(in --opts\): unknown key; did you mean TRAIN.BASE_LR\?"),
+        (["BATCH_SIZE", "1"], r"did you mean DATA.BATCH_SIZE\?"),
+        (["MODEL.SWIN.EMBED_DIM", "96"], r"did you mean MODEL.MLLA.EMBED_DIM\?"),
+        (["TRAIN.BASE_LR", "fast"], r"TRAIN.BASE_LR 'fast' \(in --opts\): must be of type float"),
+        (["TRAIN.BASE_LR", "nan"], "must be of type float"),
+        (["AMP", "1"], "AMP 1 .*: must be of type bool"),
+        (["TRAIN.EPOCHS", "True"], "must be of type int"),
+        (["TRAIN.EPOCHS", "2.5"], "must be of type int"),
+        (["MODEL.MLLA.DEPTHS", "4"], "must be a list of int"),
+        (["TRAIN.EPOCHS", "0"], r"TRAIN.EPOCHS 0 \(in --opts\): must be at least 1"),
+        (["MODEL.LABEL_SMOOTHING", "1.5"], "must be from 0 to 1"),
+        (["DATA.DATASET", "cifar"], "must be one of imagenet, folder, digits"),
+        (["AUG.AUTO_AUGMENT", "randm9"], "must be none, rand-"),
+        (["MODEL.MLLA.NUM_HEADS", "[3, 4, 8, 16]"], "stage 0 is 64 wide: its 3 heads and 4 must divide that"),
+        (["MODEL.MLLA.NUM_HEADS", "[2, 4]"], "must be as many as MODEL.MLLA.DEPTHS"),
+        (["TRAIN.WARMUP_EPOCHS", "300"], "must be below TRAIN.EPOCHS"),
+        (["TRAIN.MIN_LR", "1.0"], "must not be above TRAIN.BASE_LR"),
+        (["DATA.BATCH_SIZE", "7"], "must be even with mixup"),
+        (["AUG.SCALE", "[1.0, 0.1]"], "smaller value first"),
+        (["AUG.SCALE", "[0.5]"], "two values"),
+        (["DATA.ZIP_MODE", "True"], "zip archives cannot be read"),
+        (["EMA.FORCE_CPU", "True"], "MESA runs the EMA model"),
+        (["TAG"], "pairs of KEY VALUE"),
+    ],
+)
+def test_mistakes(opts: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config("cfgs/mlla_t.yaml", opts)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("TRAIN: 5", "TRAIN .*: unknown key"), ("a: [", "not a YAML file"), ("- 1", "holds 'KEY: value' lines")],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, "bad.yaml", text))
+
+
+def test_missing_and_circular_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        load_config(tmp_path / "none.yaml")
+    write(tmp_path, "a.yaml", "BASE: [b.yaml]")
+    with pytest.raises(ConfigError, match="circle"):
+        load_config(write(tmp_path, "b.yaml", "BASE: [a.yaml]"))
+
+
+def derived_of(*opts: str, processes: int = 8, images: int = 1_281_167) -> Any:
+    return derive(load_config("cfgs/mlla_t.yaml", opts), num_processes=processes, num_train_images=images)
+
+
+def test_derived_values_of_the_papers_run() -> None:
+    derived = derived_of(processes=32)
+    assert derived.global_batch == 4096
+    assert derived.base_lr == pytest.approx(4e-3)
+    assert derived.warmup_lr == pytest.approx(4e-6)
+    assert derived.min_lr == pytest.approx(4e-5)
+    assert derived.steps_per_epoch == 312
+    assert derived.warmup_steps == 20 * 312
+    assert derived.schedule_steps == 300 * 312
+    assert derived.ema_decay == pytest.approx(0.9996)
+    assert derived.mesa_start_epoch == 75
+
+
+def test_derived_values_scale_with_processes_and_accumulation() -> None:
+    derived = derived_of("TRAIN.ACCUMULATION_STEPS", "2", "TRAIN.COOLDOWN_EPOCHS", "10", processes=1)
+    assert derived.global_batch == 256
+    assert derived.base_lr == pytest.approx(2.5e-4)
+    assert derived.ema_decay == pytest.approx(0.9996 ** (1 / 16))
+    assert derived.steps_per_epoch == 5004
+    assert (derived.total_epochs, derived.schedule_steps) == (310, 300 * 5004)
+
+
+def test_a_batch_larger_than_the_training_set() -> None:
+    with pytest.raises(ConfigError, match="128 x 8 processes x 1 accumulation steps is more than the 1000 training"):
+        derived_of(images=1000)
+
+
+def test_every_key_is_explained_once() -> None:
+    abouts = [key.about for key in SCHEMA.values()]
+    assert all(abouts)
+    assert len(set(abouts)) == len(abouts)
+
+
+def test_readme_lists_every_key_with_its_default() -> None:
+    table = dict(re.findall(r"^\| `([A-Z_.]+)` \| `(.*?)` \|", Path("README.md").read_text(), flags=re.MULTILINE))
+    assert table == {name: repr(key.default) for name, key in SCHEMA.items()}

@@ -1,0 +1,236 @@
+"""The training step against the golden trajectory and injected faults."""
+
+import copy
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, MICRO, fill_weights, random_values
+from torch import nn
+from torch.utils.data import DataLoader
+
+from config import derive, load_config
+from models import MLLA
+from utils.amp import make_precision
+from utils.build import build_ema, build_optimizer, build_schedule, build_train_step
+from utils.distributed import Process
+from utils.ema import ModelEma
+from utils.engine import NonFiniteLossError, TrainStep, evaluate, train_one_epoch
+from utils.logger import Progress
+from utils.lr_schedule import Schedule
+from utils.optimizer import make_optimizer, parameter_groups
+
+CPU = torch.device("cpu")
+ALONE = Process(0, 1, CPU)
+
+
+@pytest.fixture
+def _float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("_float64")
+def test_golden_trajectory() -> None:
+    """24 steps of the recipe in float64: schedule, clipping, AdamW, EMA and, from step 8 on, MESA."""
+    golden = np.load(GOLDEN / "mlla_micro_64_trajectory.npz")
+    opts = {
+        "DATA.BATCH_SIZE": 8,
+        "TRAIN.EPOCHS": 12,
+        "TRAIN.WARMUP_EPOCHS": 2,
+        "TRAIN.BASE_LR": 1e-3 * 64,  # the rates are for 512 images a step, these steps have 8
+        "TRAIN.WARMUP_LR": 1e-6 * 64,
+        "TRAIN.MIN_LR": 1e-5 * 64,
+        "EMA.DECAY": 0.9**512,
+        "AUG.MESA": 1.0,
+    }
+    config = load_config("cfgs/mlla_t.yaml", flags=opts)
+    derived = derive(config, num_processes=1, num_train_images=16)
+    model = MLLA(**MICRO, num_classes=10).train()
+    fill_weights(model)
+    ema = build_ema(config, model, derived)
+    assert ema is not None
+    optimizer = build_optimizer(config, model)
+    schedule = build_schedule(config, derived)
+    train_step = build_train_step(config, model, optimizer, ema, make_precision(CPU, amp=False, dtype="auto"))
+    losses, norms, rates = [], [], []
+    for step in range(24):
+        images = random_values(1000 + step % 4, 8, 3, 64, 64).double()
+        targets = (3 * random_values(2000 + step % 4, 8, 10).double()).softmax(1)
+        rate = schedule.rate_of_step(step)
+        result = train_step([(images, targets)], step=step, learning_rate=rate, use_mesa=step >= 8)
+        losses.append(result.loss.item())
+        norms.append(result.grad_norm.item())
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    assert train_step.check_finite() is None
+    np.testing.assert_allclose(rates, golden["lrs"], rtol=1e-6)
+    np.testing.assert_allclose(losses, golden["losses"], rtol=1e-6)
+    np.testing.assert_allclose(norms, golden["grad_norms"], rtol=1e-6)
+    assert [len(group["params"]) for group in optimizer.param_groups] == golden["n_decay"].tolist()
+    probe = random_values(7, 4, 3, 64, 64).double()
+    with torch.no_grad():
+        np.testing.assert_allclose(model.eval()(probe), golden["logits"], rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(ema.module(probe), golden["ema_logits"], rtol=1e-6, atol=1e-7)
+
+
+def small_step(
+    dtype: str = "float32", *, mesa_ratio: float = 0.0, device: torch.device = CPU
+) -> tuple[nn.Module, TrainStep]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).to(device)
+    precision = make_precision(device, amp=dtype != "float32", dtype=dtype)
+    optimizer = make_optimizer("adamw", parameter_groups(model, 0.05))
+    ema = ModelEma(model, 0.9)
+    return model, TrainStep(model, optimizer, precision, clip_grad=1.0, ema=ema, mesa_ratio=mesa_ratio)
+
+
+def batch(size: int = 8, device: torch.device = CPU) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(size, 3, 2, 2, device=device), torch.randn(size, 4, device=device).softmax(1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_precision_learns(dtype: str) -> None:
+    _, train_step = small_step(dtype)
+    images, targets = batch()
+    losses = [train_step([(images, targets)], step=i, learning_rate=0.05).loss.item() for i in range(30)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert train_step.precision.scaler.is_enabled() == (dtype == "float16")
+    assert train_step.check_finite() is None
+
+
+def test_micro_batches_are_one_batch() -> None:
+    images, targets = batch(8)
+    results = []
+    for split in (8, 4, 2):
+        model, train_step = small_step()
+        micro_batches = list(zip(images.split(split), targets.split(split), strict=True))
+        loss = train_step(micro_batches, step=0, learning_rate=0.1).loss
+        results.append((loss, model[1].weight.detach().clone()))  # type: ignore[index]
+    for loss, weight in results[1:]:
+        torch.testing.assert_close(loss, results[0][0])
+        torch.testing.assert_close(weight, results[0][1])
+
+
+def test_mesa_uses_the_ema_model_only_when_asked() -> None:
+    _, train_step = small_step(mesa_ratio=2.0)
+    images, targets = batch()
+    plain = train_step([(images, targets)], step=0, learning_rate=0.0).loss
+    with_mesa = train_step([(images, targets)], step=1, learning_rate=0.0, use_mesa=True).loss
+    assert with_mesa > plain
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_changes_nothing(dtype: str, value: float) -> None:
+    model, train_step = small_step(dtype)
+    good, bad = batch(), batch()
+    bad[0][0, 0, 0, 0] = value
+    train_step([good], step=0, learning_rate=0.1)
+    before = copy.deepcopy(model.state_dict())
+    for step in (1, 2):
+        train_step([bad], step=step, learning_rate=0.1)
+    assert train_step.check_finite() == 1
+    if dtype != "float16":  # later steps change nothing either
+        train_step([good], step=3, learning_rate=0.1)
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    model, train_step = small_step()
+    model[1].weight.register_hook(lambda grad: grad * float("inf"))  # type: ignore[index]
+    before = copy.deepcopy(model.state_dict())
+    train_step([batch()], step=5, learning_rate=0.1)
+    assert train_step.check_finite() == 5
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+def test_float16_overflow_is_left_to_the_scaler() -> None:
+    model, train_step = small_step("float16")
+    images, targets = batch()
+    model[1].weight.register_hook(lambda grad: grad * 1e38)  # type: ignore[index]
+    before = copy.deepcopy(model.state_dict())
+    scale = train_step.precision.scaler.get_scale()
+    train_step([(images, targets)], step=0, learning_rate=0.1)
+    assert train_step.check_finite() is None
+    assert train_step.precision.scaler.get_scale() < scale
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+class Batches(DataLoader):
+    """Four images in two batches; the second is broken if asked."""
+
+    def __init__(self, bad_value: float = 0.0) -> None:
+        images = torch.randn(8, 3, 2, 2)
+        images[4, 0, 0, 0] += bad_value
+        super().__init__(list(zip(images, [0, 1, 2, 3] * 2, strict=True)), batch_size=2)  # type: ignore[arg-type]
+        self.sampler.set_epoch = lambda _: None  # type: ignore[attr-defined]
+
+
+def run_epoch(train_step: TrainStep, loader: DataLoader, epoch: int) -> object:
+    return train_one_epoch(
+        train_step,
+        loader,
+        epoch=epoch,
+        steps=4,
+        accumulation_steps=1,
+        schedule=Schedule("cosine", 0.1, 0.0, 0.0, warmup_steps=4, total_steps=40),
+        make_targets=lambda images, labels: (images, nn.functional.one_hot(labels, 4).float()),
+        use_mesa=False,
+        process=ALONE,
+        progress=Progress(epoch, 10, 4, is_main=False),
+        print_freq=1,
+    )
+
+
+def test_the_message_names_epoch_step_and_rate() -> None:
+    _, train_step = small_step()
+    with pytest.raises(NonFiniteLossError, match=r"in epoch 1, step 2 \(step 6 of the run\), learning rate 9.6\d+e-02"):
+        run_epoch(train_step, Batches(float("nan")), epoch=1)
+
+
+def test_epoch_summary() -> None:
+    _, train_step = small_step()
+    summary = run_epoch(train_step, Batches(), epoch=0)
+    assert summary.lr == pytest.approx(0.05)  # type: ignore[attr-defined]  # warm-up at t = 2 of 4
+    assert 0 < summary.train_loss < 3  # type: ignore[attr-defined]
+    assert 0 < summary.grad_norm < 10  # type: ignore[attr-defined]
+    assert summary.images_per_second > 0  # type: ignore[attr-defined]
+
+
+def test_evaluation_counts_by_hand() -> None:
+    """Logits are the first pixels: top-1 and top-5 of six classes, over batches of uneven size."""
+
+    class Reader(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.flatten(1)[:, :6]
+
+    images = torch.zeros(3, 3, 2, 2)
+    images[:, 0, 0] = torch.tensor([5.0, 4.0])
+    images[:, 0, 1] = torch.tensor([3.0, 2.0])
+    images[:, 1, 0] = torch.tensor([1.0, 0.0])
+    loader = DataLoader(list(zip(images, [0, 4, 5], strict=True)), batch_size=2)  # type: ignore[arg-type]
+    scores = evaluate(Reader(), loader, ALONE, make_precision(CPU, amp=False, dtype="auto"))
+    assert scores.acc1 == pytest.approx(100 / 3)
+    assert scores.acc5 == pytest.approx(200 / 3)
+    logits = torch.tensor([5.0, 4, 3, 2, 1, 0])
+    expected = sum(-logits.log_softmax(0)[label].item() for label in (0, 4, 5)) / 3
+    assert scores.loss == pytest.approx(expected)
+    assert scores.num_images == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_step_never_waits_for_the_gpu(dtype: str) -> None:
+    device = torch.device("cuda")
+    _, train_step = small_step(dtype, mesa_ratio=1.0, device=device)
+    micro_batches = [batch(device=device)]
+    train_step(micro_batches, step=0, learning_rate=0.1, use_mesa=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(1, 4):
+            train_step(micro_batches, step=step, learning_rate=0.1, use_mesa=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert train_step.check_finite() is None

@@ -1,0 +1,50 @@
+import pytest
+import torch
+from conftest import MICRO
+
+from models import MLLA
+from utils.optimizer import make_optimizer, parameter_groups
+
+
+def test_what_is_decayed() -> None:
+    model = MLLA(**MICRO, num_classes=10, ape=True)
+    decayed, others = parameter_groups(model, 0.05)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed_names = {names[id(p)] for p in decayed["params"]}
+    other_names = {names[id(p)] for p in others["params"]}
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.05, 0.0)
+    assert decayed_names | other_names == set(names.values())
+    assert {"head.weight", "layers.0.blocks.0.cpe1.weight", "patch_embed.conv1.conv.weight"} <= decayed_names
+    assert {"absolute_pos_embed", "head.bias", "norm.weight", "layers.0.blocks.0.cpe1.bias"} <= other_names
+    assert len(decayed_names) == 65  # as in the golden trajectory
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = torch.nn.Linear(2, 3)
+    model.bias.requires_grad_(False)
+    assert [len(group["params"]) for group in parameter_groups(model, 0.1)] == [1, 0]
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_found_inf_leaves_everything_unchanged(name: str) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = make_optimizer(name, [{"params": [parameter], "weight_decay": 0.1}])
+    optimizer.param_groups[0]["lr"] = 0.1
+    parameter.grad = torch.tensor([float("nan"), 1.0, 1.0])
+    optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
+    optimizer.step()
+    assert parameter.tolist() == [1.0, 1.0, 1.0]
+    optimizer.found_inf = torch.tensor(0.0)  # type: ignore[attr-defined]
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    assert (parameter < 1).all()
+
+
+def test_sgd_is_nesterov() -> None:
+    optimizer = make_optimizer("sgd", [{"params": [torch.nn.Parameter(torch.ones(1))]}], momentum=0.8)
+    assert (optimizer.param_groups[0]["momentum"], optimizer.param_groups[0]["nesterov"]) == (0.8, True)
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ValueError, match="known are adamw and sgd"):
+        make_optimizer("lion", [])
