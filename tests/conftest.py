@@ -19,9 +19,13 @@ GOLDEN = Path(__file__).parent / "golden"
 MICRO = {"img_size": 64, "embed_dim": 32, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8), "drop_path_rate": 0.0}
 
 
+def random_array(seed: int, *shape: int) -> np.ndarray:
+    return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
+
+
 def random_values(seed: int, *shape: int) -> Tensor:
     """The golden files' inputs: NumPy's legacy standard normals, as float32."""
-    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+    return torch.from_numpy(random_array(seed, *shape))
 
 
 @torch.no_grad()
@@ -30,16 +34,16 @@ def fill_weights(model: nn.Module) -> None:
     for name, value in model.state_dict().items():
         if name.endswith("num_batches_tracked"):
             continue
-        noise = random_values(zlib.crc32(name.encode()) & 0x7FFFFFFF, *value.shape).double()
+        noise = random_array(zlib.crc32(name.encode()) & 0x7FFFFFFF, *value.shape)
         if name.endswith("running_var"):
-            noise = 1 + 0.1 * noise.abs()
+            noise = 1 + 0.1 * np.abs(noise)
         elif name.endswith(("running_mean", "bias")):
             noise = 0.1 * noise
-        elif value.ndim == 1:
+        elif noise.ndim == 1:
             noise = 1 + 0.1 * noise
         else:
-            noise = noise / np.sqrt(np.prod(value.shape[1:]))
-        value.copy_(noise.float())  # rounded once, also where the model is in float64
+            noise = noise / np.sqrt(np.prod(noise.shape[1:]))
+        value.copy_(torch.from_numpy(noise.astype(np.float32)))
 
 
 def make_image_folder(root: Path, *, train: int, val: int, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
