@@ -25,8 +25,6 @@ class MLLABackbone(MLLA):
         maps = []
         x = self.embed(images)
         for i, stage in enumerate(self.stages):
-            x = stage(x)  # (B, H, W, C)
-            maps.append(self.get_submodule(f"norm{i}")(x).permute(0, 3, 1, 2))  # (B, C, H, W)
-            if stage.downsample is not None:
-                x = stage.downsample(x)  # (B, H / 2, W / 2, 2 C)
+            output, x = stage(x)  # (B, H, W, C), and (B, H / 2, W / 2, 2 C) for the next
+            maps.append(self.get_submodule(f"norm{i}")(output).permute(0, 3, 1, 2))  # (B, C, H, W)
         return maps

@@ -63,15 +63,17 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.downsample = Downsample(dim) if downsample else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, H, W, C), any grid, through the blocks, before downsampling."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, H, W, C), any grid, to the blocks' output (B, H, W, C) and what the next stage takes: that output
+        downsampled, (B, ceil(H / 2), ceil(W / 2), 2 C), or in the last stage itself.
+        """
         rotary = rotary_tables(x.shape[1], x.shape[2], self.dim, x.device)  # (H, W, C / 2) each
         for block in self.blocks:
             if self.use_checkpoint and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, use_reentrant=False)
             else:
                 x = block(x, rotary)
-        return x
+        return x, x if self.downsample is None else self.downsample(x)
 
 
 class MLLA(nn.Module):
@@ -199,9 +201,7 @@ class MLLA(nn.Module):
         """Images (B, in_chans, H, W) to normalised tokens of the last stage, (B, H / 32, W / 32, num_features)."""
         x = self.embed(images)
         for stage in self.stages:
-            x = stage(x)
-            if stage.downsample is not None:
-                x = stage.downsample(x)  # (B, H / 2, W / 2, 2 C)
+            x = stage(x)[1]  # (B, H / 2, W / 2, 2 C) but for the last
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

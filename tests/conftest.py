@@ -42,7 +42,7 @@ def fill_weights(model: nn.Module) -> None:
         elif noise.ndim == 1:
             noise = 1 + 0.1 * noise
         else:
-            noise = noise / np.sqrt(np.prod(noise.shape[1:]))
+            noise = noise.astype(np.float64) / np.sqrt(np.prod(noise.shape[1:]))
         value.copy_(torch.from_numpy(noise.astype(np.float32)))
 
 

@@ -1,0 +1,38 @@
+"""Imports run one way, and only build.py reads a configuration."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+ALLOWED = {
+    "config": set(),
+    "models": {"models"},
+    "data": {"data"},
+    "utils": {"utils"},
+    "downstream": {"downstream", "models", "data", "utils"},
+    "main": {"config", "models", "data", "utils"},
+}
+FILES = [path for name in ALLOWED for path in [*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/**/*.py")]]
+
+
+def imported_modules(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    modules = imported_modules(path)
+    own = {name.split(".")[0] for name in modules} & set(ALLOWED)
+    assert own <= ALLOWED[package]
+    reads_config = any(name.split(".")[0] == "yacs" for name in modules)
+    assert not reads_config or path.name in ("build.py", "config.py", "main.py")
