@@ -1,5 +1,6 @@
 """One process or many: device and backend are picked here, and everything that crosses processes goes through here."""
 
+import inspect
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -63,12 +64,16 @@ def distribute(model: nn.Module, process: Process, *, find_unused_parameters: bo
     """
     if process.num_processes == 1:
         return model
+    parameters = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    sync_buffers = (
+        "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+    )  # new, old name
     return nn.parallel.DistributedDataParallel(
         model,
         device_ids=[process.device] if process.device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
         find_unused_parameters=find_unused_parameters,
+        **{sync_buffers: False},  # type: ignore[arg-type]
     )
 
 

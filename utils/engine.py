@@ -167,6 +167,7 @@ def train_one_epoch(
         result = train_step(micro_batches, step=step, learning_rate=rate, use_mesa=use_mesa)
         is_finite = torch.isfinite(result.grad_norm)  # not where float16 overflowed and the scaler skipped the step
         sums += torch.stack((result.loss, torch.where(is_finite, result.grad_norm, 0), is_finite)).double()
+        progress.advance()
         num_images += sum(len(images) for images, _ in micro_batches) * process.num_processes
         is_last = index == steps - 1
         if is_last or (index + 1) % print_freq == 0:

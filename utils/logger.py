@@ -66,12 +66,15 @@ class Progress:
     ) -> None:
         self.bar.close()
 
+    def advance(self) -> None:
+        """One more step was started; costs nothing but for the bar."""
+        self.bar.update()
+
     def report(self, step: int, *, loss: float, grad_norm: float, lr: float, rate: float, seconds: float) -> None:
         """`step` steps are done in `seconds`; loss is the epoch's mean so far, rate in images per second."""
         left = (self.steps - step + self.remaining_epochs * self.steps) * seconds / step
         eta = timedelta(seconds=round(left))
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} img/s, run ends in {eta}", refresh=False)
-        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} img/s, run ends in {eta}")
         logger.info(
             "%s step %d/%d  loss %.4f  grad_norm %.3f  lr %.3e  %.0f img/s  eta %s",
             *(self.title, step, self.steps, loss, grad_norm, lr, rate, eta),

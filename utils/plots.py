@@ -26,11 +26,11 @@ def plot_curves(records: list[dict[str, Any]], picture: Path) -> None:
             axis.legend()
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    draw(axes[0, 0], {"train_loss": "training (soft targets)", "loss": "validation"}, "loss")
+    draw(axes[0, 0], {"train_loss": "training, all terms", "loss": "validation"}, "loss")
     draw(axes[0, 1], {"acc1": "model", "ema_acc1": "EMA"}, "validation top-1 accuracy, %")
     draw(axes[1, 0], {"lr": "learning rate"}, "learning rate")
     draw(axes[1, 1], {"grad_norm": "gradient norm"}, "gradient norm before clipping, mean of the epoch")
-    figure.savefig(picture, dpi=110)
+    figure.savefig(picture, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -60,5 +60,5 @@ def plot_predictions(
             fontsize=8,
             color="black" if label == prediction else "red",
         )
-    figure.savefig(picture, dpi=110)
+    figure.savefig(picture, dpi=110, bbox_inches="tight")
     plt.close(figure)

@@ -1,6 +1,10 @@
 """Where a run's results go, and the configuration that is kept beside them."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from utils.logger import logger, start_logging
 
@@ -28,6 +32,15 @@ def write_config(folder: Path, text: str) -> None:
         while (backup := folder / f"config_{number}.yaml").exists():
             number += 1
         path.rename(backup)
-        changed = [line.strip() for line in text.splitlines() if line not in former.splitlines()]
-        logger.warning("the configuration changed, the former one is kept as %s: %s", backup, "; ".join(changed))
+        changes = "; ".join(differences(yaml.safe_load(former), yaml.safe_load(text)))
+        logger.warning("the configuration changed, the former one is kept as %s: %s", backup, changes)
     path.write_text(text)
+
+
+def differences(former: Any, present: Any, name: str = "") -> Iterator[str]:
+    """What differs between two nested dictionaries, as "SECTION.KEY former -> present"."""
+    if isinstance(former, dict) and isinstance(present, dict):
+        for key in sorted({*former, *present}):
+            yield from differences(former.get(key), present.get(key), f"{name}.{key}" if name else key)
+    elif former != present:
+        yield f"{name} {former} -> {present}"

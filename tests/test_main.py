@@ -1,0 +1,322 @@
+"""main.py as its users run it: training, resuming, evaluating, measuring, and what it says of mistakes."""
+
+import json
+import re
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MICRO, ROOT, make_image_folder, run_python
+
+from models import MLLA
+from utils.checkpoint import load_checkpoint
+
+RunMain = Callable[..., tuple[int, str, str]]
+SMALL = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.NUM_HEADS", "[1, 1, 1, 1]", "TRAIN.WARMUP_EPOCHS", "0"]
+SCORES = re.compile(r" \* Acc@1 (\d+\.\d{3}) Acc@5 (\d+\.\d{3})")
+
+
+def records_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def digits(output: Path, *opts: str, epochs: int = 2, batch_size: int = 128) -> list[str]:
+    """The command line of a short run on the digits."""
+    words = ["--cfg", "cfgs/digits.yaml", "--output", str(output), "--batch-size", str(batch_size)]
+    return [*words, "--opts", *SMALL, "TRAIN.EPOCHS", str(epochs), "TRAIN.BASE_LR", "0.01", *opts]
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two epochs of the digits on two processes through torchrun, with AMP, EMA and MESA."""
+    output = tmp_path_factory.mktemp("run")
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py", "--amp"]
+    done = run_python(*words, *digits(output, "SAVE_FREQ", "2", batch_size=16))
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    return output / "mlla_digits" / "default"
+
+
+def test_what_a_run_leaves_behind(finished_run: Path) -> None:
+    names = {path.name for path in finished_run.iterdir()}
+    expected = {"config.yaml", "metrics.jsonl", "curves.png", "predictions.png", "ckpt_epoch_1.pth", "max_acc.pth"}
+    assert expected | {"max_ema_acc.pth", "log_rank0.txt"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert not any(name.endswith(".tmp") or name in ("ckpt_epoch_0.pth", "log_rank1.txt") for name in names)
+    records = records_of(finished_run)
+    keys = (
+        "epoch step lr train_loss grad_norm acc1 acc5 loss ema_acc1 ema_acc5 epoch_seconds images_per_second memory_mib"
+    )
+    assert [list(record) for record in records] == [keys.split()] * 2
+    assert [(record["epoch"], record["step"]) for record in records] == [(0, 44), (1, 88)]
+    assert "step 44/44" in (finished_run / "log_rank0.txt").read_text()
+
+
+def test_it_learned(finished_run: Path) -> None:
+    assert records_of(finished_run)[-1]["acc1"] > 30  # 10 is chance
+
+
+def test_checkpoint_holds_everything_and_loads_safely(finished_run: Path) -> None:
+    content = load_checkpoint(finished_run / "ckpt_epoch_1.pth")
+    expected = {"model", "state_dict_ema", "optimizer", "scaler", "epoch", "max_accuracy", "max_accuracy_e", "rng"}
+    assert expected | {"config", "classes", "versions"} == set(content)
+    assert content["epoch"] == 1
+    assert len(content["rng"]) == 2
+    assert content["classes"] == list("0123456789")
+    assert content["config"] == (finished_run / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", ["ckpt_epoch_1.pth", "max_acc.pth"])
+def test_evaluation_gives_the_trainings_figures(
+    finished_run: Path, run_main: RunMain, tmp_path: Path, name: str
+) -> None:
+    config = finished_run / "config.yaml"
+    code, out, _ = run_main("--cfg", config, "--output", tmp_path, "--eval", "--resume", finished_run / name)
+    assert code == 0
+    best = max(records_of(finished_run), key=lambda record: record["acc1"])
+    record = records_of(finished_run)[-1] if name.startswith("ckpt") else best
+    (acc1, acc5), (ema_acc1, ema_acc5) = SCORES.findall(out)
+    assert float(acc1) == pytest.approx(record["acc1"], abs=1e-3)
+    assert float(acc5) == pytest.approx(record["acc5"], abs=1e-3)
+    assert float(ema_acc1) == pytest.approx(record["ema_acc1"], abs=1e-3)
+    assert float(ema_acc5) == pytest.approx(record["ema_acc5"], abs=1e-3)
+    assert "on 360 images" in out
+
+
+def test_a_complete_run_says_so_and_changes_nothing(finished_run: Path, run_main: RunMain) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished_run.iterdir() if path.name != "log_rank0.txt"}
+    code, out, _ = run_main("--cfg", finished_run / "config.yaml")
+    assert code == 0
+    assert "this run is complete" in out
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_resuming_ends_where_an_uninterrupted_run_does(run_main: RunMain, tmp_path: Path) -> None:
+    """Two epochs, then a third after a restart that finds a torn newer file, against three in one go."""
+    extra = ["AUG.MIXUP", "0.5", "MODEL.DROP_PATH_RATE", "0.2", "MODEL.DROP_RATE", "0.1", "AUG.MESA", "0.0"]
+    assert run_main(*digits(tmp_path / "whole", *extra, epochs=3), "--amp")[0] == 0
+    short = ["TRAIN.COOLDOWN_EPOCHS", "0", *extra]
+    stopped = digits(tmp_path / "parts", *short, epochs=3)
+
+    import main
+
+    def stop_after_two_epochs(run: object, train_step: object, recorder: object, epoch: int) -> None:
+        if epoch == 2:
+            raise KeyboardInterrupt
+        run_epoch(run, train_step, recorder, epoch)  # type: ignore[arg-type]
+
+    run_epoch = main.run_epoch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "run_epoch", stop_after_two_epochs)
+        with pytest.raises(KeyboardInterrupt):
+            run_main(*stopped, "--amp")
+    folder = tmp_path / "parts" / "mlla_digits" / "default"
+    (folder / "ckpt_epoch_7.pth").write_bytes(b"torn")
+    code, out, _ = run_main(*stopped, "--amp")
+    assert code == 0
+    assert "skipped a checkpoint" in out
+    assert "ckpt_epoch_1.pth" in out
+    whole = tmp_path / "whole" / "mlla_digits" / "default"
+    one, other = (load_checkpoint(path / "ckpt_epoch_2.pth") for path in (whole, folder))
+    for kind in ("model", "state_dict_ema"):
+        assert all(value.equal(other[kind][name]) for name, value in one[kind].items())
+    for a, b in zip(records_of(whole), records_of(folder), strict=True):
+        assert {k: a[k] for k in ("epoch", "train_loss", "acc1", "lr")} == {
+            k: b[k] for k in ("epoch", "train_loss", "acc1", "lr")
+        }
+
+
+def test_explicit_resume_wins_and_evaluation_never_resumes_by_itself(finished_run: Path, run_main: RunMain) -> None:
+    config = finished_run / "config.yaml"
+    code, out, _ = run_main("--cfg", config, "--resume", finished_run / "max_acc.pth", "--opts", "TRAIN.EPOCHS", "1")
+    assert f"resumed from {finished_run / 'max_acc.pth'}" in out
+    assert "has checkpoints already" in out
+    assert code == 0
+    code, _, err = run_main("--cfg", config, "--eval")
+    assert code == 2
+    assert "evaluation needs weights" in err
+
+
+def test_another_configuration_keeps_the_former_one(run_main: RunMain, tmp_path: Path) -> None:
+    assert run_main(*digits(tmp_path, epochs=1))[0] == 0
+    code, out, _ = run_main(*digits(tmp_path, "SEED", "3", epochs=2))
+    assert code == 0
+    assert "the configuration changed" in out
+    assert "SEED 0 -> 3; TRAIN.EPOCHS 1 -> 2" in out
+    folder = tmp_path / "mlla_digits" / "default"
+    assert "EPOCHS: 1" in (folder / "config_1.yaml").read_text()
+    assert "EPOCHS: 2" in (folder / "config.yaml").read_text()
+
+
+def test_a_run_is_not_overwritten_without_auto_resume(run_main: RunMain, tmp_path: Path) -> None:
+    assert run_main(*digits(tmp_path, epochs=1))[0] == 0
+    code, _, err = run_main(*digits(tmp_path, "TRAIN.AUTO_RESUME", "False"))
+    assert code == 2
+    assert "would be overwritten; name another --tag" in err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run_main: RunMain, tmp_path: Path) -> None:
+    words = digits(tmp_path, "TRAIN.CLIP_GRAD", "0.0", "TRAIN.OPTIMIZER.NAME", "sgd", "PRINT_FREQ", "2")
+    words[words.index("TRAIN.BASE_LR") + 1] = "1e38"
+    code, out, _ = run_main(*words)
+    assert code == 1
+    assert re.search(r"not finite in epoch 0, step \d \(step \d of the run\), learning rate 2.500e\+37", out)
+    assert not list((tmp_path / "mlla_digits" / "default").glob("*.pth"))
+
+
+def test_mesa_without_ema_is_off_and_says_so(run_main: RunMain, tmp_path: Path) -> None:
+    code, out, _ = run_main("--no-model-ema", *digits(tmp_path, "AUG.MESA", "2.0", epochs=1))
+    assert code == 0
+    assert "AUG.MESA 2.0 is off: its teacher is the EMA model" in out
+    record = records_of(tmp_path / "mlla_digits" / "default")[0]
+    assert record["ema_acc1"] is None
+    assert load_checkpoint(tmp_path / "mlla_digits" / "default" / "max_acc.pth")["state_dict_ema"] is None
+
+
+def test_pretrained_weights_with_another_head(run_main: RunMain, tmp_path: Path, image_folder: Path) -> None:
+    torch.save({"model": MLLA(**MICRO, num_classes=10).state_dict()}, tmp_path / "weights.pth")
+    words = ["--cfg", "cfgs/digits.yaml", "--pretrained", tmp_path / "weights.pth", "--output", tmp_path]
+    words += ["--data-path", image_folder, "--batch-size", "8", "--opts", "DATA.DATASET", "folder", "TRAIN.EPOCHS", "1"]
+    code, out, _ = run_main(*words, "TRAIN.WARMUP_EPOCHS", "0")
+    assert code == 0
+    assert "weights.pth, but for the head" in out
+
+
+@pytest.mark.parametrize("launcher", ["torch.distributed.launch", "torch.distributed.run"])
+def test_official_commands(launcher: str, image_folder: Path, tmp_path: Path) -> None:
+    """Training, then evaluation of released-style weights, as the official README has them."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text(
+        f"BASE: ['{ROOT / 'cfgs' / 'mlla_t.yaml'}']\nDATA: {{IMG_SIZE: 32, BATCH_SIZE: 4, NUM_WORKERS: 1}}\n"
+        "MODEL: {MLLA: {EMBED_DIM: 8, NUM_HEADS: [1, 1, 1, 1], DEPTHS: [1, 1, 1, 1]}}\n"
+        "TRAIN: {EPOCHS: 1, WARMUP_EPOCHS: 0}\n"
+    )
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    start = ["-m", launcher, "--nproc_per_node=2", f"--master_port={port}"]
+    common = ["main.py", "--cfg", config, "--data-path", image_folder, "--output", tmp_path]
+    done = run_python(*start, *common, "--amp")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "mlla_tiny" / "default"
+    content = load_checkpoint(folder / "ckpt_epoch_0.pth")
+    assert content["model"]["head.weight"].shape == (2, 64)
+    torch.save({"model": content["model"]}, tmp_path / "released.pth")
+    done = run_python(*start, *common, "--eval", "--resume", tmp_path / "released.pth")
+    assert done.returncode == 0, done.stderr
+    ((acc1, acc5),) = SCORES.findall(done.stdout)
+    assert float(acc5) == 100
+    assert float(acc1) == pytest.approx(records_of(folder)[0]["acc1"], abs=1e-3)
+
+
+def test_throughput_needs_no_data(run_main: RunMain, tmp_path: Path) -> None:
+    words = ["--cfg", "cfgs/digits.yaml", "--throughput", "--amp", "--batch-size", "2", "--output", tmp_path]
+    assert run_main(*words)[0] == 0
+    code, out, _ = run_main(*words, "--opts", "DATA.IMG_SIZE", "48")
+    assert code == 0
+    heading, row = out.splitlines()[-2:]
+    assert heading.split()[-2:] == ["peak", "MiB"]
+    assert row.split()[0] == "mlla_digits"
+    lines = (tmp_path / "mlla_digits" / "default" / "throughput.jsonl").read_text().splitlines()
+    first, second = map(json.loads, lines)
+    assert (first["size"], second["size"]) == (32, 48)
+    assert (first["precision"], first["batch"], first["layout"]) == ("bfloat16", 2, "channels_last")
+    assert first["images_per_second"] == pytest.approx(2000 / first["milliseconds_per_batch"])
+    assert first["memory_mib"] > 50
+
+
+def test_profile(run_main: RunMain) -> None:
+    code, out, _ = run_main("--cfg", "cfgs/mlla_t.yaml", "--profile")
+    assert code == 0
+    assert re.search(r"total +24,392,200 +4.13", out)
+    assert re.search(r"paper +25 M +4.2", out)
+
+
+def mistake(run_main: RunMain, *words: str | Path) -> str:
+    code, _, err = run_main(*words)
+    assert code == 2
+    message = err.strip()
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    assert "Traceback" not in message
+    return message
+
+
+def test_mistakes_on_the_command_line(run_main: RunMain) -> None:
+    digits = ("--cfg", "cfgs/digits.yaml")
+    assert "--cfg" in mistake(run_main)
+    assert "nothere.yaml: no such configuration file" in mistake(run_main, "--cfg", "nothere.yaml")
+    assert "did you mean --throughput?" in mistake(run_main, *digits, "--througput")
+    assert "did you mean --batch-size?" in mistake(run_main, *digits, "--batchsize=4")
+    assert "invalid int value" in mistake(run_main, *digits, "--batch-size", "many")
+    assert "unknown key; did you mean TRAIN.EPOCHS?" in mistake(run_main, *digits, "--opts", "TRAIN.EPOCH", "3")
+    assert "must be of type int" in mistake(run_main, *digits, "--opts", "TRAIN.EPOCHS", "few")
+    assert "must be at least 1" in mistake(run_main, *digits, "--opts", "TRAIN.EPOCHS", "0")
+    assert "must be at least 1" in mistake(run_main, *digits, "--batch-size", "0")
+    assert "heads and 4 must divide" in mistake(run_main, *digits, "--opts", "MODEL.MLLA.NUM_HEADS", "[3, 3, 3, 3]")
+    assert "zip archives" in mistake(run_main, *digits, "--zip")
+
+
+def test_mistakes_in_paths(run_main: RunMain, tmp_path: Path) -> None:
+    out = ("--output", tmp_path / "out")
+    tiny = ("--cfg", "cfgs/mlla_t.yaml", *out, "--opts", "DATA.IMG_SIZE", "32")
+    digits = ("--cfg", "cfgs/digits.yaml")
+    assert "no folder" in mistake(run_main, "--data-path", tmp_path, *tiny)
+    make_image_folder(tmp_path, train=1, val=1)
+    (tmp_path / "train" / "cat" / "0.jpg").unlink()
+    assert "cat: a class folder without images" in mistake(run_main, "--data-path", tmp_path, *tiny)
+    (tmp_path / "file").write_text("no folder")
+    assert "cannot write to" in mistake(run_main, *digits, "--output", tmp_path / "file" / "out")
+    assert "more than the 1437 training images" in mistake(run_main, *digits, *out, "--batch-size", "1438")
+
+
+def test_mistakes_in_weights(run_main: RunMain, tmp_path: Path, finished_run: Path) -> None:
+    for mode in (["--eval"], []):
+        words = ["--cfg", "cfgs/digits.yaml", "--output", tmp_path / "out", *mode, "--resume"]
+        assert "no such checkpoint file" in mistake(run_main, *words, tmp_path / "none.pth")
+        assert "is a folder" in mistake(run_main, *words, tmp_path)
+        assert "cannot be read as a PyTorch weights file" in mistake(run_main, *words, "README.md")
+        message = mistake(run_main, *words, finished_run / "max_acc.pth")
+        assert "weights of another architecture" in message
+        assert message.count("has shape") == 5
+
+
+def test_exit_code_of_the_process() -> None:
+    done = run_python("main.py", "--cfg", "nothere.yaml")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+
+
+def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
+    """A pseudo-terminal sees a bar with loss, rate and end; step lines go to the file only."""
+    pty = pytest.importorskip("pty")
+    transcript = bytearray()
+
+    def read(fd: int) -> bytes:
+        import os
+
+        transcript.extend(data := os.read(fd, 65536))
+        return data
+
+    words = [sys.executable, "main.py", *digits(tmp_path, epochs=1)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        status = pty.spawn(words, read)
+    text = transcript.decode()
+    assert status == 0, text
+    assert re.search(r"epoch 1/1: 100%.* loss \d\.\d+, \d+ img/s, run ends in 0:00:00", text)
+    assert "step 11/11  loss" not in text
+    assert "step 11/11  loss" in (tmp_path / "mlla_digits" / "default" / "log_rank0.txt").read_text()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_training_on_a_gpu(run_main: RunMain, tmp_path: Path, dtype: str) -> None:
+    code, out, _ = run_main(*digits(tmp_path, "AMP_DTYPE", dtype, "AUG.MESA", "1.0", epochs=5), "--amp")
+    assert code == 0
+    assert f"on cuda:0, {dtype}" in out
+    assert records_of(tmp_path / "mlla_digits" / "default")[-1]["acc1"] > 20
