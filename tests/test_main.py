@@ -1,7 +1,9 @@
 """main.py as its users run it: training, resuming, evaluating, measuring, and what it says of mistakes."""
 
 import json
+import os
 import re
+import shlex
 import socket
 import sys
 from collections.abc import Callable
@@ -296,12 +298,11 @@ def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
     transcript = bytearray()
 
     def read(fd: int) -> bytes:
-        import os
-
         transcript.extend(data := os.read(fd, 65536))
         return data
 
-    words = [sys.executable, "main.py", *digits(tmp_path, epochs=1)]
+    command = shlex.join([sys.executable, "main.py", *digits(tmp_path, epochs=1)])
+    words = ["sh", "-c", f"stty rows 24 cols 130; exec {command}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setenv("CUDA_VISIBLE_DEVICES", "")

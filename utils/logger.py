@@ -55,7 +55,12 @@ class Progress:
         self.remaining_epochs = total_epochs - epoch - 1
         self.steps = steps
         self.bar = tqdm(
-            total=steps, desc=self.title, unit="step", leave=False, disable=not (is_main and sys.stderr.isatty())
+            total=steps,
+            desc=self.title,
+            unit="step",
+            leave=False,
+            dynamic_ncols=True,
+            disable=not (is_main and sys.stderr.isatty()),
         )
 
     def __enter__(self) -> "Progress":
