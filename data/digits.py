@@ -2,7 +2,6 @@
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 VAL_PER_CLASS = 36  # of about 180; 360 in all, which leaves 1,437 for training
 
@@ -18,6 +17,8 @@ class Digits:
     """
 
     def __init__(self, split: str, size: int = 32) -> None:
+        from sklearn.datasets import load_digits  # takes a second, which other data sets need not wait for
+
         digits = load_digits()
         is_val = np.zeros(len(digits.target), dtype=bool)
         for label in range(10):

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any
 
 from termcolor import colored
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from utils.plots import plot_curves
@@ -91,6 +90,8 @@ class RunRecorder:
     """Figures of a run by epoch: metrics.jsonl, one JSON object a line, and TensorBoard scalars beside it."""
 
     def __init__(self, folder: Path, start_epoch: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second, and only the first process writes
+
         self.path = folder / "metrics.jsonl"
         self.drop_from(start_epoch)
         self.tensorboard = SummaryWriter(str(folder), purge_step=start_epoch)
