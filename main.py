@@ -5,6 +5,7 @@ torchrun --nproc_per_node=8 main.py --cfg cfgs/mlla_t.yaml --data-path imagenet 
 python main.py --cfg cfgs/mlla_t.yaml --data-path imagenet --eval --resume mlla_t.pth
 """
 
+import os
 import random
 import sys
 import time
@@ -37,13 +38,20 @@ from utils.run_folder import open_run_folder, write_config
 from utils.run_state import RunState
 from utils.weights import load_pretrained, load_weights, read_weights
 
+SECOND_VOICE_SECONDS = 10.0
+
 
 @contextmanager
 def mistakes_in_one_line() -> Iterator[None]:
-    """While a run is set up, what is wrong with its inputs ends it with one line and exit code 2."""
+    """While a run is set up, what is wrong with its inputs ends it with one line and exit code 2.
+
+    Of several processes the first speaks first; the launcher then ends the others, before they repeat it.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(SECOND_VOICE_SECONDS)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

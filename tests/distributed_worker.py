@@ -17,7 +17,7 @@ from config import derive, load_config
 from data.build import eval_loader, train_loader
 from models import MLLA
 from utils.build import build_ema, build_optimizer, build_precision, build_schedule, build_train_step
-from utils.distributed import Process, distribute, start_process, stop_process
+from utils.distributed import Process, distribute, gather_objects, start_process, stop_process
 from utils.engine import device_batches, evaluate
 
 STEPS = 3
@@ -74,9 +74,15 @@ def run(process: Process, batch_size: int, accumulation_steps: int) -> dict[str,
         result = train_step(micro_batches, step=step, learning_rate=schedule.rate_of_step(step))
         grad_norms.append(result.grad_norm.item())
     assert ema is not None
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    average = {name: value.clone() for name, value in ema.module.state_dict().items()}
+    model.train()  # one more step, in which each process's batch norm sees its own images
+    train_step(micro_batches, step=STEPS, learning_rate=0.01)
+    digests = [sum(float(v.double().abs().sum()) for v in m.state_dict().values()) for m in (model, ema.module)]
     return {
-        "weights": model.state_dict(),
-        "ema": ema.module.state_dict(),
+        "weights": weights,
+        "ema": average,
+        "digests": gather_objects(digests),
         "grad_norms": grad_norms,
         "derived": (derived.global_batch, derived.base_lr, derived.steps_per_epoch, derived.ema_decay),
         "scores": tuple(scores),

@@ -63,6 +63,19 @@ def test_evaluation_is_exact_for_one_two_and_three_processes(
         assert other["scores"][3] == 101
 
 
+def test_all_processes_hold_the_same_model_and_average(two: dict[str, Any]) -> None:
+    """Batch statistics included, which differ from process to process before they are averaged."""
+    first, second = two["digests"]
+    assert first == second
+
+
+def test_the_first_process_speaks_for_all() -> None:
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py", "--cfg", "nothere.yaml"]
+    done = run_python(*words)
+    assert done.returncode != 0
+    assert done.stderr.count("error: nothere.yaml: no such configuration file") == 1
+
+
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
