@@ -4,11 +4,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, MICRO, fill_weights, random_values
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import load_config
 from models import MLLA, build_model
 from models.attention import LinearAttention
+from models.layers import Downsample
 from models.rope import rotary_tables, rotate_pairs
 
 PARAMETERS = {"mlla_tiny": 24_392_200, "mlla_small": 43_015_048, "mlla_base": 95_983_960}
@@ -80,6 +81,17 @@ def test_padding_is_zeros_at_right_and_bottom() -> None:
     images[..., 93:] = 0
     with torch.no_grad():
         torch.testing.assert_close(model(images), model(images[..., :61, :93]))
+
+
+def test_odd_grids_are_padded_before_downsampling() -> None:
+    """Before, not inside: the first convolution's bias reaches the padding."""
+    downsample = Downsample(4).eval()
+    nn.init.constant_(downsample.conv[0].conv.bias, 1.0)
+    tokens = torch.randn(2, 3, 5, 4)
+    with torch.no_grad():
+        out = downsample(tokens)
+        torch.testing.assert_close(out, downsample(F.pad(tokens, (0, 0, 0, 1, 0, 1))))
+    assert out.shape == (2, 2, 3, 8)
 
 
 def test_no_copies_between_tokens_and_convolutions() -> None:
@@ -161,6 +173,19 @@ def test_float16_sums_do_not_overflow_on_large_grids() -> None:
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16):
         out = attention(v.half(), rotary_tables(300, 300, 32, v.device))
     assert torch.isfinite(out).all()
+
+
+def test_small_queries_and_keys_are_not_rounded_to_zero_in_sixteen_bits() -> None:
+    """ELU + 1 of -7 is 0.0009, and bfloat16 has nothing between 1 and 1 - 1/256. One token attends to itself alone."""
+    attention = LinearAttention(32, num_heads=1)
+    nn.init.zeros_(attention.qk.weight)
+    nn.init.constant_(attention.qk.bias, -7.0)
+    nn.init.zeros_(attention.lepe.weight)
+    nn.init.zeros_(attention.lepe.bias)
+    v = torch.ones(1, 1, 1, 32)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attention(v, rotary_tables(1, 1, 32, v.device))
+    assert out.mean().item() == pytest.approx(1.0, abs=0.05)
 
 
 def test_state_dict_names() -> None:
