@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import yaml
 from yacs.config import CfgNode
 
+from utils.yaml_file import read_yaml
+
 
 class ConfigError(ValueError):
     """A mistake in a configuration file, in --opts or in a flag: one line with key, value, what is allowed, remedy."""
@@ -56,6 +58,7 @@ class Key(NamedTuple):
     about: str
     kind: type | None = None  # of the value, or of a list's elements; that of the default where None
     optional: bool = False  # may be null
+    many: bool = False  # a list, though the default does not show it
 
 
 # The official keys with their defaults, and ours. Steps are optimizer steps; learning rates are for 512 images a step.
@@ -119,7 +122,7 @@ SCHEMA: dict[str, Key] = {
     "AUG.RECOUNT": Key(1, at_least(1), "erased parts at most"),
     "AUG.MIXUP": Key(0.8, at_least(0), "mixup alpha; 0: off"),
     "AUG.CUTMIX": Key(1.0, at_least(0), "cutmix alpha; 0: off"),
-    "AUG.CUTMIX_MINMAX": Key(None, FRACTION, "null, or smallest and largest side of the cutmix box", float, True),
+    "AUG.CUTMIX_MINMAX": Key(None, FRACTION, "null, or smallest and largest side of the cutmix box", float, True, True),
     "AUG.MIXUP_PROB": Key(1.0, FRACTION, "probability of mixup or cutmix"),
     "AUG.MIXUP_SWITCH_PROB": Key(0.5, FRACTION, "probability of cutmix where both are on"),
     "AUG.MIXUP_MODE": Key("batch", one_of("batch", "pair", "elem"), "what shares one mixing ratio"),
@@ -158,6 +161,8 @@ def load_config(path: str | Path, opts: Sequence[str] = (), flags: Mapping[str, 
         values[name] = checked(name, value, source)
     if len(opts) % 2:
         raise ConfigError(f"--opts takes pairs of KEY VALUE, got {len(opts)} words: {' '.join(opts)}")
+    if "BASE" in opts[::2]:
+        raise ConfigError("BASE (in --opts): only a configuration file can name files to start from")
     for name, text in zip(opts[::2], opts[1::2], strict=True):
         values[name] = checked(name, parse_text(name, text), "--opts")
     for name, value in (flags or {}).items():
@@ -181,36 +186,24 @@ def read_file(path: Path, within: tuple[Path, ...] = ()) -> Iterator[tuple[str, 
         raise ConfigError(f"{path}: no such configuration file; see cfgs/ for those that come with the project")
     if path.resolve() in within:
         raise ConfigError(f"{path}: BASE files include each other in a circle")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict | None):
-        raise ConfigError(f"{path}: a configuration file holds 'KEY: value' lines, this one a {type(content).__name__}")
-    items = list(flatten(content or {}))
-    for base in checked("BASE", dict(items).get("BASE", [""]), str(path)):
+    content = read_yaml(path)
+    for base in checked("BASE", content.pop("BASE", [""]), str(path)):
         if base:
             yield from read_file(path.parent / base, (*within, path.resolve()))
-    yield from ((name, value, str(path)) for name, value in items if name != "BASE")
-
-
-def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested sections to (dotted key, value)."""
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+    for name, value in content.items():
+        is_empty_section = not value and any(key.startswith(f"{name}.") for key in SCHEMA)
+        if not is_empty_section:
+            yield name, value, str(path)
 
 
 def parse_text(name: str, text: str) -> Any:
     """A value typed after --opts: text as it stands for text keys, else a Python or YAML literal."""
     if name in SCHEMA and isinstance(SCHEMA[name].default, str):
         return text
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return yaml.safe_load(text)
+    for parse in (ast.literal_eval, yaml.safe_load):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError, yaml.YAMLError):
+            return parse(text)
+    return text
 
 
 def checked(name: str, value: Any, source: str) -> Any:
@@ -223,7 +216,7 @@ def checked(name: str, value: Any, source: str) -> Any:
     key = SCHEMA[name]
     if value is None and key.optional:
         return None
-    is_list = isinstance(key.default, list) or name == "AUG.CUTMIX_MINMAX"
+    is_list = isinstance(key.default, list) or key.many
     kind = key.kind or type(key.default[0] if is_list else key.default)
     if is_list and not isinstance(value, list | tuple):
         raise ConfigError(f"{name} {value!r} (in {source}): must be a list of {kind.__name__}")
@@ -269,8 +262,14 @@ def check_together(values: Mapping[str, Any]) -> None:
         refuse("DATA.ZIP_MODE", "zip archives cannot be read yet; unpack them to DATA_PATH/train and DATA_PATH/val")
     if values["MODEL.MLLA.IN_CHANS"] != 3 and not (values["THROUGHPUT_MODE"] or values["PROFILE_MODE"]):
         refuse("MODEL.MLLA.IN_CHANS", "images are read as RGB: must be 3")
-    if (values["AUG.MIXUP"] or values["AUG.CUTMIX"]) and values["DATA.BATCH_SIZE"] % 2:
-        refuse("DATA.BATCH_SIZE", "must be even with mixup or cutmix, which pair images; or set both AUG keys to 0")
+    if values["EVAL_MODE"] or values["THROUGHPUT_MODE"] or values["PROFILE_MODE"]:
+        return  # the rest is about training
+    total_epochs = values["TRAIN.EPOCHS"] + values["TRAIN.COOLDOWN_EPOCHS"]
+    if values["TRAIN.START_EPOCH"] >= total_epochs:
+        refuse("TRAIN.START_EPOCH", f"must be below the number of epochs, {total_epochs}")
+    mixes = values["AUG.MIXUP"] or values["AUG.CUTMIX"] or values["AUG.CUTMIX_MINMAX"]
+    if mixes and values["DATA.BATCH_SIZE"] % 2:
+        refuse("DATA.BATCH_SIZE", "must be even with mixup or cutmix, which pair images; or set those AUG keys to 0")
     if values["EMA.FORCE_CPU"] and values["EMA.ENABLED"] and values["AUG.MESA"]:
         refuse("EMA.FORCE_CPU", "MESA runs the EMA model on every batch; set AUG.MESA to 0 or EMA.FORCE_CPU to False")
 

@@ -6,7 +6,6 @@ python main.py --cfg cfgs/mlla_t.yaml --data-path imagenet --eval --resume mlla_
 """
 
 import os
-import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from yacs.config import CfgNode
@@ -34,11 +32,11 @@ from utils.logger import Progress, RunRecorder, append_records, logger
 from utils.metrics import Scores
 from utils.plots import plot_predictions
 from utils.profiling import profile, profile_table
-from utils.run_folder import open_run_folder, write_config
-from utils.run_state import RunState
+from utils.run_folder import open_run_folder, set_aside_checkpoints, write_config
+from utils.run_state import RunState, seed_everything
 from utils.weights import load_pretrained, load_weights, read_weights
 
-SECOND_VOICE_SECONDS = 10.0
+SECOND_VOICE_SECONDS = 5.0
 
 
 @contextmanager
@@ -75,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_profile(config: CfgNode) -> int:
     with mistakes_in_one_line():
         model = build_model(config)
-    figures = PAPER_FIGURES.get(config.MODEL.NAME)
+    figures = PAPER_FIGURES.get(config.MODEL.NAME) if config.DATA.IMG_SIZE == 224 else None
     parts = profile(model, config.DATA.IMG_SIZE, config.MODEL.MLLA.IN_CHANS)
     print(f"{config.MODEL.NAME}, {config.DATA.IMG_SIZE}x{config.DATA.IMG_SIZE}")
     print(profile_table(parts, (figures.parameters_m, figures.gmacs) if figures else None))
@@ -145,6 +143,8 @@ def run_training(config: CfgNode, process: Process) -> int:
     state, derived = run.state, run.derived
     if state.next_epoch >= derived.total_epochs:
         logger.info("this run is complete; for more raise TRAIN.EPOCHS, for another run name another --tag")
+        if process.is_main and not (run.folder / "predictions.png").exists():
+            draw_predictions(run)
         log_results(run)
         return 0
     log_plan(run)
@@ -182,6 +182,8 @@ def set_up(config: CfgNode, process: Process) -> Run:
     state.resume(folder, explicit=config.MODEL.RESUME, auto=config.TRAIN.AUTO_RESUME)
     if process.is_main and state.next_epoch < derived.total_epochs:
         write_config(folder, config.dump())
+        if config.MODEL.RESUME:
+            set_aside_checkpoints(folder, state.next_epoch)
     return Run(config, process, folder, data, derived, precision, state)
 
 
@@ -261,12 +263,6 @@ def prepare_model(config: CfgNode, process: Process, num_classes: int | None) ->
     seed_everything(config.SEED + process.rank)
     torch.backends.cudnn.benchmark = True
     return model
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def log_plan(run: Run) -> None:

@@ -107,6 +107,7 @@ def make_loader(
         pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
         drop_last=drop_last,
         persistent_workers=config.DATA.NUM_WORKERS > 0,
+        generator=torch.Generator(),  # else each start of an epoch draws from the one that dropout draws from
     )
 
 

@@ -5,7 +5,7 @@ from yacs.config import CfgNode
 
 from models.mlla import MLLA
 
-IMAGENET_CLASSES = 1000
+KNOWN_CLASSES = {"digits": 10, "imagenet": 1000, "folder": 1000}
 
 
 def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
@@ -13,7 +13,7 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
 
     Args:
         config: the whole configuration.
-        num_classes: classes of the data set; without it MODEL.NUM_CLASSES, or else ImageNet's 1000.
+        num_classes: classes of the data set; without it MODEL.NUM_CLASSES, or else 10 for digits, 1000 for others.
 
     Raises:
         ValueError: sizes that do not fit each other, or an unknown MODEL.TYPE.
@@ -25,7 +25,7 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
         img_size=config.DATA.IMG_SIZE,
         patch_size=sizes.PATCH_SIZE,
         in_chans=sizes.IN_CHANS,
-        num_classes=num_classes or config.MODEL.NUM_CLASSES or IMAGENET_CLASSES,
+        num_classes=num_classes or config.MODEL.NUM_CLASSES or KNOWN_CLASSES[config.DATA.DATASET],
         embed_dim=sizes.EMBED_DIM,
         depths=sizes.DEPTHS,
         num_heads=sizes.NUM_HEADS,

@@ -15,7 +15,7 @@ class DepthwiseConv(nn.Conv2d):
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             # oneDNN's 16-bit depthwise backward takes 2 to 10 times as long as its float32 one.
             with torch.autocast("cpu", enabled=False):
-                return super().forward(x.float()).to(x.dtype)
+                return super().forward(x.to(self.weight.dtype)).to(x.dtype)
         return super().forward(x)
 
 

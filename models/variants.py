@@ -9,17 +9,16 @@ from models.mlla import MLLA
 
 
 class PaperFigures(NamedTuple):
-    """What the paper prints for a model at 224x224: millions of parameters, GMACs ("FLOPs"), ImageNet top-1 in %."""
+    """What the paper prints for a model at 224x224: millions of parameters and GMACs ("FLOPs")."""
 
     parameters_m: float
     gmacs: float
-    top1: float
 
 
 PAPER_FIGURES = {
-    "mlla_tiny": PaperFigures(25, 4.2, 83.5),
-    "mlla_small": PaperFigures(43, 7.3, 84.4),
-    "mlla_base": PaperFigures(96, 16.2, 85.3),
+    "mlla_tiny": PaperFigures(25, 4.2),
+    "mlla_small": PaperFigures(43, 7.3),
+    "mlla_base": PaperFigures(96, 16.2),
 }
 
 DEFAULT_CFG = {
@@ -39,6 +38,8 @@ default_cfgs = generate_default_cfgs({name: dict(DEFAULT_CFG) for name in PAPER_
 
 
 def create_variant(name: str, pretrained: bool, sizes: dict[str, Any], **kwargs: Any) -> MLLA:
+    if kwargs.get("features_only"):
+        raise ValueError(f"{name} has no features_only; downstream.backbone.MLLABackbone gives the stages' maps")
     return build_model_with_cfg(MLLA, name, pretrained, **{**sizes, **kwargs})
 
 

@@ -79,7 +79,11 @@ def run(process: Process, batch_size: int, accumulation_steps: int) -> dict[str,
     model.train()  # one more step, in which each process's batch norm sees its own images
     train_step(micro_batches, step=STEPS, learning_rate=0.01)
     digests = [sum(float(v.double().abs().sum()) for v in m.state_dict().values()) for m in (model, ema.module)]
+    images, targets = micro_batches[0]
+    images[0, 0, 0, 0] = float("nan") if process.rank == process.num_processes - 1 else 0.0
+    train_step([(images, targets)], step=STEPS + 1, learning_rate=0.01)
     return {
+        "bad_steps": gather_objects(train_step.check_finite(STEPS + 1)),
         "weights": weights,
         "ema": average,
         "digests": gather_objects(digests),

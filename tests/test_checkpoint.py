@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 def test_highest_epoch_by_number_not_by_time_or_text(tmp_path: Path) -> None:
     for epoch in (9, 10, 2):
-        save_checkpoint(tmp_path / f"ckpt_epoch_{epoch}.pth", {"epoch": epoch})
+        save_checkpoint(tmp_path / f"ckpt_epoch_{epoch}.pth", {"epoch": epoch, "model": {}, "optimizer": {}})
     save_checkpoint(tmp_path / "max_acc.pth", {"epoch": 99})
     assert [epoch for epoch, _ in checkpoints_in(tmp_path)] == [10, 9, 2]
     latest = load_latest(tmp_path)
@@ -36,7 +36,9 @@ def test_highest_epoch_by_number_not_by_time_or_text(tmp_path: Path) -> None:
 
 def test_a_torn_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
     for epoch in (3, 4):
-        save_checkpoint(tmp_path / f"ckpt_epoch_{epoch}.pth", {"epoch": epoch, "model": {"w": torch.zeros(999)}})
+        content = {"epoch": epoch, "optimizer": {}, "model": {"w": torch.zeros(999)}}
+        save_checkpoint(tmp_path / f"ckpt_epoch_{epoch}.pth", content)
+    save_checkpoint(tmp_path / "ckpt_epoch_5.pth", {"model": {}})
     newest = tmp_path / "ckpt_epoch_4.pth"
     newest.write_bytes(newest.read_bytes()[:1000])
     latest = load_latest(tmp_path)
@@ -56,6 +58,7 @@ def test_a_failed_save_leaves_the_former_file(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(path, {"epoch": 1})
     assert load_checkpoint(path) == {"epoch": 0}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_newest_three_and_the_best_are_kept(tmp_path: Path) -> None:
@@ -118,10 +121,11 @@ def test_weights_under_every_name(tmp_path: Path) -> None:
     assert weights_in({"model": weights}, "model") == weights
     assert weights_in({"model": weights}, "state_dict_ema") is None
     assert weights_in(weights, "model") == weights
-    prefixed = {"module.a": weights["a"], "module.layers.0.blocks.0.attn.rope.rotations": torch.zeros(1)}
+    prefixed = {"module.a": weights["a"]}
     assert weights_in({"model": prefixed}, "model") == weights
     torch.save({"state_dict_ema": weights}, tmp_path / "ema.pth")
     assert read_weights(str(tmp_path / "ema.pth")) == (None, weights)
+    assert weights_in({"model": [torch.zeros(3)]}, "model") is None
     torch.save({"epoch": 3}, tmp_path / "none.pth")
     with pytest.raises(CheckpointError, match="found epoch"):
         read_weights(str(tmp_path / "none.pth"))
@@ -137,6 +141,11 @@ def test_weights_of_another_architecture() -> None:
     weights["extra"] = weights.pop("norm.weight")
     with pytest.raises(CheckpointError, match=r"norm.weight is missing; extra is not in the model"):
         load_weights(model, weights, "w.pth")
+
+
+def test_official_rotary_tables_are_no_problem() -> None:
+    model = MLLA(**MICRO, num_classes=10)
+    load_weights(model, {**model.state_dict(), "layers.0.blocks.0.attn.rope.rotations": torch.zeros(1)}, "w.pth")
 
 
 def test_a_head_of_another_width_stays_fresh_only_where_allowed() -> None:

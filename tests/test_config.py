@@ -78,6 +78,14 @@ def test_lists_are_not_shared() -> None:
         (["AUG.SCALE", "[1.0, 0.1]"], "smaller value first"),
         (["AUG.SCALE", "[0.5]"], "two values"),
         (["DATA.ZIP_MODE", "True"], "zip archives cannot be read"),
+        (
+            ["AUG.MIXUP", "0", "AUG.CUTMIX", "0", "AUG.CUTMIX_MINMAX", "[0.2, 0.8]", "DATA.BATCH_SIZE", "7"],
+            "must be even",
+        ),
+        (["TRAIN.START_EPOCH", "300"], "must be below the number of epochs, 300"),
+        (["TRAIN.EPOCHS", "["], "must be of type int"),
+        (["TRAIN.EPOCHS", "{[]: 1}"], "must be of type int"),
+        (["BASE", "['other.yaml']"], "only a configuration file"),
         (["EMA.FORCE_CPU", "True"], "MESA runs the EMA model"),
         (["TAG"], "pairs of KEY VALUE"),
     ],
@@ -90,11 +98,27 @@ def test_mistakes(opts: list[str], message: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("TRAIN: 5", "TRAIN .*: unknown key"), ("a: [", "not a YAML file"), ("- 1", "holds 'KEY: value' lines")],
+    [
+        ("TRAIN: 5", "TRAIN .*: unknown key"),
+        ("a: [", "not a YAML file"),
+        ("- 1", "must hold 'KEY: value' lines"),
+        ("TRAIN: {EPOCHS: 3}\nTRAIN: {}", "TRAIN stands twice"),
+    ],
 )
 def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         load_config(write(tmp_path, "bad.yaml", text))
+    assert "\n" not in str(caught.value)
+
+
+def test_empty_sections_say_nothing(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "empty.yaml", "TRAIN:\nMODEL: {MLLA: }\n")).TRAIN.EPOCHS == 300
+    assert load_config(write(tmp_path, "nothing.yaml", "")).TRAIN.EPOCHS == 300
+
+
+@pytest.mark.parametrize("mode", ["EVAL_MODE", "THROUGHPUT_MODE", "PROFILE_MODE"])
+def test_what_only_training_needs_is_not_asked_of_other_modes(mode: str) -> None:
+    assert load_config("cfgs/mlla_t.yaml", ["DATA.BATCH_SIZE", "1", "EMA.FORCE_CPU", "True", mode, "True"])[mode]
 
 
 def test_missing_and_circular_files(tmp_path: Path) -> None:

@@ -69,6 +69,10 @@ def test_all_processes_hold_the_same_model_and_average(two: dict[str, Any]) -> N
     assert first == second
 
 
+def test_a_loss_that_is_not_finite_on_one_process_stops_all_at_that_step(two: dict[str, Any]) -> None:
+    assert two["bad_steps"] == [4, 4]
+
+
 def test_the_first_process_speaks_for_all() -> None:
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py", "--cfg", "nothere.yaml"]
     done = run_python(*words)

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 ALLOWED = {
-    "config": set(),
+    "config": {"utils"},
     "models": {"models"},
     "data": {"data"},
     "utils": {"utils"},

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from conftest import MICRO, ROOT, make_image_folder, run_python
 
 from models import MLLA
 from utils.checkpoint import load_checkpoint
+from utils.engine import EpochSummary
 
 RunMain = Callable[..., tuple[int, str, str]]
 SMALL = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.NUM_HEADS", "[1, 1, 1, 1]", "TRAIN.WARMUP_EPOCHS", "0"]
@@ -96,12 +98,15 @@ def test_a_complete_run_says_so_and_changes_nothing(finished_run: Path, run_main
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_resuming_ends_where_an_uninterrupted_run_does(run_main: RunMain, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("workers", "dtype", "mesa"), [("0", "bfloat16", "0.0"), ("1", "float16", "1.0")])
+def test_resuming_ends_where_an_uninterrupted_run_does(
+    run_main: RunMain, tmp_path: Path, workers: str, dtype: str, mesa: str
+) -> None:
     """Two epochs, then a third after a restart that finds a torn newer file, against three in one go."""
-    extra = ["AUG.MIXUP", "0.5", "MODEL.DROP_PATH_RATE", "0.2", "MODEL.DROP_RATE", "0.1", "AUG.MESA", "0.0"]
+    extra = ["AUG.MIXUP", "0.5", "MODEL.DROP_PATH_RATE", "0.2", "MODEL.DROP_RATE", "0.1", "AUG.MESA", mesa]
+    extra += ["DATA.NUM_WORKERS", workers, "AMP_DTYPE", dtype]
     assert run_main(*digits(tmp_path / "whole", *extra, epochs=3), "--amp")[0] == 0
-    short = ["TRAIN.COOLDOWN_EPOCHS", "0", *extra]
-    stopped = digits(tmp_path / "parts", *short, epochs=3)
+    stopped = digits(tmp_path / "parts", *extra, epochs=3)
 
     import main
 
@@ -131,15 +136,61 @@ def test_resuming_ends_where_an_uninterrupted_run_does(run_main: RunMain, tmp_pa
         }
 
 
-def test_explicit_resume_wins_and_evaluation_never_resumes_by_itself(finished_run: Path, run_main: RunMain) -> None:
-    config = finished_run / "config.yaml"
-    code, out, _ = run_main("--cfg", config, "--resume", finished_run / "max_acc.pth", "--opts", "TRAIN.EPOCHS", "1")
-    assert f"resumed from {finished_run / 'max_acc.pth'}" in out
-    assert "has checkpoints already" in out
+def test_evaluation_never_resumes_by_itself(finished_run: Path, run_main: RunMain) -> None:
+    assert "evaluation needs weights" in mistake(run_main, "--cfg", finished_run / "config.yaml", "--eval")
+
+
+def test_explicit_resume_wins_and_keeps_what_it_replaces(run_main: RunMain, tmp_path: Path) -> None:
+    folder = tmp_path / "mlla_digits" / "default"
+    assert run_main(*digits(tmp_path, epochs=3))[0] == 0
+    first, best = folder / "ckpt_epoch_0.pth", (folder / "max_acc.pth").read_bytes()
+    old = {path.name: path.read_bytes() for path in folder.glob("ckpt_epoch_[12].pth")}
+    old_lines = (folder / "metrics.jsonl").read_text().splitlines()
+    settings = ["TRAIN.WEIGHT_DECAY", "0.3", "TRAIN.OPTIMIZER.BETAS", "[0.5, 0.9]"]
+    code, out, _ = run_main("--resume", first, *digits(tmp_path, *settings, epochs=2))
     assert code == 0
-    code, _, err = run_main("--cfg", config, "--eval")
-    assert code == 2
-    assert "evaluation needs weights" in err
+    assert f"resumed from {first}" in out
+    aside = folder / "replaced_1"
+    assert f"what this one replaces is kept in {aside}" in out
+    assert {path.name: path.read_bytes() for path in aside.glob("ckpt_*.pth")} == old
+    assert (aside / "max_acc.pth").read_bytes() == best
+    assert (folder / "metrics_replaced.jsonl").read_text().splitlines() == old_lines[1:]
+    assert [record["epoch"] for record in records_of(folder)] == [0, 1]
+    assert sorted(path.name for path in folder.glob("ckpt_*.pth")) == ["ckpt_epoch_0.pth", "ckpt_epoch_1.pth"]
+    groups = load_checkpoint(folder / "ckpt_epoch_1.pth")["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]  # the new settings, not the checkpoint's
+    assert groups[0]["betas"] == (0.5, 0.9)
+
+
+def test_a_checkpoint_of_another_optimizer(run_main: RunMain, finished_run: Path, tmp_path: Path) -> None:
+    words = ["--cfg", finished_run / "config.yaml", "--output", tmp_path, "--resume", finished_run / "max_acc.pth"]
+    message = mistake(run_main, *words, "--opts", "TRAIN.OPTIMIZER.NAME", "sgd")
+    assert "was trained with another TRAIN.OPTIMIZER.NAME" in message
+
+
+def test_mesa_starts_after_a_quarter_of_the_epochs(
+    run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import main
+
+    seen = []
+
+    def note(*_: object, use_mesa: bool, **__: object) -> EpochSummary:
+        seen.append(use_mesa)
+        return EpochSummary(0.0, 0.0, 0.0, 0.0)
+
+    monkeypatch.setattr(main, "train_one_epoch", note)
+    assert run_main(*digits(tmp_path, "TRAIN.COOLDOWN_EPOCHS", "1", "AUG.MESA", "1.0", epochs=4))[0] == 0
+    assert seen == [False, True, True, True, True]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_evaluation(run_main: RunMain, finished_run: Path, tmp_path: Path) -> None:
+    words = ["--cfg", finished_run / "config.yaml", "--output", tmp_path, "--eval", "--resume"]
+    plain = run_main(*words, finished_run / "max_acc.pth", "--no-amp")[1]
+    compiled = run_main(*words, finished_run / "max_acc.pth", "--no-amp", "--opts", "TEST.COMPILE", "default")[1]
+    assert len(SCORES.findall(plain)) == 2
+    assert SCORES.findall(compiled) == SCORES.findall(plain)
 
 
 def test_another_configuration_keeps_the_former_one(run_main: RunMain, tmp_path: Path) -> None:
@@ -165,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run_main: RunMain, tmp_path: Pa
     words[words.index("TRAIN.BASE_LR") + 1] = "1e38"
     code, out, _ = run_main(*words)
     assert code == 1
-    assert re.search(r"not finite in epoch 0, step \d \(step \d of the run\), learning rate 2.500e\+37", out)
+    assert re.search(r"not finite in epoch 1, step \d \(step \d of the run\), learning rate 2.500e\+37", out)
     assert not list((tmp_path / "mlla_digits" / "default").glob("*.pth"))
 
 
@@ -260,6 +311,7 @@ def test_mistakes_on_the_command_line(run_main: RunMain) -> None:
     assert "must be at least 1" in mistake(run_main, *digits, "--batch-size", "0")
     assert "heads and 4 must divide" in mistake(run_main, *digits, "--opts", "MODEL.MLLA.NUM_HEADS", "[3, 3, 3, 3]")
     assert "zip archives" in mistake(run_main, *digits, "--zip")
+    assert "TRAIN.EPOCH " in mistake(run_main, *digits, "--opts", "TRAIN.EPOCH", "3", "--opts", "TAG", "x")
 
 
 def test_mistakes_in_paths(run_main: RunMain, tmp_path: Path) -> None:
@@ -268,6 +320,9 @@ def test_mistakes_in_paths(run_main: RunMain, tmp_path: Path) -> None:
     digits = ("--cfg", "cfgs/digits.yaml")
     assert "no folder" in mistake(run_main, "--data-path", tmp_path, *tiny)
     make_image_folder(tmp_path, train=1, val=1)
+    (tmp_path / "val").rename(tmp_path / "test")
+    assert f"no folder {tmp_path / 'val'}" in mistake(run_main, "--data-path", tmp_path, *tiny)
+    (tmp_path / "test").rename(tmp_path / "val")
     (tmp_path / "train" / "cat" / "0.jpg").unlink()
     assert "cat: a class folder without images" in mistake(run_main, "--data-path", tmp_path, *tiny)
     (tmp_path / "file").write_text("no folder")

@@ -25,6 +25,23 @@ def test_frozen_parameters_are_left_out() -> None:
     assert [len(group["params"]) for group in parameter_groups(model, 0.1)] == [1, 0]
 
 
+def test_sgd_whose_first_step_is_skipped() -> None:
+    """The next step is that of a fresh optimizer; the momentum is not whatever was in memory."""
+    results = []
+    for skips in (0, 1, 3):
+        parameter = torch.nn.Parameter(torch.ones(1000))
+        optimizer = make_optimizer("sgd", [{"params": [parameter]}], momentum=0.9)
+        optimizer.param_groups[0]["lr"] = 0.1
+        for skip in [True] * skips + [False, False]:
+            parameter.grad = torch.full((1000,), 2.0)
+            optimizer.found_inf = torch.tensor(float(skip))  # type: ignore[attr-defined]
+            optimizer.step()
+        results.append(parameter.detach())
+    # By hand, Nesterov: momenta 2 and 3.8, steps 0.1 * (2 + 0.9 * 2) and 0.1 * (2 + 0.9 * 3.8).
+    torch.testing.assert_close(results[0], torch.full((1000,), 1 - 0.38 - 0.542))
+    assert all(result.equal(results[0]) for result in results)
+
+
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_found_inf_leaves_everything_unchanged(name: str) -> None:
     parameter = torch.nn.Parameter(torch.ones(3))

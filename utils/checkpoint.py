@@ -24,10 +24,14 @@ class CheckpointError(ValueError):
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write under a temporary name in the same folder, flush to disk, rename: the name always holds a whole file."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     temporary.replace(path)
 
 
@@ -74,7 +78,10 @@ def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint of the highest epoch that can be read, or None where there is none; says which it passed over."""
     for _, path in checkpoints_in(folder):
         try:
-            return path, load_checkpoint(path)
+            content = load_checkpoint(path)
+            if not {"model", "optimizer", "epoch"} <= content.keys():
+                raise CheckpointError(f"{path}: is not a checkpoint of a run")
+            return path, content
         except CheckpointError as error:
             logger.warning("skipped a checkpoint: %s", error)
     return None

@@ -52,11 +52,14 @@ def parse_command_line(description: str, argv: Sequence[str] | None = None) -> t
     """
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file, such as cfgs/mlla_t.yaml")
-    parser.add_argument("--opts", nargs="+", default=[], metavar=("KEY", "VALUE"), help="settings over the file's")
+    parser.add_argument(
+        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="settings over the file's"
+    )
     for flag, (key, about) in TEXT_FLAGS.items():
-        parser.add_argument(flag, dest=key, help=about)
+        parser.add_argument(flag, dest=key, metavar="TEXT", help=about)
     for flag, (key, kind, about) in NUMBER_FLAGS.items():
-        parser.add_argument(flag, flag.replace("local-rank", "local_rank"), dest=key, type=kind, help=about)
+        aliases = ["--local_rank"] if flag == "--local-rank" else []  # launchers before torch 2.0 write it so
+        parser.add_argument(flag, *aliases, dest=key, type=kind, metavar="NUMBER", help=about)
     for flag, (key, about) in SWITCHES.items():
         parser.add_argument(flag, dest=key, action=argparse.BooleanOptionalAction, help=about)
     arguments = vars(parser.parse_args(argv))

@@ -120,8 +120,3 @@ def gather_objects(item: Any) -> list[Any]:
     items: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(items, item)
     return items
-
-
-def wait_for_all() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -20,6 +20,7 @@ from utils.metrics import ClassificationMeter, Scores
 
 Batch = tuple[Tensor, Tensor]
 NEVER = 2**62  # a step that no run reaches
+SMALLEST_SCALE = 1e-4  # of the loss for float16; about thirty steps in a row have overflowed
 
 
 class NonFiniteLossError(RuntimeError):
@@ -36,8 +37,9 @@ class StepResult(NamedTuple):
 class TrainStep:
     """One optimizer step: forward, backward, clip, update, EMA. It never waits for the device.
 
-    A step whose loss is not finite (or, but for float16, whose gradient is not) leaves the weights unchanged, and so do
-    all later steps: the device itself carries the verdict to the fused optimizer. `check_finite` tells the host.
+    A step whose loss is not finite leaves the weights unchanged, and so do all later steps: the device itself carries
+    the verdict to the fused optimizer. `check_finite` tells the host. A gradient that is not finite counts the same but
+    with float16, where the scaler leaves that step out and goes on with a smaller scale.
 
     Args:
         model: the network, in DDP where there are several processes.
@@ -68,6 +70,7 @@ class TrainStep:
         self.buffers = [buffer for buffer in unwrap(model).buffers() if buffer.is_floating_point()]
         device = self.parameters[0].device
         self.is_halted = torch.zeros((), dtype=torch.float32, device=device)
+        self.alive = torch.ones((), dtype=torch.float32, device=device)  # NaN once halted, which the scaler sees
         self.first_bad_step = torch.full((), NEVER, dtype=torch.int64, device=device)
 
     def __call__(
@@ -85,7 +88,7 @@ class TrainStep:
             is_last = i == len(micro_batches) - 1
             with nullcontext() if is_last else without_sync(self.model):
                 micro_loss = self.forward(images, targets, use_mesa) / len(micro_batches)
-                self.precision.scaler.scale(micro_loss).backward()
+                self.precision.scaler.scale(micro_loss * self.alive).backward()
             loss = loss + micro_loss.detach()
 
         scaler = self.precision.scaler
@@ -116,13 +119,20 @@ class TrainStep:
         is_bad = ~torch.isfinite(verdict)
         self.first_bad_step = torch.where(is_bad, self.first_bad_step.clamp(max=step), self.first_bad_step)
         self.is_halted = torch.maximum(self.is_halted, is_bad.to(self.is_halted.dtype))
-        if not self.precision.scaler.is_enabled():
+        if self.precision.scaler.is_enabled():
+            self.alive = self.alive.masked_fill(is_bad, float("nan"))
+        else:
             self.optimizer.found_inf = self.is_halted  # type: ignore[attr-defined]
 
-    def check_finite(self) -> int | None:
-        """The first step on any process that was not finite, or None. Waits for the device and for all processes."""
-        step = int(min_over_processes(self.first_bad_step.clone()))
-        return None if step == NEVER else step
+    def check_finite(self, step: int) -> int | None:
+        """The first step on any process that was not finite, or None. Waits for the device and for all processes.
+
+        `step` is the present one: it is to blame where float16 has overflowed too often in a row to recover.
+        """
+        first = int(min_over_processes(self.first_bad_step.clone()))
+        if first == NEVER and self.precision.scaler.get_scale() < SMALLEST_SCALE:
+            return step
+        return None if first == NEVER else first
 
 
 @dataclass(frozen=True)
@@ -132,7 +142,6 @@ class EpochSummary:
     train_loss: float
     grad_norm: float
     lr: float
-    train_seconds: float
     images_per_second: float
 
 
@@ -171,7 +180,7 @@ def train_one_epoch(
         num_images += sum(len(images) for images, _ in micro_batches) * process.num_processes
         is_last = index == steps - 1
         if is_last or (index + 1) % print_freq == 0:
-            bad_step = train_step.check_finite()
+            bad_step = train_step.check_finite(step)
             if bad_step is not None:
                 raise NonFiniteLossError(describe_bad_step(bad_step, steps, schedule))
             loss_sum, norm_sum, num_norms = sum_over_processes(sums.clone()).tolist()
@@ -185,14 +194,14 @@ def train_one_epoch(
                 rate=num_images / seconds,
                 seconds=seconds,
             )
-    return EpochSummary(loss, norm_sum / max(num_norms, 1), rate, seconds, num_images / seconds)
+    return EpochSummary(loss, norm_sum / max(num_norms, 1), rate, num_images / seconds)
 
 
 def describe_bad_step(step: int, steps_per_epoch: int, schedule: Schedule) -> str:
     return (
-        f"the loss or gradient is not finite in epoch {step // steps_per_epoch}, step {step % steps_per_epoch} (step "
-        f"{step} of the run), learning rate {schedule.rate_of_step(step):.3e}; the run stops, and its checkpoints "
-        f"are from before. Lower TRAIN.BASE_LR or TRAIN.CLIP_GRAD, or try AMP_DTYPE bfloat16 or no AMP"
+        f"the loss or gradient is not finite in epoch {step // steps_per_epoch + 1}, step {step % steps_per_epoch + 1} "
+        f"(step {step + 1} of the run), learning rate {schedule.rate_of_step(step):.3e}; the run stops, its "
+        f"checkpoints are from before. Lower TRAIN.BASE_LR or TRAIN.CLIP_GRAD, or try AMP_DTYPE bfloat16 or no AMP"
     )
 
 

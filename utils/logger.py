@@ -33,11 +33,11 @@ class TerminalHandler(logging.Handler):
 
 
 def start_logging(folder: Path | None, rank: int) -> None:
-    """Log to the terminal (the first process; others only warnings) and to <folder>/log_rank<rank>.txt."""
+    """Log to the terminal (the first process; others only errors) and to <folder>/log_rank<rank>.txt."""
     logger.handlers.clear()
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    terminal = TerminalHandler()
+    terminal = TerminalHandler(logging.INFO if rank == 0 else logging.ERROR)
     terminal.setFormatter(logging.Formatter("%(asctime)s | %(message)s", "%H:%M:%S"))
     logger.addHandler(terminal)
     if folder is not None:

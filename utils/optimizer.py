@@ -41,5 +41,10 @@ def make_optimizer(
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, eps=eps, betas=(betas[0], betas[1]), fused=True)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=momentum > 0, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=momentum > 0, fused=True)
+        if momentum > 0:
+            # Fused SGD leaves them uninitialised where `found_inf` skips the first step.
+            for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     raise ValueError(f"optimizer {name!r}: known are adamw and sgd")

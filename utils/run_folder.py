@@ -1,12 +1,10 @@
 """Where a run's results go, and the configuration that is kept beside them."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+from utils.checkpoint import checkpoints_in, link_checkpoint
 from utils.logger import logger, start_logging
+from utils.yaml_file import read_yaml
 
 
 def open_run_folder(output: str, name: str, tag: str, *, rank: int) -> Path:
@@ -27,20 +25,47 @@ def open_run_folder(output: str, name: str, tag: str, *, rank: int) -> Path:
 def write_config(folder: Path, text: str) -> None:
     """Write config.yaml, for `--cfg` to read again; a former one that differs is kept under another name."""
     path = folder / "config.yaml"
-    if path.exists() and (former := path.read_text()) != text:
-        number = 1
-        while (backup := folder / f"config_{number}.yaml").exists():
-            number += 1
+    temporary = folder / "config.yaml.tmp"
+    temporary.write_text(text)
+    if path.exists() and path.read_bytes() != temporary.read_bytes():
+        backup = unused_name(folder, "config_{}.yaml")
         path.rename(backup)
-        changes = "; ".join(differences(yaml.safe_load(former), yaml.safe_load(text)))
-        logger.warning("the configuration changed, the former one is kept as %s: %s", backup, changes)
-    path.write_text(text)
+        logger.warning(
+            "the configuration changed, the former one is kept as %s: %s", backup, differences(backup, temporary)
+        )
+    temporary.replace(path)
 
 
-def differences(former: Any, present: Any, name: str = "") -> Iterator[str]:
-    """What differs between two nested dictionaries, as "SECTION.KEY former -> present"."""
-    if isinstance(former, dict) and isinstance(present, dict):
-        for key in sorted({*former, *present}):
-            yield from differences(former.get(key), present.get(key), f"{name}.{key}" if name else key)
-    elif former != present:
-        yield f"{name} {former} -> {present}"
+def differences(former: Path, present: Path) -> str:
+    """What differs between two configuration files, as "SECTION.KEY former -> present; ..."."""
+    try:
+        old, new = read_yaml(former), read_yaml(present)
+    except ValueError:  # a run was killed while it wrote the file
+        return "the former one cannot be read"
+    changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    return "; ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in changed)
+
+
+def set_aside_checkpoints(folder: Path, from_epoch: int) -> None:
+    """Before a run goes on from a file of the user's choice: move the checkpoints of epochs that run again to a folder
+    replaced_<n>, and keep a second name of the best ones there, so that nothing is lost.
+    """
+    later = [path for epoch, path in checkpoints_in(folder) if epoch >= from_epoch]
+    best = [path for path in (folder / "max_acc.pth", folder / "max_ema_acc.pth") if path.exists()]
+    if not later and not best:
+        return
+    target = unused_name(folder, "replaced_{}")
+    target.mkdir()
+    for path in later:
+        path.rename(target / path.name)
+    for path in best:
+        link_checkpoint(path, target / path.name)
+    logger.warning("%s held a run already; what this one replaces is kept in %s", folder, target)
+
+
+def unused_name(folder: Path, pattern: str) -> Path:
+    """The first of pattern.format(1), pattern.format(2), ... that is not there yet."""
+    number = 1
+    while (path := folder / pattern.format(number)).exists():
+        number += 1
+    return path

@@ -55,16 +55,13 @@ class RunState:
         Raises:
             CheckpointError: the checkpoint does not fit, a run would be overwritten, or processes see different files.
         """
-        existing = checkpoints_in(folder)
         if explicit:
             self.restore(load_checkpoint(explicit), explicit)
             logger.info("resumed from %s", explicit)
-            if existing:
-                logger.warning("%s has checkpoints already; those of epochs that run again will be replaced", folder)
         elif auto and (latest := load_latest(folder)) is not None:
             self.restore(latest[1], str(latest[0]))
             logger.info("resumed from %s", latest[0])
-        elif existing and not auto:
+        elif not auto and checkpoints_in(folder):
             raise CheckpointError(
                 f"TRAIN.AUTO_RESUME False: {folder} holds a run, which would be overwritten; name another --tag"
             )
@@ -87,10 +84,9 @@ class RunState:
         if "optimizer" not in content:
             logger.info("%s holds weights only: optimizer and epoch start afresh", source)
             return
-        try:
-            self.optimizer.load_state_dict(content["optimizer"])
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{source}: its optimizer state does not fit TRAIN.OPTIMIZER: {error}") from error
+        if "epoch" not in content:
+            raise CheckpointError(f"{source}: holds an optimizer but no epoch; not a checkpoint of a run")
+        self.restore_optimizer(content["optimizer"], source)
         if content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])
         self.next_epoch = content["epoch"] + 1
@@ -104,6 +100,27 @@ class RunState:
                 "%s was written by %d processes, now there are %d: dropout and mixup draw other random numbers",
                 *(source, len(states), self.process.num_processes),
             )
+
+    def restore_optimizer(self, saved: dict[str, Any], source: str) -> None:
+        """Take over the optimizer's moments; its settings stay those of the configuration."""
+        groups = self.optimizer.param_groups
+        kind = {"betas", "momentum"} & set(groups[0])
+        if kind != {"betas", "momentum"} & set(saved["param_groups"][0]):
+            raise CheckpointError(f"{source}: was trained with another TRAIN.OPTIMIZER.NAME; set it as it was then")
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        try:
+            self.optimizer.load_state_dict(saved)
+        except ValueError as error:
+            raise CheckpointError(f"{source}: its optimizer state does not fit this model: {error}") from error
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed this process's random number generators, those of its GPUs too."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

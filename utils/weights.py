@@ -9,7 +9,6 @@ from utils.checkpoint import CheckpointError, load_checkpoint
 Weights = dict[str, Tensor]
 
 MAX_KEYS_SHOWN = 5
-DERIVED = "rope.rotations"  # in official files; follows from the image size
 
 
 def read_weights(path: str) -> tuple[Weights | None, Weights | None]:
@@ -43,14 +42,12 @@ def load_pretrained(model: nn.Module, path: str) -> bool:
 def weights_in(content: dict[str, Any], key: str) -> Weights | None:
     """Weights by name from a file's content: those under `key` ("model" or "state_dict_ema"), or None.
 
-    A bare state_dict counts as "model". Prefixes `module.` are taken off, the official files' rotary tables left out.
+    A bare state_dict counts as "model". Prefixes `module.` are taken off.
     """
-    weights = content.get(key)
-    if weights is None and key == "model" and content and all(isinstance(v, Tensor) for v in content.values()):
-        weights = content
-    if weights is None:
-        return None
-    return {name.removeprefix("module."): v for name, v in weights.items() if not name.endswith(DERIVED)}
+    for weights in (content.get(key), content if key == "model" else None):
+        if isinstance(weights, dict) and weights and all(isinstance(value, Tensor) for value in weights.values()):
+            return {name.removeprefix("module."): value for name, value in weights.items()}
+    return None
 
 
 def load_weights(model: nn.Module, weights: Weights, source: str, *, fresh_head: bool = False) -> bool:
@@ -74,12 +71,13 @@ def load_weights(model: nn.Module, weights: Weights, source: str, *, fresh_head:
     )
     if keep_head:
         weights = {**weights, "head.weight": own["head.weight"], "head.bias": own["head.bias"]}
-    problems = [f"{name} is missing" for name in own if name not in weights]
-    problems += [f"{name} is not in the model" for name in weights if name not in own]
+    misshapen = [name for name in own if name in weights and weights[name].shape != own[name].shape]
+    fitting = {name: value for name, value in weights.items() if name not in misshapen}
+    missing, unexpected = model.load_state_dict(fitting, strict=False)
+    problems = [f"{name} is missing" for name in missing if name not in misshapen]
+    problems += [f"{name} is not in the model" for name in unexpected]
     problems += [
-        f"{name} has shape {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
+        f"{name} has shape {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}" for name in misshapen
     ]
     if problems:
         shown = "; ".join(problems[:MAX_KEYS_SHOWN])
@@ -87,5 +85,4 @@ def load_weights(model: nn.Module, weights: Weights, source: str, *, fresh_head:
             f"{source}: weights of another architecture, {len(problems)} keys do not fit: {shown}"
             f"{'; ...' if len(problems) > MAX_KEYS_SHOWN else ''}; use the --cfg that the weights were trained with"
         )
-    model.load_state_dict(weights)
     return keep_head
