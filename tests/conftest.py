@@ -1,6 +1,9 @@
 """What several test files share: golden numbers, small models, a tiny image folder, and starting main.py."""
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests' tensors are too small to share out
+
 import subprocess
 import sys
 import zlib

@@ -1,10 +1,10 @@
 """main.py as its users run it: training, resuming, evaluating, measuring, and what it says of mistakes."""
 
+import functools
 import json
 import os
 import re
 import shlex
-import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -98,13 +98,13 @@ def test_a_complete_run_says_so_and_changes_nothing(finished_run: Path, run_main
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-@pytest.mark.parametrize(("workers", "dtype", "mesa"), [("0", "bfloat16", "0.0"), ("1", "float16", "1.0")])
+@pytest.mark.parametrize(("workers", "mesa"), [("0", "0.0"), ("1", "1.0")])
 def test_resuming_ends_where_an_uninterrupted_run_does(
-    run_main: RunMain, tmp_path: Path, workers: str, dtype: str, mesa: str
+    run_main: RunMain, tmp_path: Path, workers: str, mesa: str
 ) -> None:
     """Two epochs, then a third after a restart that finds a torn newer file, against three in one go."""
     extra = ["AUG.MIXUP", "0.5", "MODEL.DROP_PATH_RATE", "0.2", "MODEL.DROP_RATE", "0.1", "AUG.MESA", mesa]
-    extra += ["DATA.NUM_WORKERS", workers, "AMP_DTYPE", dtype]
+    extra += ["DATA.NUM_WORKERS", workers]
     assert run_main(*digits(tmp_path / "whole", *extra, epochs=3), "--amp")[0] == 0
     stopped = digits(tmp_path / "parts", *extra, epochs=3)
 
@@ -184,8 +184,11 @@ def test_mesa_starts_after_a_quarter_of_the_epochs(
     assert seen == [False, True, True, True, True]
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-def test_compiled_evaluation(run_main: RunMain, finished_run: Path, tmp_path: Path) -> None:
+def test_compiled_evaluation(
+    run_main: RunMain, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the backend that only traces: generating code takes a minute, and is PyTorch's own matter."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     words = ["--cfg", finished_run / "config.yaml", "--output", tmp_path, "--eval", "--resume"]
     plain = run_main(*words, finished_run / "max_acc.pth", "--no-amp")[1]
     compiled = run_main(*words, finished_run / "max_acc.pth", "--no-amp", "--opts", "TEST.COMPILE", "default")[1]

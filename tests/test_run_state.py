@@ -1,0 +1,63 @@
+import pytest
+import torch
+from torch import nn
+
+from utils.amp import make_precision
+from utils.checkpoint import CheckpointError
+from utils.distributed import Process
+from utils.ema import ModelEma
+from utils.optimizer import make_optimizer, parameter_groups
+from utils.run_state import RunState
+
+CPU = torch.device("cpu")
+
+
+def make_state(optimizer: str = "adamw", width: int = 4) -> RunState:
+    model = nn.Linear(3, width)
+    scaler = make_precision(CPU, amp=True, dtype="float16").scaler
+    groups = parameter_groups(model, 0.05)
+    return RunState(model, ModelEma(model, 0.9), make_optimizer(optimizer, groups), scaler, Process(0, 1, CPU))
+
+
+def stepped(state: RunState) -> RunState:
+    """After a step that overflowed, so that the scale is no longer that of a fresh scaler, and one that did not."""
+    for value in (float("inf"), 1.0):
+        state.scaler.scale(state.model(torch.full((2, 3), value)).sum()).backward()
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad()
+    assert state.ema is not None
+    state.ema.update()
+    state.next_epoch, state.best_acc1, state.best_ema_acc1 = 5, 61.0, 62.0
+    return state
+
+
+def test_everything_comes_back() -> None:
+    state, fresh = stepped(make_state()), make_state()
+    content = state.capture(config="text")
+    fresh.restore(content, "file.pth")
+    assert fresh.scaler.get_scale() == state.scaler.get_scale() == 2.0**15
+    assert (fresh.next_epoch, fresh.best_acc1, fresh.best_ema_acc1) == (5, 61.0, 62.0)
+    again = fresh.capture(config="text")
+    assert str(again) == str(content)
+
+
+def test_weights_alone_start_afresh() -> None:
+    state, fresh = stepped(make_state()), make_state()
+    fresh.restore({"model": state.model.state_dict()}, "file.pth")
+    assert fresh.next_epoch == 0
+    assert fresh.ema is not None
+    assert fresh.ema.module.weight.equal(state.model.weight)  # type: ignore[arg-type, operator, union-attr]
+
+
+def test_what_does_not_fit() -> None:
+    content = stepped(make_state()).capture()
+    with pytest.raises(CheckpointError, match="another architecture"):
+        make_state(width=5).restore(content, "file.pth")
+    with pytest.raises(CheckpointError, match=r"another TRAIN.OPTIMIZER.NAME"):
+        make_state("sgd").restore(content, "file.pth")
+    del content["epoch"]
+    with pytest.raises(CheckpointError, match="no epoch"):
+        make_state().restore(content, "file.pth")
+    with pytest.raises(CheckpointError, match="found epoch, lr"):
+        make_state().restore({"epoch": 1, "lr": 2}, "file.pth")
