@@ -68,7 +68,7 @@ SCHEMA: dict[str, Key] = {
     "DATA.DATA_PATH": Key("", ANY, "folder with train/ and val/, a folder per class in each"),
     "DATA.DATASET": Key("imagenet", one_of("imagenet", "folder", "digits"), "imagenet and folder read DATA_PATH"),
     "DATA.IMG_SIZE": Key(224, at_least(8), "side of the images, pixels"),
-    "DATA.INTERPOLATION": Key("bicubic", one_of("bicubic", "bilinear", "lanczos", "random"), "resizing filter"),
+    "DATA.INTERPOLATION": Key("bicubic", one_of("bicubic", "bilinear", "random"), "resizing filter"),
     "DATA.ZIP_MODE": Key(False, YES_NO, "read zip archives"),
     "DATA.CACHE_MODE": Key("part", one_of("no", "part", "full"), "what to keep in memory of zip archives"),
     "DATA.PIN_MEMORY": Key(True, YES_NO, "page-locked batches, for faster copies to a GPU"),
@@ -267,6 +267,8 @@ def check_together(values: Mapping[str, Any]) -> None:
     total_epochs = values["TRAIN.EPOCHS"] + values["TRAIN.COOLDOWN_EPOCHS"]
     if values["TRAIN.START_EPOCH"] >= total_epochs:
         refuse("TRAIN.START_EPOCH", f"must be below the number of epochs, {total_epochs}")
+    if (sides := values["AUG.CUTMIX_MINMAX"]) and len({int(values["DATA.IMG_SIZE"] * side) for side in sides}) == 1:
+        refuse("AUG.CUTMIX_MINMAX", f"must differ by a pixel at least, at DATA.IMG_SIZE {values['DATA.IMG_SIZE']}")
     mixes = values["AUG.MIXUP"] or values["AUG.CUTMIX"] or values["AUG.CUTMIX_MINMAX"]
     if mixes and values["DATA.BATCH_SIZE"] % 2:
         refuse("DATA.BATCH_SIZE", "must be even with mixup or cutmix, which pair images; or set those AUG keys to 0")

@@ -66,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.EVAL_MODE:
             return run_evaluation(config, process)
         return run_training(config, process)
+    except KeyboardInterrupt:
+        logger.warning("interrupted; the same command goes on from the newest checkpoint, if there is one")
+        return 130
     finally:
         stop_process()
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
 from torchvision import transforms
@@ -30,7 +31,7 @@ def train_transform(
         ValueError: timm does not understand the augmentation policy.
     """
     try:
-        return create_transform(
+        transform = create_transform(
             size,
             is_training=True,
             interpolation=interpolation,
@@ -45,8 +46,22 @@ def train_transform(
             mean=IMAGENET_DEFAULT_MEAN,
             std=IMAGENET_DEFAULT_STD,
         )
-    except (AssertionError, IndexError, KeyError) as error:
+    except (AssertionError, IndexError, KeyError, ValueError) as error:
         raise ValueError(f"AUG.AUTO_AUGMENT {auto_augment!r}: timm cannot read this policy ({error})") from error
+    for step in transform.transforms:
+        policies = getattr(step, "policy", None) or [getattr(step, "ops", [])]
+        for op in (op for policy in policies for op in policy if op.name.startswith("Posterize")):
+            op.aug_fn = posterize
+    return transform
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keep the highest `bits` bits of each value. timm's strongest level asks for none of them, which makes a black
+    image, as it always did; from Pillow 13 on ImageOps.posterize refuses 0.
+    """
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def eval_transform(size: int, *, crop: bool, interpolation: str) -> Callable[[Any], Tensor]:

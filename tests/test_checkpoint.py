@@ -125,7 +125,8 @@ def test_weights_under_every_name(tmp_path: Path) -> None:
     assert weights_in({"model": prefixed}, "model") == weights
     torch.save({"state_dict_ema": weights}, tmp_path / "ema.pth")
     assert read_weights(str(tmp_path / "ema.pth")) == (None, weights)
-    assert weights_in({"model": [torch.zeros(3)]}, "model") is None
+    for odd in ([torch.zeros(3)], {1: torch.zeros(3)}, {"a": 1}, "text", {}):
+        assert weights_in({"model": odd}, "model") is None
     torch.save({"epoch": 3}, tmp_path / "none.pth")
     with pytest.raises(CheckpointError, match="found epoch"):
         read_weights(str(tmp_path / "none.pth"))

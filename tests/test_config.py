@@ -82,6 +82,7 @@ def test_lists_are_not_shared() -> None:
             ["AUG.MIXUP", "0", "AUG.CUTMIX", "0", "AUG.CUTMIX_MINMAX", "[0.2, 0.8]", "DATA.BATCH_SIZE", "7"],
             "must be even",
         ),
+        (["AUG.CUTMIX_MINMAX", "[0.5, 0.5]"], "differ by a pixel"),
         (["TRAIN.START_EPOCH", "300"], "must be below the number of epochs, 300"),
         (["TRAIN.EPOCHS", "["], "must be of type int"),
         (["TRAIN.EPOCHS", "{[]: 1}"], "must be of type int"),

@@ -118,8 +118,7 @@ def test_resuming_ends_where_an_uninterrupted_run_does(
     run_epoch = main.run_epoch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main, "run_epoch", stop_after_two_epochs)
-        with pytest.raises(KeyboardInterrupt):
-            run_main(*stopped, "--amp")
+        assert run_main(*stopped, "--amp")[0] == 130
     folder = tmp_path / "parts" / "mlla_digits" / "default"
     (folder / "ckpt_epoch_7.pth").write_bytes(b"torn")
     code, out, _ = run_main(*stopped, "--amp")
@@ -232,10 +231,11 @@ def test_mesa_without_ema_is_off_and_says_so(run_main: RunMain, tmp_path: Path) 
     assert load_checkpoint(tmp_path / "mlla_digits" / "default" / "max_acc.pth")["state_dict_ema"] is None
 
 
-def test_pretrained_weights_with_another_head(run_main: RunMain, tmp_path: Path, image_folder: Path) -> None:
+def test_pretrained_weights_with_another_head(run_main: RunMain, tmp_path: Path) -> None:
     torch.save({"model": MLLA(**MICRO, num_classes=10).state_dict()}, tmp_path / "weights.pth")
     words = ["--cfg", "cfgs/digits.yaml", "--pretrained", tmp_path / "weights.pth", "--output", tmp_path]
-    words += ["--data-path", image_folder, "--batch-size", "8", "--opts", "DATA.DATASET", "folder", "TRAIN.EPOCHS", "1"]
+    data = make_image_folder(tmp_path / "images", train=8, val=5, classes=("a$", "b$_{"))  # names in predictions.png
+    words += ["--data-path", data, "--batch-size", "8", "--opts", "DATA.DATASET", "folder", "TRAIN.EPOCHS", "1"]
     code, out, _ = run_main(*words, "TRAIN.WARMUP_EPOCHS", "0")
     assert code == 0
     assert "weights.pth, but for the head" in out

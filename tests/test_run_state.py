@@ -57,7 +57,10 @@ def test_what_does_not_fit() -> None:
     with pytest.raises(CheckpointError, match=r"another TRAIN.OPTIMIZER.NAME"):
         make_state("sgd").restore(content, "file.pth")
     del content["epoch"]
-    with pytest.raises(CheckpointError, match="no epoch"):
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
         make_state().restore(content, "file.pth")
+    for part in ({"optimizer": None}, {"rng": None}, {"rng": [{}]}, {"epoch": "5"}, {"max_accuracy": None}):
+        with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+            make_state().restore({**content, "epoch": 5, **part}, "file.pth")
     with pytest.raises(CheckpointError, match="found epoch, lr"):
         make_state().restore({"epoch": 1, "lr": 2}, "file.pth")

@@ -59,6 +59,7 @@ def plot_predictions(
             f"true {label}\npred. {prediction} ({confidence:.0%})",
             fontsize=8,
             color="black" if label == prediction else "red",
+            parse_math=False,  # a class may be called $
         )
     figure.savefig(picture, dpi=110, bbox_inches="tight")
     plt.close(figure)

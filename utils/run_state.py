@@ -84,8 +84,13 @@ class RunState:
         if "optimizer" not in content:
             logger.info("%s holds weights only: optimizer and epoch start afresh", source)
             return
-        if "epoch" not in content:
-            raise CheckpointError(f"{source}: holds an optimizer but no epoch; not a checkpoint of a run")
+        try:
+            self.restore_progress(content, source)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{source}: not a whole checkpoint of a run ({error})") from error
+
+    def restore_progress(self, content: dict[str, Any], source: str) -> None:
+        """Take over all but the weights."""
         self.restore_optimizer(content["optimizer"], source)
         if content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])

@@ -45,9 +45,13 @@ def weights_in(content: dict[str, Any], key: str) -> Weights | None:
     A bare state_dict counts as "model". Prefixes `module.` are taken off.
     """
     for weights in (content.get(key), content if key == "model" else None):
-        if isinstance(weights, dict) and weights and all(isinstance(value, Tensor) for value in weights.values()):
+        if isinstance(weights, dict) and weights and all(map(is_weight, weights.items())):
             return {name.removeprefix("module."): value for name, value in weights.items()}
     return None
+
+
+def is_weight(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
 def load_weights(model: nn.Module, weights: Weights, source: str, *, fresh_head: bool = False) -> bool:
