@@ -46,6 +46,7 @@ def one_of(*values: object) -> Rule:
 ANY = Rule("any", lambda _: True)
 YES_NO = Rule("true or false", lambda _: True)
 FRACTION = between(0, 1)
+COMPILE_MODE = one_of("off", "default", "reduce-overhead", "max-autotune")
 POLICY = Rule(
     "none, rand-..., augmix-..., original, v0 or 3a",
     lambda value: value.split("-")[0] in ("none", "rand", "augmix", "original", "originalr", "v0", "v0r", "3a"),
@@ -128,9 +129,7 @@ SCHEMA: dict[str, Key] = {
     "AUG.MIXUP_MODE": Key("batch", one_of("batch", "pair", "elem"), "what shares one mixing ratio"),
     "AUG.MESA": Key(0.0, at_least(0), "weight of the EMA model's output as a second target; 0: off"),
     "TEST.CROP": Key(True, YES_NO, "resize the short side to 256/224 of the size and crop; else resize both sides"),
-    "TEST.COMPILE": Key(
-        "off", one_of("off", "default", "reduce-overhead", "max-autotune"), "torch.compile in --eval and --throughput"
-    ),
+    "TEST.COMPILE": Key("off", COMPILE_MODE, "torch.compile in --eval and --throughput"),
     "AMP": Key(False, YES_NO, "16-bit autocast"),
     "AMP_DTYPE": Key("auto", one_of("auto", "float16", "bfloat16"), "auto: bfloat16 where the device has it"),
     "OUTPUT": Key("output", Rule("not empty", bool), "results go to OUTPUT/MODEL.NAME/TAG"),
@@ -220,10 +219,10 @@ def checked(name: str, value: Any, source: str) -> Any:
     kind = key.kind or type(key.default[0] if is_list else key.default)
     if is_list and not isinstance(value, list | tuple):
         raise ConfigError(f"{name} {value!r} (in {source}): must be a list of {kind.__name__}")
-    result = [coerced(name, item, kind, source) for item in value] if is_list else coerced(name, value, kind, source)
-    if not all(key.rule.holds(item) for item in (result if is_list else [result])):
+    items = [coerced(name, item, kind, source) for item in (value if is_list else [value])]
+    if not all(map(key.rule.holds, items)):
         raise ConfigError(f"{name} {value!r} (in {source}): must be {key.rule.text}")
-    return result
+    return items if is_list else items[0]
 
 
 def coerced(name: str, value: Any, kind: type, source: str) -> Any:
@@ -231,8 +230,7 @@ def coerced(name: str, value: Any, kind: type, source: str) -> Any:
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
             value = float(value)
-    is_finite = not isinstance(value, float) or math.isfinite(value)
-    if type(value) is not kind or not is_finite:
+    if type(value) is not kind or value in (math.inf, -math.inf) or value != value:
         raise ConfigError(f"{name} {value!r} (in {source}): must be of type {kind.__name__}")
     return value
 
@@ -264,9 +262,8 @@ def check_together(values: Mapping[str, Any]) -> None:
         refuse("MODEL.MLLA.IN_CHANS", "images are read as RGB: must be 3")
     if values["EVAL_MODE"] or values["THROUGHPUT_MODE"] or values["PROFILE_MODE"]:
         return  # the rest is about training
-    total_epochs = values["TRAIN.EPOCHS"] + values["TRAIN.COOLDOWN_EPOCHS"]
-    if values["TRAIN.START_EPOCH"] >= total_epochs:
-        refuse("TRAIN.START_EPOCH", f"must be below the number of epochs, {total_epochs}")
+    if values["TRAIN.START_EPOCH"] >= (epochs := values["TRAIN.EPOCHS"] + values["TRAIN.COOLDOWN_EPOCHS"]):
+        refuse("TRAIN.START_EPOCH", f"must be below the number of epochs, {epochs}")
     if (sides := values["AUG.CUTMIX_MINMAX"]) and len({int(values["DATA.IMG_SIZE"] * side) for side in sides}) == 1:
         refuse("AUG.CUTMIX_MINMAX", f"must differ by a pixel at least, at DATA.IMG_SIZE {values['DATA.IMG_SIZE']}")
     mixes = values["AUG.MIXUP"] or values["AUG.CUTMIX"] or values["AUG.CUTMIX_MINMAX"]
