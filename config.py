@@ -43,9 +43,9 @@ def one_of(*values: object) -> Rule:
     return Rule("one of " + ", ".join(map(str, values)), lambda value: value in values)
 
 
-ANY = Rule("any", lambda _: True)
-YES_NO = Rule("true or false", lambda _: True)
+ANY, YES_NO = Rule("any", lambda _: True), Rule("true or false", lambda _: True)
 FRACTION = between(0, 1)
+BELOW_ONE = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
 COMPILE_MODE = one_of("off", "default", "reduce-overhead", "max-autotune")
 POLICY = Rule(
     "none, rand-..., augmix-..., original, v0 or 3a",
@@ -108,7 +108,7 @@ SCHEMA: dict[str, Key] = {
     "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, FRACTION, "factor of each decay of step"),
     "TRAIN.OPTIMIZER.NAME": Key("adamw", one_of("adamw", "sgd"), "sgd is with Nesterov momentum"),
     "TRAIN.OPTIMIZER.EPS": Key(1e-8, above(0), "AdamW's epsilon"),
-    "TRAIN.OPTIMIZER.BETAS": Key([0.9, 0.999], FRACTION, "AdamW's two decay rates"),
+    "TRAIN.OPTIMIZER.BETAS": Key([0.9, 0.999], BELOW_ONE, "AdamW's two decay rates"),
     "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, FRACTION, "SGD's momentum"),
     "EMA.ENABLED": Key(True, YES_NO, "keep an exponential moving average of the weights"),
     "EMA.DECAY": Key(0.9996, FRACTION, "per 4096 images; a step uses DECAY ^ (images a step / 4096)"),
@@ -136,7 +136,7 @@ SCHEMA: dict[str, Key] = {
     "TAG": Key("default", Rule("not empty", bool), "tells runs of one model apart"),
     "SAVE_FREQ": Key(1, at_least(1), "epochs between checkpoints"),
     "PRINT_FREQ": Key(10, at_least(1), "steps between lines in the log"),
-    "SEED": Key(0, at_least(0), "of weights, order and augmentation"),
+    "SEED": Key(0, between(0, 2**31), "of weights, order and augmentation"),
     "EVAL_MODE": Key(False, YES_NO, "only evaluate"),
     "THROUGHPUT_MODE": Key(False, YES_NO, "only measure speed, on synthetic images"),
     "PROFILE_MODE": Key(False, YES_NO, "only count parameters and MACs"),
@@ -217,7 +217,7 @@ def checked(name: str, value: Any, source: str) -> Any:
         return None
     is_list = isinstance(key.default, list) or key.many
     kind = key.kind or type(key.default[0] if is_list else key.default)
-    if is_list and not isinstance(value, list | tuple):
+    if is_list and not (isinstance(value, list | tuple) and value):
         raise ConfigError(f"{name} {value!r} (in {source}): must be a list of {kind.__name__}")
     items = [coerced(name, item, kind, source) for item in (value if is_list else [value])]
     if not all(map(key.rule.holds, items)):
@@ -230,6 +230,8 @@ def coerced(name: str, value: Any, kind: type, source: str) -> Any:
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
             value = float(value)
+    if kind is str and value is False:  # YAML reads a bare off or no so
+        value = "off" if SCHEMA[name].rule.holds("off") else "no"
     if type(value) is not kind or value in (math.inf, -math.inf) or value != value:
         raise ConfigError(f"{name} {value!r} (in {source}): must be of type {kind.__name__}")
     return value

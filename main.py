@@ -182,11 +182,10 @@ def set_up(config: CfgNode, process: Process) -> Run:
     ema = build_ema(config, model, derived)
     optimizer = build_optimizer(config, model)
     state = RunState(model, ema, optimizer, precision.scaler, process, next_epoch=config.TRAIN.START_EPOCH)
-    state.resume(folder, explicit=config.MODEL.RESUME, auto=config.TRAIN.AUTO_RESUME)
+    continues = state.resume(folder, explicit=config.MODEL.RESUME, auto=config.TRAIN.AUTO_RESUME)
     if process.is_main and state.next_epoch < derived.total_epochs:
         write_config(folder, config.dump())
-        if config.MODEL.RESUME:
-            set_aside_checkpoints(folder, state.next_epoch)
+        set_aside_checkpoints(folder, state.next_epoch, continues=continues)
     return Run(config, process, folder, data, derived, precision, state)
 
 
@@ -233,8 +232,9 @@ def run_epoch(run: Run, train_step: TrainStep, recorder: RunRecorder | None, epo
                 "memory_mib": peak_memory_mib(process.device),
             }
         )
-        recorder.draw_curves(is_last=epoch + 1 == derived.total_epochs)
     finish_epoch(run, epoch, scores, ema_scores)
+    if recorder is not None:
+        recorder.draw_curves(is_last=epoch + 1 == derived.total_epochs)
 
 
 def finish_epoch(run: Run, epoch: int, scores: Scores, ema_scores: Scores | None) -> None:
@@ -283,6 +283,9 @@ def log_plan(run: Run) -> None:
         f"{config.AUG.MESA} from epoch {derived.mesa_start_epoch + 1}" if run.uses_mesa else "off",
         run.folder,
     )
+    left = derived.ema_decay**derived.schedule_steps  # the initial weights' share of the average at the end
+    if config.EMA.ENABLED and left > 0.1:
+        logger.warning("the EMA will still be %.0f%% initial weights at the end; lower --model-ema-decay", 100 * left)
     if config.AUG.MESA and not config.EMA.ENABLED:
         logger.warning("AUG.MESA %s is off: its teacher is the EMA model, and EMA.ENABLED is False", config.AUG.MESA)
 

@@ -83,6 +83,8 @@ def test_lists_are_not_shared() -> None:
             "must be even",
         ),
         (["AUG.CUTMIX_MINMAX", "[0.5, 0.5]"], "differ by a pixel"),
+        (["MODEL.MLLA.DEPTHS", "[]"], "must be a list of int"),
+        (["TRAIN.OPTIMIZER.BETAS", "[0.9, 1.0]"], "at least 0 and below 1"),
         (["TRAIN.START_EPOCH", "300"], "must be below the number of epochs, 300"),
         (["TRAIN.EPOCHS", "["], "must be of type int"),
         (["TRAIN.EPOCHS", "{[]: 1}"], "must be of type int"),
@@ -110,6 +112,11 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         load_config(write(tmp_path, "bad.yaml", text))
     assert "\n" not in str(caught.value)
+
+
+def test_bare_off_and_no(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "off.yaml", "TEST: {COMPILE: off}\nDATA: {CACHE_MODE: no}\n"))
+    assert (config.TEST.COMPILE, config.DATA.CACHE_MODE) == ("off", "no")
 
 
 def test_empty_sections_say_nothing(tmp_path: Path) -> None:

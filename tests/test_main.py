@@ -161,6 +161,22 @@ def test_explicit_resume_wins_and_keeps_what_it_replaces(run_main: RunMain, tmp_
     assert groups[0]["betas"] == (0.5, 0.9)
 
 
+def test_the_best_checkpoints_outlive_a_new_start_in_their_folder(run_main: RunMain, tmp_path: Path) -> None:
+    folder = tmp_path / "mlla_digits" / "default"
+    assert run_main(*digits(tmp_path, epochs=1))[0] == 0
+    best = (folder / "max_acc.pth").read_bytes()
+    (folder / "ckpt_epoch_0.pth").write_bytes(b"damaged")
+    (folder / "metrics.jsonl").write_text('12\n{"epo')
+    assert run_main(*digits(tmp_path, "SEED", "1", epochs=1))[0] == 0
+    assert (folder / "replaced_1" / "max_acc.pth").read_bytes() == best
+    assert (folder / "replaced_1" / "ckpt_epoch_0.pth").read_bytes() == b"damaged"
+    assert len(records_of(folder)) == 1
+
+
+def test_an_average_that_is_too_slow_is_pointed_out(run_main: RunMain, tmp_path: Path) -> None:
+    assert "lower --model-ema-decay" in run_main(*digits(tmp_path, epochs=1), "--model-ema-decay", "0.9996")[1]
+
+
 def test_a_checkpoint_of_another_optimizer(run_main: RunMain, finished_run: Path, tmp_path: Path) -> None:
     words = ["--cfg", finished_run / "config.yaml", "--output", tmp_path, "--resume", finished_run / "max_acc.pth"]
     message = mistake(run_main, *words, "--opts", "TRAIN.OPTIMIZER.NAME", "sgd")

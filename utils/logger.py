@@ -126,12 +126,12 @@ class RunRecorder:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object a line; a last line that a kill cut short is left out."""
+    """The objects with an epoch in a file of one JSON object a line; lines that a kill cut short are left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-    return records
+    return [record for record in records if isinstance(record, dict) and "epoch" in record]
 
 
 def append_records(path: Path, records: list[dict[str, Any]]) -> None:

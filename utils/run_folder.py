@@ -46,12 +46,12 @@ def differences(former: Path, present: Path) -> str:
     return "; ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in changed)
 
 
-def set_aside_checkpoints(folder: Path, from_epoch: int) -> None:
-    """Before a run goes on from a file of the user's choice: move the checkpoints of epochs that run again to a folder
-    replaced_<n>, and keep a second name of the best ones there, so that nothing is lost.
+def set_aside_checkpoints(folder: Path, from_epoch: int, *, continues: bool) -> None:
+    """Move checkpoints of epochs that run again (or that could not be read) to a folder replaced_<n>, so that nothing
+    is lost. Where the folder's run does not go on but another starts, keep a second name of its best ones there too.
     """
     later = [path for epoch, path in checkpoints_in(folder) if epoch >= from_epoch]
-    best = [path for path in (folder / "max_acc.pth", folder / "max_ema_acc.pth") if path.exists()]
+    best = [] if continues else list(folder.glob("max_*acc.pth"))
     if not later and not best:
         return
     target = unused_name(folder, "replaced_{}")

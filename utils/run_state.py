@@ -49,18 +49,23 @@ class RunState:
             **facts,
         }
 
-    def resume(self, folder: Path, *, explicit: str, auto: bool) -> None:
+    def resume(self, folder: Path, *, explicit: str, auto: bool) -> bool:
         """Go on from the file `explicit` if it is named, else, with `auto`, from the folder's newest whole checkpoint.
+
+        Returns:
+            Whether the folder's own run goes on.
 
         Raises:
             CheckpointError: the checkpoint does not fit, a run would be overwritten, or processes see different files.
         """
+        continues = False
         if explicit:
             self.restore(load_checkpoint(explicit), explicit)
             logger.info("resumed from %s", explicit)
         elif auto and (latest := load_latest(folder)) is not None:
             self.restore(latest[1], str(latest[0]))
             logger.info("resumed from %s", latest[0])
+            continues = True
         elif not auto and checkpoints_in(folder):
             raise CheckpointError(
                 f"TRAIN.AUTO_RESUME False: {folder} holds a run, which would be overwritten; name another --tag"
@@ -68,6 +73,7 @@ class RunState:
         epochs = gather_objects(self.next_epoch)
         if len(set(epochs)) > 1:
             raise CheckpointError(f"{folder}: processes see different checkpoints there; next epochs {epochs}")
+        return continues
 
     def restore(self, content: dict[str, Any], source: str) -> None:
         """Take over a checkpoint's content, or only the weights where there is nothing else in it.
