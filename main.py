@@ -150,7 +150,8 @@ def run_training(config: CfgNode, process: Process) -> int:
             draw_predictions(run)
         log_results(run)
         return 0
-    log_plan(run)
+    if process.is_main:
+        log_plan(run)
     ddp_model = distribute(state.model, process, find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS)
     train_step = build_train_step(config, ddp_model, state.optimizer, state.ema, run.precision)
     recorder = RunRecorder(run.folder, state.next_epoch) if process.is_main else None

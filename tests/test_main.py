@@ -165,6 +165,7 @@ def test_the_best_checkpoints_outlive_a_new_start_in_their_folder(run_main: RunM
     folder = tmp_path / "mlla_digits" / "default"
     assert run_main(*digits(tmp_path, epochs=1))[0] == 0
     best = (folder / "max_acc.pth").read_bytes()
+    (folder / "ckpt_epoch_0.pth").unlink()  # another name of max_acc.pth, which must stay whole
     (folder / "ckpt_epoch_0.pth").write_bytes(b"damaged")
     (folder / "metrics.jsonl").write_text('12\n{"epo')
     assert run_main(*digits(tmp_path, "SEED", "1", epochs=1))[0] == 0
