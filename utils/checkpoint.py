@@ -1,6 +1,5 @@
 """Checkpoints: written whole or not at all, found by epoch, read without running code from the file."""
 
-import logging
 import os
 import re
 import shutil
@@ -10,11 +9,11 @@ from typing import Any
 
 import torch
 
+from utils.logger import logger
+
 KEEP = 3  # newest epochs kept
 UNSAFE = re.compile(r"Unsupported (?:global: GLOBAL|class) (\S+)")
 NAME = re.compile(r"ckpt_epoch_(\d+)\.pth")
-
-logger = logging.getLogger("mlla")
 
 
 class CheckpointError(ValueError):

@@ -65,9 +65,8 @@ def distribute(model: nn.Module, process: Process, *, find_unused_parameters: bo
     if process.num_processes == 1:
         return model
     parameters = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-    sync_buffers = (
-        "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
-    )  # new, old name
+    # torch 2.15 renamed the argument.
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
     return nn.parallel.DistributedDataParallel(
         model,
         device_ids=[process.device] if process.device.type == "cuda" else None,

@@ -32,7 +32,7 @@ class TerminalHandler(logging.Handler):
         sys.stdout.flush()
 
 
-def start_logging(folder: Path | None, rank: int) -> None:
+def start_logging(folder: Path, rank: int) -> None:
     """Log to the terminal (the first process; others only errors) and to <folder>/log_rank<rank>.txt."""
     logger.handlers.clear()
     logger.propagate = False
@@ -40,10 +40,9 @@ def start_logging(folder: Path | None, rank: int) -> None:
     terminal = TerminalHandler(logging.INFO if rank == 0 else logging.ERROR)
     terminal.setFormatter(logging.Formatter("%(asctime)s | %(message)s", "%H:%M:%S"))
     logger.addHandler(terminal)
-    if folder is not None:
-        file = logging.FileHandler(folder / f"log_rank{rank}.txt", delay=rank > 0, encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger.addHandler(file)
+    file = logging.FileHandler(folder / f"log_rank{rank}.txt", delay=rank > 0, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(file)
 
 
 class Progress:
