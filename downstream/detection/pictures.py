@@ -41,7 +41,7 @@ def annotated(image: np.ndarray, found: Found) -> np.ndarray:
         colors=colours,
         width=max(2, min(size) // 250),
         font=font_manager.findfont("DejaVu Sans"),
-        font_size=max(12, min(size) // 32),
+        font_size=max(14, min(size) // 22),
     )
     return picture.permute(1, 2, 0).numpy()
 
