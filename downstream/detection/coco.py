@@ -87,7 +87,7 @@ class CocoImages:
             if image_id not in images or category_id not in labels:
                 field, value = ("category_id", category_id) if image_id in images else ("image_id", image_id)
                 raise ValueError(
-                    f"{self.annotations}: annotation {annotation.get('id')} has {field} {value}: not listed"
+                    f"{self.annotations}: annotation {annotation.get('id')} has {field} {value}, not listed there"
                 )
             if not annotation.get("segmentation"):
                 raise ValueError(

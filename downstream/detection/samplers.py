@@ -63,6 +63,7 @@ class AspectBatches(Sampler[list[SampleKey]]):
     def steps_of(self, order: np.ndarray) -> list[np.ndarray]:
         """The positions of each step: as soon as enough of a kind have come along the order, then what is left."""
         size = self.batch_size * self.micro_batches * self.num_processes
+        order = order[: self.steps * size]  # the others would else always be of the rarer shape
         full, rest = [], []
         for kind in (True, False):
             places = np.flatnonzero(self.is_wide[order] == kind)
@@ -70,8 +71,7 @@ class AspectBatches(Sampler[list[SampleKey]]):
             full += list(places[:whole].reshape(-1, size))
             rest.append(places[whole:])
         full.sort(key=lambda places: int(places[-1]))
-        left = np.concatenate(rest)
-        full += list(left[: len(left) // size * size].reshape(-1, size))
+        full += list(np.concatenate(rest).reshape(-1, size))
         return [order[places] for places in full]
 
     def share_of(self, step: np.ndarray) -> np.ndarray:
