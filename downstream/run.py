@@ -172,6 +172,8 @@ def set_up(
         betas=settings.BETAS,
         momentum=settings.MOMENTUM,
     )
+    if config.TRAIN.COMPILE:
+        model.backbone.compile(dynamic=True)  # type: ignore[operator, union-attr]
     state = RunState(model, ema, optimizer, precision.scaler, process, images_per_step=images_per_step)
     continues = state.resume(folder, explicit=config.MODEL.RESUME, auto=config.TRAIN.AUTO_RESUME)
     run = Run(config, process, folder, data, model, precision)

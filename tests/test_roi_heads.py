@@ -67,7 +67,7 @@ def test_proposals_against_one_level_at_a_time(is_training: bool) -> None:
         limits = limits_of([frame.size], torch.device("cpu"))
         parts = [x.split(lengths) for x in (predictions.logits[image], predictions.deltas[image], predictions.anchors)]
         for logits, deltas, anchors in zip(*parts, strict=True):
-            order = logits.argsort(descending=True)[: 2000 if is_training else 1000]
+            order = logits.argsort(descending=True)[: 240 if is_training else 120]
             boxes = decode(anchors[order], deltas[order], RPN_STDS, limits)
             kept = nms(boxes, logits[order].sigmoid(), 0.7)
             rows += [(float(logits[order][k].sigmoid()), boxes[k]) for k in kept]

@@ -58,6 +58,7 @@ class CocoImages:
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.category_ids = [int(category["id"]) for category in categories]
         self.classes = [str(category["name"]) for category in categories]
+        self.categories = [{"id": i, "name": name} for i, name in zip(self.category_ids, self.classes, strict=True)]
         records = self.records_of(content)
         if for_training:
             records = [r for r in records if len(r.boxes) and min(r.height, r.width) >= MIN_SIDE]

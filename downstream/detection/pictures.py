@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from matplotlib import colormaps, font_manager
+from pycocotools import mask as rle
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 SMALLEST_SIDE = 400  # of a picture, in pixels; smaller images are enlarged by a whole factor
@@ -21,6 +22,19 @@ class Found(NamedTuple):
     masks: np.ndarray
     labels: np.ndarray
     captions: list[str]
+
+
+def found_of(results: Sequence[dict[str, Any]], categories: Sequence[dict[str, Any]], threshold: float = 0.5) -> Found:
+    """COCO results of one image from a score of `threshold` on; categories have id and name."""
+    chosen = [result for result in results if result["score"] >= threshold]
+    numbers = {category["id"]: number for number, category in enumerate(categories)}
+    labels = np.array([numbers[result["category_id"]] for result in chosen], dtype=np.int64)
+    boxes = np.array([result["bbox"] for result in chosen], dtype=np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    encoded = [result["segmentation"] for result in chosen]
+    masks = rle.decode(encoded).transpose(2, 0, 1) if chosen else np.zeros((0, 1, 1))  # (D, H, W)
+    captions = [f"{categories[i]['name']} {r['score']:.2f}" for i, r in zip(labels, chosen, strict=True)]
+    return Found(boxes, masks.astype(bool), labels, captions)
 
 
 def annotated(image: np.ndarray, found: Found) -> np.ndarray:

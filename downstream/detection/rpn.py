@@ -13,7 +13,6 @@ from downstream.detection.matching import RPN_THRESHOLDS, assign, sample
 from downstream.detection.structures import Frame, Size, Target, rows
 
 NMS_THRESHOLD = 0.7
-MAX_PER_LEVEL = {True: 2000, False: 1000}  # candidates before suppression, in training or not
 POSITIVE_FRACTION = 0.5
 
 
@@ -53,7 +52,8 @@ class RPNHead(nn.Module):
     Args:
         width: of the maps.
         samples_per_image: anchors that the losses see in each image.
-        max_proposals: places for proposals in each image.
+        max_proposals: places for proposals in each image. As many candidates of each level are looked at before, twice
+            as many in training.
     """
 
     def __init__(self, width: int, *, samples_per_image: int, max_proposals: int) -> None:
@@ -83,9 +83,10 @@ class RPNHead(nn.Module):
         """The best boxes of each image, after non-maximum suppression within each level."""
         limits = limits_of([frame.size for frame in frames], predictions.logits.device)[:, None]  # (B, 1, 4)
         lengths = [height * width * len(ASPECT_RATIOS) for height, width in predictions.grids]
+        most = self.max_proposals * (2 if self.training else 1)
         levels, chosen, start = [], [], 0
         for level, logits in enumerate(predictions.logits.split(lengths, dim=1)):
-            indices = logits.topk(min(MAX_PER_LEVEL[self.training], lengths[level]), dim=1).indices  # (B, K)
+            indices = logits.topk(min(most, lengths[level]), dim=1).indices  # (B, K)
             chosen.append(indices + start)
             levels.append(torch.full_like(indices[0], level))
             start += lengths[level]

@@ -5,15 +5,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from pycocotools import mask as rle
 from torch import Tensor, nn
 
 from data.samplers import SampleKey
 from downstream.detection.build import DetectionData, build_data, build_detector
-from downstream.detection.coco import CocoImages, Record, bitmap
+from downstream.detection.coco import Record, bitmap
 from downstream.detection.dataset import Batch, collate
 from downstream.detection.evaluation import CocoEvaluator, Result, results_of, table, write_results
-from downstream.detection.pictures import Found, save_comparison
+from downstream.detection.pictures import Found, found_of, save_comparison
 from downstream.detection.transforms import normalise
 from downstream.recipe import WarmupSchedule
 from downstream.run import Run, Task
@@ -113,7 +112,9 @@ class Detection(Task):
         pairs = []
         for index, results in zip(indices, self.find(run, model, batches), strict=True):
             record = images[int(index)]
-            pairs.append((images.read_image(record), truth_of(record, images.classes), shown(results, images)))
+            pairs.append(
+                (images.read_image(record), truth_of(record, images.classes), found_of(results, images.categories))
+            )
         save_comparison(pairs, run.folder / "predictions.png")
 
 
@@ -122,16 +123,3 @@ def truth_of(record: Record, classes: Sequence[str]) -> Found:
     masks = [bitmap(item, record.height, record.width) for item in record.segmentations]
     stacked = np.stack(masks).astype(bool) if masks else np.zeros((0, record.height, record.width), dtype=bool)
     return Found(record.boxes, stacked, record.labels, [classes[label] for label in record.labels])
-
-
-def shown(results: Sequence[Result], images: CocoImages, threshold: float = 0.5) -> Found:
-    """Results from a score of `threshold` on, to draw."""
-    chosen = [result for result in results if result["score"] >= threshold]
-    boxes = np.array([result["bbox"] for result in chosen], dtype=np.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    masks = (
-        rle.decode([result["segmentation"] for result in chosen]).transpose(2, 0, 1) if chosen else np.zeros((0, 1, 1))
-    )
-    labels = np.array([images.category_ids.index(result["category_id"]) for result in chosen], dtype=np.int64)
-    captions = [f"{images.classes[i]} {r['score']:.2f}" for i, r in zip(labels, chosen, strict=True)]
-    return Found(boxes, masks.astype(bool), labels, captions)
