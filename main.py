@@ -34,7 +34,7 @@ from utils.plots import plot_predictions
 from utils.profiling import profile, profile_table
 from utils.run_folder import open_run_folder, set_aside_checkpoints, write_config
 from utils.run_state import RunState, seed_everything
-from utils.weights import load_pretrained, load_weights, read_weights
+from utils.weights import check_classes, load_pretrained, load_weights, read_weights
 
 SECOND_VOICE_SECONDS = 5.0
 
@@ -110,8 +110,9 @@ def run_evaluation(config: CfgNode, process: Process) -> int:
         open_run_folder(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
         data = build_data(config, rank=process.rank, num_processes=process.num_processes)
         model = prepare_model(config, process, len(data.classes))
-        model_weights, ema_weights = read_weights(config.MODEL.RESUME)
-        found = {"model": model_weights, "EMA": ema_weights}
+        weights_file = read_weights(config.MODEL.RESUME)
+        check_classes(weights_file.classes, data.classes, config.MODEL.RESUME)
+        found = {"model": weights_file.model, "EMA": weights_file.average}
         for weights in filter(None, found.values()):
             load_weights(model, weights, config.MODEL.RESUME)  # that both fit is known before either is evaluated
     precision = build_precision(config, process.device)
@@ -177,12 +178,13 @@ def set_up(config: CfgNode, process: Process) -> Run:
     derived = derive(config, num_processes=process.num_processes, num_train_images=data.num_train_images)
     model = prepare_model(config, process, len(data.classes))
     if config.MODEL.PRETRAINED:
-        has_fresh_head = load_pretrained(model, config.MODEL.PRETRAINED)
-        logger.info("weights from %s%s", config.MODEL.PRETRAINED, ", but for the head" if has_fresh_head else "")
+        load_pretrained(model, config.MODEL.PRETRAINED, data.classes)
     precision = build_precision(config, process.device)
     ema = build_ema(config, model, derived)
     optimizer = build_optimizer(config, model)
-    state = RunState(model, ema, optimizer, precision.scaler, process, next_epoch=config.TRAIN.START_EPOCH)
+    state = RunState(
+        model, ema, optimizer, precision.scaler, process, config.TRAIN.START_EPOCH, classes=data.classes
+    )
     continues = state.resume(folder, explicit=config.MODEL.RESUME, auto=config.TRAIN.AUTO_RESUME)
     if process.is_main and state.next_epoch < derived.total_epochs:
         write_config(folder, config.dump())

@@ -21,7 +21,7 @@ def build_optimizer(config: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     settings = config.TRAIN.OPTIMIZER
     return make_optimizer(
         settings.NAME,
-        parameter_groups(model, config.TRAIN.WEIGHT_DECAY),
+        parameter_groups(model, config.TRAIN.WEIGHT_DECAY, layer_decay=config.MODEL.LAYER_DECAY),
         eps=settings.EPS,
         betas=settings.BETAS,
         momentum=settings.MOMENTUM,

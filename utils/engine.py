@@ -81,7 +81,7 @@ class TrainStep:
         `step` counts from the start of the run and is what `check_finite` reports.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)  # layer-wise decay
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros_like(self.is_halted)
         for i, (images, targets) in enumerate(micro_batches):

@@ -1,6 +1,7 @@
 """Everything that the next step of a run depends on, to and from a checkpoint."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils.checkpoint import CheckpointError, checkpoints_in, load_checkpoint, load_latest
+from utils.checkpoint import checkpoints_in, load_latest
 from utils.distributed import Process, gather_objects
 from utils.ema import ModelEma
 from utils.logger import logger
-from utils.weights import load_weights, no_weights_error, weights_in
+from utils.optimizer import matched_state
+from utils.weights import Weights, check_classes, classes_in, load_weights, no_weights_error, weights_in
+from utils.weights_file import CheckpointError, load_checkpoint
 
 
 @dataclass
@@ -24,6 +27,7 @@ class RunState:
         model: not wrapped in DDP.
         next_epoch: the epoch to run next, from 0.
         best_acc1, best_ema_acc1: highest top-1 so far, of the model and of the average, in percent.
+        classes: names of the data's classes by output; None where a checkpoint's are not to be compared with them.
     """
 
     model: nn.Module
@@ -34,6 +38,7 @@ class RunState:
     next_epoch: int = 0
     best_acc1: float = 0.0
     best_ema_acc1: float = 0.0
+    classes: Sequence[str] | None = None
 
     def capture(self, **facts: Any) -> dict[str, Any]:
         """The state as a checkpoint's content, `facts` beside it; called by all processes together."""
@@ -84,6 +89,8 @@ class RunState:
         weights = weights_in(content, "model") or weights_in(content, "state_dict_ema")
         if weights is None:
             raise no_weights_error(source, content)
+        if self.classes is not None:
+            check_classes(classes_in(content), self.classes, source)
         load_weights(self.model, weights, source)
         if self.ema is not None:
             load_weights(self.ema.module, weights_in(content, "state_dict_ema") or weights, source)
@@ -91,13 +98,13 @@ class RunState:
             logger.info("%s holds weights only: optimizer and epoch start afresh", source)
             return
         try:
-            self.restore_progress(content, source)
+            self.restore_progress(content, weights, source)
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{source}: not a whole checkpoint of a run ({error})") from error
 
-    def restore_progress(self, content: dict[str, Any], source: str) -> None:
-        """Take over all but the weights."""
-        self.restore_optimizer(content["optimizer"], source)
+    def restore_progress(self, content: dict[str, Any], weights: Weights, source: str) -> None:
+        """Take over all but the weights, whose order tells that of the optimizer's state."""
+        self.restore_optimizer(content["optimizer"], weights, source)
         if content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])
         self.next_epoch = content["epoch"] + 1
@@ -112,19 +119,17 @@ class RunState:
                 *(source, len(states), self.process.num_processes),
             )
 
-    def restore_optimizer(self, saved: dict[str, Any], source: str) -> None:
+    def restore_optimizer(self, saved: dict[str, Any], weights: Weights, source: str) -> None:
         """Take over the optimizer's moments; its settings stay those of the configuration."""
-        groups = self.optimizer.param_groups
-        kind = {"betas", "momentum"} & set(groups[0])
+        kind = {"betas", "momentum"} & set(self.optimizer.param_groups[0])
         if kind != {"betas", "momentum"} & set(saved["param_groups"][0]):
             raise CheckpointError(f"{source}: was trained with another TRAIN.OPTIMIZER.NAME; set it as it was then")
-        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         try:
-            self.optimizer.load_state_dict(saved)
+            self.optimizer.load_state_dict(matched_state(saved, weights, self.model, self.optimizer))
         except ValueError as error:
-            raise CheckpointError(f"{source}: its optimizer state does not fit this model: {error}") from error
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
+            raise CheckpointError(
+                f"{source}: its optimizer state does not fit: {error}; set TRAIN.FREEZE and MODEL.LAYER_DECAY as then"
+            ) from error
 
 
 def seed_everything(seed: int) -> None:
