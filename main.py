@@ -23,7 +23,14 @@ from data.transforms import denormalise
 from models import PAPER_FIGURES, build_model
 from utils.amp import Precision
 from utils.benchmark import compiled, measure_throughput, peak_memory_mib, throughput_table
-from utils.build import build_ema, build_optimizer, build_precision, build_schedule, build_train_step
+from utils.build import (
+    build_ema,
+    build_optimizer,
+    build_precision,
+    build_schedule,
+    build_train_step,
+    describe_out_of_memory,
+)
 from utils.checkpoint import checkpoint_name, save_under_names
 from utils.command_line import parse_command_line
 from utils.distributed import Process, distribute, start_process, stop_process
@@ -66,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.EVAL_MODE:
             return run_evaluation(config, process)
         return run_training(config, process)
+    except torch.OutOfMemoryError as error:
+        logger.error("process %d: %s", process.rank, describe_out_of_memory(config, error))
+        return 1
     except KeyboardInterrupt:
         logger.warning("interrupted; the same command goes on from the newest checkpoint, if there is one")
         return 130
@@ -182,9 +192,7 @@ def set_up(config: CfgNode, process: Process) -> Run:
     precision = build_precision(config, process.device)
     ema = build_ema(config, model, derived)
     optimizer = build_optimizer(config, model)
-    state = RunState(
-        model, ema, optimizer, precision.scaler, process, config.TRAIN.START_EPOCH, classes=data.classes
-    )
+    state = RunState(model, ema, optimizer, precision.scaler, process, config.TRAIN.START_EPOCH, classes=data.classes)
     continues = state.resume(folder, explicit=config.MODEL.RESUME, auto=config.TRAIN.AUTO_RESUME)
     if process.is_main and state.next_epoch < derived.total_epochs:
         write_config(folder, config.dump())

@@ -10,6 +10,7 @@ from utils.amp import Precision, make_precision
 from utils.ema import ModelEma
 from utils.engine import TrainStep
 from utils.lr_schedule import Schedule
+from utils.memory import out_of_memory_message
 from utils.optimizer import make_optimizer, parameter_groups
 
 
@@ -45,6 +46,19 @@ def build_schedule(config: CfgNode, derived: Any) -> Schedule:
 def build_ema(config: CfgNode, model: nn.Module, derived: Any) -> ModelEma | None:
     """The average with `derived.ema_decay`, or None where it is off; `model` is not wrapped in DDP."""
     return ModelEma(model, derived.ema_decay, config.EMA.FORCE_CPU) if config.EMA.ENABLED else None
+
+
+def describe_out_of_memory(config: CfgNode, error: torch.OutOfMemoryError) -> str:
+    """One line with the batch that did not fit on the GPU and what to lower."""
+    is_training = not (config.EVAL_MODE or config.THROUGHPUT_MODE or config.PROFILE_MODE)
+    return out_of_memory_message(
+        error,
+        batch_size=config.DATA.BATCH_SIZE,
+        image_size=config.DATA.IMG_SIZE,
+        accumulation_steps=config.TRAIN.ACCUMULATION_STEPS if is_training else None,
+        amp=config.AMP,
+        use_checkpoint=config.TRAIN.USE_CHECKPOINT,
+    )
 
 
 def build_train_step(

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from utils.amp import Precision
-from utils.distributed import Process, average_buffers, min_over_processes, sum_over_processes, unwrap, without_sync
+from utils.distributed import (
+    Process,
+    average_buffers,
+    min_over_processes,
+    moving_buffers,
+    sum_over_processes,
+    unwrap,
+    without_sync,
+)
 from utils.ema import ModelEma
 from utils.logger import Progress
 from utils.losses import training_loss
@@ -67,7 +75,7 @@ class TrainStep:
         self.ema = ema
         self.mesa_ratio = mesa_ratio
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.buffers = [buffer for buffer in unwrap(model).buffers() if buffer.is_floating_point()]
+        self.buffers = moving_buffers(unwrap(model))
         device = self.parameters[0].device
         self.is_halted = torch.zeros((), dtype=torch.float32, device=device)
         self.alive = torch.ones((), dtype=torch.float32, device=device)  # NaN once halted, which the scaler sees

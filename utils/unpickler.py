@@ -1,8 +1,8 @@
 """Unpickling that yields plain data only: no import, no call but of a few functions written here.
 
-PyTorch's own `weights_only` unpickler comes first (see utils/weights_file.py). It refuses every file with a class of its
-own in it, as training checkpoints often have: a yacs CfgNode, an argparse.Namespace, NumPy scalars. This one reads those,
-under three rules:
+PyTorch's own `weights_only` unpickler comes first (see utils/weights_file.py). It refuses every file with a class of
+its own in it, as training checkpoints often have: a yacs CfgNode, an argparse.Namespace, NumPy scalars. This one reads
+those, under three rules:
 
 - A name is looked up, whole, in a fixed table. Nothing is imported, and a dot in a name leads nowhere.
 - What the table gives cannot be altered from within a pickle, whose BUILD instruction sets attributes on anything.
