@@ -12,6 +12,7 @@ those, under three rules:
 import pickle
 import re
 import sys
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import PurePosixPath
@@ -23,8 +24,7 @@ import torch
 from torch import Tensor
 
 PLAIN_DTYPE = re.compile(r"[biufc]\d{1,2}|[SU]\d{1,6}")
-OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2's names, which protocol 2 writes
-# Of Python's own modules, names that plain objects of other packages are pickled with; elsewhere they stand for code.
+# Of Python's own modules, those that plain objects of other packages are pickled with, as is builtins.getattr.
 BUILDING_BLOCKS = {"argparse", "collections", "copyreg", "datetime", "decimal", "enum", "functools", "pathlib", "types"}
 
 
@@ -186,10 +186,15 @@ class PlainUnpickler(pickle.Unpickler):
     """
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        name = OLD_MODULES.get(module_name, module_name), global_name
-        if name not in ALLOWED:
-            raise RefusedObjectError(".".join(name))
-        return ALLOWED[name]
+        # Protocol 2 writes Python's own modules under the names that they had in Python 2.
+        module_name, global_name = NAME_MAPPING.get((module_name, global_name), (module_name, global_name))
+        module_name = IMPORT_MAPPING.get(module_name, module_name)
+        if (module_name, global_name) not in ALLOWED:
+            return self.find_unknown(module_name, global_name)
+        return ALLOWED[module_name, global_name]
+
+    def find_unknown(self, module_name: str, global_name: str) -> Any:
+        raise RefusedObjectError(f"{module_name}.{global_name}")
 
 
 class TolerantUnpickler(PlainUnpickler):
@@ -197,17 +202,13 @@ class TolerantUnpickler(PlainUnpickler):
     which are in a file to be called.
     """
 
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        try:
-            return super().find_class(module_name, global_name)
-        except RefusedObjectError:
-            package = OLD_MODULES.get(module_name, module_name).split(".")[0]
-            if global_name == "getattr" and package == "builtins":  # how protocol 2 writes a class's function
-                return Inert
-            is_code = package in sys.stdlib_module_names or package in ("torch", "torchvision", "numpy")
-            if is_code and package not in BUILDING_BLOCKS:
-                raise
-            return Inert
+    def find_unknown(self, module_name: str, global_name: str) -> Any:
+        package = module_name.split(".")[0]
+        is_known = package in sys.stdlib_module_names or package in ("torch", "torchvision", "numpy")
+        is_building_block = package in BUILDING_BLOCKS or (module_name, global_name) == ("builtins", "getattr")
+        if is_known and not is_building_block:
+            super().find_unknown(module_name, global_name)
+        return Inert
 
 
 def pickle_module(*, tolerant: bool) -> Any:
