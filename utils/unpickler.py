@@ -5,7 +5,8 @@ its own in it, as training checkpoints often have: a yacs CfgNode, an argparse.N
 those, under three rules:
 
 - A name is looked up, whole, in a fixed table. Nothing is imported, and a dot in a name leads nowhere.
-- What the table gives cannot be altered from within a pickle, whose BUILD instruction sets attributes on anything.
+- What the table gives cannot be altered from within a pickle, whose BUILD instruction sets attributes on anything but
+  where there is a __setstate__, which is then called: functions are sealed, and all classes have one.
 - Classes of others are replaced by inert stand-ins: dictionaries without methods of their own, or nothing at all.
 """
 
@@ -36,14 +37,7 @@ class RefusedObjectError(pickle.UnpicklingError):
         self.name = name
 
 
-class Sealed(type):
-    """The type of classes whose attributes cannot be set."""
-
-    def __setattr__(cls, name: str, value: object) -> NoReturn:
-        raise pickle.UnpicklingError(f"a pickle tried to set {name} of a class")
-
-
-class Call(metaclass=Sealed):
+class Call:
     """A function that a pickle may call, in a shell that it cannot alter."""
 
     __slots__ = ("function",)
@@ -58,7 +52,7 @@ class Call(metaclass=Sealed):
         raise pickle.UnpicklingError(f"a pickle tried to set {name} of a function")
 
 
-class ConfigNode(dict[Any, Any], metaclass=Sealed):
+class ConfigNode(dict[Any, Any]):
     """Stands for a yacs CfgNode: its keys and values."""
 
     __slots__ = ()
@@ -67,7 +61,7 @@ class ConfigNode(dict[Any, Any], metaclass=Sealed):
         """Whether the node was frozen and the like is of no use."""
 
 
-class Arguments(dict[Any, Any], metaclass=Sealed):
+class Arguments(dict[Any, Any]):
     """Stands for an argparse.Namespace: its attributes, as keys and values."""
 
     __slots__ = ()
@@ -76,7 +70,7 @@ class Arguments(dict[Any, Any], metaclass=Sealed):
         self.update(state)
 
 
-class Inert(metaclass=Sealed):
+class Inert:
     """Stands for an object of which nothing is known. It takes whatever a pickle does with it, and keeps none of it."""
 
     __slots__ = ()
@@ -95,7 +89,7 @@ class Inert(metaclass=Sealed):
     def add(self, item: object) -> None: ...
 
 
-class Dtype(metaclass=Sealed):
+class Dtype:
     """Stands for a numpy.dtype until its byte order is known."""
 
     __slots__ = ("code", "order")
