@@ -16,8 +16,8 @@ from conftest import MICRO, ROOT, make_image_folder, run_python
 
 from models import MLLA
 from utils import losses
-from utils.checkpoint import load_checkpoint
 from utils.trainer import Trainer
+from utils.weights_file import load_checkpoint
 
 RunMain = Callable[..., tuple[int, str, str]]
 SMALL = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.NUM_HEADS", "[1, 1, 1, 1]", "TRAIN.WARMUP_EPOCHS", "0"]

@@ -64,7 +64,9 @@ def matched_state(
             for key, value in entry.items():
                 if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
                     raise ValueError(f"{key} of {name} is {tuple(value.shape)}, the weight {tuple(parameter.shape)}")
-            state[i] = entry
+            state[i] = dict(entry)
+            if "step" in entry:  # a plain number before torch 1.12
+                state[i]["step"] = torch.as_tensor(entry["step"], dtype=torch.float32)
         settings = {key: value for key, value in group.items() if key != "params"}
         groups.append({**settings, "params": list(range(first, first + len(own)))})
         first += len(own)

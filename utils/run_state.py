@@ -136,6 +136,8 @@ class RunState:
         if len(ranks) == process.num_processes:
             self.sums = ranks[process.rank]["sums"]
             restore_rng_state(ranks[process.rank]["rng"], process.device)
+        elif not ranks:  # another program's
+            logger.warning("%s holds no states of random number generators, those of SEED are used", source)
         else:
             if process.is_main:  # whose share now stands for all
                 for rank in ranks:
