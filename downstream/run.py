@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from downstream.pretrained import load_backbone
 from downstream.recipe import WarmupSchedule, parameter_groups
 from downstream.settings import IMAGES_PER_STEP
 from utils.amp import Precision, make_precision
@@ -26,7 +25,7 @@ from utils.run_folder import RunLock, open_run_folder, set_aside_checkpoints, wr
 from utils.run_state import RunState, seed_everything
 from utils.settings import ConfigError
 from utils.trainer import Plan, Trainer
-from utils.weights import load_weights, read_weights
+from utils.weights import check_classes, load_pretrained, load_weights, read_weights
 
 
 class Data(Protocol):
@@ -109,8 +108,9 @@ def run_evaluation(task: Task, config: Any, process: Process) -> int:
         folder = open_run_folder(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
         data = task.open_data(config, process)
         model = prepare_model(task, config, process, len(data.classes))
-        model_weights, ema_weights = read_weights(config.MODEL.RESUME)
-        found = {"model": model_weights, "EMA": ema_weights}
+        weights_file = read_weights(config.MODEL.RESUME, tolerant=True)
+        check_classes(weights_file.classes, data.classes, config.MODEL.RESUME)
+        found = {"model": weights_file.model, "EMA": weights_file.average}
         for weights in filter(None, found.values()):
             load_weights(model, weights, config.MODEL.RESUME)  # that both fit is known before either is evaluated
     run = Run(config, process, folder, data, model, precision_of(config, process))
@@ -160,7 +160,8 @@ def set_up(
     schedule = task.schedule(config, config.TRAIN.BASE_LR * images_per_step / IMAGES_PER_STEP, epochs, steps_per_epoch)
     model = prepare_model(task, config, process, len(data.classes))
     if config.MODEL.PRETRAINED:
-        load_backbone(model.backbone, config.MODEL.PRETRAINED)  # type: ignore[arg-type]
+        backbone: Any = model.backbone
+        load_pretrained(getattr(backbone, "body", backbone), config.MODEL.PRETRAINED)
     precision = precision_of(config, process)
     decay = config.EMA.DECAY ** (images_per_step / IMAGES_PER_STEP)
     ema = ModelEma(model, decay, config.EMA.FORCE_CPU) if config.EMA.ENABLED else None
@@ -175,6 +176,7 @@ def set_up(
     if config.TRAIN.COMPILE:
         model.backbone.compile(dynamic=True)  # type: ignore[operator, union-attr]
     state = RunState(model, ema, optimizer, precision.scaler, process, images_per_step=images_per_step)
+    state.classes = data.classes
     continues = state.resume(folder, explicit=config.MODEL.RESUME, auto=config.TRAIN.AUTO_RESUME)
     run = Run(config, process, folder, data, model, precision)
     if process.is_main and state.progress.epochs < epochs:

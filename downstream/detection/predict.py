@@ -24,7 +24,6 @@ from downstream.detection.evaluation import Result, results_of
 from downstream.detection.pictures import annotated, found_of, save_picture
 from downstream.detection.transforms import normalise
 from utils.amp import make_precision
-from utils.checkpoint import load_checkpoint
 from utils.command_line import Parser
 from utils.launch import mistakes_in_one_line
 from utils.run_folder import unused_name
@@ -76,18 +75,18 @@ def open_detector(config: CfgNode, path: str) -> tuple[list[dict[str, Any]], nn.
     Raises:
         ValueError: it cannot be read, holds no detector, or does not fit the configuration.
     """
-    model_weights, ema_weights = read_weights(path)
-    weights = ema_weights or model_weights or {}
+    found = read_weights(path, tolerant=True)
+    weights = found.average or found.model or {}
     if CLASSIFIER not in weights:
         raise ConfigError(f"{path}: holds no detector, which would have {CLASSIFIER}; --resume names a detector's file")
     model = build_detector(config, num_classes=weights[CLASSIFIER].shape[0] - 1)
     load_weights(model, weights, path)
-    return categories_of(load_checkpoint(path).get("classes"), weights[CLASSIFIER].shape[0] - 1), model
+    return categories_of(found.classes, weights[CLASSIFIER].shape[0] - 1), model
 
 
-def categories_of(names: Any, count: int) -> list[dict[str, Any]]:
+def categories_of(names: Sequence[str] | None, count: int) -> list[dict[str, Any]]:
     """Names that the file holds; COCO's with its ids where it holds none and 80 are needed; else numbers."""
-    if isinstance(names, list) and len(names) == count:
+    if names and len(names) == count:
         return [{"id": number, "name": str(name)} for number, name in enumerate(names, 1)]
     coco = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     listed = [{"id": i, "name": name} for i, name in enumerate(coco) if name not in ("__background__", "N/A")]
