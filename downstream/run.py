@@ -1,5 +1,6 @@
 """Training and evaluation of dense tasks: what their main commands share beside the run loop of utils/trainer.py."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -223,6 +224,26 @@ def prepare_model(task: Task, config: Any, process: Process, num_classes: int) -
 
 def precision_of(config: Any, process: Process) -> Precision:
     return make_precision(process.device, amp=config.AMP, dtype=config.AMP_DTYPE)
+
+
+def describe_out_of_memory(config: Any, error: torch.OutOfMemoryError) -> str:
+    """One line with the batch that did not fit on the GPU, and what asks for less, the mildest remedy first."""
+    capacity = re.search(r"total capacity of ([\d.]+ \w+)", str(error))
+    batch_size, steps = config.DATA.BATCH_SIZE, config.TRAIN.ACCUMULATION_STEPS
+    remedies = [] if config.AMP else ["add --amp"]
+    if not config.EVAL_MODE:
+        can_recompute = config.MODEL.TYPE == "mlla" and not config.TRAIN.USE_CHECKPOINT
+        remedies += ["add --use-checkpoint, which recomputes the blocks"] if can_recompute else []
+        if batch_size > 1:
+            same_step = f"TRAIN.ACCUMULATION_STEPS {2 * steps}"
+            remedies.append(
+                f"lower --batch-size (to {batch_size // 2}, say; with {same_step} a step has as many images)"
+            )
+    remedies.append("lower the sizes of images, AUG.* and TEST.*")
+    return (
+        f"the GPU's memory{f' of {capacity[1]}' if capacity else ''} does not suffice for "
+        f"{'evaluation' if config.EVAL_MODE else f'DATA.BATCH_SIZE {batch_size}'}: {', or '.join(remedies)}"
+    )
 
 
 def batches_of(task: Task, run: Run, epoch: int, first: int) -> Iterator[Any]:

@@ -104,6 +104,18 @@ def test_what_a_run_leaves_behind_and_evaluating_it(run: Run, tmp_path: Path) ->
     assert code == 0
     assert "this run is complete" in out
 
+    # As official files hold them: under state_dict, with rotary tables, and objects of unknown kinds beside them.
+    state = {
+        **weights(tmp_path / "out", "ckpt_epoch_1.pth"),
+        "backbone.layers.0.blocks.0.attn.rope.rotations": torch.ones(2),
+    }
+    torch.save(
+        {"meta": {"CLASSES": ("a", "b"), "config": Path("x.py")}, "state_dict": state}, tmp_path / "official.pth"
+    )
+    code, out, err = run("--eval", "--resume", tmp_path / "official.pth", output=tmp_path / "official")
+    assert code == 0, err
+    assert (folder_of(tmp_path / "official") / "results_model.json").read_bytes() == results
+
 
 def stopping_after(calls: int) -> Iterator[None]:
     yield from [None] * calls
@@ -178,11 +190,21 @@ def test_mistakes(run: Run, shapes: Path, tmp_path: Path) -> None:
     refused("AUG.LONG_SIDE 33: must not be below the short sides", AUG__LONG_SIDE="33")
     refused("TEST.LONG_SIDE 40: must not be below TEST.SHORT_SIDE", TEST__LONG_SIDE="40")
     torch.save({"model": {"x": torch.zeros(1)}}, tmp_path / "other.pth")
-    refused("weights of another architecture", "--eval", "--resume", tmp_path / "other.pth")
+    refused("does not fit the model. 209 missing", "--eval", "--resume", tmp_path / "other.pth")
     content = json.loads((shapes / "train.json").read_text())
     content["categories"].append({"id": 9, "name": "cross"})
     (shapes / "other.json").write_text(json.dumps(content))
     refused("have different categories, or in another order: cross", DATA__TRAIN_ANNOTATIONS="other.json")
+
+
+def test_too_little_memory_on_a_gpu_is_explained(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def losses(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. GPU 0 has a total capacity of 79.10 GiB of which")
+
+    monkeypatch.setattr(Detection, "losses", losses)
+    code, out, _ = run()
+    assert code == 1
+    assert "the GPU's memory of 79.10 GiB does not suffice for DATA.BATCH_SIZE 2: add --amp, or add --use-" in out
 
 
 def test_profile(run: Run, capfd: pytest.CaptureFixture[str]) -> None:

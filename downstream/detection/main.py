@@ -8,12 +8,13 @@ python -m downstream.detection.main --cfg downstream/detection/cfgs/mlla_t_mrcnn
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from downstream.detection.build import build_detector
 from downstream.detection.config import SCHEMA, load_config
 from downstream.detection.profiling import PUBLISHED, profile_detector
 from downstream.detection.task import Detection
-from downstream.run import run_evaluation, run_training
+from downstream.run import describe_out_of_memory, run_evaluation, run_training
 from utils.command_line import parse_command_line
 from utils.launch import mistakes_in_one_line, run_process
 from utils.profiling import profile_table
@@ -31,7 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(profile_table(profile_detector(model), PUBLISHED.get(config.MODEL.NAME)))
         return 0
     work = run_evaluation if config.EVAL_MODE else run_training
-    return run_process(lambda process: work(Detection(), config, process), config.LOCAL_RANK)
+    return run_process(
+        lambda process: work(Detection(), config, process),
+        config.LOCAL_RANK,
+        explain_out_of_memory=partial(describe_out_of_memory, config),
+    )
 
 
 if __name__ == "__main__":
