@@ -29,7 +29,7 @@ def slow_paste(probabilities: Tensor, box: list[float], height: int, width: int)
     return pasted
 
 
-BOXES = torch.tensor([[3.2, 4.7, 20.1, 15.9], [0.0, 0.0, 30.0, 24.0], [25.5, 20.5, 30.0, 24.0], [7.0, 7.0, 7.4, 7.3]])
+BOXES = torch.tensor([[3.2, 4.7, 20.9, 15.8], [0.0, 0.0, 30.0, 24.0], [25.5, 20.5, 30.0, 24.0], [7.0, 7.0, 7.4, 7.3]])
 
 
 @pytest.mark.parametrize("chunk_pixels", [1, 2**26])
@@ -58,7 +58,7 @@ def test_the_box_region_alone_pastes_as_the_whole_image() -> None:
 
 
 def test_a_box_without_area_has_an_empty_mask() -> None:
-    boxes = torch.tensor([[5.0, 5.0, 5.0, 9.0], [5.0, 5.0, 9.0, 9.0]])
+    boxes = torch.tensor([[5.5, 5.0, 5.5, 9.0], [5.0, 5.0, 9.0, 9.0]])
     pasted = paste_masks(torch.ones(2, MASK_SIZE, MASK_SIZE), boxes, 12, 12)
     assert pasted.sum(dim=(1, 2)).tolist() == [0, 16]
 

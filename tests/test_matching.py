@@ -59,6 +59,12 @@ def test_a_poorly_covered_ground_truth_gets_its_best_candidates() -> None:
     assert assign(candidates, torch.ones(4) > 0, gt, RPN_THRESHOLDS).tolist() == [0, 0, UNUSED, NEGATIVE]
 
 
+def test_the_thresholds_themselves() -> None:
+    """IoU of exactly 0.5 is positive for proposals; beside a better candidate, so that no rescue is needed."""
+    gt, candidates = boxes((0, 0, 8, 8)), boxes((0, 0, 8, 8), (0, 0, 8, 4), (0, 0, 8, 3.9))
+    assert assign(candidates, torch.ones(3) > 0, gt, ROI_THRESHOLDS).tolist() == [0, 0, NEGATIVE]
+
+
 def test_the_later_ground_truth_takes_a_shared_best_candidate() -> None:
     """Even from one that it covers better: IoU 0.9 with the first, 0.4 with the second, which has no other."""
     candidates, gts = boxes((0, 0, 10, 10)), boxes((0, 0, 10, 9), (0, 6, 10, 10))
