@@ -1,4 +1,5 @@
 # make demo   train and evaluate a small MLLA on handwritten digits, on this machine
+# make demo-detection   train and evaluate a small Mask R-CNN on rendered shapes, on this machine
 # make test   lint, format, types and tests
 # make soak   interrupt training many times; the results must be those of a run left alone (a quarter of an hour)
 # make clean  remove the virtual environment; results in output/ stay
@@ -10,7 +11,7 @@ DEMO_RUN := $(DEMO_OUTPUT)/mlla_digits/default
 # One process for each GPU, two at most; two on a CPU.
 COUNT_PROCESSES := import torch; print(min(2, torch.cuda.device_count() or 2))
 
-.PHONY: demo test lint soak clean
+.PHONY: demo demo-detection test lint soak clean
 
 demo: .venv/installed
 	processes=$$($(BIN)/python -c '$(COUNT_PROCESSES)') && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
@@ -18,6 +19,17 @@ demo: .venv/installed
 	$(BIN)/torchrun --standalone --nproc_per_node=$$processes main.py --cfg cfgs/digits.yaml --amp --output $(DEMO_OUTPUT) \
 		--eval --resume $(DEMO_RUN)/max_ema_acc.pth
 	@echo "Results: $(DEMO_RUN) (curves.png, predictions.png, metrics.jsonl, log_rank0.txt, checkpoints)"
+
+DETECTION := -m downstream.detection.main --cfg downstream/detection/cfgs/shapes.yaml --amp \
+	--data-path $(DEMO_OUTPUT)/shapes --output $(DEMO_OUTPUT)
+DETECTION_RUN := $(DEMO_OUTPUT)/mask_rcnn_shapes/default
+
+demo-detection: .venv/installed
+	processes=$$($(BIN)/python -c '$(COUNT_PROCESSES)') && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
+	$(BIN)/python -m downstream.detection.make_shapes $(DEMO_OUTPUT)/shapes && \
+	$(BIN)/torchrun --standalone --nproc_per_node=$$processes $(DETECTION) && \
+	$(BIN)/torchrun --standalone --nproc_per_node=$$processes $(DETECTION) --eval --resume $(DETECTION_RUN)/max_box_ap.pth
+	@echo "Results: $(DETECTION_RUN) (curves.png, predictions.jpg, metrics.jsonl, results_model.json, checkpoints)"
 
 test: lint
 	$(BIN)/python -m pytest

@@ -82,7 +82,7 @@ def test_what_a_run_leaves_behind_and_evaluating_it(run: Run, tmp_path: Path) ->
     assert code == 0, err
     folder = folder_of(tmp_path / "out")
     names = {path.name for path in folder.iterdir()}
-    assert {"config.yaml", "metrics.jsonl", "curves.png", "predictions.png", "log_rank0.txt"} <= names
+    assert {"config.yaml", "metrics.jsonl", "curves.png", "predictions.jpg", "log_rank0.txt"} <= names
     assert {"results_model.json", "results_ema.json", "ckpt_epoch_1.pth", "max_box_ap.pth"} <= names
     last = records(tmp_path / "out")[-1]
     assert last["step"] == 8

@@ -81,10 +81,10 @@ def test_pictures_show_what_was_found(tmp_path: Path) -> None:
     mask[0, 10:30, 20:60] = True
     found = Found(np.array([[20, 10, 60, 30]], dtype=np.float32), mask, np.array([2]), ["star $0.9"])
     picture = annotated(image, found)
-    assert picture.shape == (400, 640, 3)  # eightfold
+    assert picture.shape == (300, 480, 3)  # sixfold
     changed = (picture != 100).any(axis=2)
-    assert changed[100:220, 200:440].all()
-    assert not changed[300:].any()
+    assert changed[75:165, 150:330].all()
+    assert not changed[225:].any()
     nothing = found_of([], [{"id": 1, "name": "cat"}])
     assert (annotated(image, nothing) == 100).all()
     save_comparison([(image, found, nothing)] * 4, tmp_path / "grid.png")

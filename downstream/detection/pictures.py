@@ -11,7 +11,7 @@ from matplotlib import colormaps, font_manager
 from pycocotools import mask as rle
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-SMALLEST_SIDE = 400  # of a picture, in pixels; smaller images are enlarged by a whole factor
+SMALLEST_SIDE = 256  # of a picture, in pixels; smaller images are enlarged by a whole factor
 GAP = 8  # pixels between pictures
 
 

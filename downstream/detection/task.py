@@ -105,7 +105,7 @@ class Detection(Task):
         model.train(was_training)
 
     def illustrate(self, run: Run, model: nn.Module) -> None:
-        """predictions.png: validation images, the truth on the left and what the model finds on the right."""
+        """predictions.jpg: validation images, the truth on the left and what the model finds on the right."""
         images = run.data.val_images
         indices = np.linspace(0, len(images) - 1, min(PREVIEWS, len(images))).astype(int)
         batches = (collate([run.data.val.dataset[SampleKey(0, int(index))]]) for index in indices)
@@ -115,7 +115,7 @@ class Detection(Task):
             pairs.append(
                 (images.read_image(record), truth_of(record, images.classes), found_of(results, images.categories))
             )
-        save_comparison(pairs, run.folder / "predictions.png")
+        save_comparison(pairs, run.folder / "predictions.jpg")
 
 
 def truth_of(record: Record, classes: Sequence[str]) -> Found:
