@@ -7,11 +7,11 @@ from typing import Any
 from yacs.config import CfgNode
 
 from downstream.settings import DENSE_KEYS, check_dense
-from utils.settings import FRACTION, YES_NO, Key, Rule, at_least, frozen_node, merge_settings
+from utils.settings import ANY, FRACTION, YES_NO, Key, Rule, at_least, frozen_node, merge_settings
 
 NOT_EMPTY = Rule("not empty", bool)
 SCHEMA: dict[str, Key] = DENSE_KEYS | {
-    "DATA.DATA_PATH": Key("", Rule("any", lambda _: True), "folder that the four paths below start from"),
+    "DATA.DATA_PATH": Key("", ANY, "folder that the four paths below start from"),
     "DATA.TRAIN_ANNOTATIONS": Key("annotations/instances_train2017.json", NOT_EMPTY, "COCO file to train on"),
     "DATA.TRAIN_IMAGES": Key("train2017", NOT_EMPTY, "folder of its images"),
     "DATA.VAL_ANNOTATIONS": Key("annotations/instances_val2017.json", NOT_EMPTY, "COCO file to evaluate on"),

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         item = eval_item(image, short_side=config.TEST.SHORT_SIDE, long_side=config.TEST.LONG_SIDE, image_id=number)
         with precision.autocast():
             results = detect(model, item, [category["id"] for category in categories], device)
-        picture = unused_name(words.output, f"{path.stem}_{{}}.png")
+        picture = unused_name(words.output, path.stem.replace("{", "(").replace("}", ")") + "_{}.png")
         save_picture(annotated(image, found_of(results, categories, threshold=words.threshold)), picture)
         listed.append({"id": number, "file_name": str(path), "height": image.shape[0], "width": image.shape[1]})
         annotations += [{"id": len(annotations) + i, **result} for i, result in enumerate(results, 1)]

@@ -15,6 +15,7 @@ SIZES = ((128, 160), (160, 128))  # height, width
 FINE = 4  # subpixels along a side, for smooth outlines
 SMALLEST_VISIBLE = 0.4  # share of an object's area that others leave free
 MAX_OBJECTS = 6
+TILT = 0.5  # radians at most, to either side
 CROWD_SHARE, EMPTY_SHARE = 0.06, 0.05  # of images
 
 
@@ -30,9 +31,9 @@ class Drawn:
 
 
 def outline_of(name: str, *, centre: Sequence[float], radius: float, angle: float) -> np.ndarray:
-    """A shape's corners (K, 2), x y, around its centre at `radius` pixels, turned by `angle` radians."""
+    """A shape's corners (K, 2), x y, around its centre at `radius` pixels, turned by `angle` radians from upright."""
     corners = {"circle": 48, "square": 4, "triangle": 3, "star": 10}[name]
-    angles = angle + np.arange(corners) * 2 * math.pi / corners
+    angles = angle + math.pi / (4 if name == "square" else -2) + np.arange(corners) * 2 * math.pi / corners
     radii = np.where(np.arange(corners) % 2, 0.45 * radius, radius) if name == "star" else np.full(corners, radius)
     return np.stack((centre[0] + radii * np.cos(angles), centre[1] + radii * np.sin(angles)), axis=1)
 
@@ -85,7 +86,7 @@ def draw_object(image: np.ndarray, drawn: list[Drawn], rng: np.random.Generator)
     name = str(rng.choice(list(CATEGORIES)))
     radius = float(np.exp(rng.uniform(math.log(9), math.log(34))))
     centre = rng.uniform(0, width), rng.uniform(0, height)
-    outline = outline_of(name, centre=centre, radius=radius, angle=rng.random() * 2 * math.pi)
+    outline = outline_of(name, centre=centre, radius=radius, angle=rng.uniform(-TILT, TILT))
     share = coverage(outline, height, width)
     pixels = share >= 0.5
     whole = abs(cv2.contourArea(outline.astype(np.float32)))
@@ -108,7 +109,7 @@ def draw_crowd(image: np.ndarray, rng: np.random.Generator) -> Drawn:
     pixels = np.zeros((height, width), dtype=bool)
     for _ in range(25):
         place = (centre + rng.normal(0, 11, 2)).tolist()
-        share = coverage(outline_of(name, centre=place, radius=5, angle=rng.random() * 6), height, width)
+        share = coverage(outline_of(name, centre=place, radius=5, angle=rng.uniform(-TILT, TILT)), height, width)
         paint(image, share, rng)
         pixels |= share >= 0.5
     return Drawn(name, np.zeros((0, 2)), pixels, int(pixels.sum()), is_crowd=True)
