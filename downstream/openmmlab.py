@@ -10,7 +10,7 @@ from typing import Any
 from mmengine.registry import MODELS
 
 from downstream.backbone import MLLABackbone
-from downstream.pretrained import load_backbone
+from utils.weights import load_pretrained
 
 
 @MODELS.register_module(name="MLLA")
@@ -24,4 +24,4 @@ class OpenMMLabMLLA(MLLABackbone):
     def init_weights(self) -> None:
         """Called once by OpenMMLab's runner, before training."""
         if self.pretrained:
-            load_backbone(self, self.pretrained)
+            load_pretrained(self, self.pretrained)
