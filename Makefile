@@ -1,4 +1,5 @@
 # make demo   train and evaluate a small MLLA on handwritten digits, on this machine
+# make finetune   train on five digits, then on all ten at another size, from those weights and from scratch
 # make test   lint, format, types and tests
 # make soak   interrupt training many times; the results must be those of a run left alone (a quarter of an hour)
 # make clean  remove the virtual environment; results in output/ stay
@@ -10,7 +11,7 @@ DEMO_RUN := $(DEMO_OUTPUT)/mlla_digits/default
 # One process for each GPU, two at most; two on a CPU.
 COUNT_PROCESSES := import torch; print(min(2, torch.cuda.device_count() or 2))
 
-.PHONY: demo test lint soak clean
+.PHONY: demo finetune test lint soak clean
 
 demo: .venv/installed
 	processes=$$($(BIN)/python -c '$(COUNT_PROCESSES)') && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
@@ -18,6 +19,15 @@ demo: .venv/installed
 	$(BIN)/torchrun --standalone --nproc_per_node=$$processes main.py --cfg cfgs/digits.yaml --amp --output $(DEMO_OUTPUT) \
 		--eval --resume $(DEMO_RUN)/max_ema_acc.pth
 	@echo "Results: $(DEMO_RUN) (curves.png, predictions.png, metrics.jsonl, log_rank0.txt, checkpoints)"
+
+finetune: .venv/installed
+	processes=$$($(BIN)/python -c '$(COUNT_PROCESSES)') && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
+	run="$(BIN)/torchrun --standalone --nproc_per_node=$$processes main.py --amp --output $(DEMO_OUTPUT) --cfg" && \
+	$$run cfgs/digits_pretrain.yaml && \
+	$$run cfgs/digits_finetune.yaml --tag scratch && \
+	$$run cfgs/digits_finetune.yaml --tag finetuned \
+		--pretrained $(DEMO_OUTPUT)/mlla_digits_pretrain/default/max_ema_acc.pth
+	@grep -H "best top-1" $(DEMO_OUTPUT)/mlla_digits_finetune/*/log_rank0.txt
 
 test: lint
 	$(BIN)/python -m pytest
