@@ -1,7 +1,7 @@
 """main.py on weights that were trained before: other classes, another image size, a frozen backbone, rates by layer."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ from conftest import run_python
 from safetensors.torch import save_file
 from yacs.config import CfgNode
 
+import main
 from utils.weights_file import load_checkpoint
 
 RunMain = Callable[..., tuple[int, str, str]]
@@ -22,12 +23,19 @@ def command(output: Path, *opts: str, epochs: int = 1, batch_size: int = 128) ->
     return [*words, "--opts", *THIN, "DATA.IMG_SIZE", "16", "TRAIN.EPOCHS", str(epochs), "TRAIN.BASE_LR", "0.01", *opts]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_pictures() -> Iterator[None]:
+    """Drawing them takes longer than these trainings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "draw_predictions", lambda _: None)
+        patch.setattr("utils.logger.plot_curves", lambda *_: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits 0 to 4 at 16x16, with a position table."""
     output = tmp_path_factory.mktemp("pretrained")
-    import main
-
     assert main.main(command(output, *DIGITS_0_TO_4, "MODEL.MLLA.APE", "True")) == 0
     folder = output / "mlla_digits" / "default"
     assert "5 classes, 721 training and 180 validation images" in (folder / "log_rank0.txt").read_text()
