@@ -1,0 +1,104 @@
+"""Samples in the order in which a run takes them; every one's randomness belongs to it and not to its reader."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from downstream.segmentation.datasets import MaskedImages
+from downstream.segmentation.transforms import TestTransform, TrainTransform
+
+
+class Draw(NamedTuple):
+    """An image, and how often it was drawn before: its augmentation follows from both."""
+
+    turn: int
+    image: int
+
+
+class EndlessSampler(Sampler[Draw]):
+    """A process's share of an order without end: permutation after permutation of all images, fixed by (seed, turn).
+
+    Process r of P takes every P-th draw from the r-th on, so that the images of one step are the same for any number
+    of processes and accumulation steps with the same global batch. Any point of the order can be the start: nothing
+    before it is computed but the permutation that it lies in.
+
+    Args:
+        num_images: of the data set.
+        draws_per_epoch: of this process; an epoch is the stretch between two evaluations.
+    """
+
+    def __init__(self, num_images: int, *, draws_per_epoch: int, rank: int, num_processes: int, seed: int) -> None:
+        self.num_images = num_images
+        self.draws_per_epoch = draws_per_epoch
+        self.rank = rank
+        self.num_processes = num_processes
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch that the next iteration gives, less its first `start` draws of this process.
+
+        Raises:
+            ValueError: an epoch has fewer draws.
+        """
+        if not 0 <= start <= self.draws_per_epoch:
+            raise ValueError(f"start {start}: an epoch has {self.draws_per_epoch} images for this process")
+        self.epoch, self.start = epoch, start
+
+    def __len__(self) -> int:
+        return self.draws_per_epoch - self.start
+
+    def __iter__(self) -> Iterator[Draw]:
+        first = self.epoch * self.draws_per_epoch
+        turn, order = -1, np.empty(0, dtype=np.int64)
+        for own in range(first + self.start, first + self.draws_per_epoch):
+            needed, place = divmod(own * self.num_processes + self.rank, self.num_images)
+            if needed != turn:
+                turn, order = needed, np.random.default_rng((self.seed, needed)).permutation(self.num_images)
+            yield Draw(turn, int(order[place]))
+
+
+class TrainSamples(Dataset[tuple[Tensor, Tensor]]):
+    """(image (3, S, S), labels (S, S)) by Draw, augmented by (seed, turn, image) and nothing else."""
+
+    def __init__(self, images: MaskedImages, transform: TrainTransform, seed: int) -> None:
+        self.images = images
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng((self.seed, draw.turn, draw.image))
+        return self.transform(*self.images.read(draw.image), rng)
+
+
+class TestSample(NamedTuple):
+    """An image as the network takes it, once for each scale of testing, and what it is compared to."""
+
+    __test__ = False  # the name is not for pytest
+
+    index: int
+    inputs: list[Tensor]  # (3, h, w) each
+    labels: np.ndarray  # (H, W) uint8, of the image as it is on disk
+
+
+class TestSamples(Dataset[TestSample]):
+    """Test samples by index."""
+
+    __test__ = False
+
+    def __init__(self, images: MaskedImages, transform: TestTransform) -> None:
+        self.images = images
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> TestSample:
+        image, labels = self.images.read(index)
+        return TestSample(index, self.transform(image), labels)
