@@ -15,7 +15,7 @@ ADE20K_CLASSES = Path(__file__).with_name("ade20k_classes.txt")
 MAX_NAMES_SHOWN = 5
 
 
-class DataError(ValueError):
+class DataError(OSError):
     """Images or masks that are missing, cannot be read, or do not fit: one line that names the file."""
 
 
@@ -84,9 +84,7 @@ class MaskedImages:
         mask = read_mask(path, num_classes=len(self.classes), reduce_zero_label=self.reduce_zero_label)
         if mask.shape != image.shape[:2]:
             sizes = [f"{width}x{height}" for height, width in (mask.shape, image.shape[:2])]
-            raise DataError(
-                f"{path}: the mask is {sizes[0]} pixels, its image {self.image_paths[index]} is {sizes[1]}"
-            )
+            raise DataError(f"{path}: the mask is {sizes[0]} pixels, its image {self.image_paths[index]} is {sizes[1]}")
         return image, mask
 
 
@@ -99,7 +97,9 @@ def read_classes(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); it must hold the names of the classes, one a line") from None
+        raise DataError(
+            f"{path}: cannot be read ({error}); it must hold the names of the classes, one a line"
+        ) from None
     classes = [line.strip() for line in lines if line.strip()]
     if not 1 <= len(classes) <= IGNORED:
         raise DataError(f"{path}: holds {len(classes)} classes; must be 1 to {IGNORED}, one a line")
@@ -115,7 +115,9 @@ def files_by_name(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
         DataError: no such folder, nothing in it, or two files of one name.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; see downstream/segmentation/README.md for what a data set must hold")
+        raise DataError(
+            f"{folder}: no such folder; see downstream/segmentation/README.md for what a data set must hold"
+        )
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in suffixes and not path.name.startswith("."):

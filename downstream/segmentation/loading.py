@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from downstream.segmentation.datasets import MaskedImages
-from downstream.segmentation.transforms import TestTransform, TrainTransform
+from downstream.segmentation.transforms import EvalTransform, TrainTransform
 
 
 class Draw(NamedTuple):
@@ -77,28 +77,24 @@ class TrainSamples(Dataset[tuple[Tensor, Tensor]]):
         return self.transform(*self.images.read(draw.image), rng)
 
 
-class TestSample(NamedTuple):
+class EvalSample(NamedTuple):
     """An image as the network takes it, once for each scale of testing, and what it is compared to."""
 
-    __test__ = False  # the name is not for pytest
-
-    index: int
+    number: int
     inputs: list[Tensor]  # (3, h, w) each
     labels: np.ndarray  # (H, W) uint8, of the image as it is on disk
 
 
-class TestSamples(Dataset[TestSample]):
-    """Test samples by index."""
+class EvalSamples(Dataset[EvalSample]):
+    """Samples of evaluation by number."""
 
-    __test__ = False
-
-    def __init__(self, images: MaskedImages, transform: TestTransform) -> None:
+    def __init__(self, images: MaskedImages, transform: EvalTransform) -> None:
         self.images = images
         self.transform = transform
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> TestSample:
+    def __getitem__(self, index: int) -> EvalSample:
         image, labels = self.images.read(index)
-        return TestSample(index, self.transform(image), labels)
+        return EvalSample(index, self.transform(image), labels)

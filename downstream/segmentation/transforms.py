@@ -58,7 +58,7 @@ class TrainTransform:
     def __call__(self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Normalised image (3, crop_size, crop_size) and labels (crop_size, crop_size), int64."""
         ratio = rng.uniform(*self.ratio)
-        size = fitting_size(*mask.shape, [int(side * ratio) for side in self.scale])
+        size = fitting_size(mask.shape[0], mask.shape[1], [int(side * ratio) for side in self.scale])
         image, mask = resize_image(image, size), cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST)
         rows, columns = self.draw_crop(mask, rng)
         image, mask = image[rows, columns], mask[rows, columns]
@@ -110,7 +110,7 @@ def stretched(values: np.ndarray, factor: float, offset: float = 0.0) -> np.ndar
 
 
 @dataclass(frozen=True)
-class TestTransform:
+class EvalTransform:
     """Resizing without cropping or padding, once for each factor.
 
     Attributes:
@@ -118,14 +118,13 @@ class TestTransform:
         factors: 1 alone, or several for multi-scale testing.
     """
 
-    __test__ = False  # the name is not for pytest
-
     scale: tuple[int, int]
     factors: tuple[float, ...] = (1.0,)
 
     def __call__(self, image: np.ndarray) -> list[Tensor]:
         """Normalised images (3, h, w), one for each factor."""
         sizes = [
-            fitting_size(*image.shape[:2], [int(side * factor) for side in self.scale]) for factor in self.factors
+            fitting_size(image.shape[0], image.shape[1], [int(side * factor) for side in self.scale])
+            for factor in self.factors
         ]
         return [normalise(resize_image(image, size)) for size in sizes]
