@@ -1,13 +1,15 @@
 """Samples in the order in which a run takes them; every one's randomness belongs to it and not to its reader."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
+import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from downstream.segmentation.datasets import MaskedImages
+from downstream.segmentation.datasets import DataError, MaskedImages
 from downstream.segmentation.transforms import EvalTransform, TrainTransform
 
 
@@ -18,7 +20,7 @@ class Draw(NamedTuple):
     image: int
 
 
-class EndlessSampler(Sampler[Draw]):
+class EndlessBatches(Sampler[list[Draw]]):
     """A process's share of an order without end: permutation after permutation of all images, fixed by (seed, turn).
 
     Process r of P takes every P-th draw from the r-th on, so that the images of one step are the same for any number
@@ -27,38 +29,45 @@ class EndlessSampler(Sampler[Draw]):
 
     Args:
         num_images: of the data set.
-        draws_per_epoch: of this process; an epoch is the stretch between two evaluations.
+        batch_size: draws in a batch.
+        batches_per_epoch: of this process; an epoch is the stretch between two evaluations.
     """
 
-    def __init__(self, num_images: int, *, draws_per_epoch: int, rank: int, num_processes: int, seed: int) -> None:
+    def __init__(
+        self, num_images: int, *, batch_size: int, batches_per_epoch: int, rank: int, num_processes: int, seed: int
+    ) -> None:
         self.num_images = num_images
-        self.draws_per_epoch = draws_per_epoch
+        self.batch_size = batch_size
+        self.batches_per_epoch = batches_per_epoch
         self.rank = rank
         self.num_processes = num_processes
         self.seed = seed
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch that the next iteration gives, less its first `start` draws of this process.
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Choose the epoch that the next iteration gives, less its first `start_batch` batches of this process.
 
         Raises:
-            ValueError: an epoch has fewer draws.
+            ValueError: an epoch has fewer batches.
         """
-        if not 0 <= start <= self.draws_per_epoch:
-            raise ValueError(f"start {start}: an epoch has {self.draws_per_epoch} images for this process")
-        self.epoch, self.start = epoch, start
+        if not 0 <= start_batch <= self.batches_per_epoch:
+            raise ValueError(f"start_batch {start_batch}: an epoch has {self.batches_per_epoch} for this process")
+        self.epoch, self.start_batch = epoch, start_batch
 
     def __len__(self) -> int:
-        return self.draws_per_epoch - self.start
+        return self.batches_per_epoch - self.start_batch
 
-    def __iter__(self) -> Iterator[Draw]:
-        first = self.epoch * self.draws_per_epoch
+    def __iter__(self) -> Iterator[list[Draw]]:
+        first = self.epoch * self.batches_per_epoch
         turn, order = -1, np.empty(0, dtype=np.int64)
-        for own in range(first + self.start, first + self.draws_per_epoch):
-            needed, place = divmod(own * self.num_processes + self.rank, self.num_images)
-            if needed != turn:
-                turn, order = needed, np.random.default_rng((self.seed, needed)).permutation(self.num_images)
-            yield Draw(turn, int(order[place]))
+        for batch in range(first + self.start_batch, first + self.batches_per_epoch):
+            draws = []
+            for own in range(batch * self.batch_size, (batch + 1) * self.batch_size):
+                needed, place = divmod(own * self.num_processes + self.rank, self.num_images)
+                if needed != turn:
+                    turn, order = needed, np.random.default_rng((self.seed, needed)).permutation(self.num_images)
+                draws.append(Draw(turn, int(order[place])))
+            yield draws
 
 
 class TrainSamples(Dataset[tuple[Tensor, Tensor]]):
@@ -82,7 +91,7 @@ class EvalSample(NamedTuple):
 
     number: int
     inputs: list[Tensor]  # (3, h, w) each
-    labels: np.ndarray  # (H, W) uint8, of the image as it is on disk
+    labels: Tensor  # (H, W) uint8, of the image as it is on disk
 
 
 class EvalSamples(Dataset[EvalSample]):
@@ -97,4 +106,21 @@ class EvalSamples(Dataset[EvalSample]):
 
     def __getitem__(self, index: int) -> EvalSample:
         image, labels = self.images.read(index)
-        return EvalSample(index, self.transform(image), labels)
+        return EvalSample(index, self.transform(image), torch.from_numpy(labels))
+
+
+def set_up_worker(_: int) -> None:
+    """A loader process works on one core; OpenCV would take them all."""
+    cv2.setNumThreads(0)
+
+
+def batches_or_data_error(loader: DataLoader) -> Iterator[Any]:
+    """The loader's batches; a file that cannot be used comes as a DataError of one line, from a worker process too.
+
+    Raises:
+        DataError: see `MaskedImages.read`.
+    """
+    try:
+        yield from loader
+    except DataError as error:  # a worker's comes with its traceback in the text
+        raise DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[2]) from None
