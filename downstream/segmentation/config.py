@@ -39,7 +39,7 @@ SCHEMA: dict[str, Key] = DENSE_KEYS | {
     ),
     "AUG.RATIO": Key([0.5, 2.0], above(0), "smallest and largest factor of SCALE"),
     "AUG.CROP_SIZE": Key(512, at_least(32), "side of the crop, pixels"),
-    "AUG.MAX_CATEGORY_SHARE": Key(0.75, FRACTION, "a crop of which one class covers as much is drawn anew"),
+    "AUG.MAX_CATEGORY_SHARE": Key(0.75, FRACTION, "a crop of which one class covers as much is drawn anew; 1: never"),
     "AUG.HFLIP": Key(0.5, FRACTION, "probability of a horizontal flip"),
     "AUG.COLOURS": Key(True, YES_NO, "change brightness, contrast, saturation and hue"),
     "TEST.MULTI_SCALE": Key(False, YES_NO, "average over FACTORS and mirror images"),

@@ -43,7 +43,8 @@ class TrainTransform:
         scale: (long, short) side that the image is fitted into, pixels, before the random ratio.
         ratio: smallest and largest factor of `scale`.
         crop_size: side of the crop; what is smaller is padded at the right and the bottom, with ignored labels.
-        max_category_share: a crop of which one class covers as much or more is drawn anew, up to ten times.
+        max_category_share: a crop of which one class covers as much or more is drawn anew, up to ten times;
+            1: never.
         hflip: probability of a horizontal flip.
         colours: change brightness, contrast, saturation and hue.
     """
@@ -75,7 +76,7 @@ class TrainTransform:
 
     def draw_crop(self, mask: np.ndarray, rng: np.random.Generator) -> tuple[slice, slice]:
         """Rows and columns of a crop in which no class covers too much, or of the last one drawn."""
-        for _ in range(CROP_TRIES + 1):
+        for _ in range(CROP_TRIES + 1 if self.max_category_share < 1 else 1):
             top, left = (int(rng.integers(max(side - self.crop_size, 0) + 1)) for side in mask.shape)
             crop = slice(top, top + self.crop_size), slice(left, left + self.crop_size)
             counts = np.bincount(mask[crop].ravel(), minlength=256)[:IGNORED]
