@@ -128,7 +128,7 @@ def test_two_images_of_one_name(folder: Path) -> None:
 
 
 def test_folders_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="DATA.DATA_PATH is empty"):
+    with pytest.raises(DataError, match=r"DATA\.DATA_PATH is empty"):
         MaskedImages("", "train", layout="folder", reduce_zero_label=False)
     with pytest.raises(DataError, match=r"classes\.txt: cannot be read"):
         open_folder(tmp_path)
