@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_profile(config: CfgNode) -> int:
     """Parameters with both heads, MACs of inference, which the auxiliary head has no part in."""
-    with mistakes_in_one_line():
+    with mistakes_in_one_line(), torch.device("meta"):
         model = build_model(config, config.MODEL.NUM_CLASSES or ADE20K_CLASSES)
     print(f"{config.MODEL.NAME}, {PROFILE_SIZE[0]}x{PROFILE_SIZE[1]}")
     print(profile_table(profile(model, PROFILE_SIZE), PUBLISHED_FIGURES.get(config.MODEL.NAME)))
