@@ -32,10 +32,17 @@ from utils.weights import load_weights, read_weights
 class Data(Protocol):
     """What a task reads; `train`'s batch sampler has set_epoch(epoch, start_batch). None where only evaluated."""
 
-    train: DataLoader | None
-    classes: list[str]
-    num_train_images: int
-    num_val_images: int
+    @property
+    def train(self) -> DataLoader | None: ...
+
+    @property
+    def classes(self) -> list[str]: ...
+
+    @property
+    def num_train_images(self) -> int: ...
+
+    @property
+    def num_val_images(self) -> int: ...
 
 
 @dataclass

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from downstream.segmentation.pictures import save_mask
-from downstream.shapes import SHAPES, render_scene
+from downstream.segmentation.shapes import SHAPES, render_scene
 from utils.command_line import Parser
 from utils.launch import mistakes_in_one_line
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from downstream.shapes import MIN_VISIBLE, SHAPES, render_scene, shape_mask
+from downstream.segmentation.shapes import MIN_VISIBLE, SHAPES, render_scene, shape_mask
 
 
 def test_a_seed_fixes_the_scene() -> None:
