@@ -18,16 +18,16 @@ from downstream.segmentation.shapes import SHAPES, render_scene
 from utils.command_line import Parser
 from utils.launch import mistakes_in_one_line
 
-CLASSES = ("background", *SHAPES[:5])
+CLASSES = ("background", *SHAPES)
 FACTS = "shapes.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="new folder for images/, masks/ and classes.txt")
-    parser.add_argument("--train", type=int, default=1500, metavar="NUMBER", help="images to train on")
+    parser.add_argument("--train", type=int, default=2000, metavar="NUMBER", help="images to train on")
     parser.add_argument("--val", type=int, default=100, metavar="NUMBER", help="images to evaluate on")
-    parser.add_argument("--size", type=int, default=128, metavar="PIXELS", help="side of the images")
+    parser.add_argument("--size", type=int, default=96, metavar="PIXELS", help="side of the images")
     parser.add_argument("--seed", type=int, default=0, metavar="NUMBER", help="other images for another seed")
     arguments = parser.parse_args(argv)
     with mistakes_in_one_line():
@@ -66,7 +66,7 @@ def render(folder: Path, facts: dict[str, int]) -> None:
             (partial / kind / split).mkdir(parents=True)
         for i in range(count):
             rng = np.random.default_rng((facts["seed"], split == "val", i))
-            scene = render_scene(rng, facts["size"], facts["size"], num_kinds=len(CLASSES) - 1)
+            scene = render_scene(rng, facts["size"], facts["size"])
             classes = np.zeros(scene.image.shape[:2], dtype=np.uint8)
             for label, mask in zip(scene.labels, scene.masks, strict=True):
                 classes[mask] = label + 1

@@ -1,10 +1,13 @@
 """Pictures of textured shapes on textured backgrounds with exact masks: data for demos and tests, from a seed alone."""
 
+import colorsys
 from typing import NamedTuple
 
 import numpy as np
 
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+TEXTURES = ("stripes", "checks", "dots", "clouds", "plain")  # of each shape
+HUE_SPREAD = 0.12  # of a turn, to both sides of a shape's own hue; neighbours are 0.2 apart
 MIN_VISIBLE = 0.4  # share of a shape that others may not cover
 TRIES = 20
 
@@ -28,20 +31,20 @@ def render_scene(
     height: int,
     width: int,
     *,
-    num_kinds: int = len(SHAPES),
     num_shapes: tuple[int, int] = (2, 5),
     radius: tuple[float, float] = (0.12, 0.3),
 ) -> Scene:
-    """Draw shapes of random kind, place, size, angle, colour and texture; colour and texture tell nothing of the kind.
+    """Draw shapes of random kind, place, size and angle. Each kind has a texture of its own, and colours around a hue
+    of its own, which the neighbouring kinds share in part; a background may have any texture, and is less colourful.
 
     Args:
         rng: gives all that is random.
         height, width: of the picture, pixels.
-        num_kinds: the first so many of SHAPES.
         num_shapes: fewest and most in a picture; fewer where they find no room.
         radius: smallest and largest, as a share of the shorter side.
     """
-    image = texture(rng, height, width, contrast=0.25)  # (H, W, 3)
+    grey = rng.uniform(0.25, 0.75) + rng.uniform(-0.1, 0.1, size=3)
+    image = texture(rng, str(rng.choice(TEXTURES)), height, width, grey, (grey + rng.uniform(-0.2, 0.2)).clip(0, 1))
     labels: list[int] = []
     full: list[np.ndarray] = []  # masks as if nothing were in front
     visible: list[np.ndarray] = []
@@ -49,12 +52,15 @@ def render_scene(
     for _ in range(TRIES):
         if len(labels) == wanted:
             break
-        label = int(rng.integers(num_kinds))
+        label = int(rng.integers(len(SHAPES)))
         mask = shape_mask(rng, label, height, width, min(height, width) * rng.uniform(*radius))
         left = [seen & ~mask for seen in visible]
         if any(seen.sum() < MIN_VISIBLE * whole.sum() for seen, whole in zip(left, full, strict=True)):
             continue
-        image = np.where(mask[..., None], texture(rng, height, width, contrast=0.6), image)
+        hue = label / len(SHAPES) + rng.uniform(-HUE_SPREAD, HUE_SPREAD)
+        colour = np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.5, 1), rng.uniform(0.6, 1)))
+        painted = texture(rng, TEXTURES[label], height, width, colour, colour * rng.uniform(0.3, 0.7))
+        image = np.where(mask[..., None], painted, image)
         labels, full, visible = [*labels, label], [*full, mask], [*left, mask]
     light = 1 + rng.uniform(-0.25, 0.25) * np.linspace(-1, 1, width)  # from one side
     image = image * light[:, None] + rng.normal(0, 0.03, size=image.shape)
@@ -84,32 +90,24 @@ def shape_mask(rng: np.random.Generator, label: int, height: int, width: int, ra
         step = np.pi / 5
         edge = 0.4 * np.sin(step) / (np.sin(step - turn) + 0.4 * np.sin(turn))
         return distance < edge
-    if name == "cross":
-        return (np.minimum(abs(x), abs(y)) < 0.27) & (np.maximum(abs(x), abs(y)) < 0.9)
-    return (distance < 0.95) & (distance > 0.5)
+    return (np.minimum(abs(x), abs(y)) < 0.27) & (np.maximum(abs(x), abs(y)) < 0.9)  # a cross
 
 
-def texture(rng: np.random.Generator, height: int, width: int, *, contrast: float) -> np.ndarray:
-    """Two colours in stripes, checks, dots, clouds or plain, (H, W, 3) from 0 to 1.
-
-    Args:
-        contrast: how far the second colour is from the first, from 0 to 1.
-    """
-    first = rng.uniform(0.1, 0.9, size=3)
-    second = (first + contrast * rng.uniform(-1, 1, size=3)).clip(0, 1)
+def texture(
+    rng: np.random.Generator, name: str, height: int, width: int, first: np.ndarray, second: np.ndarray
+) -> np.ndarray:
+    """Two colours (3,) in a pattern of random period and angle, (H, W, 3) from 0 to 1."""
     period, angle = rng.uniform(5, 16), rng.uniform(0, np.pi)
     y, x = np.mgrid[:height, :width] * (2 * np.pi / period)
     along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    kind = rng.integers(5)
-    if kind == 0:
-        share = (np.sin(along) > 0).astype(float)
-    elif kind == 1:
-        share = (np.sin(along) * np.sin(across) > 0).astype(float)
-    elif kind == 2:
-        share = (np.sin(along) + np.sin(across) > 0.9).astype(float)
-    elif kind == 3:
+    share = np.zeros((height, width))  # of the second colour
+    if name == "stripes":
+        share = np.sin(along) > 0
+    elif name == "checks":
+        share = np.sin(along) * np.sin(across) > 0
+    elif name == "dots":
+        share = np.sin(along) + np.sin(across) > 0.9
+    elif name == "clouds":
         waves = rng.uniform(0.1, 0.8, size=(4, 3)) * [1, 1, 8]
         share = sum(np.sin(a * along + b * across + c) for a, b, c in waves) / 8 + 0.5
-    else:
-        share = np.zeros((height, width))
-    return first + (second - first) * np.asarray(share)[..., None]
+    return first + (second - first) * np.asarray(share, dtype=float)[..., None]
