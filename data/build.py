@@ -70,7 +70,7 @@ def build_data(config: CfgNode, *, rank: int, num_processes: int) -> Data:
 
 def open_split(config: CfgNode, split: str) -> LabelledImages:
     if config.DATA.DATASET == "digits":
-        return Digits(split, config.DATA.IMG_SIZE)
+        return Digits(split, config.DATA.IMG_SIZE, config.DATA.CLASSES)
     return open_image_folder(config.DATA.DATA_PATH, split)
 
 
