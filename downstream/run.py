@@ -1,5 +1,6 @@
 """Training and evaluation of dense tasks: what their main commands share beside the run loop of utils/trainer.py."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from downstream.pretrained import load_backbone
 from downstream.recipe import WarmupSchedule, parameter_groups
 from downstream.settings import IMAGES_PER_STEP
 from utils.amp import Precision, make_precision
@@ -26,7 +26,7 @@ from utils.run_folder import RunLock, open_run_folder, set_aside_checkpoints, wr
 from utils.run_state import RunState, seed_everything
 from utils.settings import ConfigError
 from utils.trainer import Plan, Trainer
-from utils.weights import load_weights, read_weights
+from utils.weights import check_classes, load_pretrained, load_weights, read_weights
 
 
 class Data(Protocol):
@@ -109,8 +109,9 @@ def run_evaluation(task: Task, config: Any, process: Process) -> int:
         folder = open_run_folder(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
         data = task.open_data(config, process)
         model = prepare_model(task, config, process, len(data.classes))
-        model_weights, ema_weights = read_weights(config.MODEL.RESUME)
-        found = {"model": model_weights, "EMA": ema_weights}
+        weights_file = read_weights(config.MODEL.RESUME, tolerant=True)
+        check_classes(weights_file.classes, data.classes, config.MODEL.RESUME)
+        found = {"model": weights_file.model, "EMA": weights_file.average}
         for weights in filter(None, found.values()):
             load_weights(model, weights, config.MODEL.RESUME)  # that both fit is known before either is evaluated
     run = Run(config, process, folder, data, model, precision_of(config, process))
@@ -160,7 +161,8 @@ def set_up(
     schedule = task.schedule(config, config.TRAIN.BASE_LR * images_per_step / IMAGES_PER_STEP, epochs, steps_per_epoch)
     model = prepare_model(task, config, process, len(data.classes))
     if config.MODEL.PRETRAINED:
-        load_backbone(model.backbone, config.MODEL.PRETRAINED)  # type: ignore[arg-type]
+        backbone: Any = model.backbone
+        load_pretrained(getattr(backbone, "body", backbone), config.MODEL.PRETRAINED)
     precision = precision_of(config, process)
     decay = config.EMA.DECAY ** (images_per_step / IMAGES_PER_STEP)
     ema = ModelEma(model, decay, config.EMA.FORCE_CPU) if config.EMA.ENABLED else None
@@ -172,7 +174,10 @@ def set_up(
         betas=settings.BETAS,
         momentum=settings.MOMENTUM,
     )
+    if config.TRAIN.COMPILE:
+        model.backbone.compile(dynamic=True)  # type: ignore[operator, union-attr]
     state = RunState(model, ema, optimizer, precision.scaler, process, images_per_step=images_per_step)
+    state.classes = data.classes
     continues = state.resume(folder, explicit=config.MODEL.RESUME, auto=config.TRAIN.AUTO_RESUME)
     run = Run(config, process, folder, data, model, precision)
     if process.is_main and state.progress.epochs < epochs:
@@ -219,6 +224,26 @@ def prepare_model(task: Task, config: Any, process: Process, num_classes: int) -
 
 def precision_of(config: Any, process: Process) -> Precision:
     return make_precision(process.device, amp=config.AMP, dtype=config.AMP_DTYPE)
+
+
+def describe_out_of_memory(config: Any, error: torch.OutOfMemoryError) -> str:
+    """One line with the batch that did not fit on the GPU, and what asks for less, the mildest remedy first."""
+    capacity = re.search(r"total capacity of ([\d.]+ \w+)", str(error))
+    batch_size, steps = config.DATA.BATCH_SIZE, config.TRAIN.ACCUMULATION_STEPS
+    remedies = [] if config.AMP else ["add --amp"]
+    if not config.EVAL_MODE:
+        can_recompute = config.MODEL.TYPE == "mlla" and not config.TRAIN.USE_CHECKPOINT
+        remedies += ["add --use-checkpoint, which recomputes the blocks"] if can_recompute else []
+        if batch_size > 1:
+            same_step = f"TRAIN.ACCUMULATION_STEPS {2 * steps}"
+            remedies.append(
+                f"lower --batch-size (to {batch_size // 2}, say; with {same_step} a step has as many images)"
+            )
+    remedies.append("lower the sizes of images, AUG.* and TEST.*")
+    return (
+        f"the GPU's memory{f' of {capacity[1]}' if capacity else ''} does not suffice for "
+        f"{'evaluation' if config.EVAL_MODE else f'DATA.BATCH_SIZE {batch_size}'}: {', or '.join(remedies)}"
+    )
 
 
 def batches_of(task: Task, run: Run, epoch: int, first: int) -> Iterator[Any]:

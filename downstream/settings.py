@@ -29,6 +29,7 @@ DENSE_KEYS: dict[str, Key] = {name: SCHEMA[name] for name in TAKEN_OVER} | {
     "TRAIN.BASE_LR": Key(1e-4, above(0), "learning rate after warm-up, per 16 images a step"),
     "TRAIN.WARMUP_STEPS": Key(500, at_least(0), "steps of linear warm-up"),
     "TRAIN.WARMUP_FACTOR": Key(0.001, FRACTION, "share of the learning rate that warm-up starts from"),
+    "TRAIN.COMPILE": Key(False, YES_NO, "torch.compile the backbone, for any size of images"),
     "TRAIN.WEIGHT_DECAY": Key(0.05, at_least(0), "but on names with norm or absolute_pos_embed"),
     "TRAIN.CLIP_GRAD": Key(0.0, at_least(0), "largest L2 norm of all gradients together; 0: no clipping"),
     "EMA.ENABLED": Key(False, YES_NO, "keep an exponential moving average of the weights"),

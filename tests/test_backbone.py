@@ -1,10 +1,14 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import GOLDEN, MICRO, fill_weights, random_values
 
 from downstream.backbone import MLLABackbone, TimmBackbone
 from models import MLLA
+from utils.weights import load_pretrained
 
 
 def test_golden_dense() -> None:
@@ -40,6 +44,15 @@ def test_timm_models_as_backbones(name: str) -> None:
         maps = backbone(torch.randn(1, 3, 100, 132))
     grids = [(25, 33), (13, 17), (7, 9), (4, 5)]
     assert [tuple(x.shape) for x in maps] == [(1, c, *grid) for c, grid in zip(backbone.widths, grids, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_resnet", "swin_tiny_patch4_window7_224"])
+def test_imagenet_weights_of_timm_fit_its_backbones(tmp_path: Path, name: str) -> None:
+    classifier, backbone = timm.create_model(name), TimmBackbone(name)
+    torch.save(classifier.state_dict(), tmp_path / "weights.pth")
+    load_pretrained(backbone.body, tmp_path / "weights.pth")
+    source = classifier.state_dict()
+    assert all(torch.equal(value, source[key]) for key, value in backbone.body.state_dict().items())
 
 
 def test_every_parameter_of_a_timm_backbone_has_a_gradient() -> None:

@@ -20,7 +20,7 @@ KEYS = {"model": ("model", "state_dict"), "state_dict_ema": ("state_dict_ema", "
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and DDP, torch.compile
 POSITION_TABLE = "absolute_pos_embed"
 DERIVED_KEY_SUFFIX = "attn.rope.rotations"
-FINAL_PART = re.compile(r"(norm\d*|head)\.")
+FINAL_PART = re.compile(r"(norm\d*|head|fc|classifier)\.")  # the latter two of timm's models
 
 
 class FoundWeights(NamedTuple):
@@ -31,14 +31,18 @@ class FoundWeights(NamedTuple):
     classes: list[str] | None
 
 
-def read_weights(source: str | Path) -> FoundWeights:
+def read_weights(source: str | Path, *, tolerant: bool = False) -> FoundWeights:
     """The weights of a file, by path, URL or name of released weights.
+
+    Args:
+        source: of the file.
+        tolerant: pass over unknown objects beside the weights, such as an OpenMMLab file has; they are never made.
 
     Raises:
         CheckpointError: the file cannot be read, or holds none.
         DownloadError: a URL's file cannot be had.
     """
-    content = load_checkpoint(source)
+    content = load_checkpoint(source, tolerant=tolerant)
     found = FoundWeights(weights_in(content, "model"), weights_in(content, "state_dict_ema"), classes_in(content))
     if found.model is None and found.average is None:
         raise no_weights_error(str(source), content)
