@@ -1,6 +1,8 @@
 import json
 import os
 import signal
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,25 @@ def test_other_ways_to_evaluate(finished: Path, tmp_path: Path, start: Runner, s
     assert (record["multi_scale"], record["slide"]) == (switch == "--multi-scale", switch == "--slide")
     last = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["miou"] != last["miou"]
+
+
+class Plugin:
+    """What an OpenMMLab file may hold beside its weights: an object of a class that is not installed."""
+
+
+def test_weights_in_the_published_format(
+    finished: Path, tmp_path: Path, start: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under `state_dict`, with rotary tables, beside an unknown object."""
+    own = torch.load(finished / "ckpt_epoch_1.pth")["model"]
+    tables = {"backbone.layers.0.blocks.0.attn.rope.rotations": torch.zeros(12, 12, 4, 2)}
+    monkeypatch.setattr(Plugin, "__module__", "mmplugin")
+    monkeypatch.setitem(sys.modules, "mmplugin", types.SimpleNamespace(Plugin=Plugin))
+    torch.save({"meta": {"hooks": Plugin()}, "state_dict": {**own, **tables}}, tmp_path / "published.pth")
+    monkeypatch.delitem(sys.modules, "mmplugin")
+    assert start(tmp_path, "--eval", "--resume", tmp_path / "published.pth")[0] == 0
+    record = json.loads((run_folder(tmp_path) / "evaluations.jsonl").read_text())
+    assert record["miou"] == json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])["miou"]
 
 
 def test_a_bad_mask_in_mid_run_is_one_line(tmp_path: Path, start: Runner) -> None:

@@ -9,11 +9,12 @@ python -m downstream.segmentation.main --cfg downstream/segmentation/cfgs/mlla_b
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from yacs.config import CfgNode
 
-from downstream.run import run_evaluation, run_training
+from downstream.run import describe_out_of_memory, run_evaluation, run_training
 from downstream.segmentation.build import build_model
 from downstream.segmentation.config import SCHEMA, SWITCHES, load_config
 from downstream.segmentation.task import Segmentation
@@ -33,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_profile(config)
     torch.backends.cudnn.benchmark = True  # crops have one size
     work = run_evaluation if config.EVAL_MODE else run_training
-    return run_process(lambda process: work(Segmentation(config, process), config, process), config.LOCAL_RANK)
+    return run_process(
+        lambda process: work(Segmentation(config, process), config, process),
+        config.LOCAL_RANK,
+        explain_out_of_memory=partial(describe_out_of_memory, config),
+    )
 
 
 def run_profile(config: CfgNode) -> int:

@@ -30,10 +30,10 @@ from downstream.segmentation.inference import predict_tiles
 from downstream.segmentation.pictures import overlay, save_mask
 from downstream.segmentation.transforms import EvalTransform
 from utils.amp import make_precision
-from utils.checkpoint import load_checkpoint
 from utils.command_line import Parser
 from utils.launch import mistakes_in_one_line
-from utils.weights import load_weights, no_weights_error, weights_in
+from utils.weights import classes_in, load_weights, no_weights_error, weights_in
+from utils.weights_file import load_checkpoint
 
 SMALLEST_TILE = 64
 CLASSES_SHOWN = 5
@@ -136,10 +136,10 @@ def open_segmentor(arguments: argparse.Namespace) -> Segmentor:
     Raises:
         ValueError: weights, configuration or classes are missing or do not fit.
     """
-    content = load_checkpoint(arguments.weights)
+    content = load_checkpoint(arguments.weights, tolerant=True)
     flags = {"TEST.MULTI_SCALE": arguments.multi_scale, "TEST.SLIDE": arguments.slide, "EVAL_MODE": True}
     config = config_of(content, arguments, flags)
-    classes = content.get("classes")
+    classes = classes_in(content)
     if arguments.classes is not None:
         classes = read_classes(arguments.classes)
     elif classes is None and config.DATA.DATASET == "ade20k":
