@@ -1,5 +1,6 @@
 # make demo   train and evaluate a small MLLA on handwritten digits, on this machine
 # make demo-segmentation   render shapes, train and evaluate a small UperNet on them
+# make finetune   train on five digits, then on all ten at another size, from those weights and from scratch
 # make test   lint, format, types and tests
 # make soak   interrupt training many times; the results must be those of a run left alone (a quarter of an hour)
 # make clean  remove the virtual environment; results in output/ stay
@@ -11,7 +12,7 @@ DEMO_RUN := $(DEMO_OUTPUT)/mlla_digits/default
 # One process for each GPU, two at most; two on a CPU.
 COUNT_PROCESSES := import torch; print(min(2, torch.cuda.device_count() or 2))
 
-.PHONY: demo demo-segmentation test lint soak clean
+.PHONY: demo demo-segmentation finetune test lint soak clean
 
 demo: .venv/installed
 	processes=$$($(BIN)/python -c '$(COUNT_PROCESSES)') && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
@@ -30,6 +31,15 @@ demo-segmentation: .venv/installed
 	$(BIN)/torchrun --standalone --nproc_per_node=$$processes $(SEGMENTATION) && \
 	$(BIN)/torchrun --standalone --nproc_per_node=$$processes $(SEGMENTATION) --eval --resume $(SEGMENTATION_RUN)/max_ema_miou.pth
 	@echo "Results: $(SEGMENTATION_RUN) (predictions.png, curves.png, metrics.jsonl, evaluations.jsonl, checkpoints)"
+
+finetune: .venv/installed
+	processes=$$($(BIN)/python -c '$(COUNT_PROCESSES)') && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
+	run="$(BIN)/torchrun --standalone --nproc_per_node=$$processes main.py --amp --output $(DEMO_OUTPUT) --cfg" && \
+	$$run cfgs/digits_pretrain.yaml && \
+	$$run cfgs/digits_finetune.yaml --tag scratch && \
+	$$run cfgs/digits_finetune.yaml --tag finetuned \
+		--pretrained $(DEMO_OUTPUT)/mlla_digits_pretrain/default/max_ema_acc.pth
+	@grep -H "best top-1" $(DEMO_OUTPUT)/mlla_digits_finetune/*/log_rank0.txt
 
 test: lint
 	$(BIN)/python -m pytest
