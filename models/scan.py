@@ -8,6 +8,8 @@ with a <= 0 and delta >= 0. In Mamba's letters: q is C, k is B, v is the gated i
 """
 
 import contextlib
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -172,13 +174,14 @@ chunked_scan.register_autograd(backward, setup_context=keep_for_backward)
 
 
 @register_flop_formula(torch.ops.mlla.chunked_scan)
-def scan_flops(*shapes: torch.Size, **_shapes_of_results: object) -> int:
+def scan_flops(*shapes: Sequence[int], **_shapes_of_results: object) -> int:
     """Of the recurrence, not of its chunks: 9 N C d multiply-accumulates, whatever implementation runs."""
     _, k, v, *_ = shapes
-    return 2 * MACS_PER_STATE * v.numel() * k[-1]
+    return 2 * MACS_PER_STATE * math.prod(v) * k[-1]
 
 
 @register_flop_formula(torch.ops.mlla.chunked_scan_backward)
-def scan_backward_flops(*shapes: torch.Size, **_shapes_of_results: object) -> int:
+def scan_backward_flops(*shapes: Sequence[int], **_shapes_of_results: object) -> int:
     """Twice the forward pass, as for a matrix product."""
-    return 2 * scan_flops(*shapes[1:])
+    _, _, k, v, *_ = shapes
+    return 2 * 2 * MACS_PER_STATE * math.prod(v) * k[-1]
