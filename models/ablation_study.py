@@ -27,7 +27,7 @@ from models.ablations import ABLATIONS, Ablation
 from models.build import build_model
 from utils.benchmark import measure_in_turns
 from utils.build import build_precision
-from utils.plots import plot_ablation
+from utils.paper_plots import plot_ablation
 
 ROOT = Path(__file__).parent.parent
 
@@ -131,7 +131,7 @@ def train_missing(options: argparse.Namespace, rows: Sequence[Ablation]) -> int:
 
 
 def train(options: argparse.Namespace, row: Ablation, seed: int, *, deadline: float) -> Trained | None:
-    """One run of main.py; None where the time was up before it started.
+    """One run of main.py; None where the time was up before it started, or main.py was stopped.
 
     Raises:
         ValueError: main.py failed; says where its messages are.
@@ -151,6 +151,8 @@ def train(options: argparse.Namespace, row: Ablation, seed: int, *, deadline: fl
     if code:
         raise ValueError(f"{row.name}, seed {seed}: main.py ended with code {code}; see {folder / 'console.txt'}")
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    if last["epoch"] + 1 < epochs:  # it was told to stop, and saved what it had
+        return None
     return Trained(row.name, seed, epochs, options.scale.stem, last["acc1"], time.monotonic() - start)
 
 
