@@ -105,6 +105,11 @@ class UnifiedAttention(nn.Module):
 
     def forward(self, x: Tensor, v: Tensor, rotary: Rotary | None = None) -> Tensor:
         """x (B, H, W, C) gives q, k and Delta, v (B, H, W, C) the values -> (B, H, W, C)."""
+        out = self.exchange(x, v, rotary, self.D)
+        return out if self.lepe is None else out + self.lepe(v)
+
+    def exchange(self, x: Tensor, v: Tensor, rotary: Rotary | None, shortcut: Tensor | None = None) -> Tensor:
+        """The operator alone: what each token reads of all, plus `shortcut` (C,) times v; shapes as in `forward`."""
         q, k = self.queries_and_keys(x)  # (B, H, W, heads * d) each
         rotated = None
         if rotary is not None:
@@ -117,12 +122,11 @@ class UnifiedAttention(nn.Module):
             self.split_heads(v),
             input_gate=delta if self.switches.input_gate else None,
             forget_gate=None if delta is None or self.A_log is None else ForgetGate(delta, self.decay_rates()),
-            shortcut=None if self.D is None else self.D.unflatten(0, (self.num_heads, 1, -1)),
+            shortcut=None if shortcut is None else shortcut.unflatten(0, (self.num_heads, 1, -1)),
             normalise=self.switches.normalise,
             rotated=rotated,
         )
-        out = out.transpose(1, 2).reshape(v.shape)  # (B, H, W, C)
-        return out if self.lepe is None else out + self.lepe(v)
+        return out.transpose(1, 2).reshape(v.shape)  # (B, H, W, C)
 
     def queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """q and k of tokens (B, H, W, C), (B, H, W, heads * d) each, in float32 at least."""
