@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from config import load_config
 from models import ABLATIONS, ablation_study, ablation_table, scan_speed
 from utils.benchmark import Throughput
 
@@ -55,54 +56,79 @@ def scale(tmp_path: Path) -> Path:
     return path
 
 
+ACCURACY = {("baseline", 0): 90.0, ("rope", 0): 95.0, ("baseline", 1): 92.0, ("rope", 1): 95.0}
+
+
 @pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch, run_main: RunMain) -> list[list[str]]:
-    """main.py is called in place of a process being started; what it is called with is noted."""
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """In place of main.py: notes how it is called, and leaves the figures of ACCURACY behind."""
     calls: list[list[str]] = []
 
     def call(command: list[str], **_settings: object) -> int:
         assert command[1] == "main.py"
-        calls.append(command[2:])
-        return run_main(*command[2:])[0]
+        calls.append(command)
+        value = {
+            word: command[command.index(word) + 1] for word in ("--cfg", "--output", "--tag", "SEED", "TRAIN.EPOCHS")
+        }
+        row = Path(value["--cfg"]).stem
+        folder = Path(value["--output"]) / f"linear_vit_{row}" / value["--tag"]
+        records = [{"epoch": i, "acc1": ACCURACY[row, int(value["SEED"])]} for i in range(int(value["TRAIN.EPOCHS"]))]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        return 0
 
     monkeypatch.setattr(subprocess, "call", call)
+    monkeypatch.setattr(ablation_study, "measure_in_turns", lambda models, **_: dict.fromkeys(models, 50.0))
     return calls
 
 
-@pytest.fixture
-def fixed_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ablation_study, "measure_in_turns", lambda models, **_: dict.fromkeys(models, 50.0))
-
-
-@pytest.mark.usefixtures("fixed_speeds")
 def test_study_goes_on_and_repeats_nothing(
-    tmp_path: Path, scale: Path, in_this_process: list[list[str]], capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, scale: Path, trained: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--output", str(tmp_path / "out"), "--scale", str(scale), "--jobs", "1", "--rows", "baseline", "rope"]
     assert ablation_study.main([*words, "--seeds", "0", "1", "--minutes", "-1"]) == 3
-    assert "0 runs are done, 4 are left" in capfd.readouterr().out
-    assert not in_this_process
+    assert "0 runs are done, 4 are left" in capsys.readouterr().out
+    assert not trained
     assert ablation_study.main([*words, "--seeds", "0"]) == 0
-    assert len(in_this_process) == 2
+    assert len(trained) == 2
     assert ablation_study.main([*words, "--seeds", "0", "1"]) == 0
-    assert len(in_this_process) == 4
-    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert [(line["row"], line["seed"]) for line in lines] == [
-        ("baseline", 0),
-        ("rope", 0),
-        ("baseline", 1),
-        ("rope", 1),
-    ]
-    metrics = tmp_path / "out/runs/linear_vit_rope/seed1_epochs1/metrics.jsonl"
-    assert lines[-1]["acc1"] == json.loads(metrics.read_text())["acc1"]
-    rows = cells((tmp_path / "out" / "results.md").read_text())
-    mean = (lines[0]["acc1"] + lines[2]["acc1"]) / 2
-    assert rows[2][0] == "baseline"
-    assert rows[2][2].startswith(f"{mean:.2f} ± ")
-    assert rows[3][3:] == ["1113 (0.97)", "50 (1.00)"]
+    assert len(trained) == 4
+    rows = cells((tmp_path / "out" / "results.md").read_text())[2:]
+    assert rows[0] == ["baseline", "77.6", "91.00 ± 1.41", "1152 (1.00)", "50 (1.00)"]
+    assert rows[1] == ["+ RoPE", "80.0", "95.00 ± 0.00", "1113 (0.97)", "50 (1.00)"]
     assert Image.open(tmp_path / "out" / "results.png").width > 500
     assert ablation_study.main([*words, "--seeds", "0", "--epochs", "2"]) == 0  # another budget: its own runs
-    assert len(in_this_process) == 6
+    assert len(trained) == 6
+
+
+def test_a_stopped_run_is_not_a_result(tmp_path: Path, scale: Path, trained: list[list[str]]) -> None:
+    def stopped(command: list[str], **_settings: object) -> int:
+        words = list(command)
+        words[words.index("TRAIN.EPOCHS") + 1] = "1"  # of the two that are asked for
+        return finish(words)
+
+    finish = subprocess.call
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "call", stopped)
+        words = ["--output", str(tmp_path), "--scale", str(scale), "--rows", "rope", "--seeds", "0", "--epochs", "2"]
+        assert ablation_study.main(words) == 3
+    assert not (tmp_path / "results.jsonl").exists()
+    assert ablation_study.main(words) == 0
+    assert len(trained) == 2
+
+
+def test_a_run_of_main(tmp_path: Path, scale: Path, run_main: RunMain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the study asks of main.py, main.py does, at the row's switches and the scale's sizes."""
+    monkeypatch.setattr(subprocess, "call", lambda command, **_: run_main(*command[2:])[0])
+    monkeypatch.setattr(ablation_study, "measure_in_turns", lambda models, **_: dict.fromkeys(models, 50.0))
+    words = ["--output", str(tmp_path), "--scale", str(scale), "--rows", "cpe", "--seeds", "7", "--amp"]
+    assert ablation_study.main(words) == 0
+    (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
+    folder = tmp_path / "runs/linear_vit_cpe/seed7_epochs1"
+    assert json.loads(line)["acc1"] == json.loads((folder / "metrics.jsonl").read_text())["acc1"]
+    config = load_config(folder / "config.yaml")
+    assert config.MODEL.LINEAR_VIT.CPE
+    assert config.MODEL.LINEAR_VIT.EMBED_DIM == 8
+    assert (config.SEED, config.AMP) == (7, True)
 
 
 @pytest.mark.parametrize("rows", [["baseline", "softmax"], ["mamba_like"]])

@@ -1,6 +1,8 @@
 """The models of the paper's tables: counts beside the paper's, structure, any size, 16 bits."""
 
 import itertools
+import json
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -202,6 +204,32 @@ def test_wrong_sizes(switches: Switches | None, changes: dict[str, object], mess
 def test_an_unknown_block() -> None:
     with pytest.raises(ValueError, match="must be one of transformer, sub, all"):
         Switches(block="mamba")
+
+
+def test_all_that_main_does(run_main: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """Training with AMP, EMA, MESA and checkpointing, going on, evaluation, speed, counts."""
+    config = tmp_path / "gated.yaml"
+    config.write_text(
+        f"BASE: ['{Path('cfgs/ablation/digits.yaml').resolve()}']\n"
+        "DATA: {IMG_SIZE: 24, BATCH_SIZE: 256}\nEMA: {ENABLED: True, DECAY: 0.1}\nAUG: {MESA: 1.0}\n"
+        "MODEL:\n  NAME: gated\n  LINEAR_VIT: {DEPTHS: [1, 1], NUM_HEADS: [1, 2], FORGET_GATE: True, ROPE: True}\n"
+        "TRAIN: {WARMUP_EPOCHS: 0}\nSAVE_FREQ: 1\n"
+    )
+    words = ["--cfg", config, "--output", tmp_path, "--amp"]
+    folder = tmp_path / "gated/default"
+    for epochs in (1, 2):  # the second call goes on
+        assert run_main(*words, "--use-checkpoint", "--opts", "TRAIN.EPOCHS", epochs)[0] == 0
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [0, 1]
+    code, out, _ = run_main(*words, "--eval", "--resume", folder / "max_acc.pth")
+    assert code == 0
+    assert f"Acc@1 {max(record['acc1'] for record in records):.3f}" in out
+    code, out, _ = run_main("--cfg", config, "--output", tmp_path, "--throughput", "--batch-size", "2")
+    assert code == 0
+    assert "gated" in out
+    code, out, _ = run_main("--cfg", "cfgs/ablation/forget_gate.yaml", "--profile")
+    assert code == 0
+    assert out.splitlines()[-1].split() == ["paper", "29", "M", "4.8"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
