@@ -8,6 +8,7 @@ with a <= 0 and delta >= 0. In Mamba's letters: q is C, k is B, v is the gated i
 """
 
 import contextlib
+import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-CHUNK_CPU, CHUNK_GPU = 8, 64  # tokens: what stays in a CPU's cache; what keeps a GPU busy between kernel launches
+CHUNK_CPU, CHUNK_GPU = 8, 32  # tokens: what stays in a CPU's cache; what keeps a GPU busy between kernel launches
+LARGEST_STATE = 64  # rows, in a kernel
 MACS_PER_STATE = 9  # of a token: how papers on selective scans count it, discretisation and read-out included
 
 
@@ -31,7 +33,7 @@ def step_scan(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor) -> Tens
     return torch.stack(outputs, dim=2)  # (B, heads, N, e)
 
 
-def gated_scan(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor) -> Tensor:
+def gated_scan(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor, *, use_kernels: bool = True) -> Tensor:
     """The recurrence in chunks of tokens: time linear in N, memory for one chunk of states and one state a chunk.
 
     Every exponent is a sum of a * delta over a stretch of tokens, so never positive: nothing overflows, whatever the
@@ -42,6 +44,7 @@ def gated_scan(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor) -> Ten
         v: (B, heads, N, e).
         delta: (B, heads, N, e), not negative.
         a: (heads, d, e), not positive.
+        use_kernels: compute with Triton where it can; False is plain PyTorch everywhere.
 
     Returns:
         (B, heads, N, e), in float32 under autocast, else in the dtype of v.
@@ -49,7 +52,13 @@ def gated_scan(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor) -> Ten
     with without_autocast(v.device):
         if v.dtype in (torch.float16, torch.bfloat16):
             q, k, v, delta, a = (x.float() for x in (q, k, v, delta, a))
-        return chunked_scan(q, k, v, delta, a)[0]
+        return chunked_scan(q, k, v, delta, a, use_kernels and kernels_take(v, a))[0]
+
+
+def kernels_take(v: Tensor, a: Tensor) -> bool:
+    """Whether the Triton kernels compute this: float32 on a GPU, with a state that fits the registers."""
+    is_theirs = v.device.type == "cuda" and v.dtype == torch.float32 and a.shape[1] <= LARGEST_STATE
+    return is_theirs and importlib.util.find_spec("triton") is not None
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -89,8 +98,12 @@ def accumulate(values: Tensor, log_decay: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("mlla::chunked_scan", mutates_args=())
-def chunked_scan(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+def chunked_scan(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor, use_kernels: bool) -> tuple[Tensor, Tensor]:
     """As `gated_scan`, without autocast; also gives the states before each chunk, (chunks, B, heads, d, e)."""
+    if use_kernels:
+        from models.kernels import scan as kernels
+
+        return kernels.scan(q, k, v, delta, a, chunk_size(v))
     q, k, v, delta = (tokens_first(x) for x in (q, k, v, delta))
     length = chunk_size(v)
     state = v.new_zeros(*v.shape[1:3], *a.shape[1:])  # (B, heads, d, e)
@@ -113,21 +126,24 @@ def chunk_states(k: Tensor, v: Tensor, delta: Tensor, a: Tensor, state: Tensor) 
 
 
 @chunked_scan.register_fake
-def _(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-    _, _, v, _, a = inputs
+def _(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor, use_kernels: bool) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     num_chunks = -(-v.shape[2] // chunk_size(v))
     return v.new_empty(v.shape), v.new_empty(num_chunks, *v.shape[:2], *a.shape[1:])
 
 
 @torch.library.custom_op("mlla::chunked_scan_backward", mutates_args=())
 def chunked_scan_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor, states: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor, states: Tensor, use_kernels: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients by q, k, v, delta and a, for `grad` (B, heads, N, e) by the output; the recurrence run backwards.
 
     The gradient by a state, G_t = q_t grad_t + exp(a delta_(t+1)) G_(t+1), is the same recurrence from the last token
     to the first. The states are computed again from those before each chunk.
     """
+    if use_kernels:
+        from models.kernels import scan as kernels
+
+        return kernels.scan_backward(grad, q, k, v, delta, a, states, chunk_size(v))
     grad, q, k, v, delta = (tokens_first(x) for x in (grad, q, k, v, delta))
     grad_q, grad_k, grad_v, grad_delta = (torch.empty_like(x) for x in (q, k, v, delta))
     grad_a = torch.zeros_like(a)
@@ -157,17 +173,17 @@ def chunked_scan_backward(
 
 
 @chunked_scan_backward.register_fake
-def _(*inputs: Tensor) -> tuple[Tensor, ...]:
-    _, *differentiable, _ = inputs
-    return tuple(x.new_empty(x.shape) for x in differentiable)
+def _(_grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in inputs[:5])
 
 
-def keep_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, output[1])
+def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.use_kernels = inputs
+    ctx.save_for_backward(*tensors, output[1])
 
 
-def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, ...]:
-    return chunked_scan_backward(grad, *ctx.saved_tensors)
+def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *chunked_scan_backward(grad, *ctx.saved_tensors, ctx.use_kernels), None
 
 
 chunked_scan.register_autograd(backward, setup_context=keep_for_backward)

@@ -30,10 +30,11 @@ SECONDS = 10.0  # for the repetitions of one figure; at least one is made
 Layer = Callable[[Sequence[Tensor]], Tensor]
 LAYERS: dict[str, Layer] = {
     "linear attention": lambda x: unified_attention(*x[:3], normalise=False),
-    "forget gate, in chunks": lambda x: gated_scan(*x),
+    "forget gate, in chunks": lambda x: gated_scan(*x, use_kernels=False),
+    "forget gate, Triton": lambda x: gated_scan(*x),
     "forget gate, step by step": lambda x: step_scan(*x),
 }
-STEPWISE = "forget gate, step by step"
+STEPWISE, TRITON = "forget gate, step by step", "forget gate, Triton"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("--tokens and --batch-size: must be at least 1")
         options.output.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    layers = {name: layer for name, layer in LAYERS.items() if name != TRITON or device.type == "cuda"}
     times = {
         with_gradients: {
             name: [
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 else measure(layer, count, options.batch_size, device=device, with_gradients=with_gradients)
                 for count in options.tokens
             ]
-            for name, layer in LAYERS.items()
+            for name, layer in layers.items()
         }
         for with_gradients in (False, True)
     }
@@ -99,7 +101,7 @@ def table(tokens: Sequence[int], times: dict[bool, dict[str, list[float | None]]
     for with_gradients in (False, True):
         what = "forward and backward" if with_gradients else "forward"
         lines[0] += [f"{name}, {what}, ms" for name in times[with_gradients]]
-        lines[1] += ["---"] * len(LAYERS)
+        lines[1] += ["---"] * len(times[with_gradients])
     for i, count in enumerate(tokens):
         found = [values[i] for by_name in times.values() for values in by_name.values()]
         lines.append([f"{count:,}", *map(milliseconds, found)])

@@ -1,7 +1,10 @@
 """The chunked recurrence against the token-by-token one, its gradients, and gates that would break a careless form."""
 
+import importlib.util
+
 import pytest
 import torch
+from conftest import run_python
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -103,4 +106,54 @@ def test_the_operator_is_well_formed() -> None:
     """Shapes without data, autograd and aliasing, as torch.compile relies on them."""
     inputs = scan_inputs(9)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(scan.chunked_scan, tuple(inputs), test_utils=tests)
+    torch.library.opcheck(scan.chunked_scan, (*inputs, False), test_utils=tests)
+
+
+INTERPRETED = """
+import torch
+from models.kernels.scan import scan, scan_backward
+from models.scan import step_scan
+
+shapes = (2, 2, 11, 3, 5, 4), (1, 1, 9, 4, 40, 16), (2, 3, 8, 8, 8, 8), (1, 1, 1, 4, 4, 8)
+for batch, heads, tokens, d, e, chunk in shapes:
+    torch.manual_seed(0)
+    q, k = (torch.rand(batch, heads, tokens, d, requires_grad=True) for _ in range(2))
+    v = torch.randn(batch, heads, tokens, e, requires_grad=True)
+    delta = (3 * torch.rand(batch, heads, tokens, e)).requires_grad_()
+    a = (-torch.rand(heads, d, e)).requires_grad_()
+    inputs = [q, k, v, delta, a]
+    exact = step_scan(*inputs)
+    grad = torch.randn_like(exact)
+    expected = torch.autograd.grad(exact, inputs, grad)
+    inputs = [x.detach() for x in inputs]
+    out, states = scan(*inputs, chunk)
+    torch.testing.assert_close(out, exact.detach(), rtol=1e-4, atol=1e-5)
+    for found, wanted in zip(scan_backward(grad, *inputs, states, chunk), expected):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+print("kernels agree")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_kernels_interpreted() -> None:
+    """The Triton kernels on a CPU, through Triton's interpreter, which must be chosen before the import."""
+    done = run_python("-c", INTERPRETED, TRITON_INTERPRET="1")
+    assert "kernels agree" in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", [(2, 2, 100, 32, 32), (1, 1, 70, 32, 96), (3, 2, 33, 16, 16), (1, 1, 5, 3, 5)])
+def test_kernels_on_a_gpu(shape: tuple[int, ...]) -> None:
+    batch, heads, num_tokens, d, e = shape
+    q, k = (torch.rand(batch, heads, num_tokens, d, device="cuda") for _ in range(2))
+    v, delta = torch.randn(batch, heads, num_tokens, e, device="cuda"), torch.rand(batch, heads, num_tokens, e).cuda()
+    inputs = [x.requires_grad_() for x in (q, k, v, delta, -torch.rand(heads, d, e, device="cuda"))]
+    assert scan.kernels_take(v, inputs[4])
+    exact = step_scan(*(x.double() for x in inputs))
+    grad = torch.randn_like(v)
+    expected = torch.autograd.grad(exact, inputs, grad.double())
+    for use_kernels in (True, False):
+        out = gated_scan(*inputs, use_kernels=use_kernels)
+        torch.testing.assert_close(out, exact.float(), rtol=1e-4, atol=1e-4)
+        for found, wanted in zip(torch.autograd.grad(out, inputs, grad), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
