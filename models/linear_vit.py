@@ -188,4 +188,4 @@ def check_heads(stage: int, width: int, heads: int, switches: Switches) -> None:
         )
     key_width = width // heads if switches.single_head else width
     if switches.rope and key_width % 4:
-        raise ValueError(f"stage {stage}: rotary embedding needs q {key_width} wide to be a multiple of 4")
+        raise ValueError(f"stage {stage}: q is {key_width} wide; rotary embedding needs a multiple of 4: fewer heads")

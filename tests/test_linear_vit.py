@@ -157,7 +157,8 @@ def test_adversarial_gates_in_16_bits(dtype: torch.dtype, bias: float) -> None:
         for module in model.modules():
             if isinstance(module, Gate):
                 torch.nn.init.constant_(module.up.bias, bias)
-                torch.nn.init.normal_(module.up.weight, std=100.0)
+                torch.nn.init.normal_(module.down.weight, std=10.0)
+                torch.nn.init.normal_(module.up.weight, std=1e4)
         with torch.autocast("cpu", dtype=dtype):
             logits = model(10 * torch.randn(2, 3, 32, 32))
         assert torch.isfinite(logits).all()
@@ -193,7 +194,7 @@ def test_timms_interface() -> None:
     [
         (None, {"depths": (1,)}, "differ in length"),
         (None, {"num_heads": (1, 3)}, "stage 1 is 16 wide, which 3 heads do not divide"),
-        (Switches(rope=True, single_head=True), {"num_heads": (4, 8)}, "rotary embedding needs q 2 wide"),
+        (Switches(rope=True, single_head=True), {"num_heads": (4, 8)}, "q is 2 wide; rotary embedding"),
     ],
 )
 def test_wrong_sizes(switches: Switches | None, changes: dict[str, object], message: str) -> None:
