@@ -2,6 +2,7 @@
 # make ablation  train all rows of the paper's tables 1 and 2 on handwritten digits, three seeds each: about 30 minutes on
 #             two CPU cores; goes on where it was interrupted; more by ABLATION='--epochs 50 --amp'
 # make test   lint, format, types and tests
+# make soak   interrupt training many times; the results must be those of a run left alone (a quarter of an hour)
 # make clean  remove the virtual environment; results in output/ stay
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ DEMO_RUN := $(DEMO_OUTPUT)/mlla_digits/default
 # One process for each GPU, two at most; two on a CPU.
 COUNT_PROCESSES := import torch; print(min(2, torch.cuda.device_count() or 2))
 
-.PHONY: demo ablation test lint clean
+.PHONY: demo ablation test lint soak clean
 
 demo: .venv/installed
 	processes=$$($(BIN)/python -c '$(COUNT_PROCESSES)') && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
@@ -30,6 +31,9 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+soak: .venv/installed
+	$(BIN)/python tests/soak.py
 
 # Installed again only when requirements.txt changes.
 .venv/installed: requirements.txt

@@ -31,7 +31,7 @@ POLICY = Rule(
     "none, rand-..., augmix-..., original, v0 or 3a",
     lambda value: value.split("-")[0] in ("none", "rand", "augmix", "original", "originalr", "v0", "v0r", "3a"),
 )
-
+ABOVE_0_TO_1 = Rule("above 0, at most 1", lambda value: 0 < value <= 1)
 
 # The official keys with their defaults, and ours. Steps are optimizer steps; learning rates are for 512 images a step.
 SCHEMA: dict[str, Key] = {
@@ -39,6 +39,7 @@ SCHEMA: dict[str, Key] = {
     "DATA.BATCH_SIZE": Key(128, at_least(1), "images per process and forward pass"),
     "DATA.DATA_PATH": Key("", ANY, "folder with train/ and val/, a folder per class in each"),
     "DATA.DATASET": Key("imagenet", one_of("imagenet", "folder", "digits"), "imagenet and folder read DATA_PATH"),
+    "DATA.CLASSES": Key(None, ANY, "null: all; of the digits only these, ['0', '1'] say", str, True, True),
     "DATA.IMG_SIZE": Key(224, at_least(8), "side of the images, pixels"),
     "DATA.INTERPOLATION": Key("bicubic", one_of("bicubic", "bilinear", "random"), "resizing filter"),
     "DATA.ZIP_MODE": Key(False, YES_NO, "read zip archives"),
@@ -47,12 +48,13 @@ SCHEMA: dict[str, Key] = {
     "DATA.NUM_WORKERS": Key(8, at_least(0), "loader processes per training process; 0 loads in the training process"),
     "MODEL.TYPE": Key("mlla", one_of("mlla", "linear_vit"), "model family; each reads the section of its name"),
     "MODEL.NAME": Key("mlla_tiny", Rule("not empty", bool), "names the output folder"),
-    "MODEL.RESUME": Key("", ANY, "checkpoint to go on from, or weights to evaluate"),
-    "MODEL.PRETRAINED": Key("", ANY, "weights to start from; a classifier of other width starts fresh"),
+    "MODEL.RESUME": Key("", ANY, "checkpoint to go on from, or weights to evaluate: path, URL or mlla-t, -s, -b"),
+    "MODEL.PRETRAINED": Key("", ANY, "weights to start from, likewise; a classifier of other width starts fresh"),
     "MODEL.NUM_CLASSES": Key(None, at_least(1), "null: as many as the data set has, 1000 without one", int, True),
     "MODEL.DROP_RATE": Key(0.0, FRACTION, "dropout after the stem and in the MLPs"),
     "MODEL.DROP_PATH_RATE": Key(0.1, FRACTION, "stochastic depth of the last block, rising linearly from 0"),
     "MODEL.LABEL_SMOOTHING": Key(0.1, FRACTION, "share of the label spread over all classes"),
+    "MODEL.LAYER_DECAY": Key(1.0, ABOVE_0_TO_1, "each block's learning rate over that of the next one; 1: all alike"),
     "MODEL.MLLA.PATCH_SIZE": Key(4, one_of(4), "stride of the stem"),
     "MODEL.MLLA.IN_CHANS": Key(3, at_least(1), "channels of an image"),
     "MODEL.MLLA.EMBED_DIM": Key(64, at_least(4), "token width of the first stage; it doubles with each stage"),
@@ -96,6 +98,7 @@ SCHEMA: dict[str, Key] = {
     "TRAIN.ON_SAVE_ERROR": Key("continue", one_of("continue", "stop"), "what to do where a checkpoint cannot be saved"),
     "TRAIN.SAVE_IN_BACKGROUND": Key(True, YES_NO, "train on while a checkpoint is brought to the disk"),
     "TRAIN.ACCUMULATION_STEPS": Key(1, at_least(1), "forward passes per step"),
+    "TRAIN.FREEZE": Key(False, YES_NO, "train the classifier alone; all else keeps its weights and statistics"),
     "TRAIN.USE_CHECKPOINT": Key(False, YES_NO, "recompute blocks in the backward pass to save memory"),
     "TRAIN.FIND_UNUSED_PARAMS": Key(False, YES_NO, "let DDP look for parameters without gradient"),
     "TRAIN.LR_SCHEDULER.NAME": Key("cosine", one_of("cosine", "linear", "step"), "shape after warm-up"),
@@ -176,11 +179,15 @@ def check_together(values: Mapping[str, Any]) -> None:
                 refuse(f"{section}.NUM_HEADS", reason)
     if values["DATA.ZIP_MODE"]:
         refuse("DATA.ZIP_MODE", "zip archives cannot be read yet; unpack them to DATA_PATH/train and DATA_PATH/val")
+    if values["DATA.CLASSES"] and values["DATA.DATASET"] != "digits":
+        refuse("DATA.CLASSES", f"works with DATA.DATASET digits, not {values['DATA.DATASET']}: leave out class folders")
     for name in ("MODEL.MLLA.IN_CHANS", "MODEL.LINEAR_VIT.IN_CHANS"):
         if values[name] != 3 and not (values["THROUGHPUT_MODE"] or values["PROFILE_MODE"]):
             refuse(name, "images are read as RGB: must be 3")
     if values["EVAL_MODE"] or values["THROUGHPUT_MODE"] or values["PROFILE_MODE"]:
         return  # the rest is about training
+    if values["TRAIN.FREEZE"] and not (values["MODEL.PRETRAINED"] or values["MODEL.RESUME"]):
+        refuse("TRAIN.FREEZE", "a backbone that stays as it is needs weights; name some with --pretrained")
     if values["TRAIN.START_EPOCH"] >= (epochs := values["TRAIN.EPOCHS"] + values["TRAIN.COOLDOWN_EPOCHS"]):
         refuse("TRAIN.START_EPOCH", f"must be below the number of epochs, {epochs}")
     if (sides := values["AUG.CUTMIX_MINMAX"]) and len({int(values["DATA.IMG_SIZE"] * side) for side in sides}) == 1:

@@ -15,6 +15,7 @@ from data.digits import Digits
 from data.image_folder import open_image_folder
 from data.samplers import EvalSampler, LabelledImages, SampleKey, TrainSampler, TransformedImages
 from data.transforms import eval_transform, train_transform
+from data.workers import leave_process_group
 
 TargetMaker = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -69,7 +70,7 @@ def build_data(config: CfgNode, *, rank: int, num_processes: int) -> Data:
 
 def open_split(config: CfgNode, split: str) -> LabelledImages:
     if config.DATA.DATASET == "digits":
-        return Digits(split, config.DATA.IMG_SIZE)
+        return Digits(split, config.DATA.IMG_SIZE, config.DATA.CLASSES)
     return open_image_folder(config.DATA.DATA_PATH, split)
 
 
@@ -107,6 +108,7 @@ def make_loader(
         pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
         drop_last=drop_last,
         persistent_workers=config.DATA.NUM_WORKERS > 0,
+        worker_init_fn=leave_process_group,
         generator=torch.Generator(),  # else each start of an epoch draws from the one that dropout draws from
     )
 

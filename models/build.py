@@ -11,7 +11,7 @@ KNOWN_CLASSES = {"digits": 10, "imagenet": 1000, "folder": 1000}
 
 
 def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
-    """Make the model that MODEL.* describes, with fresh weights.
+    """Make the model that MODEL.* describes, with fresh weights; with TRAIN.FREEZE only its classifier learns.
 
     Args:
         config: the whole configuration.
@@ -20,12 +20,14 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
     Raises:
         ValueError: sizes that do not fit each other, or an unknown MODEL.TYPE.
     """
+    builders = {"mlla": build_mlla, "linear_vit": build_linear_vit}
+    if config.MODEL.TYPE not in builders:
+        raise ValueError(f"MODEL.TYPE {config.MODEL.TYPE!r}: known are {', '.join(builders)}")
     num_classes = num_classes or config.MODEL.NUM_CLASSES or KNOWN_CLASSES[config.DATA.DATASET]
-    if config.MODEL.TYPE == "mlla":
-        return build_mlla(config, num_classes)
-    if config.MODEL.TYPE == "linear_vit":
-        return build_linear_vit(config, num_classes)
-    raise ValueError(f"MODEL.TYPE {config.MODEL.TYPE!r}: known are 'mlla' and 'linear_vit'")
+    model = builders[config.MODEL.TYPE](config, num_classes)
+    if config.TRAIN.FREEZE:
+        model.freeze_backbone()
+    return model
 
 
 def build_mlla(config: CfgNode, num_classes: int) -> MLLA:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.classifier import PyramidClassifier, initialise
 from models.layers import pad_to_multiple
-from models.mlla import initialise
 from models.rope import rotary_tables
 from models.unified_block import Switches, UnifiedAttention, UnifiedBlock
 
@@ -66,7 +66,7 @@ class UnifiedStage(nn.Module):
         return x if self.downsample is None else self.downsample(x)
 
 
-class LinearViT(nn.Module):
+class LinearViT(PyramidClassifier):
     """Classifier for images (B, in_chans, H, W) of any H and W; gives logits (B, num_classes).
 
     The defaults are the paper's baseline: Swin-T with linear attention in place of window attention. Sizes that
@@ -149,21 +149,6 @@ class LinearViT(nn.Module):
         """Names of parameters with two or more dimensions that are not decayed all the same: positions and A."""
         return {name for name, _ in self.named_parameters() if name.endswith(NOT_DECAYED)}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass, or stop doing so."""
-        for stage in self.stages:
-            stage.use_checkpoint = enable
-
-    def get_classifier(self) -> nn.Module:
-        """The linear layer from features to classes."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by a fresh one for num_classes (0: none), on the device and in the dtype it was in."""
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.apply(initialise).to(next(self.parameters()))
-
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to normalised tokens of the last stage, (B, H / 32, W / 32, num_features)."""
         x = pad_to_multiple(images, self.patch_size).contiguous(memory_format=torch.channels_last)
@@ -171,14 +156,6 @@ class LinearViT(nn.Module):
         for stage in self.stages:
             x = stage(x)  # (B, H / 2, W / 2, 2 C) but for the last
         return self.norm(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens (B, H, W, C) to logits (B, num_classes), or to their mean (B, C) if pre_logits."""
-        x = x.mean(dim=(1, 2))  # (B, C)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(images))
 
 
 def check_heads(stage: int, width: int, heads: int, switches: Switches) -> None:

@@ -81,6 +81,9 @@ def test_lists_are_not_shared() -> None:
         (["DATA.BATCH_SIZE", "7"], "must be even with mixup"),
         (["AUG.SCALE", "[1.0, 0.1]"], "smaller value first"),
         (["AUG.SCALE", "[0.5]"], "two values"),
+        (["DATA.CLASSES", "['1']"], "DATA.CLASSES .*: works with DATA.DATASET digits, not imagenet"),
+        (["MODEL.LAYER_DECAY", "0"], "must be above 0, at most 1"),
+        (["TRAIN.FREEZE", "True"], "needs weights; name some with --pretrained"),
         (["DATA.ZIP_MODE", "True"], "zip archives cannot be read"),
         (
             ["AUG.MIXUP", "0", "AUG.CUTMIX", "0", "AUG.CUTMIX_MINMAX", "[0.2, 0.8]", "DATA.BATCH_SIZE", "7"],

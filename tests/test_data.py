@@ -238,3 +238,14 @@ def test_transformed_images_draw_from_seed_epoch_and_position() -> None:
     assert dataset[SampleKey(0, 5)][0] != dataset[SampleKey(1, 5)][0]
     assert dataset[SampleKey(0, 5)][0] != dataset[SampleKey(0, 6)][0]
     assert dataset[SampleKey(0, 5)][1] == Digits("val").labels[5]
+
+
+def test_some_of_the_digits() -> None:
+    whole, some = Digits("train", 8), Digits("train", 8, ["7", "2"])
+    assert some.classes == ["2", "7"]
+    positions = [i for i, label in enumerate(whole.labels) if label in (2, 7)]
+    assert some.labels == [(2, 7).index(whole.labels[i]) for i in positions]
+    assert all(some.images[i].tobytes() == whole.images[p].tobytes() for i, p in enumerate(positions))
+    assert len(Digits("val", 8, ["0"])) == 36
+    with pytest.raises(ValueError, match=r"DATA.CLASSES: no digit is called ten, x; there are \['0', '1'"):
+        Digits("val", 8, ["x", "1", "ten"])

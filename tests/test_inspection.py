@@ -135,7 +135,7 @@ def test_pictures(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         (["--resume", "missing.pth"], "missing.pth: no such checkpoint file"),
         (["--resume", "{bare}"], "holds no configuration; name the model's with --cfg FILE"),
-        (["--resume", "{bare}", "--cfg", "cfgs/mlla_t.yaml"], "weights of another architecture"),
+        (["--resume", "{bare}", "--cfg", "cfgs/mlla_t.yaml"], "does not fit the model"),
         (["--resume", "{good}", "--images", "missing.jpg"], "missing.jpg"),
     ],
 )

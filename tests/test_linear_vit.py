@@ -19,6 +19,7 @@ from models.rope import rotary_tables
 from models.unified_block import Gate, UnifiedAttention, UnifiedBlock
 from utils.optimizer import parameter_groups
 from utils.profiling import profile
+from utils.weights import load_pretrained
 
 # In millions and 10^9, by hand from the widths, or from what a plain reading of the paper gives.
 COUNTS = {
@@ -177,6 +178,32 @@ def test_checkpointing_changes_nothing_but_memory(switches: Switches) -> None:
         model(images).sum().backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
+def test_tables_of_positions_of_another_size(tmp_path: Path) -> None:
+    """Fine-tuning at another size than the weights were trained at: every block's table is resized, and gives what it gave."""
+    trained, larger = small(Switches(ape=True)), small(Switches(ape=True), img_size=64)
+    torch.save(trained.state_dict(), tmp_path / "trained.pth")
+    load_pretrained(larger, str(tmp_path / "trained.pth"))
+    assert larger.layers[1].blocks[1].ape.absolute_pos_embed.shape == (1, 64, 16)
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(larger.eval()(images), trained.eval()(images), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("switches", [EVERYTHING, MAMBA])
+def test_freezing_and_rates_by_layer(switches: Switches) -> None:
+    model = small(switches)
+    rates = {}
+    for group in parameter_groups(model, 0.05, layer_decay=0.5):
+        rates |= {id(parameter): group["lr_scale"] for parameter in group["params"]}
+    by_name = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
+    assert by_name["head.weight"] == 1
+    assert by_name["layers.1.blocks.1.out_proj.weight"] == by_name["norm.weight"] == 0.5
+    assert by_name["patch_embed.proj.weight"] == 0.5**4
+    model.freeze_backbone()
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
+    assert not model.train().layers.training
+    assert model.head.training
 
 
 def test_timms_interface() -> None:

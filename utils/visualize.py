@@ -24,10 +24,10 @@ from data.digits import Digits
 from data.transforms import denormalise, eval_transform
 from models.build import build_model
 from models.inspection import Seen, attention_inputs, attention_map, gate_values, receptive_fields
-from utils.checkpoint import load_checkpoint
 from utils.launch import mistakes_in_one_line
 from utils.paper_plots import plot_by_depth, plot_maps
-from utils.weights import load_weights, read_weights
+from utils.weights import load_weights, read_state_dict
+from utils.weights_file import load_checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,10 +85,9 @@ def find_config(path: str | None, checkpoint: str) -> CfgNode:
 
 def trained_model(config: CfgNode, checkpoint: str) -> nn.Module:
     """In evaluation mode, with as many classes as the weights have, the EMA's weights where there are some."""
-    weights, average = read_weights(checkpoint)
-    chosen = average or weights or {}
-    model = build_model(config, len(chosen["head.bias"]) if "head.bias" in chosen else None)
-    load_weights(model, chosen, checkpoint)
+    weights = read_state_dict(checkpoint)
+    model = build_model(config, len(weights["head.bias"]) if "head.bias" in weights else None)
+    load_weights(model, weights, checkpoint)
     return model.eval()
 
 
