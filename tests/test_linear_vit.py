@@ -181,7 +181,7 @@ def test_checkpointing_changes_nothing_but_memory(switches: Switches) -> None:
 
 
 def test_tables_of_positions_of_another_size(tmp_path: Path) -> None:
-    """Fine-tuning at another size than the weights were trained at: every block's table is resized, and gives what it gave."""
+    """Fine-tuning at another size than the weights were trained at: every block's table is resized."""
     trained, larger = small(Switches(ape=True)), small(Switches(ape=True), img_size=64)
     torch.save(trained.state_dict(), tmp_path / "trained.pth")
     load_pretrained(larger, str(tmp_path / "trained.pth"))
