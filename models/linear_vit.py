@@ -87,6 +87,7 @@ class LinearViT(PyramidClassifier):
         drop_path_rate: stochastic depth of the last block; rises linearly from 0 over the blocks.
         use_checkpoint: recompute each block in the backward pass, to save memory.
         switches: what differs from the baseline.
+        kernels: "auto" for Triton kernels of the forget gate where they can run, or "torch".
 
     Raises:
         ValueError: depths and num_heads differ in length, a stage's heads do not divide its width, or rotary embedding
@@ -108,6 +109,7 @@ class LinearViT(PyramidClassifier):
         drop_path_rate: float = 0.2,
         use_checkpoint: bool = False,
         switches: Switches | None = None,
+        kernels: str = "torch",
     ) -> None:
         super().__init__()
         switches = switches or Switches()
@@ -126,7 +128,7 @@ class LinearViT(PyramidClassifier):
         side = -(-img_size // patch_size)
         self.layers = nn.ModuleList()
         for i, (width, heads) in enumerate(zip(widths, num_heads, strict=True)):
-            settings = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "drop": drop_rate}
+            settings = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "drop": drop_rate, "kernels": kernels}
             blocks = [
                 UnifiedBlock(width, heads, (side, side), switches, drop_path=rate, **settings)  # type: ignore[arg-type]
                 for rate in rates[i].tolist()

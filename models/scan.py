@@ -33,7 +33,7 @@ def step_scan(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor) -> Tens
     return torch.stack(outputs, dim=2)  # (B, heads, N, e)
 
 
-def gated_scan(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor, *, use_kernels: bool = True) -> Tensor:
+def gated_scan(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor, *, use_kernels: bool = False) -> Tensor:
     """The recurrence in chunks of tokens: time linear in N, memory for one chunk of states and one state a chunk.
 
     Every exponent is a sum of a * delta over a stretch of tokens, so never positive: nothing overflows, whatever the
@@ -44,7 +44,7 @@ def gated_scan(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor, *, use
         v: (B, heads, N, e).
         delta: (B, heads, N, e), not negative.
         a: (heads, d, e), not positive.
-        use_kernels: compute with Triton where it can; False is plain PyTorch everywhere.
+        use_kernels: compute with Triton where it can, in place of plain PyTorch.
 
     Returns:
         (B, heads, N, e), in float32 under autocast, else in the dtype of v.

@@ -30,8 +30,8 @@ SECONDS = 10.0  # for the repetitions of one figure; at least one is made
 Layer = Callable[[Sequence[Tensor]], Tensor]
 LAYERS: dict[str, Layer] = {
     "linear attention": lambda x: unified_attention(*x[:3], normalise=False),
-    "forget gate, in chunks": lambda x: gated_scan(*x, use_kernels=False),
-    "forget gate, Triton": lambda x: gated_scan(*x),
+    "forget gate, in chunks": lambda x: gated_scan(*x),
+    "forget gate, Triton": lambda x: gated_scan(*x, use_kernels=True),
     "forget gate, step by step": lambda x: step_scan(*x),
 }
 STEPWISE, TRITON = "forget gate, step by step", "forget gate, Triton"

@@ -89,10 +89,14 @@ class UnifiedAttention(nn.Module):
         head_dim: width d of a head.
         switches: what is on.
         qkv_bias: whether the projection to q and k has a bias.
+        kernels: "auto" for Triton kernels where they can run, or "torch".
     """
 
-    def __init__(self, dim: int, num_heads: int, head_dim: int, switches: Switches, qkv_bias: bool = True) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, head_dim: int, switches: Switches, qkv_bias: bool = True, kernels: str = "torch"
+    ) -> None:
         super().__init__()
+        self.use_kernels = kernels == "auto"
         self.num_heads = 1 if switches.single_head else num_heads
         self.switches = switches
         self.qk = nn.Linear(dim, 2 * self.num_heads * head_dim, bias=qkv_bias)
@@ -125,6 +129,7 @@ class UnifiedAttention(nn.Module):
             shortcut=None if shortcut is None else shortcut.unflatten(0, (self.num_heads, 1, -1)),
             normalise=self.switches.normalise,
             rotated=rotated,
+            use_kernels=self.use_kernels,
         )
         return out.transpose(1, 2).reshape(v.shape)  # (B, H, W, C)
 
@@ -187,6 +192,7 @@ class UnifiedBlock(nn.Module):
         qkv_bias: bool = True,
         drop: float = 0.0,
         drop_path: float = 0.0,
+        kernels: str = "torch",
     ) -> None:
         super().__init__()
         self.is_gated = switches.block != "transformer"
@@ -200,7 +206,7 @@ class UnifiedBlock(nn.Module):
         if self.is_gated:
             self.act_proj = nn.Linear(dim, inner)
             self.dwc = TokenConv(inner)
-        self.attn = UnifiedAttention(inner, num_heads * expansion, dim // num_heads, switches, qkv_bias)
+        self.attn = UnifiedAttention(inner, num_heads * expansion, dim // num_heads, switches, qkv_bias, kernels)
         self.out_proj = nn.Linear(inner, dim)
         self.drop_path = DropPath(drop_path)
         if self.has_mlp:
