@@ -42,11 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[196, 784, 3136, 12544, 65536])
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--most-steps", type=int, default=12544, help="longest step-by-step run with gradients, tokens")
+    parser.add_argument("--forward-only", action="store_true", help="leave gradients out")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="for a busy machine: CPU time of one thread, not the wall's"
+    )
     parser.add_argument("--output", type=Path, default=Path("output/scan_speed"))
     options = parser.parse_args(argv)
     with mistakes_in_one_line():
         if min(*options.tokens, options.batch_size) < 1:
             raise ValueError("--tokens and --batch-size: must be at least 1")
+        if options.cpu_time and (torch.cuda.is_available() or torch.get_num_threads() > 1):
+            raise ValueError("--cpu-time: is for one thread on a CPU; set OMP_NUM_THREADS=1 and CUDA_VISIBLE_DEVICES=")
         options.output.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layers = {name: layer for name, layer in LAYERS.items() if name != TRITON or device.type == "cuda"}
@@ -55,15 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             name: [
                 None
                 if name == STEPWISE and with_gradients and count > options.most_steps
-                else measure(layer, count, options.batch_size, device=device, with_gradients=with_gradients)
+                else measure(layer, count, options, device=device, with_gradients=with_gradients)
                 for count in options.tokens
             ]
             for name, layer in layers.items()
         }
-        for with_gradients in (False, True)
+        for with_gradients in ([False] if options.forward_only else [False, True])
     }
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
     about = f"{chip}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {options.batch_size}, float32"
+    about += ", CPU time" if options.cpu_time else ""
     text = table(options.tokens, times, about)
     (options.output / "scan_speed.md").write_text(text)
     plot_speed(options.tokens, times, title=about, picture=options.output / "scan_speed.png")
@@ -71,23 +78,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(layer: Layer, num_tokens: int, batch_size: int, *, device: torch.device, with_gradients: bool) -> float:
+def measure(
+    layer: Layer, num_tokens: int, options: argparse.Namespace, *, device: torch.device, with_gradients: bool
+) -> float:
     """Seconds of one call, the median of a few, after one that is not counted where it is short."""
     generator = torch.Generator().manual_seed(0)
-    shape = (batch_size, HEADS, num_tokens, HEAD_DIM)
+    shape = (options.batch_size, HEADS, num_tokens, HEAD_DIM)
     q, k, v, delta = (torch.rand(shape, generator=generator).to(device) for _ in range(4))
     a = -torch.arange(1.0, HEAD_DIM + 1, device=device).repeat(HEADS, HEAD_DIM, 1).mT.contiguous()
+    clock = time.process_time if options.cpu_time else time.perf_counter
     inputs = [x.requires_grad_(with_gradients) for x in (q, k, v, 0.1 * delta, a)]
 
     def call() -> float:
         synchronise(device)
-        start = time.perf_counter()
+        start = clock()
         with torch.set_grad_enabled(with_gradients):
             out = layer(inputs)
         if with_gradients:
             out.sum().backward()
         synchronise(device)
-        return time.perf_counter() - start
+        return clock() - start
 
     first = call()
     if first * REPEATS > SECONDS:
@@ -98,7 +108,7 @@ def measure(layer: Layer, num_tokens: int, batch_size: int, *, device: torch.dev
 def table(tokens: Sequence[int], times: dict[bool, dict[str, list[float | None]]], about: str) -> str:
     """Milliseconds by number of tokens, forward, then forward and backward."""
     lines = [["tokens"], ["---"]]
-    for with_gradients in (False, True):
+    for with_gradients in times:
         what = "forward and backward" if with_gradients else "forward"
         lines[0] += [f"{name}, {what}, ms" for name in times[with_gradients]]
         lines[1] += ["---"] * len(times[with_gradients])

@@ -157,6 +157,8 @@ def test_speed_by_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert rows[1][-1] == ""  # step by step with gradients: too long
     assert Image.open(tmp_path / "scan_speed.png").width > 500
     assert "float32" in capsys.readouterr().out
+    assert scan_speed.main(["--tokens", "4", "--forward-only", "--cpu-time", "--output", str(tmp_path)]) == 0
+    assert len(cells((tmp_path / "scan_speed.md").read_text())[0]) == 4
     with pytest.raises(SystemExit):
         scan_speed.main(["--tokens", "0", "--output", str(tmp_path)])
 

@@ -116,8 +116,9 @@ def plot_speed(
     tokens: Sequence[int], times: Mapping[bool, Mapping[str, Sequence[float | None]]], *, title: str, picture: Path
 ) -> None:
     """Draw seconds by number of tokens on logarithmic axes, without and with gradients, beside a line of cost ~ N."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for axis, with_gradients in zip(axes, (False, True), strict=True):
+    figure, axes = plt.subplots(1, len(times), figsize=(5.5 * len(times), 4.5), sharey=True, squeeze=False)
+    axes = axes[0]
+    for axis, with_gradients in zip(axes, times, strict=True):
         curves = times[with_gradients]
         for name, seconds in curves.items():
             axis.plot(tokens, [np.nan if value is None else 1000 * value for value in seconds], "o-", label=name)
