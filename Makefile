@@ -1,6 +1,7 @@
 # make demo   train and evaluate a small MLLA on handwritten digits, on this machine
-# make ablation  train all rows of the paper's tables 1 and 2 on handwritten digits, three seeds each: about 30 minutes on
-#             two CPU cores; goes on where it was interrupted; more by ABLATION='--epochs 50 --amp'
+# make finetune   train on five digits, then on all ten at another size, from those weights and from scratch
+# make ablation  train all rows of the paper's tables 1 and 2 on handwritten digits, three seeds each; goes on where it was
+#             interrupted; more by ABLATION='--epochs 50 --amp'
 # make test   lint, format, types and tests
 # make soak   interrupt training many times; the results must be those of a run left alone (a quarter of an hour)
 # make clean  remove the virtual environment; results in output/ stay
@@ -12,7 +13,7 @@ DEMO_RUN := $(DEMO_OUTPUT)/mlla_digits/default
 # One process for each GPU, two at most; two on a CPU.
 COUNT_PROCESSES := import torch; print(min(2, torch.cuda.device_count() or 2))
 
-.PHONY: demo ablation test lint soak clean
+.PHONY: demo finetune ablation test lint soak clean
 
 demo: .venv/installed
 	processes=$$($(BIN)/python -c '$(COUNT_PROCESSES)') && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
@@ -20,6 +21,15 @@ demo: .venv/installed
 	$(BIN)/torchrun --standalone --nproc_per_node=$$processes main.py --cfg cfgs/digits.yaml --amp --output $(DEMO_OUTPUT) \
 		--eval --resume $(DEMO_RUN)/max_ema_acc.pth
 	@echo "Results: $(DEMO_RUN) (curves.png, predictions.png, metrics.jsonl, log_rank0.txt, checkpoints)"
+
+finetune: .venv/installed
+	processes=$$($(BIN)/python -c '$(COUNT_PROCESSES)') && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
+	run="$(BIN)/torchrun --standalone --nproc_per_node=$$processes main.py --amp --output $(DEMO_OUTPUT) --cfg" && \
+	$$run cfgs/digits_pretrain.yaml && \
+	$$run cfgs/digits_finetune.yaml --tag scratch && \
+	$$run cfgs/digits_finetune.yaml --tag finetuned \
+		--pretrained $(DEMO_OUTPUT)/mlla_digits_pretrain/default/max_ema_acc.pth
+	@grep -H "best top-1" $(DEMO_OUTPUT)/mlla_digits_finetune/*/log_rank0.txt
 
 ablation: .venv/installed
 	$(BIN)/python -m models.ablation_study --output output/ablation $(ABLATION)
