@@ -2,6 +2,7 @@
 # make demo-detection     train and evaluate a small Mask R-CNN on rendered shapes, on this machine
 # make demo-segmentation  render shapes, train and evaluate a small UperNet on them
 # make finetune           train on five digits, then on all ten at another size, from those weights and from scratch
+# make ablation           train all rows of the paper's tables 1 and 2 on digits, three seeds each; ABLATION='--epochs 50' for more
 # make test               lint, format, types and tests
 # make soak               interrupt training many times; the results must be those of a run left alone (a quarter of an hour)
 # make clean              remove the virtual environment; results in output/ stay
@@ -13,7 +14,7 @@ DEMO_RUN := $(DEMO_OUTPUT)/mlla_digits/default
 # One process for each GPU, two at most; two on a CPU.
 COUNT_PROCESSES := import torch; print(min(2, torch.cuda.device_count() or 2))
 
-.PHONY: demo demo-detection demo-segmentation finetune test lint soak clean
+.PHONY: demo demo-detection demo-segmentation finetune ablation test lint soak clean
 
 demo: .venv/installed
 	processes=$$($(BIN)/python -c '$(COUNT_PROCESSES)') && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
@@ -52,6 +53,9 @@ demo-detection: .venv/installed
 	$(BIN)/torchrun --standalone --nproc_per_node=$$processes $(DETECTION) && \
 	$(BIN)/torchrun --standalone --nproc_per_node=$$processes $(DETECTION) --eval --resume $(DETECTION_RUN)/max_box_ap.pth
 	@echo "Results: $(DETECTION_RUN) (curves.png, predictions.jpg, metrics.jsonl, results_model.json, checkpoints)"
+
+ablation: .venv/installed
+	$(BIN)/python -m models.ablation_study --output output/ablation $(ABLATION)
 
 test: lint
 	$(BIN)/python -m pytest
