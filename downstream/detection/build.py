@@ -16,6 +16,7 @@ from downstream.detection.dataset import EvalImages, TrainImages, collate
 from downstream.detection.mask_rcnn import MaskRCNN
 from downstream.detection.samplers import AspectBatches
 from downstream.detection.transforms import TrainTransform
+from downstream.workers import set_up_worker
 from utils.distributed import Process
 
 
@@ -115,5 +116,6 @@ def make_loader(config: CfgNode, dataset: Dataset[Any], batches: AspectBatches |
         num_workers=config.DATA.NUM_WORKERS,
         pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
         persistent_workers=config.DATA.NUM_WORKERS > 0,
+        worker_init_fn=set_up_worker,
         generator=torch.Generator(),  # else each start of an epoch draws from the one that sampling draws from
     )
