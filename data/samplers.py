@@ -40,17 +40,26 @@ class TrainSampler(Sampler[SampleKey]):
         self.rank = rank
         self.num_processes = num_processes
         self.seed = seed
-        self.epoch = 0
+        self.share = num_samples // num_processes
+        self.set_epoch(0)
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch that the next iteration gives, less its first `start` images of this process: a run that
+        goes on in mid-epoch has consumed them.
+
+        Raises:
+            ValueError: an epoch has fewer images.
+        """
+        if not 0 <= start <= self.share:
+            raise ValueError(f"start {start}: an epoch has {self.share} images for this process")
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
-        return self.num_samples // self.num_processes
+        return self.share - self.start
 
     def __iter__(self) -> Iterator[SampleKey]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples)
-        mine = order[self.rank :: self.num_processes][: len(self)]
+        mine = order[self.rank :: self.num_processes][self.start : self.share]
         return (SampleKey(self.epoch, int(position)) for position in mine)
 
 

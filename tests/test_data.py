@@ -49,6 +49,22 @@ def test_train_shares_are_disjoint_equal_and_repeatable() -> None:
     assert {key.epoch for key in other} == {1}
 
 
+def test_an_epoch_goes_on_where_it_stopped() -> None:
+    sampler = TrainSampler(23, rank=1, num_processes=2, seed=0)
+    sampler.set_epoch(3)
+    whole = list(sampler)
+    assert len(whole) == len(sampler) == 11
+    for start in (0, 4, 11):
+        sampler.set_epoch(3, start)
+        assert list(sampler) == whole[start:]
+        assert len(sampler) == 11 - start
+    sampler.set_epoch(4)
+    assert len(list(sampler)) == 11
+    for start in (-1, 12):
+        with pytest.raises(ValueError, match="an epoch has 11 images"):
+            sampler.set_epoch(4, start)
+
+
 def test_the_images_of_a_step_do_not_depend_on_the_number_of_processes() -> None:
     one = [key.position for key in TrainSampler(64, rank=0, num_processes=1, seed=0)]
     two = [[key.position for key in TrainSampler(64, rank=rank, num_processes=2, seed=0)] for rank in (0, 1)]
