@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from config import ConfigError, Derived, derive, load_config
+from config import SCHEMA, ConfigError, Derived, derive, load_config
 from data import Data, build_data, build_targets
 from data.transforms import denormalise
 from models import PAPER_FIGURES, build_model
@@ -56,7 +56,7 @@ def mistakes_in_one_line() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     with mistakes_in_one_line():
-        config = load_config(*parse_command_line(__doc__, argv))
+        config = load_config(*parse_command_line(__doc__, argv, keys=SCHEMA))
         process = start_process(config.LOCAL_RANK)
     try:
         if config.PROFILE_MODE:

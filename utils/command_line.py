@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, NoReturn
 
 # Flags and the keys they set; a flag that is not typed sets nothing.
@@ -45,9 +45,16 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def parse_command_line(description: str, argv: Sequence[str] | None = None) -> tuple[str, list[str], dict[str, Any]]:
+def parse_command_line(
+    description: str,
+    argv: Sequence[str] | None = None,
+    *,
+    keys: Container[str],
+    switches: Mapping[str, tuple[str, str]] | None = None,
+) -> tuple[str, list[str], dict[str, Any]]:
     """A command line (by default this process's) as (YAML file, words after --opts, values by key of typed flags).
 
+    Offered are those flags that set one of `keys`, and `switches` (key and meaning by flag) beside them.
     A mistyped command line ends the process with one line and exit code 2.
     """
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -56,12 +63,15 @@ def parse_command_line(description: str, argv: Sequence[str] | None = None) -> t
         "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="settings over the file's"
     )
     for flag, (key, about) in TEXT_FLAGS.items():
-        parser.add_argument(flag, dest=key, metavar="TEXT", help=about)
+        if key in keys:
+            parser.add_argument(flag, dest=key, metavar="TEXT", help=about)
     for flag, (key, kind, about) in NUMBER_FLAGS.items():
         aliases = ["--local_rank"] if flag == "--local-rank" else []  # launchers before torch 2.0 write it so
-        parser.add_argument(flag, *aliases, dest=key, type=kind, metavar="NUMBER", help=about)
-    for flag, (key, about) in SWITCHES.items():
-        parser.add_argument(flag, dest=key, action=argparse.BooleanOptionalAction, help=about)
+        if key in keys:
+            parser.add_argument(flag, *aliases, dest=key, type=kind, metavar="NUMBER", help=about)
+    for flag, (key, about) in {**SWITCHES, **(switches or {})}.items():
+        if key in keys:
+            parser.add_argument(flag, dest=key, action=argparse.BooleanOptionalAction, help=about)
     arguments = vars(parser.parse_args(argv))
     path, opts = arguments.pop("cfg"), arguments.pop("opts")
     return path, opts, {key: value for key, value in arguments.items() if value is not None}
