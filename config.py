@@ -39,10 +39,15 @@ SCHEMA: dict[str, Key] = {
     "DATA.BATCH_SIZE": Key(128, at_least(1), "images per process and forward pass"),
     "DATA.DATA_PATH": Key("", ANY, "folder with train/ and val/, a folder per class in each"),
     "DATA.DATASET": Key("imagenet", one_of("imagenet", "folder", "digits"), "imagenet and folder read DATA_PATH"),
+    "DATA.ON_ERROR": Key("raise", one_of("raise", "skip"), "at an image that cannot be used: stop, or leave it out"),
+    "DATA.MAX_BAD": Key(100, at_least(0), "images that skip leaves out at most, per process"),
+    "DATA.EXACT_EVAL": Key(True, YES_NO, "evaluate on Pillow's pixels, as published figures are; false is faster"),
     "DATA.IMG_SIZE": Key(224, at_least(8), "side of the images, pixels"),
     "DATA.INTERPOLATION": Key("bicubic", one_of("bicubic", "bilinear", "random"), "resizing filter"),
-    "DATA.ZIP_MODE": Key(False, YES_NO, "read zip archives"),
-    "DATA.CACHE_MODE": Key("part", one_of("no", "part", "full"), "what to keep in memory of zip archives"),
+    "DATA.ZIP_MODE": Key(False, YES_NO, "read train.zip and val.zip with their maps, rather than folders"),
+    "DATA.CACHE_MODE": Key(
+        "part", one_of("no", "part", "full"), "of zip archives in memory: each process's share, or all"
+    ),
     "DATA.PIN_MEMORY": Key(True, YES_NO, "page-locked batches, for faster copies to a GPU"),
     "DATA.NUM_WORKERS": Key(8, at_least(0), "loader processes per training process; 0 loads in the training process"),
     "MODEL.TYPE": Key("mlla", one_of("mlla"), "model family"),
@@ -147,8 +152,10 @@ def check_together(values: Mapping[str, Any]) -> None:
     for stage, heads in enumerate(values["MODEL.MLLA.NUM_HEADS"]):
         if (width := values["MODEL.MLLA.EMBED_DIM"] * 2**stage) % heads or width % 4:
             refuse("MODEL.MLLA.NUM_HEADS", f"stage {stage} is {width} wide: its {heads} heads and 4 must divide that")
-    if values["DATA.ZIP_MODE"]:
-        refuse("DATA.ZIP_MODE", "zip archives cannot be read yet; unpack them to DATA_PATH/train and DATA_PATH/val")
+    if values["DATA.ZIP_MODE"] and values["DATA.DATASET"] not in ("imagenet", "folder"):
+        refuse(
+            "DATA.ZIP_MODE", f"DATA.DATASET is {values['DATA.DATASET']}, which comes without archives; leave out --zip"
+        )
     if values["MODEL.MLLA.IN_CHANS"] != 3 and not (values["THROUGHPUT_MODE"] or values["PROFILE_MODE"]):
         refuse("MODEL.MLLA.IN_CHANS", "images are read as RGB: must be 3")
     if values["EVAL_MODE"] or values["THROUGHPUT_MODE"] or values["PROFILE_MODE"]:

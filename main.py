@@ -108,7 +108,7 @@ def run_evaluation(config: CfgNode, process: Process) -> int:
         if not config.MODEL.RESUME:
             raise ConfigError("MODEL.RESUME is empty: evaluation needs weights, name them with --resume FILE")
         open_run_folder(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
-        data = build_data(config, rank=process.rank, num_processes=process.num_processes)
+        data = build_data(config, rank=process.rank, num_processes=process.num_processes, device=process.device)
         model = prepare_model(config, process, len(data.classes))
         model_weights, ema_weights = read_weights(config.MODEL.RESUME)
         found = {"model": model_weights, "EMA": ema_weights}
@@ -172,7 +172,7 @@ def run_training(config: CfgNode, process: Process) -> int:
 def set_up(config: CfgNode, process: Process) -> Run:
     """Open the data and the output folder, make the model, and go on from a checkpoint where there is one."""
     folder = open_run_folder(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
-    data = build_data(config, rank=process.rank, num_processes=process.num_processes)
+    data = build_data(config, rank=process.rank, num_processes=process.num_processes, device=process.device)
     assert data.train is not None
     derived = derive(config, num_processes=process.num_processes, num_train_images=data.num_train_images)
     model = prepare_model(config, process, len(data.classes))

@@ -7,7 +7,7 @@ VAL_PER_CLASS = 36  # of about 180; 360 in all, which leaves 1,437 for training
 
 
 class Digits:
-    """One split of the digits: (RGB image of size x size, label) by index.
+    """One split of the digits: RGB images of size x size by index.
 
     The validation split holds 36 evenly spaced images of each class, in the data set's order; the rest is for training.
 
@@ -25,6 +25,7 @@ class Digits:
             positions = np.flatnonzero(digits.target == label)
             is_val[positions[np.linspace(0, len(positions) - 1, VAL_PER_CLASS).round().astype(int)]] = True
         chosen = is_val if split == "val" else ~is_val
+        self.split = split
         self.classes = [str(name) for name in digits.target_names]
         self.labels = [int(label) for label in digits.target[chosen]]
         grey = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)  # (N, 8, 8)
@@ -35,5 +36,8 @@ class Digits:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.images[index], self.labels[index]
+    def name(self, index: int) -> str:
+        return f"digit {index} of the {self.split} split"
+
+    def read(self, index: int) -> Image.Image:
+        return self.images[index]

@@ -1,14 +1,13 @@
 """The training step, an epoch of them, and evaluation."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from utils.amp import Precision
 from utils.distributed import Process, average_buffers, min_over_processes, sum_over_processes, unwrap, without_sync
@@ -25,6 +24,14 @@ SMALLEST_SCALE = 1e-4  # of the loss for float16; about thirty steps in a row ha
 
 class NonFiniteLossError(RuntimeError):
     """The loss or the gradient became infinite or NaN; the weights are those from before that step."""
+
+
+class Loader(Protocol):
+    """Batches of (images (B, 3, H, W), labels (B,)) on the device."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def set_epoch(self, epoch: int) -> None: ...
 
 
 class StepResult(NamedTuple):
@@ -147,7 +154,7 @@ class EpochSummary:
 
 def train_one_epoch(
     train_step: TrainStep,
-    loader: DataLoader,
+    loader: Loader,
     *,
     epoch: int,
     steps: int,
@@ -165,8 +172,8 @@ def train_one_epoch(
         NonFiniteLossError: on all processes, at the next report after the step it names.
     """
     train_step.model.train()
-    loader.sampler.set_epoch(epoch)  # type: ignore
-    batches = device_batches(loader, process.device)
+    loader.set_epoch(epoch)
+    batches = iter(loader)
     sums = torch.zeros(3, dtype=torch.float64, device=process.device)  # losses, finite gradient norms, number of those
     num_images, start = 0, time.perf_counter()
     for index in range(steps):
@@ -205,20 +212,13 @@ def describe_bad_step(step: int, steps_per_epoch: int, schedule: Schedule) -> st
     )
 
 
-def device_batches(loader: DataLoader, device: torch.device) -> Iterator[Batch]:
-    """The loader's batches on the device; images in channels_last memory, which the model's convolutions run in."""
-    for images, labels in loader:
-        images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-        yield images, labels.to(device, non_blocking=True)
-
-
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader, process: Process, precision: Precision) -> Scores:
+def evaluate(model: nn.Module, loader: Iterable[Batch], process: Process, precision: Precision) -> Scores:
     """Top-1, top-5 and loss over the whole data set, exact for any number of processes."""
     was_training = model.training
     model.eval()
     meter = ClassificationMeter(process.device)
-    for images, labels in device_batches(loader, process.device):
+    for images, labels in loader:
         with precision.autocast():
             logits = model(images)
         meter.update(logits, labels)
