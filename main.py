@@ -5,13 +5,12 @@ torchrun --nproc_per_node=8 main.py --cfg cfgs/mlla_t.yaml --data-path imagenet 
 python main.py --cfg cfgs/mlla_t.yaml --data-path imagenet --eval --resume mlla_t.pth
 """
 
-import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,55 +21,29 @@ from data import Data, build_data, build_targets
 from data.transforms import denormalise
 from models import PAPER_FIGURES, build_model
 from utils.amp import Precision
-from utils.benchmark import compiled, measure_throughput, peak_memory_mib, throughput_table
-from utils.build import build_ema, build_optimizer, build_precision, build_schedule, build_train_step
-from utils.checkpoint import checkpoint_name, save_under_names
+from utils.benchmark import compiled, measure_throughput, throughput_table
+from utils.build import build_ema, build_optimizer, build_plan, build_precision, build_train_step
+from utils.checkpoint import Progress
 from utils.command_line import parse_command_line
-from utils.distributed import Process, distribute, start_process, stop_process
-from utils.engine import NonFiniteLossError, TrainStep, evaluate, train_one_epoch
-from utils.logger import Progress, RunRecorder, append_records, logger
-from utils.metrics import Scores
-from utils.plots import plot_predictions
+from utils.distributed import Process, distribute
+from utils.engine import evaluate
+from utils.launch import mistakes_in_one_line, run_process
+from utils.logger import append_records, logger
+from utils.plots import CLASSIFIER_PANELS, plot_predictions
 from utils.profiling import profile, profile_table
-from utils.run_folder import open_run_folder, set_aside_checkpoints, write_config
+from utils.run_folder import RunLock, open_run_folder, set_aside_checkpoints, write_config
 from utils.run_state import RunState, seed_everything
+from utils.trainer import Trainer
 from utils.weights import load_pretrained, load_weights, read_weights
-
-SECOND_VOICE_SECONDS = 5.0
-
-
-@contextmanager
-def mistakes_in_one_line() -> Iterator[None]:
-    """While a run is set up, what is wrong with its inputs ends it with one line and exit code 2.
-
-    Of several processes the first speaks first; the launcher then ends the others, before they repeat it.
-    """
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(SECOND_VOICE_SECONDS)
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     with mistakes_in_one_line():
         config = load_config(*parse_command_line(__doc__, argv, keys=SCHEMA))
-        process = start_process(config.LOCAL_RANK)
-    try:
-        if config.PROFILE_MODE:
-            return run_profile(config)
-        if config.THROUGHPUT_MODE:
-            return run_throughput(config, process)
-        if config.EVAL_MODE:
-            return run_evaluation(config, process)
-        return run_training(config, process)
-    except KeyboardInterrupt:
-        logger.warning("interrupted; the same command goes on from the newest checkpoint, if there is one")
-        return 130
-    finally:
-        stop_process()
+    if config.PROFILE_MODE:
+        return run_profile(config)
+    work = run_throughput if config.THROUGHPUT_MODE else run_evaluation if config.EVAL_MODE else run_training
+    return run_process(lambda process: work(config, process), config.LOCAL_RANK)
 
 
 def run_profile(config: CfgNode) -> int:
@@ -119,7 +92,7 @@ def run_evaluation(config: CfgNode, process: Process) -> int:
     for name, candidate in found.items():
         if candidate is not None:
             load_weights(model, candidate, config.MODEL.RESUME)
-            log_scores(name, evaluate(runner, data.val, process, precision))
+            log_scores(name, evaluate(runner, data.val, process, precision)._asdict())
     return 0
 
 
@@ -142,38 +115,25 @@ class Run:
 
 def run_training(config: CfgNode, process: Process) -> int:
     with mistakes_in_one_line():
-        run = set_up(config, process)
-    state, derived = run.state, run.derived
-    if state.next_epoch >= derived.total_epochs:
-        logger.info("this run is complete; for more raise TRAIN.EPOCHS, for another run name another --tag")
-        if process.is_main and not (run.folder / "predictions.png").exists():
+        folder = open_run_folder(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
+        lock = RunLock(folder) if process.is_main else nullcontext()
+    with lock:
+        with mistakes_in_one_line():
+            run = set_up(config, process, folder)
+        is_complete = run.state.progress.epochs >= run.derived.total_epochs
+        if is_complete:
+            logger.info("this run is complete; for more raise TRAIN.EPOCHS, for another run name another --tag")
+        elif not train(run):
+            return 0
+        if process.is_main and not (is_complete and (folder / "predictions.png").exists()):
             draw_predictions(run)
         log_results(run)
-        return 0
-    if process.is_main:
-        log_plan(run)
-    ddp_model = distribute(state.model, process, find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS)
-    train_step = build_train_step(config, ddp_model, state.optimizer, state.ema, run.precision)
-    recorder = RunRecorder(run.folder, state.next_epoch) if process.is_main else None
-    try:
-        for epoch in range(state.next_epoch, derived.total_epochs):
-            run_epoch(run, train_step, recorder, epoch)
-    except NonFiniteLossError as error:
-        if process.is_main:
-            logger.error("%s", error)
-        return 1
-    if recorder is not None:
-        recorder.close()
-        draw_predictions(run)
-    log_results(run)
     return 0
 
 
-def set_up(config: CfgNode, process: Process) -> Run:
-    """Open the data and the output folder, make the model, and go on from a checkpoint where there is one."""
-    folder = open_run_folder(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
+def set_up(config: CfgNode, process: Process, folder: Path) -> Run:
+    """Open the data, make the model, and go on from a checkpoint where there is one."""
     data = build_data(config, rank=process.rank, num_processes=process.num_processes, device=process.device)
-    assert data.train is not None
     derived = derive(config, num_processes=process.num_processes, num_train_images=data.num_train_images)
     model = prepare_model(config, process, len(data.classes))
     if config.MODEL.PRETRAINED:
@@ -182,81 +142,44 @@ def set_up(config: CfgNode, process: Process) -> Run:
     precision = build_precision(config, process.device)
     ema = build_ema(config, model, derived)
     optimizer = build_optimizer(config, model)
-    state = RunState(model, ema, optimizer, precision.scaler, process, next_epoch=config.TRAIN.START_EPOCH)
+    state = RunState(model, ema, optimizer, precision.scaler, process, images_per_step=derived.global_batch)
+    state.progress = Progress(config.TRAIN.START_EPOCH)
     continues = state.resume(folder, explicit=config.MODEL.RESUME, auto=config.TRAIN.AUTO_RESUME)
-    if process.is_main and state.next_epoch < derived.total_epochs:
+    if process.is_main and state.progress.epochs < derived.total_epochs:
         write_config(folder, config.dump())
-        set_aside_checkpoints(folder, state.next_epoch, continues=continues)
+        set_aside_checkpoints(folder, state.progress, continues=continues)
     return Run(config, process, folder, data, derived, precision, state)
 
 
-def run_epoch(run: Run, train_step: TrainStep, recorder: RunRecorder | None, epoch: int) -> None:
-    """Train one epoch, evaluate model and EMA, write down figures and checkpoint."""
-    config, process, derived, state = run.config, run.process, run.derived, run.state
-    assert run.data.train is not None
-    start = time.perf_counter()
-    with Progress(epoch, derived.total_epochs, derived.steps_per_epoch, is_main=process.is_main) as progress:
-        summary = train_one_epoch(
-            train_step,
-            run.data.train,
-            epoch=epoch,
-            steps=derived.steps_per_epoch,
-            accumulation_steps=config.TRAIN.ACCUMULATION_STEPS,
-            schedule=build_schedule(config, derived),
-            make_targets=build_targets(config, len(run.data.classes)),
-            use_mesa=run.uses_mesa and epoch >= derived.mesa_start_epoch,
-            process=process,
-            progress=progress,
-            print_freq=config.PRINT_FREQ,
-        )
-    scores = evaluate(state.model, run.data.val, process, run.precision)
-    log_scores("model", scores)
-    ema_scores = None
-    if state.ema is not None:
-        ema_scores = evaluate(state.ema.on(process.device), run.data.val, process, run.precision)
-        log_scores("EMA", ema_scores)
-    if recorder is not None:
-        recorder.add(
-            {
-                "epoch": epoch,
-                "step": (epoch + 1) * derived.steps_per_epoch,
-                "lr": summary.lr,
-                "train_loss": summary.train_loss,
-                "grad_norm": summary.grad_norm,
-                "acc1": scores.acc1,
-                "acc5": scores.acc5,
-                "loss": scores.loss,
-                "ema_acc1": ema_scores.acc1 if ema_scores else None,
-                "ema_acc5": ema_scores.acc5 if ema_scores else None,
-                "epoch_seconds": time.perf_counter() - start,
-                "images_per_second": summary.images_per_second,
-                "memory_mib": peak_memory_mib(process.device),
-            }
-        )
-    finish_epoch(run, epoch, scores, ema_scores)
-    if recorder is not None:
-        recorder.draw_curves(is_last=epoch + 1 == derived.total_epochs)
+def train(run: Run) -> bool:
+    """Train to the end; False where the run was asked to stop before."""
+    config, process, state, derived = run.config, run.process, run.state, run.derived
+    loader = run.data.train
+    assert loader is not None
+    if process.is_main:
+        log_plan(run)
+    make_targets = build_targets(config, len(run.data.classes))
+    model = distribute(state.model, process, find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS)
 
+    def batches(epoch: int, first: int) -> Iterator[Any]:
+        loader.set_epoch(epoch, first * config.DATA.BATCH_SIZE)
+        return (make_targets(*batch) for batch in loader)
 
-def finish_epoch(run: Run, epoch: int, scores: Scores, ema_scores: Scores | None) -> None:
-    """Note the best accuracies and save what is due: by SAVE_FREQ, the last epoch, and the best ones."""
-    state, config = run.state, run.config
-    state.next_epoch = epoch + 1
-    names = []
-    if state.next_epoch % config.SAVE_FREQ == 0 or state.next_epoch == run.derived.total_epochs:
-        names.append(checkpoint_name(epoch))
-    if scores.acc1 >= state.best_acc1:
-        state.best_acc1 = scores.acc1
-        names.append("max_acc.pth")
-    if ema_scores is not None and ema_scores.acc1 >= state.best_ema_acc1:
-        state.best_ema_acc1 = ema_scores.acc1
-        names.append("max_ema_acc.pth")
-    if names:
-        content = state.capture(
-            config=config.dump(), classes=run.data.classes, versions={"torch": str(torch.__version__)}
-        )
-        if run.process.is_main:
-            save_under_names(run.folder, names, content)
+    def evaluate_and_log(candidate: nn.Module, name: str) -> dict[str, float]:
+        scores = evaluate(candidate, run.data.val, process, run.precision)._asdict()
+        log_scores(name, scores)
+        return {key: scores[key] for key in ("acc1", "acc5", "loss")}
+
+    trainer = Trainer(
+        build_plan(config, derived, metric="acc1", panels=CLASSIFIER_PANELS),
+        state,
+        build_train_step(config, model, state.optimizer, state.ema, run.precision, derived),
+        folder=run.folder,
+        batches=batches,
+        evaluate=evaluate_and_log,
+        facts={"config": config.dump(), "classes": run.data.classes},
+    )
+    return trainer.run()
 
 
 def prepare_model(config: CfgNode, process: Process, num_classes: int | None) -> nn.Module:
@@ -279,7 +202,7 @@ def log_plan(run: Run) -> None:
     )
     logger.info(
         "%d images a step, %d steps an epoch, epochs %d to %d; learning rate %.3e, EMA decay %s, MESA %s; output in %s",
-        *(derived.global_batch, derived.steps_per_epoch, run.state.next_epoch + 1, derived.total_epochs),
+        *(derived.global_batch, derived.steps_per_epoch, run.state.progress.epochs + 1, derived.total_epochs),
         *(derived.base_lr, f"{derived.ema_decay:.6f}" if config.EMA.ENABLED else "off"),
         f"{config.AUG.MESA} from epoch {derived.mesa_start_epoch + 1}" if run.uses_mesa else "off",
         run.folder,
@@ -291,14 +214,14 @@ def log_plan(run: Run) -> None:
         logger.warning("AUG.MESA %s is off: its teacher is the EMA model, and EMA.ENABLED is False", config.AUG.MESA)
 
 
-def log_scores(name: str, scores: Scores) -> None:
-    logger.info("%s on %d images, loss %.4f:", name, scores.num_images, scores.loss)
-    logger.info(" * Acc@1 %.3f Acc@5 %.3f", scores.acc1, scores.acc5)
+def log_scores(name: str, scores: dict[str, float]) -> None:
+    logger.info("%s on %d images, loss %.4f:", name, scores["num_images"], scores["loss"])
+    logger.info(" * Acc@1 %.3f Acc@5 %.3f", scores["acc1"], scores["acc5"])
 
 
 def log_results(run: Run) -> None:
     state = run.state
-    logger.info("best top-1: model %.3f%s", state.best_acc1, f", EMA {state.best_ema_acc1:.3f}" if state.ema else "")
+    logger.info("best top-1: model %.3f%s", state.best, f", EMA {state.best_ema:.3f}" if state.ema else "")
     logger.info("results are in %s: metrics.jsonl, curves.png, predictions.png, checkpoints", run.folder)
 
 

@@ -55,7 +55,7 @@ def make_model() -> MLLA:
 def run(process: Process, batch_size: int, accumulation_steps: int) -> dict[str, object]:
     """Weights and EMA weights after a few steps, and the scores of a fresh model on the uneven data set."""
     opts = {"DATA.BATCH_SIZE": batch_size, "TRAIN.ACCUMULATION_STEPS": accumulation_steps, "TRAIN.BASE_LR": 0.02}
-    opts |= {"TRAIN.WARMUP_EPOCHS": 0, "TRAIN.EPOCHS": 1}
+    opts |= {"TRAIN.WARMUP_EPOCHS": 0, "TRAIN.EPOCHS": 1, "AUG.MESA": 0}
     config = load_config("cfgs/digits.yaml", flags=opts)
     derived = derive(config, num_processes=process.num_processes, num_train_images=NUM_IMAGES)
     precision = build_precision(config, process.device)
@@ -68,7 +68,7 @@ def run(process: Process, batch_size: int, accumulation_steps: int) -> dict[str,
             module.eval()
     ema = build_ema(config, model, derived)
     optimizer = build_optimizer(config, model)
-    train_step = build_train_step(config, distribute(model, process), optimizer, ema, precision)
+    train_step = build_train_step(config, distribute(model, process), optimizer, ema, precision, derived)
     schedule = build_schedule(config, derived)
     batches = iter(train_loader(config, Noise(), process.rank, process.num_processes, process.device))
     grad_norms = []

@@ -11,6 +11,7 @@ from conftest import MICRO
 from models import MLLA
 from utils.checkpoint import (
     CheckpointError,
+    Progress,
     checkpoints_in,
     link_checkpoint,
     load_checkpoint,
@@ -28,7 +29,9 @@ def test_highest_epoch_by_number_not_by_time_or_text(tmp_path: Path) -> None:
     for epoch in (9, 10, 2):
         save_checkpoint(tmp_path / f"ckpt_epoch_{epoch}.pth", {"epoch": epoch, "model": {}, "optimizer": {}})
     save_checkpoint(tmp_path / "max_acc.pth", {"epoch": 99})
-    assert [epoch for epoch, _ in checkpoints_in(tmp_path)] == [10, 9, 2]
+    save_checkpoint(tmp_path / "ckpt_epoch_11_step_7.pth", {})
+    save_checkpoint(tmp_path / "ckpt_epoch_10_step_70.pth", {})
+    assert [progress for progress, _ in checkpoints_in(tmp_path)] == [(11, 7), (11, 0), (10, 70), (10, 0), (3, 0)]
     latest = load_latest(tmp_path)
     assert latest is not None
     assert latest[1]["epoch"] == 10
@@ -64,11 +67,12 @@ def test_a_failed_save_leaves_the_former_file(tmp_path: Path, monkeypatch: pytes
 def test_newest_three_and_the_best_are_kept(tmp_path: Path) -> None:
     for epoch in range(5):
         names = [f"ckpt_epoch_{epoch}.pth", *(["max_acc.pth"] if epoch == 1 else [])]
-        save_under_names(tmp_path, names, {"epoch": epoch})
+        save_under_names(tmp_path, Progress(epoch + 1), names, {"epoch": epoch})
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "ckpt_epoch_2.pth",
         "ckpt_epoch_3.pth",
         "ckpt_epoch_4.pth",
+        "latest.json",
         "max_acc.pth",
     ]
     assert load_checkpoint(tmp_path / "max_acc.pth") == {"epoch": 1}

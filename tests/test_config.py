@@ -77,7 +77,7 @@ def test_lists_are_not_shared() -> None:
         (["DATA.BATCH_SIZE", "7"], "must be even with mixup"),
         (["AUG.SCALE", "[1.0, 0.1]"], "smaller value first"),
         (["AUG.SCALE", "[0.5]"], "two values"),
-        (["DATA.ZIP_MODE", "True"], "zip archives cannot be read"),
+        (["DATA.ZIP_MODE", "True", "DATA.DATASET", "digits"], "DATA.DATASET is digits, which comes without archives"),
         (
             ["AUG.MIXUP", "0", "AUG.CUTMIX", "0", "AUG.CUTMIX_MINMAX", "[0.2, 0.8]", "DATA.BATCH_SIZE", "7"],
             "must be even",

@@ -17,9 +17,8 @@ from utils.amp import make_precision
 from utils.build import build_ema, build_optimizer, build_schedule, build_train_step
 from utils.distributed import Process
 from utils.ema import ModelEma
-from utils.engine import NonFiniteLossError, TrainStep, evaluate, train_one_epoch
-from utils.logger import Progress
-from utils.lr_schedule import Schedule
+from utils.engine import TrainStep, evaluate
+from utils.losses import ClassificationLoss
 from utils.optimizer import make_optimizer, parameter_groups
 
 CPU = torch.device("cpu")
@@ -55,13 +54,14 @@ def test_golden_trajectory() -> None:
     assert ema is not None
     optimizer = build_optimizer(config, model)
     schedule = build_schedule(config, derived)
-    train_step = build_train_step(config, model, optimizer, ema, make_precision(CPU, amp=False, dtype="auto"))
+    train_step = build_train_step(config, model, optimizer, ema, make_precision(CPU, amp=False, dtype="auto"), derived)
+    train_step.compute_losses.mesa_start_step = 8  # type: ignore[attr-defined]  # where the recording has it
     losses, norms, rates = [], [], []
     for step in range(24):
         images = random_values(1000 + step % 4, 8, 3, 64, 64).double()
         targets = (3 * random_values(2000 + step % 4, 8, 10).double()).softmax(1)
         rate = schedule.rate_of_step(step)
-        result = train_step([(images, targets)], step=step, learning_rate=rate, use_mesa=step >= 8)
+        result = train_step([(images, targets)], step=step, learning_rate=rate)
         losses.append(result.loss.item())
         norms.append(result.grad_norm.item())
         rates.append([group["lr"] for group in optimizer.param_groups])
@@ -84,7 +84,8 @@ def small_step(
     precision = make_precision(device, amp=dtype != "float32", dtype=dtype)
     optimizer = make_optimizer("adamw", parameter_groups(model, 0.05))
     ema = ModelEma(model, 0.9)
-    return model, TrainStep(model, optimizer, precision, clip_grad=1.0, ema=ema, mesa_ratio=mesa_ratio)
+    loss = ClassificationLoss(model, ema.module, mesa_ratio=mesa_ratio, mesa_start_step=1)
+    return model, TrainStep(model, optimizer, precision, compute_losses=loss, clip_grad=1.0, ema=ema)
 
 
 def batch(size: int = 8, device: torch.device = CPU) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,11 +115,11 @@ def test_micro_batches_are_one_batch() -> None:
         torch.testing.assert_close(weight, results[0][1])
 
 
-def test_mesa_uses_the_ema_model_only_when_asked() -> None:
+def test_mesa_asks_the_ema_model_from_its_first_step_on() -> None:
     _, train_step = small_step(mesa_ratio=2.0)
     images, targets = batch()
     plain = train_step([(images, targets)], step=0, learning_rate=0.0).loss
-    with_mesa = train_step([(images, targets)], step=1, learning_rate=0.0, use_mesa=True).loss
+    with_mesa = train_step([(images, targets)], step=1, learning_rate=0.0).loss
     assert with_mesa > plain
 
 
@@ -175,7 +176,8 @@ def test_a_step_asks_nothing_of_the_device(monkeypatch: pytest.MonkeyPatch, dtyp
     precision = make_precision(CPU, amp=dtype != "float32", dtype=dtype)
     optimizer = make_optimizer("adamw", parameter_groups(model, 0.05))
     ema = ModelEma(model, 0.9)
-    train_step = TrainStep(model, optimizer, precision, clip_grad=1.0, ema=ema, mesa_ratio=1.0)
+    loss = ClassificationLoss(model, ema.module, mesa_ratio=1.0)
+    train_step = TrainStep(model, optimizer, precision, compute_losses=loss, clip_grad=1.0, ema=ema)
     make_targets = build_targets(load_config("cfgs/mlla_t.yaml"), num_classes=4)
 
     def refuse(*_: object) -> None:
@@ -185,50 +187,19 @@ def test_a_step_asks_nothing_of_the_device(monkeypatch: pytest.MonkeyPatch, dtyp
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     for step in range(3):
-        train_step([make_targets(images.clone(), labels)], step=step, learning_rate=0.01, use_mesa=True)
+        train_step([make_targets(images.clone(), labels)], step=step, learning_rate=0.01)
     monkeypatch.undo()
     assert train_step.check_finite(2) is None
 
 
-class Batches(DataLoader):
-    """Eight images in four batches; the third is broken if asked."""
-
-    def __init__(self, bad_value: float = 0.0) -> None:
-        images = torch.randn(8, 3, 2, 2)
-        images[4, 0, 0, 0] += bad_value
-        super().__init__(list(zip(images, [0, 1, 2, 3] * 2, strict=True)), batch_size=2)  # type: ignore[arg-type]
-        self.sampler.set_epoch = lambda _: None  # type: ignore[attr-defined]
-
-
-def run_epoch(train_step: TrainStep, loader: DataLoader, epoch: int) -> object:
-    return train_one_epoch(
-        train_step,
-        loader,
-        epoch=epoch,
-        steps=4,
-        accumulation_steps=1,
-        schedule=Schedule("cosine", 0.1, 0.0, 0.0, warmup_steps=4, total_steps=40),
-        make_targets=lambda images, labels: (images, nn.functional.one_hot(labels, 4).float()),
-        use_mesa=False,
-        process=ALONE,
-        progress=Progress(epoch, 10, 4, is_main=False),
-        print_freq=1,
-    )
-
-
-def test_the_message_names_epoch_step_and_rate() -> None:
-    _, train_step = small_step()
-    with pytest.raises(NonFiniteLossError, match=r"in epoch 2, step 3 \(step 7 of the run\), learning rate 9.6\d+e-02"):
-        run_epoch(train_step, Batches(float("nan")), epoch=1)
-
-
-def test_epoch_summary() -> None:
-    _, train_step = small_step()
-    summary = run_epoch(train_step, Batches(), epoch=0)
-    assert summary.lr == pytest.approx(0.05)  # type: ignore[attr-defined]  # warm-up at t = 2 of 4
-    assert 0 < summary.train_loss < 3  # type: ignore[attr-defined]
-    assert 0 < summary.grad_norm < 10  # type: ignore[attr-defined]
-    assert summary.images_per_second > 0  # type: ignore[attr-defined]
+def test_terms_of_a_loss_are_summed_and_reported() -> None:
+    model, train_step = small_step()
+    plain = train_step.compute_losses
+    train_step.compute_losses = lambda batch, step: {"a": plain(batch, step)["loss"], "b": model[1].bias.sum()}  # type: ignore[index]
+    results = train_step([batch(), batch()], step=0, learning_rate=0.0)
+    assert list(results.terms) == ["a", "b"]
+    assert results.loss == results.terms["a"] + results.terms["b"]
+    assert torch.all(model[1].bias.grad != 0)  # type: ignore[index, union-attr]
 
 
 def test_evaluation_counts_by_hand() -> None:
@@ -258,11 +229,11 @@ def test_a_step_never_waits_for_the_gpu(dtype: str) -> None:
     device = torch.device("cuda")
     _, train_step = small_step(dtype, mesa_ratio=1.0, device=device)
     micro_batches = [batch(device=device)]
-    train_step(micro_batches, step=0, learning_rate=0.1, use_mesa=True)
+    train_step(micro_batches, step=1, learning_rate=0.1)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for step in range(1, 4):
-            train_step(micro_batches, step=step, learning_rate=0.1, use_mesa=True)
+        for step in range(2, 5):
+            train_step(micro_batches, step=step, learning_rate=0.1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert train_step.check_finite(99) is None

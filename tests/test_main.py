@@ -15,8 +15,9 @@ import torch
 from conftest import MICRO, ROOT, make_image_folder, run_python
 
 from models import MLLA
+from utils import losses
 from utils.checkpoint import load_checkpoint
-from utils.engine import EpochSummary
+from utils.trainer import Trainer
 
 RunMain = Callable[..., tuple[int, str, str]]
 SMALL = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.NUM_HEADS", "[1, 1, 1, 1]", "TRAIN.WARMUP_EPOCHS", "0"]
@@ -51,10 +52,13 @@ def test_what_a_run_leaves_behind(finished_run: Path) -> None:
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert not any(name.endswith(".tmp") or name in ("ckpt_epoch_0.pth", "log_rank1.txt") for name in names)
     records = records_of(finished_run)
-    keys = (
-        "epoch step lr train_loss grad_norm acc1 acc5 loss ema_acc1 ema_acc5 epoch_seconds images_per_second memory_mib"
-    )
+    keys = "epoch step lr grad_norm train_loss acc1 acc5 loss ema_acc1 ema_acc5 ema_loss"
     assert [list(record) for record in records] == [keys.split()] * 2
+    speeds = [json.loads(line) for line in (finished_run / "speed.jsonl").read_text().splitlines()]
+    keys = "epoch steps train_seconds data_wait_seconds eval_seconds images_per_second memory_mib"
+    assert [list(speed) for speed in speeds] == [keys.split()] * 2
+    index = json.loads((finished_run / "latest.json").read_text())
+    assert index == {"checkpoint": "ckpt_epoch_1.pth", "epochs": 2, "steps": 0}
     assert [(record["epoch"], record["step"]) for record in records] == [(0, 44), (1, 88)]
     assert "step 44/44" in (finished_run / "log_rank0.txt").read_text()
 
@@ -65,10 +69,11 @@ def test_it_learned(finished_run: Path) -> None:
 
 def test_checkpoint_holds_everything_and_loads_safely(finished_run: Path) -> None:
     content = load_checkpoint(finished_run / "ckpt_epoch_1.pth")
-    expected = {"model", "state_dict_ema", "optimizer", "scaler", "epoch", "max_accuracy", "max_accuracy_e", "rng"}
+    expected = {"model", "state_dict_ema", "optimizer", "scaler", "epoch", "max_accuracy", "max_accuracy_e"}
+    expected |= {"steps", "images_per_step", "ranks", "origin"}
     assert expected | {"config", "classes", "versions"} == set(content)
     assert content["epoch"] == 1
-    assert len(content["rng"]) == 2
+    assert len(content["ranks"]) == 2
     assert content["classes"] == list("0123456789")
     assert content["config"] == (finished_run / "config.yaml").read_text()
 
@@ -91,7 +96,8 @@ def test_evaluation_gives_the_trainings_figures(
 
 
 def test_a_complete_run_says_so_and_changes_nothing(finished_run: Path, run_main: RunMain) -> None:
-    before = {path: path.stat().st_mtime_ns for path in finished_run.iterdir() if path.name != "log_rank0.txt"}
+    noted = ("log_rank0.txt", "run.lock")  # that there was another call
+    before = {path: path.stat().st_mtime_ns for path in finished_run.iterdir() if path.name not in noted}
     code, out, _ = run_main("--cfg", finished_run / "config.yaml")
     assert code == 0
     assert "this run is complete" in out
@@ -108,16 +114,14 @@ def test_resuming_ends_where_an_uninterrupted_run_does(
     assert run_main(*digits(tmp_path / "whole", *extra, epochs=3), "--amp")[0] == 0
     stopped = digits(tmp_path / "parts", *extra, epochs=3)
 
-    import main
-
-    def stop_after_two_epochs(run: object, train_step: object, recorder: object, epoch: int) -> None:
-        if epoch == 2:
+    def stop_after_two_epochs(trainer: Trainer) -> bool:
+        if trainer.state.progress.epochs == 2:
             raise KeyboardInterrupt
-        run_epoch(run, train_step, recorder, epoch)  # type: ignore[arg-type]
+        return train_epoch(trainer)
 
-    run_epoch = main.run_epoch
+    train_epoch = Trainer.train_epoch
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, "run_epoch", stop_after_two_epochs)
+        patch.setattr(Trainer, "train_epoch", stop_after_two_epochs)
         assert run_main(*stopped, "--amp")[0] == 130
     folder = tmp_path / "parts" / "mlla_digits" / "default"
     (folder / "ckpt_epoch_7.pth").write_bytes(b"torn")
@@ -129,10 +133,7 @@ def test_resuming_ends_where_an_uninterrupted_run_does(
     one, other = (load_checkpoint(path / "ckpt_epoch_2.pth") for path in (whole, folder))
     for kind in ("model", "state_dict_ema"):
         assert all(value.equal(other[kind][name]) for name, value in one[kind].items())
-    for a, b in zip(records_of(whole), records_of(folder), strict=True):
-        assert {k: a[k] for k in ("epoch", "train_loss", "acc1", "lr")} == {
-            k: b[k] for k in ("epoch", "train_loss", "acc1", "lr")
-        }
+    assert (whole / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
 
 
 def test_evaluation_never_resumes_by_itself(finished_run: Path, run_main: RunMain) -> None:
@@ -187,17 +188,17 @@ def test_a_checkpoint_of_another_optimizer(run_main: RunMain, finished_run: Path
 def test_mesa_starts_after_a_quarter_of_the_epochs(
     run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import main
-
     seen = []
+    training_loss = losses.training_loss
 
-    def note(*_: object, use_mesa: bool, **__: object) -> EpochSummary:
-        seen.append(use_mesa)
-        return EpochSummary(0.0, 0.0, 0.0, 0.0)
+    def note(logits: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor | None, ratio: float) -> torch.Tensor:
+        seen.append(teacher is not None)
+        return training_loss(logits, targets, teacher, ratio)
 
-    monkeypatch.setattr(main, "train_one_epoch", note)
-    assert run_main(*digits(tmp_path, "TRAIN.COOLDOWN_EPOCHS", "1", "AUG.MESA", "1.0", epochs=4))[0] == 0
-    assert seen == [False, True, True, True, True]
+    monkeypatch.setattr(losses, "training_loss", note)
+    words = digits(tmp_path, "TRAIN.COOLDOWN_EPOCHS", "1", "AUG.MESA", "1.0", epochs=4, batch_size=512)
+    assert run_main(*words)[0] == 0
+    assert seen == [False] * 2 + [True] * 8  # two steps an epoch
 
 
 def test_compiled_evaluation(
@@ -244,7 +245,7 @@ def test_mesa_without_ema_is_off_and_says_so(run_main: RunMain, tmp_path: Path) 
     assert code == 0
     assert "AUG.MESA 2.0 is off: its teacher is the EMA model" in out
     record = records_of(tmp_path / "mlla_digits" / "default")[0]
-    assert record["ema_acc1"] is None
+    assert "ema_acc1" not in record
     assert load_checkpoint(tmp_path / "mlla_digits" / "default" / "max_acc.pth")["state_dict_ema"] is None
 
 
@@ -330,7 +331,7 @@ def test_mistakes_on_the_command_line(run_main: RunMain) -> None:
     assert "must be at least 1" in mistake(run_main, *digits, "--opts", "TRAIN.EPOCHS", "0")
     assert "must be at least 1" in mistake(run_main, *digits, "--batch-size", "0")
     assert "heads and 4 must divide" in mistake(run_main, *digits, "--opts", "MODEL.MLLA.NUM_HEADS", "[3, 3, 3, 3]")
-    assert "zip archives" in mistake(run_main, *digits, "--zip")
+    assert "comes without archives" in mistake(run_main, *digits, "--zip")
     assert "TRAIN.EPOCH " in mistake(run_main, *digits, "--opts", "TRAIN.EPOCH", "3", "--opts", "TAG", "x")
 
 

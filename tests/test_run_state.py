@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from utils.amp import make_precision
-from utils.checkpoint import CheckpointError
+from utils.checkpoint import CheckpointError, Progress
 from utils.distributed import Process
 from utils.ema import ModelEma
 from utils.optimizer import make_optimizer, parameter_groups
@@ -28,7 +28,7 @@ def stepped(state: RunState) -> RunState:
         state.optimizer.zero_grad()
     assert state.ema is not None
     state.ema.update()
-    state.next_epoch, state.best_acc1, state.best_ema_acc1 = 5, 61.0, 62.0
+    state.progress, state.best, state.best_ema, state.sums = Progress(5, 3), 61.0, 62.0, {"loss": 1 / 3}
     return state
 
 
@@ -37,7 +37,7 @@ def test_everything_comes_back() -> None:
     content = state.capture(config="text")
     fresh.restore(content, "file.pth")
     assert fresh.scaler.get_scale() == state.scaler.get_scale() == 2.0**15
-    assert (fresh.next_epoch, fresh.best_acc1, fresh.best_ema_acc1) == (5, 61.0, 62.0)
+    assert (fresh.progress, fresh.best, fresh.best_ema, fresh.sums) == ((5, 3), 61.0, 62.0, {"loss": 1 / 3})
     again = fresh.capture(config="text")
     assert str(again) == str(content)
 
@@ -45,7 +45,7 @@ def test_everything_comes_back() -> None:
 def test_weights_alone_start_afresh() -> None:
     state, fresh = stepped(make_state()), make_state()
     fresh.restore({"model": state.model.state_dict()}, "file.pth")
-    assert fresh.next_epoch == 0
+    assert fresh.progress == (0, 0)
     assert fresh.ema is not None
     assert fresh.ema.module.weight.equal(state.model.weight)  # type: ignore[arg-type, operator, union-attr]
 
@@ -59,7 +59,7 @@ def test_what_does_not_fit() -> None:
     del content["epoch"]
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
         make_state().restore(content, "file.pth")
-    for part in ({"optimizer": None}, {"rng": None}, {"rng": [{}]}, {"epoch": "5"}, {"max_accuracy": None}):
+    for part in ({"optimizer": None}, {"ranks": None}, {"ranks": [{}]}, {"epoch": "5"}, {"max_accuracy": None}):
         with pytest.raises(CheckpointError, match="not a whole checkpoint"):
             make_state().restore({**content, "epoch": 5, **part}, "file.pth")
     with pytest.raises(CheckpointError, match="found epoch, lr"):

@@ -1,5 +1,6 @@
 """From a configuration to the parts of training."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,8 +10,11 @@ from yacs.config import CfgNode
 from utils.amp import Precision, make_precision
 from utils.ema import ModelEma
 from utils.engine import TrainStep
+from utils.losses import ClassificationLoss
 from utils.lr_schedule import Schedule
 from utils.optimizer import make_optimizer, parameter_groups
+from utils.plots import Panel
+from utils.trainer import Plan
 
 
 def build_precision(config: CfgNode, device: torch.device) -> Precision:
@@ -53,6 +57,30 @@ def build_train_step(
     optimizer: torch.optim.Optimizer,
     ema: ModelEma | None,
     precision: Precision,
+    derived: Any,
 ) -> TrainStep:
-    """The training step; `model` is wrapped in DDP where there are several processes."""
-    return TrainStep(model, optimizer, precision, clip_grad=config.TRAIN.CLIP_GRAD, ema=ema, mesa_ratio=config.AUG.MESA)
+    """A classifier's training step; `model` is wrapped in DDP where there are several processes."""
+    loss = ClassificationLoss(
+        model,
+        ema.module if ema else None,
+        mesa_ratio=config.AUG.MESA,
+        mesa_start_step=derived.mesa_start_epoch * derived.steps_per_epoch,
+    )
+    return TrainStep(model, optimizer, precision, compute_losses=loss, clip_grad=config.TRAIN.CLIP_GRAD, ema=ema)
+
+
+def build_plan(config: CfgNode, derived: Any, *, metric: str, panels: Sequence[Panel]) -> Plan:
+    """The plan of a run that is judged by `metric`."""
+    return Plan(
+        total_epochs=derived.total_epochs,
+        steps_per_epoch=derived.steps_per_epoch,
+        rate_of_step=build_schedule(config, derived).rate_of_step,
+        metric=metric,
+        panels=panels,
+        accumulation_steps=config.TRAIN.ACCUMULATION_STEPS,
+        save_freq=config.SAVE_FREQ,
+        save_steps=config.TRAIN.SAVE_STEPS,
+        print_freq=config.PRINT_FREQ,
+        stop_on_save_error=config.TRAIN.ON_SAVE_ERROR == "stop",
+        save_in_background=config.TRAIN.SAVE_IN_BACKGROUND,
+    )

@@ -48,7 +48,8 @@ def start_process(local_rank: int = 0) -> Process:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if num_processes > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Hosts talk through gloo too where GPUs do through NCCL: about stopping, without waiting for the device.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Process(rank, num_processes, device)
 
 
@@ -97,6 +98,13 @@ def min_over_processes(values: Tensor) -> Tensor:
     """The element-wise smallest of a tensor over all processes, in place, the same on each."""
     if dist.is_initialized():
         dist.all_reduce(values, op=dist.ReduceOp.MIN)
+    return values
+
+
+def max_over_processes(values: Tensor) -> Tensor:
+    """The element-wise largest of a tensor over all processes, in place, the same on each."""
+    if dist.is_initialized():
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
 
 

@@ -1,23 +1,19 @@
-"""The training step, an epoch of them, and evaluation."""
+"""The training step, and evaluation of a classifier."""
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from utils.amp import Precision
-from utils.distributed import Process, average_buffers, min_over_processes, sum_over_processes, unwrap, without_sync
+from utils.distributed import Process, average_buffers, min_over_processes, unwrap, without_sync
 from utils.ema import ModelEma
-from utils.logger import Progress
-from utils.losses import training_loss
-from utils.lr_schedule import Schedule
 from utils.metrics import ClassificationMeter, Scores
 
 Batch = tuple[Tensor, Tensor]
+ComputeLosses = Callable[[Any, int], Mapping[str, Tensor]]
 NEVER = 2**62  # a step that no run reaches
 SMALLEST_SCALE = 1e-4  # of the loss for float16; about thirty steps in a row have overflowed
 
@@ -26,19 +22,12 @@ class NonFiniteLossError(RuntimeError):
     """The loss or the gradient became infinite or NaN; the weights are those from before that step."""
 
 
-class Loader(Protocol):
-    """Batches of (images (B, 3, H, W), labels (B,)) on the device."""
-
-    def __iter__(self) -> Iterator[Batch]: ...
-
-    def set_epoch(self, epoch: int) -> None: ...
-
-
 class StepResult(NamedTuple):
-    """Scalars of one step on the device: mean loss on this process, gradient norm before clipping."""
+    """Scalars of one step on the device: loss of this process, gradient norm before clipping, terms of the loss."""
 
     loss: Tensor
     grad_norm: Tensor
+    terms: dict[str, Tensor]
 
 
 class TrainStep:
@@ -52,9 +41,10 @@ class TrainStep:
         model: the network, in DDP where there are several processes.
         optimizer: fused, so that it honours `found_inf`.
         precision: autocast and gradient scaler.
+        compute_losses: (micro-batch, step) to the terms of the loss by name, scalars; their sum is minimised. It calls
+            `model`, under autocast.
         clip_grad: largest global L2 norm of the gradient; 0 leaves it as it is.
-        ema: follows the model, and is MESA's teacher; None without EMA.
-        mesa_ratio: weight of MESA's term in the steps that ask for it.
+        ema: follows the model; None without EMA.
     """
 
     def __init__(
@@ -63,16 +53,16 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         precision: Precision,
         *,
+        compute_losses: ComputeLosses,
         clip_grad: float = 0.0,
         ema: ModelEma | None = None,
-        mesa_ratio: float = 0.0,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.precision = precision
+        self.compute_losses = compute_losses
         self.max_norm = clip_grad or float("inf")
         self.ema = ema
-        self.mesa_ratio = mesa_ratio
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.buffers = [buffer for buffer in unwrap(model).buffers() if buffer.is_floating_point()]
         device = self.parameters[0].device
@@ -80,23 +70,24 @@ class TrainStep:
         self.alive = torch.ones((), dtype=torch.float32, device=device)  # NaN once halted, which the scaler sees
         self.first_bad_step = torch.full((), NEVER, dtype=torch.int64, device=device)
 
-    def __call__(
-        self, micro_batches: Sequence[Batch], *, step: int, learning_rate: float, use_mesa: bool = False
-    ) -> StepResult:
-        """Update once from the mean gradient of the micro-batches, each (images (B, 3, H, W), targets (B, classes)).
+    def __call__(self, micro_batches: Sequence[Any], *, step: int, learning_rate: float) -> StepResult:
+        """Update once from the mean gradient of the micro-batches, each what `compute_losses` takes.
 
         `step` counts from the start of the run and is what `check_finite` reports.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros_like(self.is_halted)
-        for i, (images, targets) in enumerate(micro_batches):
+        sums: dict[str, Tensor] = {}
+        for i, micro_batch in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
             with nullcontext() if is_last else without_sync(self.model):
-                micro_loss = self.forward(images, targets, use_mesa) / len(micro_batches)
-                self.precision.scaler.scale(micro_loss * self.alive).backward()
-            loss = loss + micro_loss.detach()
+                with self.precision.autocast():
+                    losses = self.compute_losses(micro_batch, step)
+                terms = {name: loss / len(micro_batches) for name, loss in losses.items()}
+                self.precision.scaler.scale(sum_of(terms) * self.alive).backward()
+            sums = {name: sums.get(name, 0) + term.detach() for name, term in terms.items()}
+        loss = sum_of(sums)
 
         scaler = self.precision.scaler
         scaler.unscale_(self.optimizer)
@@ -108,17 +99,7 @@ class TrainStep:
         average_buffers(self.buffers)
         if self.ema is not None:
             self.ema.update()
-        return StepResult(loss, grad_norm.detach())
-
-    def forward(self, images: Tensor, targets: Tensor, use_mesa: bool) -> Tensor:
-        """The loss of one micro-batch, a scalar."""
-        with self.precision.autocast():
-            teacher_logits = None
-            if use_mesa:
-                assert self.ema is not None
-                with torch.no_grad():
-                    teacher_logits = self.ema.module(images)
-            return training_loss(self.model(images), targets, teacher_logits, self.mesa_ratio)
+        return StepResult(loss, grad_norm.detach(), sums)
 
     def note_finiteness(self, loss: Tensor, grad_norm: Tensor, step: int) -> None:
         """Halt the optimizer, on the device, if this step is not finite; with float16 the scaler judges gradients."""
@@ -142,74 +123,12 @@ class TrainStep:
         return None if first == NEVER else first
 
 
-@dataclass(frozen=True)
-class EpochSummary:
-    """What an epoch of training amounts to; loss is the mean over steps and processes."""
-
-    train_loss: float
-    grad_norm: float
-    lr: float
-    images_per_second: float
-
-
-def train_one_epoch(
-    train_step: TrainStep,
-    loader: Loader,
-    *,
-    epoch: int,
-    steps: int,
-    accumulation_steps: int,
-    schedule: Schedule,
-    make_targets: Callable[[Tensor, Tensor], Batch],
-    use_mesa: bool,
-    process: Process,
-    progress: Progress,
-    print_freq: int,
-) -> EpochSummary:
-    """Run the steps of one epoch. The host waits for the device only each print_freq steps, and at the end.
-
-    Raises:
-        NonFiniteLossError: on all processes, at the next report after the step it names.
-    """
-    train_step.model.train()
-    loader.set_epoch(epoch)
-    batches = iter(loader)
-    sums = torch.zeros(3, dtype=torch.float64, device=process.device)  # losses, finite gradient norms, number of those
-    num_images, start = 0, time.perf_counter()
-    for index in range(steps):
-        step = epoch * steps + index
-        rate = schedule.rate_of_step(step)
-        micro_batches = [make_targets(*next(batches)) for _ in range(accumulation_steps)]
-        result = train_step(micro_batches, step=step, learning_rate=rate, use_mesa=use_mesa)
-        is_finite = torch.isfinite(result.grad_norm)  # not where float16 overflowed and the scaler skipped the step
-        sums += torch.stack((result.loss, torch.where(is_finite, result.grad_norm, 0), is_finite)).double()
-        progress.advance()
-        num_images += sum(len(images) for images, _ in micro_batches) * process.num_processes
-        is_last = index == steps - 1
-        if is_last or (index + 1) % print_freq == 0:
-            bad_step = train_step.check_finite(step)
-            if bad_step is not None:
-                raise NonFiniteLossError(describe_bad_step(bad_step, steps, schedule))
-            loss_sum, norm_sum, num_norms = sum_over_processes(sums.clone()).tolist()
-            loss = loss_sum / (index + 1) / process.num_processes
-            seconds = time.perf_counter() - start
-            progress.report(
-                index + 1,
-                loss=loss,
-                grad_norm=result.grad_norm.item(),
-                lr=rate,
-                rate=num_images / seconds,
-                seconds=seconds,
-            )
-    return EpochSummary(loss, norm_sum / max(num_norms, 1), rate, num_images / seconds)
-
-
-def describe_bad_step(step: int, steps_per_epoch: int, schedule: Schedule) -> str:
-    return (
-        f"the loss or gradient is not finite in epoch {step // steps_per_epoch + 1}, step {step % steps_per_epoch + 1} "
-        f"(step {step + 1} of the run), learning rate {schedule.rate_of_step(step):.3e}; the run stops, its "
-        f"checkpoints are from before. Lower TRAIN.BASE_LR or TRAIN.CLIP_GRAD, or try AMP_DTYPE bfloat16 or no AMP"
-    )
+def sum_of(terms: Mapping[str, Tensor]) -> Tensor:
+    """The loss: the sum of its terms, a scalar."""
+    first, *others = terms.values()
+    for term in others:
+        first = first + term
+    return first
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,7 @@ from typing import Any
 from termcolor import colored
 from tqdm import tqdm
 
-from utils.plots import plot_curves
+from utils.plots import Panel, plot_curves
 
 CURVES_SECONDS = 60.0
 COLOURS = {logging.WARNING: "yellow", logging.ERROR: "red"}
@@ -45,15 +46,17 @@ def start_logging(folder: Path, rank: int) -> None:
     logger.addHandler(file)
 
 
-class Progress:
+class ProgressBar:
     """One epoch's progress: a bar on a terminal, and a line in the log at each report."""
 
-    def __init__(self, epoch: int, total_epochs: int, steps: int, *, is_main: bool) -> None:
+    def __init__(self, epoch: int, total_epochs: int, steps: int, *, done: int, is_main: bool) -> None:
         self.title = f"epoch {epoch + 1}/{total_epochs}"
         self.remaining_epochs = total_epochs - epoch - 1
         self.steps = steps
+        self.done = done  # when this process started on it
         self.bar = tqdm(
             total=steps,
+            initial=done,
             desc=self.title,
             unit="step",
             leave=False,
@@ -61,7 +64,7 @@ class Progress:
             disable=not (is_main and sys.stderr.isatty()),
         )
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(
@@ -73,25 +76,35 @@ class Progress:
         """One more step was started; costs nothing but for the bar."""
         self.bar.update()
 
-    def report(self, step: int, *, loss: float, grad_norm: float, lr: float, rate: float, seconds: float) -> None:
-        """`step` steps are done in `seconds`; loss is the epoch's mean so far, rate in images per second."""
-        left = (self.steps - step + self.remaining_epochs * self.steps) * seconds / step
+    def report(
+        self, step: int, *, terms: Mapping[str, float], grad_norm: float, lr: float, rate: float, seconds: float
+    ) -> None:
+        """`step` steps of the epoch are done, those since the start in `seconds`; terms are means of the epoch so far,
+        the loss first, rate in images per second.
+        """
+        left = (self.steps - step + self.remaining_epochs * self.steps) * seconds / (step - self.done)
         eta = timedelta(seconds=round(left))
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} img/s, run ends in {eta}")
+        losses = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
+        self.bar.set_postfix_str(f"loss {terms['loss']:.4f}, {rate:.0f} img/s, run ends in {eta}")
         logger.info(
-            "%s step %d/%d  loss %.4f  grad_norm %.3f  lr %.3e  %.0f img/s  eta %s",
-            *(self.title, step, self.steps, loss, grad_norm, lr, rate, eta),
+            "%s step %d/%d  %s  grad_norm %.3f  lr %.3e  %.0f img/s  eta %s",
+            *(self.title, step, self.steps, losses, grad_norm, lr, rate, eta),
             extra={"is_step": True},
         )
 
 
 class RunRecorder:
-    """Figures of a run by epoch: metrics.jsonl, one JSON object a line, and TensorBoard scalars beside it."""
+    """Figures of a run by epoch. metrics.jsonl holds what the run's settings determine, to the last bit, however often
+    it was interrupted; speed.jsonl what depends on the machine; TensorBoard both.
 
-    def __init__(self, folder: Path, start_epoch: int) -> None:
+    Where they cannot be written, the log says so, and the run goes on.
+    """
+
+    def __init__(self, folder: Path, start_epoch: int, panels: Sequence[Panel]) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second, and only the first process writes
 
         self.path = folder / "metrics.jsonl"
+        self.panels = panels
         self.drop_from(start_epoch)
         self.tensorboard = SummaryWriter(str(folder), purge_step=start_epoch)
         self.last_drawn = 0.0
@@ -107,21 +120,33 @@ class RunRecorder:
         append_records(temporary, kept)
         temporary.replace(self.path)
 
-    def add(self, record: dict[str, Any]) -> None:
-        append_records(self.path, [record])
-        for name, value in record.items():
-            if name != "epoch" and value is not None:
-                self.tensorboard.add_scalar(name, value, record["epoch"])
-        self.tensorboard.flush()
+    def add(self, metrics: dict[str, Any], speed: dict[str, Any]) -> None:
+        """Note an epoch's figures; both have its number as "epoch"."""
+        with self.errors_logged():
+            append_records(self.path, [metrics])
+            append_records(self.path.with_name("speed.jsonl"), [speed])
+            for name, value in {**metrics, **speed}.items():
+                if name != "epoch" and value is not None:
+                    self.tensorboard.add_scalar(name, value, metrics["epoch"])
+            self.tensorboard.flush()
 
     def draw_curves(self, *, is_last: bool) -> None:
         """Bring curves.png up to date; but for the last epoch, at most once a minute."""
         if is_last or time.monotonic() - self.last_drawn > CURVES_SECONDS:
             self.last_drawn = time.monotonic()
-            plot_curves(read_records(self.path), self.path.with_name("curves.png"))
+            with self.errors_logged():
+                plot_curves(read_records(self.path), self.panels, self.path.with_name("curves.png"))
+
+    @contextlib.contextmanager
+    def errors_logged(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            logger.error("%s: figures could not be written (%s)", self.path.parent, error.strerror or error)
 
     def close(self) -> None:
-        self.tensorboard.close()
+        with self.errors_logged():
+            self.tensorboard.close()
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
-"""Training loss: soft-target cross-entropy, with MESA's second term."""
+"""A classifier's training loss: soft-target cross-entropy, with MESA's second term."""
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def training_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None, ratio: float = 0.0) -> Tensor:
@@ -21,3 +21,31 @@ def training_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None
     if teacher_logits is not None:
         loss = loss + ratio * F.cross_entropy(logits, teacher_logits.to(logits.dtype).softmax(dim=1))
     return loss
+
+
+class ClassificationLoss:
+    """What a training step minimises: `training_loss` of a model, with a teacher from some step on.
+
+    Args:
+        model: images (B, 3, H, W) to logits (B, classes); in DDP where there are several processes.
+        teacher: MESA's, in evaluation mode; None without MESA.
+        mesa_ratio: weight of its term.
+        mesa_start_step: the first step that asks it.
+    """
+
+    def __init__(
+        self, model: nn.Module, teacher: nn.Module | None = None, *, mesa_ratio: float = 0.0, mesa_start_step: int = 0
+    ) -> None:
+        self.model = model
+        self.teacher = teacher if mesa_ratio else None
+        self.mesa_ratio = mesa_ratio
+        self.mesa_start_step = mesa_start_step
+
+    def __call__(self, batch: tuple[Tensor, Tensor], step: int) -> dict[str, Tensor]:
+        """The loss of (images (B, 3, H, W), targets (B, classes)) in step `step` of the run."""
+        images, targets = batch
+        teacher_logits = None
+        if self.teacher is not None and step >= self.mesa_start_step:
+            with torch.no_grad():
+                teacher_logits = self.teacher(images)  # (B, classes)
+        return {"loss": training_loss(self.model(images), targets, teacher_logits, self.mesa_ratio)}

@@ -1,7 +1,8 @@
 """Pictures of a run: its curves, and what it predicts."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -10,26 +11,41 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
-def plot_curves(records: list[dict[str, Any]], picture: Path) -> None:
-    """Draw loss, accuracy, learning rate and gradient norm by epoch from the records of metrics.jsonl."""
-    epochs = [record["epoch"] + 1 for record in records]
+class Panel(NamedTuple):
+    """One diagram: its title, and what each curve is called, by its name in metrics.jsonl."""
 
-    def draw(axis: plt.Axes, names: dict[str, str], title: str) -> None:
-        for name, label in names.items():
-            values = [record[name] if record[name] is not None else np.nan for record in records]
+    title: str
+    curves: Mapping[str, str]
+
+
+STEP_PANELS = (
+    Panel("learning rate", {"lr": "learning rate"}),
+    Panel("gradient norm before clipping, mean of the epoch", {"grad_norm": "gradient norm"}),
+)
+CLASSIFIER_PANELS = (
+    Panel("loss", {"train_loss": "training, all terms", "loss": "validation"}),
+    Panel("validation top-1 accuracy, %", {"acc1": "model", "ema_acc1": "EMA"}),
+    *STEP_PANELS,
+)
+
+
+def plot_curves(records: list[dict[str, Any]], panels: Sequence[Panel], picture: Path) -> None:
+    """Draw figures by epoch from the records of metrics.jsonl, two panels a row; curves without values are left out."""
+    epochs = [record["epoch"] + 1 for record in records]
+    rows = -(-len(panels) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(11, 3.5 * rows), squeeze=False, layout="constrained")
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        for name, label in panel.curves.items():
+            values = [np.nan if record.get(name) is None else record[name] for record in records]
             if not np.all(np.isnan(values)):
                 axis.plot(epochs, values, label=label, marker="o" if len(epochs) < 3 else None)
-        axis.set_title(title)
+        axis.set_title(panel.title)
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
-        if len(names) > 1:
+        if len(panel.curves) > 1:
             axis.legend()
-
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    draw(axes[0, 0], {"train_loss": "training, all terms", "loss": "validation"}, "loss")
-    draw(axes[0, 1], {"acc1": "model", "ema_acc1": "EMA"}, "validation top-1 accuracy, %")
-    draw(axes[1, 0], {"lr": "learning rate"}, "learning rate")
-    draw(axes[1, 1], {"grad_norm": "gradient norm"}, "gradient norm before clipping, mean of the epoch")
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
     figure.savefig(picture, dpi=110, bbox_inches="tight")
     plt.close(figure)
 

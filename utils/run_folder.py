@@ -1,10 +1,18 @@
 """Where a run's results go, and the configuration that is kept beside them."""
 
+import fcntl
+import os
+import socket
+import time
+from datetime import datetime
 from pathlib import Path
+from types import TracebackType
 
-from utils.checkpoint import checkpoints_in, link_checkpoint
+from utils.checkpoint import Progress, checkpoints_in, link_checkpoint
 from utils.logger import logger, start_logging
 from utils.yaml_file import read_yaml
+
+LOCK_SECONDS = 10.0
 
 
 def open_run_folder(output: str, name: str, tag: str, *, rank: int) -> Path:
@@ -20,6 +28,46 @@ def open_run_folder(output: str, name: str, tag: str, *, rank: int) -> Path:
     except OSError as error:
         raise ValueError(f"OUTPUT {output!r}: cannot write to {folder} ({error.strerror}); change --output") from error
     return folder
+
+
+class RunLock:
+    """Holds a run's folder, so that no second run writes into it. It ends with the process, however that ends.
+
+    Raises:
+        ValueError: another process holds it, and still does after LOCK_SECONDS; says which, and on which host.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = (folder / "run.lock").open("a+")
+        deadline = time.monotonic() + LOCK_SECONDS  # a former run may be about to end
+        while not self.is_taken():
+            if time.monotonic() > deadline:
+                self.file.seek(0)
+                holder = self.file.read().strip() or "another process"
+                self.file.close()
+                raise ValueError(f"{folder}: a run writes here already, {holder}; stop it, or name another --tag")
+            time.sleep(0.2)
+        self.file.seek(0)
+        self.file.truncate()
+        self.file.write(f"pid {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+        self.file.flush()
+        for leftover in folder.glob("*.tmp"):  # of a run that was killed while it wrote
+            leftover.unlink()
+
+    def is_taken(self) -> bool:
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.file.close()
 
 
 def write_config(folder: Path, text: str) -> None:
@@ -46,12 +94,13 @@ def differences(former: Path, present: Path) -> str:
     return "; ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in changed)
 
 
-def set_aside_checkpoints(folder: Path, from_epoch: int, *, continues: bool) -> None:
-    """Move checkpoints of epochs that run again (or that could not be read) to a folder replaced_<n>, so that nothing
-    is lost. Where the folder's run does not go on but another starts, keep a second name of its best ones there too.
+def set_aside_checkpoints(folder: Path, progress: Progress, *, continues: bool) -> None:
+    """Move checkpoints that are further than `progress`, whose steps run again (or that could not be read), to a folder
+    replaced_<n>, so that nothing is lost. Where the folder's run does not go on but another starts, keep a second name
+    of its best ones there too.
     """
-    later = [path for epoch, path in checkpoints_in(folder) if epoch >= from_epoch]
-    best = [] if continues else list(folder.glob("max_*acc.pth"))
+    later = [path for other, path in checkpoints_in(folder) if other > progress]
+    best = [] if continues else list(folder.glob("max_*.pth"))
     if not later and not best:
         return
     target = unused_name(folder, "replaced_{}")

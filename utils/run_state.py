@@ -1,7 +1,8 @@
 """Everything that the next step of a run depends on, to and from a checkpoint."""
 
+import platform
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +10,27 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils.checkpoint import CheckpointError, checkpoints_in, load_checkpoint, load_latest
+from utils.checkpoint import CheckpointError, Progress, checkpoints_in, load_checkpoint, load_latest
 from utils.distributed import Process, gather_objects
 from utils.ema import ModelEma
 from utils.logger import logger
 from utils.weights import load_weights, no_weights_error, weights_in
 
+START = Progress(0)
+VERSIONS = {"torch": str(torch.__version__), "numpy": np.__version__, "python": platform.python_version()}
+
 
 @dataclass
 class RunState:
-    """A run between two epochs.
+    """A run between two steps.
 
     Attributes:
         model: not wrapped in DDP.
-        next_epoch: the epoch to run next, from 0.
-        best_acc1, best_ema_acc1: highest top-1 so far, of the model and of the average, in percent.
+        images_per_step: over all processes; a step of the run is as many images after it goes on.
+        progress: epochs that are whole, and steps done in the one after them.
+        best, best_ema: highest value so far of the figure that the run is judged by, of the model and of the average.
+        sums: this process's sums over the steps of the unfinished epoch, by name.
+        origin: the file that --resume named when the run began, and what tells it from others of that name.
     """
 
     model: nn.Module
@@ -31,26 +38,36 @@ class RunState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     process: Process
-    next_epoch: int = 0
-    best_acc1: float = 0.0
-    best_ema_acc1: float = 0.0
+    images_per_step: int = 1
+    progress: Progress = START
+    best: float = 0.0
+    best_ema: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+    origin: dict[str, Any] | None = None
 
     def capture(self, **facts: Any) -> dict[str, Any]:
         """The state as a checkpoint's content, `facts` beside it; called by all processes together."""
+        ranks = gather_objects({"rng": rng_state(self.process.device), "sums": self.sums})
         return {
             "model": self.model.state_dict(),
             "state_dict_ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "epoch": self.next_epoch - 1,
-            "max_accuracy": self.best_acc1,
-            "max_accuracy_e": self.best_ema_acc1,
-            "rng": gather_objects(rng_state(self.process.device)),
+            "epoch": self.progress.epochs - 1,  # the last whole one, as in official checkpoints
+            "steps": self.progress.steps,
+            "images_per_step": self.images_per_step,
+            "max_accuracy": self.best,
+            "max_accuracy_e": self.best_ema,
+            "ranks": ranks,
+            "origin": self.origin,
+            "versions": VERSIONS,
             **facts,
         }
 
     def resume(self, folder: Path, *, explicit: str, auto: bool) -> bool:
         """Go on from the file `explicit` if it is named, else, with `auto`, from the folder's newest whole checkpoint.
+
+        Where the folder's run began from that same file, the command is being repeated, and the run goes on.
 
         Returns:
             Whether the folder's own run goes on.
@@ -59,20 +76,23 @@ class RunState:
             CheckpointError: the checkpoint does not fit, a run would be overwritten, or processes see different files.
         """
         continues = False
-        if explicit:
-            self.restore(load_checkpoint(explicit), explicit)
-            logger.info("resumed from %s", explicit)
-        elif auto and (latest := load_latest(folder)) is not None:
+        origin = fingerprint(explicit) if explicit else None
+        latest = load_latest(folder) if auto else None
+        if latest is not None and (origin is None or latest[1].get("origin") == origin):
             self.restore(latest[1], str(latest[0]))
-            logger.info("resumed from %s", latest[0])
+            logger.info("resumed from %s%s", latest[0], f", a run that began from {explicit}" if explicit else "")
             continues = True
+        elif explicit:
+            self.restore(load_checkpoint(explicit), explicit)
+            self.origin = origin
+            logger.info("resumed from %s", explicit)
         elif not auto and checkpoints_in(folder):
             raise CheckpointError(
                 f"TRAIN.AUTO_RESUME False: {folder} holds a run, which would be overwritten; name another --tag"
             )
-        epochs = gather_objects(self.next_epoch)
-        if len(set(epochs)) > 1:
-            raise CheckpointError(f"{folder}: processes see different checkpoints there; next epochs {epochs}")
+        points = gather_objects(tuple(self.progress))
+        if len(set(points)) > 1:
+            raise CheckpointError(f"{folder}: processes see different checkpoints there, at (epochs, steps) {points}")
         return continues
 
     def restore(self, content: dict[str, Any], source: str) -> None:
@@ -100,17 +120,54 @@ class RunState:
         self.restore_optimizer(content["optimizer"], source)
         if content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])
-        self.next_epoch = content["epoch"] + 1
-        self.best_acc1 = float(content.get("max_accuracy", 0.0))
-        self.best_ema_acc1 = float(content.get("max_accuracy_e", 0.0))
-        states = content.get("rng", [])
-        if len(states) == self.process.num_processes:
-            restore_rng_state(states[self.process.rank], self.process.device)
+        self.progress = Progress(content["epoch"] + 1, content.get("steps", 0))
+        self.best = float(content.get("max_accuracy", 0.0))
+        self.best_ema = float(content.get("max_accuracy_e", 0.0))
+        self.origin = content.get("origin")
+        self.check_images_per_step(content.get("images_per_step", self.images_per_step), source)
+        ranks, process = content.get("ranks", []), self.process
+        if len(ranks) == process.num_processes:
+            self.sums = ranks[process.rank]["sums"]
+            restore_rng_state(ranks[process.rank]["rng"], process.device)
         else:
+            if process.is_main:  # whose share now stands for all
+                for rank in ranks:
+                    self.sums = {name: self.sums.get(name, 0.0) + value for name, value in rank["sums"].items()}
             logger.warning(
-                "%s was written by %d processes, now there are %d: dropout and mixup draw other random numbers",
-                *(source, len(states), self.process.num_processes),
+                "%s was written by %d processes, now there are %d: order and augmentation of the images stay the same, "
+                "dropout, drop path and mixup draw other random numbers, and sums are rounded differently",
+                *(source, len(ranks), process.num_processes),
             )
+        versions = content.get("versions", VERSIONS)
+        if changed := [
+            f"{name} {versions.get(name)} -> {VERSIONS[name]}"
+            for name in VERSIONS
+            if versions.get(name) != VERSIONS[name]
+        ]:
+            logger.warning(
+                "%s was written with other versions, so results may differ in the last bits: %s",
+                source,
+                ", ".join(changed),
+            )
+
+    def check_images_per_step(self, former: int, source: str) -> None:
+        """Another number of images a step moves the schedule, and within an epoch would repeat or lose images.
+
+        Raises:
+            CheckpointError: the checkpoint is from within an epoch.
+        """
+        if former == self.images_per_step:
+            return
+        if self.progress.steps:
+            raise CheckpointError(
+                f"{source}: was saved within an epoch with {former} images a step, now there are "
+                f"{self.images_per_step}; set DATA.BATCH_SIZE or TRAIN.ACCUMULATION_STEPS to have {former} again, or "
+                f"--resume the end of an epoch"
+            )
+        logger.warning(
+            "%s is of a run with %d images a step, now there are %d: learning rates and steps an epoch change",
+            *(source, former, self.images_per_step),
+        )
 
     def restore_optimizer(self, saved: dict[str, Any], source: str) -> None:
         """Take over the optimizer's moments; its settings stay those of the configuration."""
@@ -125,6 +182,17 @@ class RunState:
             raise CheckpointError(f"{source}: its optimizer state does not fit this model: {error}") from error
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
+
+
+def fingerprint(source: str) -> dict[str, Any]:
+    """What tells a file from a later one of the same name; of an address or a name, only itself."""
+    path = Path(source)
+    facts = path.stat() if path.is_file() else None
+    return {
+        "source": str(path.resolve()) if facts else source,
+        "bytes": facts.st_size if facts else None,
+        "modified_ns": facts.st_mtime_ns if facts else None,
+    }
 
 
 def seed_everything(seed: int) -> None:

@@ -1,0 +1,79 @@
+"""From a command line to processes at work, and from whatever ends them to one clear line and an exit code."""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from utils.distributed import Process, start_process, stop_process
+from utils.engine import NonFiniteLossError
+from utils.logger import logger
+
+SECOND_VOICE_SECONDS = 5.0
+LOST_CONTACT = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+@contextmanager
+def mistakes_in_one_line() -> Iterator[None]:
+    """While a run is set up, what is wrong with its inputs ends it with one line and exit code 2.
+
+    Of several processes the first speaks first; the launcher then ends the others, before they repeat it.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(SECOND_VOICE_SECONDS)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run_process(work: Callable[[Process], int], local_rank: int) -> int:
+    """Do the work as one process among all.
+
+    Returns:
+        The exit code: the work's own, 130 after Ctrl-C, 1 where it failed, which the log and standard error explain.
+    """
+    with mistakes_in_one_line():
+        process = start_process(local_rank)
+    try:
+        code = work(process)
+    except KeyboardInterrupt:
+        logger.warning("interrupted; the same command goes on from the newest checkpoint, if there is one")
+        code = 130
+    except Exception as error:
+        report(error, process)
+        code = 1
+    if code and process.num_processes > 1:
+        # Others may wait for this process for ever, and leaving in order would wait for them: the launcher ends them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    stop_process()
+    return code
+
+
+def report(error: Exception, process: Process) -> None:
+    """Say what ended this process: one line for what users can mend, for the rest with its traceback."""
+    who = f"process {process.rank} of {process.num_processes}: " if process.num_processes > 1 else ""
+    text = " ".join(str(error).split())
+    if isinstance(error, NonFiniteLossError):
+        if process.is_main:
+            logger.error("%s", text)
+    elif isinstance(error, torch.distributed.DistError) or any(word in text for word in LOST_CONTACT):
+        time.sleep(SECOND_VOICE_SECONDS)  # the launcher ends this process, after it has seen the first to fail
+        logger.error("%slost contact with the other processes, one of which has failed (%s)", who, text[:200])
+    elif "DataLoader worker" in text:
+        logger.error(
+            "%sa worker process that loads images has died (%s). If it was killed, memory ran out: lower "
+            "DATA.NUM_WORKERS or DATA.BATCH_SIZE, or raise the limit of shared memory (/dev/shm)",
+            *(who, text),
+        )
+    elif isinstance(error, OSError):
+        logger.error("%s%s", who, text)
+    else:
+        logger.error("%s%s: %s\n%s", who, type(error).__name__, text, "".join(traceback.format_exception(error)))
