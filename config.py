@@ -27,6 +27,10 @@ from utils.settings import (
 )
 
 COMPILE_MODE = one_of("off", "default", "reduce-overhead", "max-autotune")
+DATASET = Rule(
+    "imagenet, folder, digits, hfds/<folder or name> or wds/<folder>",
+    lambda value: value in ("imagenet", "folder", "digits") or value.startswith(("hfds/", "wds/")),
+)
 POLICY = Rule(
     "none, rand-..., augmix-..., original, v0 or 3a",
     lambda value: value.split("-")[0] in ("none", "rand", "augmix", "original", "originalr", "v0", "v0r", "3a"),
@@ -38,7 +42,7 @@ SCHEMA: dict[str, Key] = {
     "BASE": Key([""], ANY, "files to start from, relative to this one"),
     "DATA.BATCH_SIZE": Key(128, at_least(1), "images per process and forward pass"),
     "DATA.DATA_PATH": Key("", ANY, "folder with train/ and val/, a folder per class in each"),
-    "DATA.DATASET": Key("imagenet", one_of("imagenet", "folder", "digits"), "imagenet and folder read DATA_PATH"),
+    "DATA.DATASET": Key("imagenet", DATASET, "imagenet and folder read DATA_PATH; data/README.md has the rest"),
     "DATA.ON_ERROR": Key("raise", one_of("raise", "skip"), "at an image that cannot be used: stop, or leave it out"),
     "DATA.MAX_BAD": Key(100, at_least(0), "images that skip leaves out at most, per process"),
     "DATA.EXACT_EVAL": Key(True, YES_NO, "evaluate on Pillow's pixels, as published figures are; false is faster"),

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ from yacs.config import CfgNode
 from data.dataset import ImageDataset, ImageSource, keep_batch
 from data.device import DeviceLoader, Normaliser
 from data.digits import Digits
+from data.hugging_face import HuggingFaceImages
 from data.image_folder import ImageFolder
 from data.samplers import EvalSampler, SampleKey, TrainSampler
 from data.shared_cache import SharedCache, available_bytes, machine
 from data.transforms import EvalTransform, TrainTransform
+from data.webdataset_shards import WebDatasetShards
 from data.zip_folder import ZipFolder
 
 TargetMaker = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -90,6 +93,11 @@ def open_split(config: CfgNode, split: str) -> ImageSource:
     data = config.DATA
     if data.DATASET == "digits":
         return Digits(split, data.IMG_SIZE)
+    kind, _, name = data.DATASET.partition("/")
+    if kind == "hfds":
+        return HuggingFaceImages(name, data.DATA_PATH, split)
+    if kind == "wds":
+        return WebDatasetShards(str(Path(data.DATA_PATH) / name), split)
     if data.ZIP_MODE:
         return ZipFolder(data.DATA_PATH, split)
     return ImageFolder(data.DATA_PATH, split)

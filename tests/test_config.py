@@ -68,7 +68,7 @@ def test_lists_are_not_shared() -> None:
         (["MODEL.MLLA.DEPTHS", "4"], "must be a list of int"),
         (["TRAIN.EPOCHS", "0"], r"TRAIN.EPOCHS 0 \(in --opts\): must be at least 1"),
         (["MODEL.LABEL_SMOOTHING", "1.5"], "must be from 0 to 1"),
-        (["DATA.DATASET", "cifar"], "must be one of imagenet, folder, digits"),
+        (["DATA.DATASET", "cifar"], "must be imagenet, folder, digits, hfds/<folder or name> or wds/<folder>"),
         (["AUG.AUTO_AUGMENT", "randm9"], "must be none, rand-"),
         (["MODEL.MLLA.NUM_HEADS", "[3, 4, 8, 16]"], "stage 0 is 64 wide: its 3 heads and 4 must divide that"),
         (["MODEL.MLLA.NUM_HEADS", "[2, 4]"], "must be as many as MODEL.MLLA.DEPTHS"),
