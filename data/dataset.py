@@ -134,10 +134,7 @@ def random_state_of(*entropy: int) -> Iterator[None]:
     """
     is_worker = get_worker_info() is not None
     states = None if is_worker else (random.getstate(), np.random.get_state(), torch.get_rng_state())
-    seeds = np.random.SeedSequence(entropy).generate_state(3)
-    random.seed(int(seeds[0]))
-    np.random.seed(seeds[1])
-    torch.default_generator.manual_seed(int(seeds[2]))  # torch.manual_seed would reseed GPUs too
+    seed_generators(*entropy)
     try:
         yield
     finally:
@@ -145,3 +142,10 @@ def random_state_of(*entropy: int) -> Iterator[None]:
             random.setstate(states[0])
             np.random.set_state(states[1])
             torch.set_rng_state(states[2])
+
+
+def seed_generators(*entropy: int) -> None:
+    seeds = np.random.SeedSequence(entropy).generate_state(3)
+    random.seed(int(seeds[0]))
+    np.random.seed(seeds[1])
+    torch.default_generator.manual_seed(int(seeds[2]))  # torch.manual_seed would reseed GPUs too

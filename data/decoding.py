@@ -77,7 +77,7 @@ def decode_plain(data: bytes) -> Image.Image:
 
 
 def decode_fast(data: bytes, *, strict: bool = False) -> Tensor:
-    """RGB pixels (3, H, W), uint8, in channels_last memory; the same as decode_plain's.
+    """RGB pixels (H, W, 3), uint8; the same as decode_plain's.
 
     Ordinary JPEGs go to libjpeg-turbo without Pillow's copies, through simplejpeg, or torchvision where that is not
     installed; the rest through Pillow.
@@ -95,16 +95,17 @@ def decode_fast(data: bytes, *, strict: bool = False) -> Tensor:
     refuse_large(frame.width, frame.height)
     try:
         if simplejpeg is not None:
-            return torch.from_numpy(simplejpeg.decode_jpeg(data, strict=strict)).permute(2, 0, 1)  # (3, H, W)
-        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+            return torch.from_numpy(simplejpeg.decode_jpeg(data, strict=strict))  # (H, W, 3)
+        pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        return pixels.permute(1, 2, 0)  # (H, W, 3), as it lies in memory
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0].split(", ")[-1]  # torchvision names its C++ function and file first
         raise BrokenImageError(f"cannot be decoded: {reason}") from error
 
 
 def image_to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as (3, H, W), uint8, in channels_last memory."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W)
+    """An RGB image as pixels (H, W, 3), uint8."""
+    return torch.from_numpy(np.array(image))  # (H, W, 3)
 
 
 def refuse_broken(data: bytes) -> None:

@@ -11,8 +11,9 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
+from torch.nn import functional
+from torchvision import transforms
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
 
 from data.augmentation import faster
 
@@ -79,21 +80,21 @@ class TrainTransform:
         self.erase_prob = erase_prob
         self.erase_count = erase_count
 
-    def __call__(self, image: Tensor) -> tuple[Tensor, list[Erasure]]:
-        """An image (3, H, W), uint8, to one (size, size, 3), and what is to be erased of it."""
-        pixels = self.resized_crop(image).permute(1, 2, 0)  # (size, size, 3)
-        if self.hflip and torch.rand(1).item() < self.hflip:
-            pixels = pixels.flip(1)
-        return self.policy(pixels.contiguous()), self.draw_erasures()
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, list[Erasure]]:
+        """Pixels (H, W, 3), uint8, to (size, size, 3), and what is to be erased of them."""
+        return self.policy(self.flip(self.resized_crop(pixels))), self.draw_erasures()
 
-    def resized_crop(self, image: Tensor) -> Tensor:
-        """A random part of an image (3, H, W), resized to (3, size, size)."""
-        top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+    def resized_crop(self, pixels: Tensor) -> Tensor:
+        """A random part of the pixels (H, W, 3), resized to (size, size, 3)."""
+        top, left, height, width = self.crop.get_params(pixels.permute(2, 0, 1), self.crop.scale, self.crop.ratio)
         height, width = max(1, height), max(1, width)  # in images of a few pixels they may be rounded to 0
         modes = self.crop.interpolation
         mode = random.choice(modes) if isinstance(modes, tuple | list) else modes
-        part = image[:, top : top + height, left : left + width]
-        return functional.resize(part, [self.size, self.size], interpolation=mode, antialias=True)
+        return resize(pixels[top : top + height, left : left + width], self.size, self.size, mode)
+
+    def flip(self, pixels: Tensor) -> Tensor:
+        """Pixels (H, W, 3), perhaps as in a mirror."""
+        return pixels.flip(1) if self.hflip and torch.rand(1).item() < self.hflip else pixels
 
     def draw_erasures(self) -> list[Erasure]:
         """Where random erasing (Zhong et al., 2020) takes effect, as timm's RandomErasing draws it."""
@@ -118,16 +119,36 @@ class EvalTransform:
 
     def __init__(self, size: int, *, crop: bool, interpolation: str) -> None:
         self.size = size
-        self.resized = [round(size / CROP_FRACTION)] if crop else [size, size]
+        self.crop = crop
         self.mode = InterpolationMode("bicubic" if interpolation == "random" else interpolation)
+        short = round(size / CROP_FRACTION)
+        self.plain = (
+            transforms.Compose([transforms.Resize(short, self.mode), transforms.CenterCrop(size)])
+            if crop
+            else transforms.Resize((size, size), self.mode)
+        )
 
     def __call__(self, image: Image.Image | Tensor) -> tuple[Tensor, list[Erasure]]:
-        """An image, as Pillow's or (3, H, W), uint8, to one (size, size, 3); nothing is erased."""
-        image = functional.resize(image, self.resized, interpolation=self.mode, antialias=True)
-        image = functional.center_crop(image, [self.size, self.size])
-        if isinstance(image, Tensor):
-            return image.permute(1, 2, 0), []  # (size, size, 3)
-        return torch.from_numpy(np.array(image)), []  # (size, size, 3)
+        """An image of Pillow's, or pixels (H, W, 3), uint8, to pixels (size, size, 3); nothing is erased."""
+        if isinstance(image, Image.Image):
+            return torch.from_numpy(np.array(self.plain(image))), []  # (size, size, 3)
+        height, width = image.shape[:2]
+        if self.crop:
+            # As torchvision's Resize and CenterCrop have it: the long side rounded down, the middle to even numbers.
+            short = round(self.size / CROP_FRACTION)
+            height, width = (int(short * side / min(height, width)) for side in (height, width))
+        else:
+            height = width = self.size
+        top, left = round((height - self.size) / 2), round((width - self.size) / 2)
+        resized = resize(image, height, width, self.mode)
+        return resized[top : top + self.size, left : left + self.size], []  # (size, size, 3)
+
+
+def resize(pixels: Tensor, height: int, width: int, mode: InterpolationMode) -> Tensor:
+    """Pixels (H, W, 3), uint8, to (height, width, 3), by torch's kernels for uint8; they keep the memory's order."""
+    images = pixels[None].permute(0, 3, 1, 2)  # (1, 3, H, W)
+    resized = functional.interpolate(images, size=(height, width), mode=mode.value, antialias=True)
+    return resized[0].permute(1, 2, 0)  # (height, width, 3)
 
 
 def denormalise(images: Tensor) -> Tensor:

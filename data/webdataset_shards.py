@@ -6,6 +6,7 @@ they are opened, lets any image be read at any time, as with the other kinds of 
 """
 
 import json
+import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,8 +63,7 @@ class WebDatasetShards:
     def read(self, index: int) -> bytes:
         try:
             with self.shards[self.numbers[index]].open("rb", buffering=0) as shard:
-                shard.seek(self.starts[index])
-                return shard.read(self.sizes[index])
+                return os.pread(shard.fileno(), self.sizes[index], self.starts[index])
         except OSError as error:
             raise BrokenImageError(f"cannot be read: {error.strerror}") from error
 

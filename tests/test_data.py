@@ -1,13 +1,24 @@
+import io
+import multiprocessing
+import shutil
+import tarfile
+import zipfile
+from multiprocessing import Queue
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_image_folder
+from conftest import MICRO, encoded, fill_weights, make_image_folder, photo
 from PIL import Image
+from torch import Tensor
 from yacs.config import CfgNode
 
 from config import load_config
-from data import build_data, build_targets
+from data import Data, build, build_data, build_targets, make_zip
+from data.decoding import BrokenImageError
+from data.samplers import EvalSampler, TrainSampler
+from data.zip_folder import ZipFolder
+from models import MLLA
 
 
 def digits_config(*opts: str) -> CfgNode:
@@ -72,6 +83,180 @@ def test_data_mistakes(tmp_path: Path) -> None:
     Image.new("RGB", (40, 40)).save(tmp_path / "train" / "emu" / "0.png")
     assert "only in one of them: emu" in complaint(kind=ValueError)
     assert "DATA.DATA_PATH is empty" in complaint("DATA.DATA_PATH", "")
+
+
+@pytest.fixture(scope="module")
+def zipped_folder(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("zipped")
+    assert make_zip.main([str(image_folder), str(folder)]) == 0
+    return folder
+
+
+def all_batches(data: Data, epochs: int = 2) -> list[Tensor]:
+    assert data.train is not None
+    seen = []
+    for epoch in range(epochs):
+        data.train.set_epoch(epoch)
+        seen += [images for images, _ in data.train]
+    return seen + [images for images, _ in data.val]
+
+
+@pytest.mark.parametrize("mode", ["no", "part", "full"])
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_archives_give_the_batches_of_folders(image_folder: Path, zipped_folder: Path, mode: str, workers: str) -> None:
+    keys = ["DATA.ZIP_MODE", "True", "DATA.CACHE_MODE", mode, "DATA.NUM_WORKERS", workers]
+    zipped = build_data(folder_config(zipped_folder, *keys))
+    plain = build_data(folder_config(image_folder))
+    assert zipped.classes == plain.classes
+    if mode == "part":  # permutes a process's shard, in an order of its own
+        assert plain.train is not None
+        plain.train.loader.sampler.keeps_shard = True  # type: ignore[attr-defined]
+    assert all(a.equal(b) for a, b in zip(all_batches(zipped), all_batches(plain), strict=True))
+
+
+@pytest.mark.parametrize("workers", ["0", "1", "4"])
+def test_an_epoch_resumed_in_its_middle_is_the_same(image_folder: Path, workers: str) -> None:
+    train = build_data(folder_config(image_folder, "AUG.REPROB", "1.0")).train
+    resumed = build_data(folder_config(image_folder, "AUG.REPROB", "1.0", "DATA.NUM_WORKERS", workers)).train
+    assert train is not None
+    assert resumed is not None
+    train.set_epoch(3)
+    whole = [(images, labels) for images, labels in train]
+    resumed.set_epoch(3, start=8)
+    rest = list(resumed)
+    assert len(rest) == len(resumed) == 2
+    assert all(a[0].equal(b[0]) and a[1].equal(b[1]) for a, b in zip(whole[2:], rest, strict=True))
+
+
+def test_64_processes_cache_disjoint_complete_and_balanced_shards(tmp_path: Path) -> None:
+    """What each reads in training and evaluation is what it keeps in memory."""
+    num_images = 1000
+    with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
+        for index in range(num_images):
+            archive.writestr(f"class{index % 10}/{index}.jpg", b"%d" % index)
+    lines = [f"class{index % 10}/{index}.jpg\t{index % 10}\n" for index in range(num_images)]
+    (tmp_path / "train_map.txt").write_text("".join(lines))
+    cached: list[int] = []
+    for rank in range(64):
+        source = ZipFolder(str(tmp_path), "train")
+        build.cache_archives([source], "part", rank, 64)
+        sampler = TrainSampler(num_images, rank=rank, num_processes=64, seed=0, keeps_shard=True)
+        for keys in (sampler, EvalSampler(num_images, rank=rank, num_processes=64)):
+            assert all(key.image % source.step == source.first for key in keys)
+        for image in sampler.order(0):
+            source.read(int(image))
+        assert source.cache is not None
+        assert source.cache.num_slots in (15, 16)
+        held = [source.cache.get(slot) for slot in range(source.cache.num_slots)]
+        cached += [int(data) for data in held if data is not None]
+    assert sorted(cached) == list(range(num_images))
+
+
+def test_a_cache_larger_than_memory_is_refused(zipped_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "available_bytes", lambda: 50_000)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    for mode, remedy in (("full", "part, or no"), ("part", "no")):
+        config = folder_config(zipped_folder, "DATA.ZIP_MODE", "True", "DATA.CACHE_MODE", mode)
+        with pytest.raises(OSError, match=rf"CACHE_MODE '{mode}': .* GiB are available; set --cache-mode {remedy}$"):
+            build_data(config)
+    build_data(folder_config(zipped_folder, "DATA.ZIP_MODE", "True", "DATA.CACHE_MODE", "no"))
+
+
+def share(rank: int, folder: Path, results: Queue) -> None:
+    """A process of two: the first reads all images, then the second reads them without the archive."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    source = ZipFolder(str(folder), "train")
+    build.cache_archives([source], "full", rank, 2)
+    if rank == 0:
+        for index in range(len(source)):
+            source.read(index)
+    torch.distributed.barrier()
+    if rank == 1:
+        source.archive = folder / "gone.zip"
+        results.put([source.read(index) for index in range(len(source))])
+    torch.distributed.barrier()  # the memory lives as long as the first process
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_of_a_machine_share_one_full_cache(zipped_folder: Path, tmp_path: Path) -> None:
+    for name in ("train.zip", "train_map.txt"):
+        shutil.copy(zipped_folder / name, tmp_path)
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=share, args=(rank, tmp_path, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    read = results.get(timeout=60)
+    for process in processes:
+        process.join()
+    source = ZipFolder(str(tmp_path), "train")
+    assert read == [source.read(index) for index in range(len(source))]
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_broken_images_stop_the_run_or_are_left_out(tmp_path: Path, workers: str) -> None:
+    make_image_folder(tmp_path, train=8, val=5)
+    for split in ("train", "val"):
+        (tmp_path / split / "cat" / "3.jpg").write_bytes(b"text")
+    keys = ["DATA.NUM_WORKERS", workers]
+    stopping = build_data(folder_config(tmp_path, *keys))
+    for loader in (stopping.train, stopping.val):
+        with pytest.raises(
+            BrokenImageError, match=r"^\S*/cat/3\.jpg: not an image, .*; repair it, or set DATA\.ON_ERROR"
+        ):
+            list(loader)  # type: ignore[arg-type]
+    skipping = build_data(folder_config(tmp_path, *keys, "DATA.ON_ERROR", "skip", "DATA.MAX_BAD", "1"))
+    assert skipping.train is not None
+    assert [len(labels) for _, labels in skipping.train] == [4, 4, 4, 4]  # another takes its place
+    assert sum(len(labels) for _, labels in skipping.val) == 9  # evaluation counts no image twice
+    images, labels = skipping.preview(10)
+    assert len(images) == len(labels) == 9
+    (tmp_path / "train" / "dog" / "0.jpg").write_bytes(b"")
+    with pytest.raises(BrokenImageError, match=r"DATA\.MAX_BAD 1: 2 images of this process"):
+        list(skipping.train)
+
+
+def test_fast_evaluation_gives_nearly_the_same_logits(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(4):
+                data = encoded(photo(160, 120, index + 4 * (name == "dog")), quality=90)
+                (tmp_path / split / name / f"{index}.jpg").write_bytes(data)
+    model = MLLA(num_classes=10, **MICRO).eval()  # type: ignore[arg-type]
+    fill_weights(model)
+    keys = ["EVAL_MODE", "True", "DATA.IMG_SIZE", "64", "DATA.BATCH_SIZE", "8"]
+    exact, fast = (
+        model(next(iter(build_data(folder_config(tmp_path, *keys, "DATA.EXACT_EVAL", value)).val))[0])
+        for value in ("True", "False")
+    )
+    difference = (exact - fast).abs().max().item()
+    assert 0 < difference < 0.05 * exact.std().item()
+
+
+def test_shards_of_webdataset(tmp_path: Path) -> None:
+    for split, count in (("train", 8), ("val", 3)):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
+            for index in range(count):
+                for name, data in (
+                    (f"{index}.jpg", encoded(photo(50, 40, index))),
+                    (f"{index}.cls", b"%d" % (index % 2)),
+                ):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+    data = build_data(folder_config(tmp_path, "DATA.DATASET", "wds/"))
+    assert (data.num_train_images, data.num_val_images, data.classes) == (8, 3, ["0", "1"])
+    assert [batch.shape for batch in all_batches(data, epochs=1)] == [(4, 3, 32, 32)] * 2 + [(3, 3, 32, 32)]
+
+
+def test_classes_that_only_the_validation_has(zipped_folder: Path, tmp_path: Path) -> None:
+    for path in zipped_folder.iterdir():
+        shutil.copy(path, tmp_path)
+    lines = (tmp_path / "train_map.txt").read_text().splitlines(keepends=True)
+    (tmp_path / "train_map.txt").write_text("".join(line for line in lines if line.startswith("cat")))
+    with pytest.raises(ValueError, match="has images of 1 classes that the training split has none of, such as dog"):
+        build_data(folder_config(tmp_path, "DATA.ZIP_MODE", "True"))
 
 
 @pytest.mark.parametrize("policy", ["rand-m10-n2-inc1", "original-mstd0.5", "v0-mstd0.5", "augmix-m10", "3a"])

@@ -20,7 +20,7 @@ def plain(data: bytes) -> np.ndarray:
 def fast(data: bytes) -> np.ndarray:
     pixels = decode_fast(data)
     assert pixels.dtype == torch.uint8
-    return pixels.permute(1, 2, 0).numpy()
+    return pixels.numpy()
 
 
 def png_header_only(width: int, height: int) -> bytes:

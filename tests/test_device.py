@@ -36,7 +36,7 @@ class Batches:
 
 def batch(*erasures: tuple[int, ...], count: int = 3, failures: tuple[str, ...] = (), seed: int = 0) -> Batch:
     images = (
-        torch.stack([image_to_tensor(photo(32, 32, seed + i)).permute(1, 2, 0) for i in range(count)])
+        torch.stack([image_to_tensor(photo(32, 32, seed + i)) for i in range(count)])
         if count
         else (torch.empty(0, 1, 1, 3, dtype=torch.uint8))
     )

@@ -29,7 +29,7 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert val.labels.tolist() == [0, 0, 1, 1]
     assert val.read(3) == (tmp_path / "images" / "validation" / "dog" / "1.jpg").read_bytes()
-    assert decode_fast(train.read(0)).shape[0] == 3
+    assert decode_fast(train.read(0)).shape[2] == 3
     assert val.name(3).endswith("images: image 3 of validation")
 
 

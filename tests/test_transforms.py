@@ -98,7 +98,7 @@ def test_erasing_takes_timms_boxes(count: int) -> None:
 
 
 def test_training_transform_flips_only_where_asked() -> None:
-    image = torch.arange(64 * 64 * 3, dtype=torch.uint8).reshape(3, 64, 64)
+    image = torch.arange(64 * 64 * 3, dtype=torch.uint8).reshape(64, 64, 3)
 
     def outcomes(hflip: float) -> int:
         transform = make_transform(32, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=hflip)
