@@ -23,6 +23,7 @@ from data.samplers import EvalSampler, SampleKey, TrainSampler
 from data.shared_cache import SharedCache, available_bytes, machine
 from data.transforms import EvalTransform, TrainTransform
 from data.webdataset_shards import WebDatasetShards
+from data.workers import leave_process_group
 from data.zip_folder import ZipFolder
 
 TargetMaker = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -154,6 +155,7 @@ def make_loader(
         pin_memory=config.DATA.PIN_MEMORY and device.type == "cuda",
         drop_last=drop_last,
         persistent_workers=config.DATA.NUM_WORKERS > 0,
+        worker_init_fn=leave_process_group,
         generator=torch.Generator(),  # else each start of an epoch draws from the one that dropout draws from
     )
     return DeviceLoader(

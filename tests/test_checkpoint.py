@@ -1,6 +1,8 @@
+import json
 import os
 import pickle
 import random
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from conftest import MICRO
 from models import MLLA
 from utils.checkpoint import (
     CheckpointError,
+    CheckpointWriter,
     Progress,
     checkpoints_in,
     link_checkpoint,
@@ -19,6 +22,7 @@ from utils.checkpoint import (
     save_checkpoint,
     save_under_names,
 )
+from utils.logger import logger
 from utils.run_state import restore_rng_state, rng_state
 from utils.weights import load_weights, read_weights, weights_in
 
@@ -170,3 +174,60 @@ def test_random_number_generators_go_through_a_checkpoint(tmp_path: Path) -> Non
     expected = random.random(), np.random.standard_normal(), torch.rand(1).item()
     restore_rng_state(load_checkpoint(tmp_path / "rng.pth")["rng"], CPU)
     assert (random.random(), np.random.standard_normal(), torch.rand(1).item()) == expected
+
+
+def written(folder: Path, epochs: int, size: int, *, in_background: bool = True) -> CheckpointWriter:
+    """A writer after it was given the checkpoint of an epoch's end, with `size` numbers in it."""
+    writer = CheckpointWriter(folder, in_background=in_background)
+    progress, weights = Progress(epochs), torch.full((size,), 1.0)
+    writer.write(progress, [progress.checkpoint_name], {"model": {"w": weights}, "optimizer": {}, "epoch": epochs - 1})
+    weights.fill_(2.0)  # training goes on at once, and the copy does not see it
+    writer.wait()
+    return writer
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_full_disk_keeps_the_former_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, in_background: bool
+) -> None:
+    """The largest file that the system lets this process write stands for the space that is left."""
+    monkeypatch.setattr(logger, "propagate", True)
+    assert not written(tmp_path, 1, 1000, in_background=in_background).has_failed
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        failed = written(tmp_path, 2, 1_000_000, in_background=in_background)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert failed.has_failed
+    assert (
+        "ckpt_epoch_1.pth could not be saved (File too large); the newest checkpoint is ckpt_epoch_0.pth" in caplog.text
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt_epoch_0.pth", "latest.json"]
+    latest = load_latest(tmp_path)
+    assert latest is not None
+    assert latest[1]["epoch"] == 0
+    assert torch.all(latest[1]["model"]["w"] == 1) or not in_background
+
+
+def test_a_folder_that_vanished_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    failed = written(tmp_path / "gone", 1, 10)
+    assert failed.has_failed
+    assert "No such file or directory" in caplog.text
+    (tmp_path / "gone").mkdir()
+    progress = Progress(2)
+    failed.write(progress, [progress.checkpoint_name], {"epoch": 1})
+    failed.wait()
+    assert not failed.has_failed
+
+
+def test_within_an_epoch_only_the_newest_is_kept(tmp_path: Path) -> None:
+    for progress in (Progress(1), Progress(1, 4), Progress(1, 8)):
+        save_under_names(tmp_path, progress, [progress.checkpoint_name], {})
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["ckpt_epoch_0.pth", "ckpt_epoch_1_step_8.pth"]
+    assert json.loads((tmp_path / "latest.json").read_text())["checkpoint"] == "ckpt_epoch_1_step_8.pth"
+    save_under_names(tmp_path, Progress(2), ["ckpt_epoch_1.pth"], {})
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["ckpt_epoch_0.pth", "ckpt_epoch_1.pth"]

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -64,3 +66,38 @@ def test_what_does_not_fit() -> None:
             make_state().restore({**content, "epoch": 5, **part}, "file.pth")
     with pytest.raises(CheckpointError, match="found epoch, lr"):
         make_state().restore({"epoch": 1, "lr": 2}, "file.pth")
+
+
+def test_other_images_a_step_are_refused_within_an_epoch() -> None:
+    content = stepped(make_state()).capture()
+    fresh = make_state()
+    fresh.images_per_step = 7
+    with pytest.raises(CheckpointError, match=r"with 1 images a step, now there are 7; set DATA\.BATCH_SIZE"):
+        fresh.restore(content, "file.pth")
+    fresh.restore({**content, "steps": 0}, "file.pth")  # at the end of an epoch it is possible
+
+
+def test_shares_of_other_processes_are_added_up() -> None:
+    content = stepped(make_state()).capture()
+    content["ranks"] = [{**content["ranks"][0], "sums": {"loss": value}} for value in (1.5, 2.25)]
+    fresh = make_state()
+    fresh.restore(content, "file.pth")
+    assert fresh.sums == {"loss": 3.75}
+    assert fresh.progress == (5, 3)
+
+
+def test_the_same_command_goes_on_with_the_run_that_began_from_its_file(tmp_path: Path) -> None:
+    """--resume FILE again, after a kill, is not another start; with another file of that name it is."""
+    file, folder = tmp_path / "start.pth", tmp_path / "run"
+    folder.mkdir()
+    torch.save(stepped(make_state()).capture(), file)
+    first = make_state()
+    assert not first.resume(folder, explicit=str(file), auto=True)
+    first.progress = Progress(6)
+    torch.save(first.capture(), folder / first.progress.checkpoint_name)
+    again = make_state()
+    assert again.resume(folder, explicit=str(file), auto=True)
+    assert again.progress == (6, 0)
+    torch.save({**stepped(make_state()).capture(), "other": 1}, file)
+    assert not again.resume(folder, explicit=str(file), auto=True)
+    assert again.progress == (5, 3)

@@ -48,9 +48,19 @@ def start_process(local_rank: int = 0) -> Process:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if num_processes > 1:
-        # Hosts talk through gloo too where GPUs do through NCCL: about stopping, without waiting for the device.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Process(rank, num_processes, device)
+
+
+def join_processes(backend: str) -> None:
+    """Meet the other processes, in a place of its own for each of torchrun's restarts.
+
+    Without that, some versions of torch find the addresses of processes that are dead. Hosts talk through gloo also
+    where GPUs do through NCCL: about stopping, without waiting for the device.
+    """
+    store, rank, num_processes = next(dist.rendezvous("env://"))
+    place = f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    dist.init_process_group(backend, store=dist.PrefixStore(place, store), rank=rank, world_size=num_processes)
 
 
 def stop_process() -> None:

@@ -128,10 +128,10 @@ class Trainer:
             OSError: on the first process, where the last checkpoint could not be saved.
         """
         state = self.state
-        if self.process.is_main:
-            self.recorder = RunRecorder(self.folder, state.progress.epochs, self.plan.panels)
         try:
             with self.stop:
+                if self.process.is_main:
+                    self.recorder = RunRecorder(self.folder, state.progress.epochs, self.plan.panels)
                 while state.progress.epochs < self.plan.total_epochs and self.train_epoch():
                     self.finish_epoch()
         finally:

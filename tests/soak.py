@@ -1,0 +1,171 @@
+"""Interrupt a training run many times, and compare what it leaves with a run left alone, bit for bit.
+
+python tests/soak.py                                all of it, about a quarter of an hour on two cores
+python tests/soak.py --kills 5 --processes 2 --signal KILL
+
+Each line of the table is one comparison: the last checkpoint's weights, EMA, optimizer and random number generators,
+and metrics.jsonl.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+STARTED = " step 5/"  # in the log, when training has begun
+SETTINGS = [
+    *("MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.NUM_HEADS", "[1, 1, 1, 1]", "MODEL.DROP_RATE", "0.1"),
+    *("MODEL.DROP_PATH_RATE", "0.2", "AUG.MIXUP", "0.5", "AUG.REPROB", "0.25", "AUG.MESA", "1.0"),
+    *("TRAIN.WARMUP_EPOCHS", "1", "TRAIN.BASE_LR", "0.01", "PRINT_FREQ", "5", "DATA.NUM_WORKERS", "1"),
+]
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and theirs; a launcher puts its workers into sessions of their own."""
+    try:
+        children = list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    except FileNotFoundError:
+        return []
+    return children + [other for child in children for other in descendants(child)]
+
+
+class Run:
+    """A command that trains into a folder, and its processes."""
+
+    def __init__(
+        self, output: Path, *, processes: int, epochs: int, save_steps: int, amp: bool, max_restarts: int = 0
+    ) -> None:
+        self.folder = output / "mlla_digits" / "default"
+        self.output = output
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launcher += [f"--max-restarts={max_restarts}"]
+        words = ["main.py", "--cfg", "cfgs/digits.yaml", "--output", str(output), *(["--amp"] if amp else [])]
+        words += ["--batch-size", str(64 // processes), "--opts", *SETTINGS]
+        words += ["TRAIN.EPOCHS", str(epochs), "TRAIN.SAVE_STEPS", str(save_steps)]
+        self.command = [sys.executable, *(launcher if processes > 1 or max_restarts else []), *words]
+
+    def start(self) -> "subprocess.Popen[str]":
+        """In a session of its own, with what it prints in <output>/printed.txt."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        with (self.output / "printed.txt").open("a") as file:
+            return subprocess.Popen(
+                self.command, cwd=ROOT, env=env, stdout=file, stderr=file, text=True, start_new_session=True
+            )
+
+    def printed(self) -> str:
+        path = self.output / "printed.txt"
+        return path.read_text() if path.exists() else ""
+
+    def finish(self, timeout: float = 600) -> None:
+        process = self.start()
+        if code := process.wait(timeout):
+            raise RuntimeError(f"exit code {code}:\n{self.printed()[-3000:]}")
+
+    def interrupt(self, number: int, delay: float, *, started: bool = True) -> bool:
+        """Start the command, and send it a signal `delay` seconds after training began (or after the start of the
+        command), SIGKILL to all its processes, others to the first; False where it ended before that.
+        """
+        starts = self.printed().count(STARTED)
+        process = self.start()
+        while started and process.poll() is None and self.printed().count(STARTED) == starts:
+            time.sleep(0.02)
+        time.sleep(delay)
+        if process.poll() is not None:
+            return False
+        for pid in [process.pid, *(descendants(process.pid) if number == signal.SIGKILL else ())]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        process.wait(60)
+        return True
+
+    def result(self) -> dict[str, Any]:
+        index = max(self.folder.glob("ckpt_epoch_*.pth"), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
+        content = torch.load(index, weights_only=True)
+        kept = ("model", "state_dict_ema", "optimizer", "scaler", "epoch", "max_accuracy", "max_accuracy_e", "ranks")
+        return {
+            "checkpoint": index.name,
+            "metrics": (self.folder / "metrics.jsonl").read_bytes(),
+            **{name: content[name] for name in kept},
+        }
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two nested values are equal, tensors bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(is_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(is_same, one, other))
+    return bool(one == other)
+
+
+def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Names of the parts of two results that are not the same."""
+    return [name for name in one if not is_same(one[name], other[name])]
+
+
+def compare(folder: Path, *, number: int, kills: int, processes: int, amp: bool, epochs: int, seed: int) -> str:
+    """One line of the table."""
+    settings = {"processes": processes, "epochs": epochs, "amp": amp}
+    alone = Run(folder / "alone", save_steps=0, **settings)  # type: ignore[arg-type]
+    start = time.perf_counter()
+    alone.finish()
+    alone_seconds = time.perf_counter() - start
+    often = Run(folder / "often", save_steps=7, **settings)  # type: ignore[arg-type]
+    rng, done = random.Random(seed), 0
+    start = time.perf_counter()
+    for kill in range(kills):
+        # One in five before training begins: while modules are imported, or the checkpoint is read.
+        early = kill % 5 == 4
+        done += often.interrupt(number, rng.uniform(0.5, 4) if early else rng.uniform(0, 2.5), started=not early)
+    often.finish()
+    name = signal.Signals(number).name
+    parts = differing(alone.result(), often.result())
+    verdict = "identical" if not parts else "DIFFERENT: " + ", ".join(parts)
+    return (
+        f"{name:8} {done:3} times  {processes} process(es)  {'bfloat16' if amp else 'float32 '}  {verdict}  "
+        f"(alone {alone_seconds:.0f} s, interrupted {time.perf_counter() - start:.0f} s)"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--signal", nargs="+", default=["KILL", "TERM"])
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    words = parser.parse_args()
+    failed = False
+    for processes in words.processes:
+        for name in words.signal:
+            amp = (name == "KILL" and processes == 1) or (name == "TERM" and processes == 2)
+            with tempfile.TemporaryDirectory() as folder:
+                line = compare(
+                    Path(folder),
+                    number=getattr(signal, f"SIG{name}"),
+                    kills=words.kills,
+                    processes=processes,
+                    amp=amp,
+                    epochs=words.epochs,
+                    seed=words.seed,
+                )
+            print(line, flush=True)
+            failed = failed or "identical" not in line
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Runs that are killed, asked to stop, or lose a process; `make soak` is the long form of the first."""
+
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import run_python
+from soak import SETTINGS, STARTED, Run, descendants, differing
+
+import data.digits
+from utils.run_folder import RunLock
+
+RunMain = Callable[..., tuple[int, str, str]]
+WORDS = ["--cfg", "cfgs/digits.yaml", "--batch-size", "64", "--opts", *SETTINGS, "TRAIN.EPOCHS", "2"]
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def two_processes_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run of two processes leaves that nobody interrupted."""
+    run = Run(tmp_path_factory.mktemp("alone"), processes=2, epochs=2, save_steps=0, amp=False)
+    run.finish()
+    return run.result()
+
+
+def check_interrupted(run: Run, expected: dict[str, Any]) -> None:
+    assert run.interrupt(signal.SIGKILL, 0.3)
+    assert run.interrupt(signal.SIGTERM, 0.0)
+    assert "SIGTERM: stopped in epoch" in run.printed()
+    run.finish()
+    assert re.search(r"resumed from \S+ckpt_epoch_\d_step_\d+.pth", run.printed())
+    assert differing(expected, run.result()) == []
+
+
+def test_killed_and_stopped_run_ends_as_one_left_alone(tmp_path: Path) -> None:
+    """Bit for bit: weights, EMA, optimizer, random number generators, and metrics.jsonl; in bfloat16."""
+    alone = Run(tmp_path / "alone", processes=1, epochs=2, save_steps=0, amp=True)
+    alone.finish()
+    check_interrupted(Run(tmp_path / "often", processes=1, epochs=2, save_steps=4, amp=True), alone.result())
+
+
+def test_killed_and_stopped_processes_end_as_two_left_alone(
+    tmp_path: Path, two_processes_alone: dict[str, Any]
+) -> None:
+    check_interrupted(Run(tmp_path, processes=2, epochs=2, save_steps=4, amp=False), two_processes_alone)
+
+
+def test_a_worker_that_is_killed_is_started_again(tmp_path: Path, two_processes_alone: dict[str, Any]) -> None:
+    """By torchrun's --max-restarts, and the result is that of a run left alone."""
+    run = Run(tmp_path, processes=2, epochs=2, save_steps=3, amp=False, max_restarts=3)
+    process = run.start()
+    wait_for(lambda: list(run.folder.glob("ckpt_epoch_0_step_*.pth")))
+    pid = int((run.folder / "run.lock").read_text().split()[1])
+    os.kill(pid, signal.SIGKILL)
+    assert process.wait(200) == 0, run.printed()
+    assert "resumed from" in run.printed()
+    assert differing(two_processes_alone, run.result()) == []
+
+
+def test_workers_stop_when_their_launcher_is_gone(tmp_path: Path) -> None:
+    run = Run(tmp_path, processes=2, epochs=200, save_steps=0, amp=False)
+    process = run.start()
+    wait_for(lambda: STARTED in run.printed())
+    workers = descendants(process.pid)
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    assert "the launcher has ended: stopped in epoch 1" in run.printed()
+    assert list(run.folder.glob("ckpt_epoch_0_step_*.pth"))
+
+
+def test_sigusr1_saves_and_ends_with_a_message(
+    run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a step: the signal comes while the second image of step 3 is read."""
+    read, count = data.digits.Digits.__getitem__, 0
+
+    def note(images: data.digits.Digits, index: int) -> object:
+        nonlocal count
+        count += 1
+        if count == 2 * 64 + 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return read(images, index)
+
+    monkeypatch.setattr(data.digits.Digits, "__getitem__", note)
+    words = ["--output", tmp_path, *WORDS, "DATA.NUM_WORKERS", "0"]
+    code, out, _ = run_main(*words)
+    assert code == 0
+    assert "SIGUSR1: stopped in epoch 1 after step 3 of 22; the same command goes on from there" in out
+    folder = tmp_path / "mlla_digits" / "default"
+    assert [path.name for path in folder.glob("*.pth")] == ["ckpt_epoch_0_step_3.pth"]
+    shutil.copytree(tmp_path, tmp_path / "two")
+    code, out, _ = run_main(*words)
+    assert code == 0
+    assert "ckpt_epoch_0_step_3.pth" in out
+    assert not list(folder.glob("ckpt_epoch_*_step_*.pth"))  # each outlived by a later one
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    run = Run(tmp_path / "two", processes=2, epochs=2, save_steps=0, amp=False)
+    run.finish()  # the same images a step on two processes
+    assert "was written by 1 processes, now there are 2" in run.printed()
+    assert "resumed from" in run.printed()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(
+    run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utils.run_folder.LOCK_SECONDS", 0.5)
+    folder = tmp_path / "mlla_digits" / "default"
+    folder.mkdir(parents=True)
+    with RunLock(folder):
+        code, _, err = run_main("--output", tmp_path, *WORDS)
+    assert code == 2
+    assert re.search(
+        rf"a run writes here already, pid {os.getpid()} on \S+, since .*; stop it, or name another --tag", err
+    )
+    with RunLock(folder):  # free again
+        pass
+
+
+def test_a_process_that_fails_ends_all_and_is_named(tmp_path: Path) -> None:
+    start = time.monotonic()
+    done = run_python(*LAUNCHER, "tests/faulty_worker.py", "1", "--output", tmp_path, *WORDS, timeout=90)
+    assert done.returncode != 0
+    assert time.monotonic() - start < 60
+    assert "process 1 of 2: IndexError: the injected fault" in done.stdout + done.stderr
+    log = (tmp_path / "mlla_digits" / "default" / "log_rank1.txt").read_text()
+    assert "the injected fault" in log
+    assert "faulty_worker.py" in log  # with its traceback
+
+
+def test_ctrl_c_ends_all_processes_at_once(tmp_path: Path) -> None:
+    run = Run(tmp_path, processes=2, epochs=200, save_steps=0, amp=False)
+    process = run.start()
+    wait_for(lambda: STARTED in run.printed())
+    workers = descendants(process.pid)
+    for pid in [process.pid, *workers]:
+        os.kill(pid, signal.SIGINT)
+    process.wait(20)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 10)
+
+
+def test_a_loader_worker_that_dies(run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(_: object, __: int) -> object:
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("read outside of a worker")
+
+    monkeypatch.setattr(data.digits.Digits, "__getitem__", die)
+    code, out, _ = run_main("--output", tmp_path, *WORDS)
+    assert code == 1
+    assert "a worker process that loads images has died" in out
+    assert "lower DATA.NUM_WORKERS" in out
+    assert "Traceback" not in out
