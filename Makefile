@@ -1,7 +1,8 @@
-# make demo   train and evaluate a small MLLA on handwritten digits, on this machine
-# make test   lint, format, types and tests
-# make soak   interrupt training many times; the results must be those of a run left alone (a quarter of an hour)
-# make clean  remove the virtual environment; results in output/ stay
+# make demo        train and evaluate a small MLLA on handwritten digits, on this machine
+# make test        lint, format, types and tests
+# make soak        interrupt training many times; the results must be those of a run left alone (a quarter of an hour)
+# make bench-data  images a second that a core prepares, beside the plain pipeline
+# make clean       remove the virtual environment; results in output/ stay
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +11,7 @@ DEMO_RUN := $(DEMO_OUTPUT)/mlla_digits/default
 # One process for each GPU, two at most; two on a CPU.
 COUNT_PROCESSES := import torch; print(min(2, torch.cuda.device_count() or 2))
 
-.PHONY: demo test lint soak clean
+.PHONY: demo test lint soak bench-data clean
 
 demo: .venv/installed
 	processes=$$($(BIN)/python -c '$(COUNT_PROCESSES)') && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
@@ -29,6 +30,9 @@ lint: .venv/installed
 
 soak: .venv/installed
 	$(BIN)/python tests/soak.py
+
+bench-data: .venv/installed
+	$(BIN)/python -m data.benchmark
 
 # Installed again only when requirements.txt changes.
 .venv/installed: requirements.txt

@@ -7,6 +7,7 @@ hundredths of places (float32 for float64).
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -99,14 +100,10 @@ def translate_x_relative(image: Image.Image, share: float, *, fillcolor: Colour,
     return translate_x(image, share * image.width, fillcolor=fillcolor, resample=resample)
 
 
-def on_columns(row_wise: Any) -> Any:
-    """An operation on rows as one on columns."""
-
-    def column_wise(image: Image.Image, amount: float, *, fillcolor: Colour, resample: Filter) -> Image.Image:
-        turned = image.transpose(Image.Transpose.TRANSPOSE)
-        return row_wise(turned, amount, fillcolor=fillcolor, resample=resample).transpose(Image.Transpose.TRANSPOSE)
-
-    return column_wise
+def on_columns(row_wise: Any, image: Image.Image, amount: float, **settings: Any) -> Image.Image:
+    """An operation on rows, done on columns."""
+    turned = row_wise(image.transpose(Image.Transpose.TRANSPOSE), amount, **settings)
+    return turned.transpose(Image.Transpose.TRANSPOSE)
 
 
 FASTER = {
@@ -114,11 +111,11 @@ FASTER = {
     "PosterizeIncreasing": posterize,
     "PosterizeOriginal": posterize,
     "ShearX": shear_x,
-    "ShearY": on_columns(shear_x),
+    "ShearY": partial(on_columns, shear_x),
     "TranslateX": translate_x,
-    "TranslateY": on_columns(translate_x),
+    "TranslateY": partial(on_columns, translate_x),
     "TranslateXRel": translate_x_relative,
-    "TranslateYRel": on_columns(translate_x_relative),
+    "TranslateYRel": partial(on_columns, translate_x_relative),
 }
 
 

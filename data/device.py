@@ -136,7 +136,7 @@ class Normaliser:
 
 def hand_over(prepared: tuple[Tensor, Tensor], ready: torch.cuda.Event) -> tuple[Tensor, Tensor]:
     """Let the current stream wait for a batch, and keep its memory until that stream is done with it."""
-    stream = torch.cuda.current_stream()
+    stream = torch.cuda.current_stream(prepared[0].device)
     stream.wait_event(ready)
     for tensor in prepared:
         tensor.record_stream(stream)

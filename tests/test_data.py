@@ -1,5 +1,6 @@
 import io
 import multiprocessing
+import pickle
 import shutil
 import tarfile
 import zipfile
@@ -16,7 +17,7 @@ from yacs.config import CfgNode
 from config import load_config
 from data import Data, build, build_data, build_targets, make_zip
 from data.decoding import BrokenImageError
-from data.samplers import EvalSampler, TrainSampler
+from data.samplers import EvalSampler, SampleKey, TrainSampler
 from data.zip_folder import ZipFolder
 from models import MLLA
 
@@ -112,6 +113,16 @@ def test_archives_give_the_batches_of_folders(image_folder: Path, zipped_folder:
         assert plain.train is not None
         plain.train.loader.sampler.keeps_shard = True  # type: ignore[attr-defined]
     assert all(a.equal(b) for a, b in zip(all_batches(zipped), all_batches(plain), strict=True))
+
+
+def test_workers_can_be_sent_all_that_they_need(image_folder: Path, zipped_folder: Path) -> None:
+    """As they are where processes are spawned and not forked."""
+    for config in (folder_config(image_folder), folder_config(zipped_folder, "DATA.ZIP_MODE", "True"), digits_config()):
+        train = build_data(config).train
+        assert train is not None
+        keys = [SampleKey(1, place, place) for place in range(8)]
+        sent = pickle.loads(pickle.dumps(train.dataset))
+        assert sent.__getitems__(keys).images.equal(train.dataset.__getitems__(keys).images)
 
 
 @pytest.mark.parametrize("workers", ["0", "1", "4"])
