@@ -20,6 +20,7 @@ except ImportError:
 
 MAX_PIXELS = 89_478_485  # Pillow's limit for what may be a decompression bomb: 256 MiB of RGB
 END_OF_IMAGE = b"\xff\xd9"
+HARMLESS = ("extraneous bytes before marker", "JFIF revision", "SOS parameters")  # of libjpeg's warnings
 
 
 class BrokenImageError(OSError):
@@ -76,14 +77,11 @@ def decode_plain(data: bytes) -> Image.Image:
         raise BrokenImageError(f"cannot be decoded: {error}") from error
 
 
-def decode_fast(data: bytes, *, strict: bool = False) -> Tensor:
+def decode_fast(data: bytes) -> Tensor:
     """RGB pixels (H, W, 3), uint8; the same as decode_plain's.
 
     Ordinary JPEGs go to libjpeg-turbo without Pillow's copies, through simplejpeg, or torchvision where that is not
-    installed; the rest through Pillow.
-
-    Args:
-        strict: refuse also damaged data for which the library makes up pixels and goes on; needs simplejpeg.
+    installed; the rest through Pillow. Only simplejpeg tells where the library made up pixels for damaged data.
 
     Raises:
         BrokenImageError: the data are no image, cut off, or too large.
@@ -95,12 +93,24 @@ def decode_fast(data: bytes, *, strict: bool = False) -> Tensor:
     refuse_large(frame.width, frame.height)
     try:
         if simplejpeg is not None:
-            return torch.from_numpy(simplejpeg.decode_jpeg(data, strict=strict))  # (H, W, 3)
+            return torch.from_numpy(decode_strictly(data))  # (H, W, 3)
         pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
         return pixels.permute(1, 2, 0)  # (H, W, 3), as it lies in memory
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0].split(", ")[-1]  # torchvision names its C++ function and file first
         raise BrokenImageError(f"cannot be decoded: {reason}") from error
+
+
+def decode_strictly(data: bytes) -> np.ndarray:
+    """Pixels (H, W, 3) of a JPEG by simplejpeg; a ValueError also where the library would go on with a warning, but for
+    warnings about anything else than pixels.
+    """
+    try:
+        return simplejpeg.decode_jpeg(data, strict=True)
+    except ValueError as error:
+        if any(words in str(error) for words in HARMLESS):
+            return simplejpeg.decode_jpeg(data, strict=False)
+        raise
 
 
 def image_to_tensor(image: Image.Image) -> Tensor:

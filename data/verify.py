@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def broken_images(source: ImageSource, workers: int) -> list[Failure]:
-    """The images of a source that cannot be used, in its order, and those whose decoder is not sure of itself."""
+    """The images of a source that cannot be used, in its order."""
     checks = DataLoader(Checks(source), batch_size=CHUNK, num_workers=workers, collate_fn=keep_batch)
     failures = []
     with tqdm(total=len(source), unit=" images") as bar:
@@ -72,11 +72,11 @@ class Checks(Dataset[tuple[int, list[Failure]]]):
         return len(indices), [Failure(self.source.name(i), reason) for i, reason in reasons.items() if reason]
 
     def reason_against(self, index: int) -> str:
-        """Why an image cannot be used, or why its decoder is not sure of its pixels; empty where it can."""
+        """Why an image cannot be used; empty where it can."""
         try:
             content = self.source.read(index)
             if isinstance(content, bytes):
-                decode_fast(content, strict=True)
+                decode_fast(content)
         except BrokenImageError as error:
             return str(error)
         return ""

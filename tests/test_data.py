@@ -125,6 +125,19 @@ def test_workers_can_be_sent_all_that_they_need(image_folder: Path, zipped_folde
         assert sent.__getitems__(keys).images.equal(train.dataset.__getitems__(keys).images)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_batches_on_a_gpu_are_those_on_the_cpu(image_folder: Path, workers: str) -> None:
+    """Prefetched from pinned memory. Erased parts hold other noise, which is the same in every run."""
+    keys = ["DATA.NUM_WORKERS", workers, "AUG.REPROB"]
+    cpu = all_batches(build_data(folder_config(image_folder, *keys, "0.0")))
+    gpu = all_batches(build_data(folder_config(image_folder, *keys, "0.0"), device="cuda"))
+    assert all(a.device.type == "cuda" and a.cpu().equal(b) for a, b in zip(gpu, cpu, strict=True))
+    first, again = (all_batches(build_data(folder_config(image_folder, *keys, "1.0"), device="cuda")) for _ in range(2))
+    assert all(a.equal(b) for a, b in zip(first, again, strict=True))
+    assert not first[0].equal(gpu[0])
+
+
 @pytest.mark.parametrize("workers", ["0", "1", "4"])
 def test_an_epoch_resumed_in_its_middle_is_the_same(image_folder: Path, workers: str) -> None:
     train = build_data(folder_config(image_folder, "AUG.REPROB", "1.0")).train

@@ -10,7 +10,8 @@ import torch
 from conftest import encoded, photo
 from PIL import Image
 
-from data.decoding import BrokenImageError, decode_fast, decode_plain, jpeg_frame
+from data import decoding
+from data.decoding import BrokenImageError, decode_fast, decode_plain, jpeg_frame, simplejpeg
 
 
 def plain(data: bytes) -> np.ndarray:
@@ -43,6 +44,7 @@ WHOLE = {
     "CMYK": encoded(photo(97, 61).convert("CMYK")),
     "EXIF-rotated": encoded(photo(97, 61), exif=ROTATED),
     "after the end": JPEG + bytes(1000),
+    "before the end": JPEG[:-2] + bytes(3) + JPEG[-2:],
     "PNG": encoded(photo(97, 61), "PNG"),
     "1x1": encoded(photo(1, 1)),
     "palette": encoded(photo(97, 61).convert("P"), "PNG", transparency=b"\0" * 200),
@@ -100,6 +102,28 @@ def test_broken_files_are_refused_with_a_reason(kind: str, decode: object) -> No
     with pytest.raises(BrokenImageError, match=reason) as caught:
         decode(data)  # type: ignore[operator]
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(simplejpeg is None, reason="needs simplejpeg")
+@pytest.mark.parametrize(
+    "data",
+    [JPEG[: len(JPEG) // 2] + JPEG[-2:], JPEG[: len(JPEG) // 2] + b"\xff\xd3" + JPEG[len(JPEG) // 2 :]],
+    ids=["cut out", "marker within"],
+)
+def test_made_up_pixels_are_refused(data: bytes) -> None:
+    decode_plain(data)  # Pillow does not notice
+    with pytest.raises(BrokenImageError, match="cannot be decoded: Corrupt JPEG data"):
+        decode_fast(data)
+
+
+def test_without_simplejpeg_torchvision_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "simplejpeg", None)
+    for data in (JPEG, WHOLE["grey"], WHOLE["progressive"]):
+        assert np.array_equal(fast(data), plain(data))
+    with pytest.raises(BrokenImageError, match="cut off"):
+        decode_fast(JPEG[:-2])
+    with pytest.raises(BrokenImageError, match=r"cannot be decoded: [^/]*$"):
+        decode_fast(JPEG[:200] + JPEG[-2:])
 
 
 def test_frame_headers() -> None:
