@@ -96,6 +96,8 @@ class DeviceLoader:
                 )
             if len(batch.labels):
                 yield batch
+            elif isinstance(self.loader.sampler, TrainSampler):
+                raise BrokenImageError(f"no image can be used in place of {batch.failures[0].name}: all are broken")
 
     def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """A batch on the device, on the current stream, without waiting for it."""

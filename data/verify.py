@@ -39,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    failures = [failure for source in sources for failure in broken_images(source, arguments.workers)]
+    try:
+        failures = [failure for source in sources for failure in broken_images(source, arguments.workers)]
+    except KeyboardInterrupt:
+        return 130
     print(f"{sum(map(len, sources))} images, {len(failures)} cannot be used")
     if failures:
         arguments.output.write_text("".join(f"{name}\t{reason}\n" for name, reason in failures))

@@ -238,6 +238,11 @@ def test_broken_images_stop_the_run_or_are_left_out(tmp_path: Path, workers: str
     (tmp_path / "train" / "dog" / "0.jpg").write_bytes(b"")
     with pytest.raises(BrokenImageError, match=r"DATA\.MAX_BAD 1: 2 images of this process"):
         list(skipping.train)
+    for path in (tmp_path / "train").rglob("*.jpg"):
+        path.write_bytes(b"")
+    patient = build_data(folder_config(tmp_path, *keys, "DATA.ON_ERROR", "skip")).train
+    with pytest.raises(BrokenImageError, match="no image can be used in place of .*: all are broken"):
+        list(patient)  # type: ignore[arg-type]
 
 
 def test_fast_evaluation_gives_nearly_the_same_logits(tmp_path: Path) -> None:

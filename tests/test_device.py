@@ -26,6 +26,7 @@ class Batches:
 
     def __init__(self, batches: list[Batch]) -> None:
         self.batches = batches
+        self.sampler: object = None
 
     def __len__(self) -> int:
         return len(self.batches)
