@@ -241,7 +241,7 @@ def test_broken_images_stop_the_run_or_are_left_out(tmp_path: Path, workers: str
     for path in (tmp_path / "train").rglob("*.jpg"):
         path.write_bytes(b"")
     patient = build_data(folder_config(tmp_path, *keys, "DATA.ON_ERROR", "skip")).train
-    with pytest.raises(BrokenImageError, match="no image can be used in place of .*: all are broken"):
+    with pytest.raises(BrokenImageError, match=r"no image can be used in place of .*: all are broken"):
         list(patient)  # type: ignore[arg-type]
 
 
