@@ -35,7 +35,7 @@ POLICY = Rule(
     "none, rand-..., augmix-..., original, v0 or 3a",
     lambda value: value.split("-")[0] in ("none", "rand", "augmix", "original", "originalr", "v0", "v0r", "3a"),
 )
-
+ABOVE_0_TO_1 = Rule("above 0, at most 1", lambda value: 0 < value <= 1)
 
 # The official keys with their defaults, and ours. Steps are optimizer steps; learning rates are for 512 images a step.
 SCHEMA: dict[str, Key] = {
@@ -46,6 +46,7 @@ SCHEMA: dict[str, Key] = {
     "DATA.ON_ERROR": Key("raise", one_of("raise", "skip"), "at an image that cannot be used: stop, or leave it out"),
     "DATA.MAX_BAD": Key(100, at_least(0), "images that skip leaves out at most, per process"),
     "DATA.EXACT_EVAL": Key(True, YES_NO, "evaluate on Pillow's pixels, as published figures are; false is faster"),
+    "DATA.CLASSES": Key(None, ANY, "null: all; of the digits only these, ['0', '1'] say", str, True, True),
     "DATA.IMG_SIZE": Key(224, at_least(8), "side of the images, pixels"),
     "DATA.INTERPOLATION": Key("bicubic", one_of("bicubic", "bilinear", "random"), "resizing filter"),
     "DATA.ZIP_MODE": Key(False, YES_NO, "read train.zip and val.zip with their maps, rather than folders"),
@@ -56,12 +57,13 @@ SCHEMA: dict[str, Key] = {
     "DATA.NUM_WORKERS": Key(8, at_least(0), "loader processes per training process; 0 loads in the training process"),
     "MODEL.TYPE": Key("mlla", one_of("mlla"), "model family"),
     "MODEL.NAME": Key("mlla_tiny", Rule("not empty", bool), "names the output folder"),
-    "MODEL.RESUME": Key("", ANY, "checkpoint to go on from, or weights to evaluate"),
-    "MODEL.PRETRAINED": Key("", ANY, "weights to start from; a classifier of other width starts fresh"),
+    "MODEL.RESUME": Key("", ANY, "checkpoint to go on from, or weights to evaluate: path, URL or mlla-t, -s, -b"),
+    "MODEL.PRETRAINED": Key("", ANY, "weights to start from, likewise; a classifier of other width starts fresh"),
     "MODEL.NUM_CLASSES": Key(None, at_least(1), "null: as many as the data set has, 1000 without one", int, True),
     "MODEL.DROP_RATE": Key(0.0, FRACTION, "dropout after the stem and in the MLPs"),
     "MODEL.DROP_PATH_RATE": Key(0.1, FRACTION, "stochastic depth of the last block, rising linearly from 0"),
     "MODEL.LABEL_SMOOTHING": Key(0.1, FRACTION, "share of the label spread over all classes"),
+    "MODEL.LAYER_DECAY": Key(1.0, ABOVE_0_TO_1, "each block's learning rate over that of the next one; 1: all alike"),
     "MODEL.MLLA.PATCH_SIZE": Key(4, one_of(4), "stride of the stem"),
     "MODEL.MLLA.IN_CHANS": Key(3, at_least(1), "channels of an image"),
     "MODEL.MLLA.EMBED_DIM": Key(64, at_least(4), "token width of the first stage; it doubles with each stage"),
@@ -84,6 +86,7 @@ SCHEMA: dict[str, Key] = {
     "TRAIN.ON_SAVE_ERROR": Key("continue", one_of("continue", "stop"), "what to do where a checkpoint cannot be saved"),
     "TRAIN.SAVE_IN_BACKGROUND": Key(True, YES_NO, "train on while a checkpoint is brought to the disk"),
     "TRAIN.ACCUMULATION_STEPS": Key(1, at_least(1), "forward passes per step"),
+    "TRAIN.FREEZE": Key(False, YES_NO, "train the classifier alone; all else keeps its weights and statistics"),
     "TRAIN.USE_CHECKPOINT": Key(False, YES_NO, "recompute blocks in the backward pass to save memory"),
     "TRAIN.FIND_UNUSED_PARAMS": Key(False, YES_NO, "let DDP look for parameters without gradient"),
     "TRAIN.LR_SCHEDULER.NAME": Key("cosine", one_of("cosine", "linear", "step"), "shape after warm-up"),
@@ -163,10 +166,14 @@ def check_together(values: Mapping[str, Any]) -> None:
         refuse(
             "DATA.ZIP_MODE", f"DATA.DATASET is {values['DATA.DATASET']}, which comes without archives; leave out --zip"
         )
+    if values["DATA.CLASSES"] and values["DATA.DATASET"] != "digits":
+        refuse("DATA.CLASSES", f"works with DATA.DATASET digits, not {values['DATA.DATASET']}: leave out class folders")
     if values["MODEL.MLLA.IN_CHANS"] != 3 and not (values["THROUGHPUT_MODE"] or values["PROFILE_MODE"]):
         refuse("MODEL.MLLA.IN_CHANS", "images are read as RGB: must be 3")
     if values["EVAL_MODE"] or values["THROUGHPUT_MODE"] or values["PROFILE_MODE"]:
         return  # the rest is about training
+    if values["TRAIN.FREEZE"] and not (values["MODEL.PRETRAINED"] or values["MODEL.RESUME"]):
+        refuse("TRAIN.FREEZE", "a backbone that stays as it is needs weights; name some with --pretrained")
     if values["TRAIN.START_EPOCH"] >= (epochs := values["TRAIN.EPOCHS"] + values["TRAIN.COOLDOWN_EPOCHS"]):
         refuse("TRAIN.START_EPOCH", f"must be below the number of epochs, {epochs}")
     if (sides := values["AUG.CUTMIX_MINMAX"]) and len({int(values["DATA.IMG_SIZE"] * side) for side in sides}) == 1:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,14 @@ from data.transforms import denormalise
 from models import PAPER_FIGURES, build_model
 from utils.amp import Precision
 from utils.benchmark import compiled, measure_throughput, throughput_table
-from utils.build import build_ema, build_optimizer, build_plan, build_precision, build_train_step
+from utils.build import (
+    build_ema,
+    build_optimizer,
+    build_plan,
+    build_precision,
+    build_train_step,
+    describe_out_of_memory,
+)
 from utils.checkpoint import Progress
 from utils.command_line import parse_command_line
 from utils.distributed import Process, distribute
@@ -34,7 +42,7 @@ from utils.profiling import profile, profile_table
 from utils.run_folder import RunLock, open_run_folder, set_aside_checkpoints, write_config
 from utils.run_state import RunState, seed_everything
 from utils.trainer import Trainer
-from utils.weights import load_pretrained, load_weights, read_weights
+from utils.weights import check_classes, load_pretrained, load_weights, read_weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.PROFILE_MODE:
         return run_profile(config)
     work = run_throughput if config.THROUGHPUT_MODE else run_evaluation if config.EVAL_MODE else run_training
-    return run_process(lambda process: work(config, process), config.LOCAL_RANK)
+    return run_process(
+        lambda process: work(config, process),
+        config.LOCAL_RANK,
+        explain_out_of_memory=partial(describe_out_of_memory, config),
+    )
 
 
 def run_profile(config: CfgNode) -> int:
@@ -83,8 +95,9 @@ def run_evaluation(config: CfgNode, process: Process) -> int:
         open_run_folder(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
         data = build_data(config, rank=process.rank, num_processes=process.num_processes, device=process.device)
         model = prepare_model(config, process, len(data.classes))
-        model_weights, ema_weights = read_weights(config.MODEL.RESUME)
-        found = {"model": model_weights, "EMA": ema_weights}
+        weights_file = read_weights(config.MODEL.RESUME)
+        check_classes(weights_file.classes, data.classes, config.MODEL.RESUME)
+        found = {"model": weights_file.model, "EMA": weights_file.average}
         for weights in filter(None, found.values()):
             load_weights(model, weights, config.MODEL.RESUME)  # that both fit is known before either is evaluated
     precision = build_precision(config, process.device)
@@ -137,13 +150,12 @@ def set_up(config: CfgNode, process: Process, folder: Path) -> Run:
     derived = derive(config, num_processes=process.num_processes, num_train_images=data.num_train_images)
     model = prepare_model(config, process, len(data.classes))
     if config.MODEL.PRETRAINED:
-        has_fresh_head = load_pretrained(model, config.MODEL.PRETRAINED)
-        logger.info("weights from %s%s", config.MODEL.PRETRAINED, ", but for the head" if has_fresh_head else "")
+        load_pretrained(model, config.MODEL.PRETRAINED, data.classes)
     precision = build_precision(config, process.device)
     ema = build_ema(config, model, derived)
     optimizer = build_optimizer(config, model)
     state = RunState(model, ema, optimizer, precision.scaler, process, images_per_step=derived.global_batch)
-    state.progress = Progress(config.TRAIN.START_EPOCH)
+    state.progress, state.classes = Progress(config.TRAIN.START_EPOCH), data.classes
     continues = state.resume(folder, explicit=config.MODEL.RESUME, auto=config.TRAIN.AUTO_RESUME)
     if process.is_main and state.progress.epochs < derived.total_epochs:
         write_config(folder, config.dump())

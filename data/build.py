@@ -93,7 +93,7 @@ def build_data(config: CfgNode, *, rank: int = 0, num_processes: int = 1, device
 def open_split(config: CfgNode, split: str) -> ImageSource:
     data = config.DATA
     if data.DATASET == "digits":
-        return Digits(split, data.IMG_SIZE)
+        return Digits(split, data.IMG_SIZE, data.CLASSES)
     kind, _, name = data.DATASET.partition("/")
     if kind == "hfds":
         return HuggingFaceImages(name, data.DATA_PATH, split)

@@ -1,5 +1,7 @@
 """scikit-learn's 1,797 handwritten digits (UCI, 8x8 grey) as an embedded data set of RGB images, no download."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image
 
@@ -14,9 +16,13 @@ class Digits:
     Args:
         split: "train" or "val".
         size: side of the images in pixels; the 8x8 originals are resized bicubically.
+        only: names of the digits to keep, which are then numbered from 0; None keeps all ten.
+
+    Raises:
+        ValueError: a name that is no digit.
     """
 
-    def __init__(self, split: str, size: int = 32) -> None:
+    def __init__(self, split: str, size: int = 32, only: Sequence[str] | None = None) -> None:
         from sklearn.datasets import load_digits  # takes a second, which other data sets need not wait for
 
         digits = load_digits()
@@ -24,10 +30,14 @@ class Digits:
         for label in range(10):
             positions = np.flatnonzero(digits.target == label)
             is_val[positions[np.linspace(0, len(positions) - 1, VAL_PER_CLASS).round().astype(int)]] = True
-        chosen = is_val if split == "val" else ~is_val
         self.split = split
-        self.classes = [str(name) for name in digits.target_names]
-        self.labels = [int(label) for label in digits.target[chosen]]
+        names = [str(name) for name in digits.target_names]
+        if unknown := set(only or []) - set(names):
+            raise ValueError(f"DATA.CLASSES: no digit is called {', '.join(sorted(unknown))}; there are {names}")
+        self.classes = [name for name in names if only is None or name in only]
+        is_kept = np.isin(digits.target, [names.index(name) for name in self.classes])
+        chosen = is_kept & (is_val if split == "val" else ~is_val)
+        self.labels = [self.classes.index(names[label]) for label in digits.target[chosen]]
         grey = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)  # (N, 8, 8)
         self.images = [
             Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC).convert("RGB") for image in grey

@@ -9,7 +9,7 @@ KNOWN_CLASSES = {"digits": 10, "imagenet": 1000, "folder": 1000}
 
 
 def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
-    """Make the model that MODEL.* describes, with fresh weights.
+    """Make the model that MODEL.* describes, with fresh weights; with TRAIN.FREEZE only its classifier learns.
 
     Args:
         config: the whole configuration.
@@ -21,7 +21,7 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
     if config.MODEL.TYPE != "mlla":
         raise ValueError(f"MODEL.TYPE {config.MODEL.TYPE!r}: known is 'mlla'")
     sizes = config.MODEL.MLLA
-    return MLLA(
+    model = MLLA(
         img_size=config.DATA.IMG_SIZE,
         patch_size=sizes.PATCH_SIZE,
         in_chans=sizes.IN_CHANS,
@@ -36,3 +36,6 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
         ape=sizes.APE,
         use_checkpoint=config.TRAIN.USE_CHECKPOINT,
     )
+    if config.TRAIN.FREEZE:
+        model.freeze_backbone()
+    return model

@@ -1,7 +1,7 @@
 """MLLA, Mamba-Like Linear Attention (Han et al., NeurIPS 2024, arXiv 2405.16605): the network at one glance."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -135,6 +135,7 @@ class MLLA(nn.Module):
                 )
         self.num_classes = num_classes
         self.num_features = self.widths[-1]
+        self.is_backbone_frozen = False
 
         self.patch_embed = Stem(in_chans, embed_dim)
         grid = -(-img_size // patch_size)
@@ -164,6 +165,41 @@ class MLLA(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters with two or more dimensions that are not decayed all the same."""
         return {"absolute_pos_embed"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's description of the layers, from the stem to the head: a block each, or with `coarse` a stage each.
+
+        A downsampling belongs to the block before it, the final norm to the last block.
+        """
+        with_former = (99999,)  # timm's mark for what joins the layer before
+        blocks = [(r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^layers\.(\d+)\.downsample", with_former)]
+        return {
+            "stem": r"^patch_embed|^absolute_pos_embed",
+            "blocks": r"^layers\.(\d+)" if coarse else [*blocks, (r"^norm", with_former)],
+        }
+
+    def freeze_backbone(self) -> None:
+        """Leave only the classifier to training.
+
+        All else takes no gradient and stays in evaluation mode whatever `train` says, so that batch norm's statistics
+        do not move and nothing is dropped.
+
+        Raises:
+            ValueError: there is no classifier.
+        """
+        if not self.num_classes:
+            raise ValueError("only a model with a classifier can have its backbone frozen; num_classes is 0")
+        self.requires_grad_(False)
+        self.head.requires_grad_(True)
+        self.is_backbone_frozen = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "MLLA":
+        super().train(mode)
+        if self.is_backbone_frozen:
+            for child in self.children():
+                child.train(mode and child is self.head)
+        return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass, or stop doing so."""

@@ -1,6 +1,5 @@
 import json
 import os
-import pickle
 import random
 import resource
 from pathlib import Path
@@ -8,23 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MICRO
 
-from models import MLLA
 from utils.checkpoint import (
-    CheckpointError,
     CheckpointWriter,
     Progress,
     checkpoints_in,
     link_checkpoint,
-    load_checkpoint,
     load_latest,
     save_checkpoint,
     save_under_names,
 )
 from utils.logger import logger
 from utils.run_state import restore_rng_state, rng_state
-from utils.weights import load_weights, read_weights, weights_in
+from utils.weights_file import load_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -90,82 +85,6 @@ def test_copies_where_links_do_not_work(tmp_path: Path, monkeypatch: pytest.Monk
     save_checkpoint(tmp_path / "a.pth", {"epoch": 1})
     link_checkpoint(tmp_path / "a.pth", tmp_path / "b.pth")
     assert load_checkpoint(tmp_path / "b.pth") == {"epoch": 1}
-
-
-class Malicious:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, ("touch executed",)
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_code_in_a_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, legacy: bool) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "bad.pth"
-    content = {"model": Malicious()}
-    if legacy:
-        path.write_bytes(pickle.dumps(content))
-    else:
-        torch.save(content, path)
-    with pytest.raises(CheckpointError, match="cannot be read as a PyTorch weights file"):
-        load_checkpoint(path)
-    assert not (tmp_path / "executed").exists()
-
-
-def test_unreadable_files(tmp_path: Path) -> None:
-    (tmp_path / "text.pth").write_text("hello")
-    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
-    for name, message in {
-        "none.pth": "no such checkpoint file",
-        ".": "is a folder",
-        "text.pth": "damaged, or not its format",
-        "tensor.pth": "holds a Tensor",
-    }.items():
-        with pytest.raises(CheckpointError, match=message):
-            load_checkpoint(tmp_path / name)
-
-
-def test_weights_under_every_name(tmp_path: Path) -> None:
-    weights = {"a": torch.tensor(1.0)}  # of one element, so that dictionaries can be compared
-    assert weights_in({"model": weights}, "model") == weights
-    assert weights_in({"model": weights}, "state_dict_ema") is None
-    assert weights_in(weights, "model") == weights
-    prefixed = {"module.a": weights["a"]}
-    assert weights_in({"model": prefixed}, "model") == weights
-    torch.save({"state_dict_ema": weights}, tmp_path / "ema.pth")
-    assert read_weights(str(tmp_path / "ema.pth")) == (None, weights)
-    for odd in ([torch.zeros(3)], {1: torch.zeros(3)}, {"a": 1}, "text", {}):
-        assert weights_in({"model": odd}, "model") is None
-    torch.save({"epoch": 3}, tmp_path / "none.pth")
-    with pytest.raises(CheckpointError, match="found epoch"):
-        read_weights(str(tmp_path / "none.pth"))
-
-
-def test_weights_of_another_architecture() -> None:
-    model, other = MLLA(**MICRO, num_classes=10), MLLA(**{**MICRO, "embed_dim": 64}, num_classes=10)
-    with pytest.raises(CheckpointError, match=r"w.pth: weights of another architecture, \d+ keys do not fit") as caught:
-        load_weights(model, other.state_dict(), "w.pth")
-    assert str(caught.value).count("has shape") == 5
-    assert "\n" not in str(caught.value)
-    weights = dict(model.state_dict())
-    weights["extra"] = weights.pop("norm.weight")
-    with pytest.raises(CheckpointError, match=r"norm.weight is missing; extra is not in the model"):
-        load_weights(model, weights, "w.pth")
-
-
-def test_official_rotary_tables_are_no_problem() -> None:
-    model = MLLA(**MICRO, num_classes=10)
-    load_weights(model, {**model.state_dict(), "layers.0.blocks.0.attn.rope.rotations": torch.zeros(1)}, "w.pth")
-
-
-def test_a_head_of_another_width_stays_fresh_only_where_allowed() -> None:
-    model, other = MLLA(**MICRO, num_classes=10), MLLA(**MICRO, num_classes=7)
-    own_head = model.head.weight.detach().clone()
-    with pytest.raises(CheckpointError, match=r"head.weight has shape"):
-        load_weights(model, other.state_dict(), "w.pth")
-    assert load_weights(model, other.state_dict(), "w.pth", fresh_head=True)
-    assert model.head.weight.equal(own_head)
-    assert model.norm.weight.equal(other.norm.weight)
-    assert not load_weights(model, model.state_dict(), "w.pth", fresh_head=True)
 
 
 def test_random_number_generators_go_through_a_checkpoint(tmp_path: Path) -> None:

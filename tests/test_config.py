@@ -78,6 +78,9 @@ def test_lists_are_not_shared() -> None:
         (["AUG.SCALE", "[1.0, 0.1]"], "smaller value first"),
         (["AUG.SCALE", "[0.5]"], "two values"),
         (["DATA.ZIP_MODE", "True", "DATA.DATASET", "digits"], "DATA.DATASET is digits, which comes without archives"),
+        (["DATA.CLASSES", "['1']"], "DATA.CLASSES .*: works with DATA.DATASET digits, not imagenet"),
+        (["MODEL.LAYER_DECAY", "0"], "must be above 0, at most 1"),
+        (["TRAIN.FREEZE", "True"], "needs weights; name some with --pretrained"),
         (
             ["AUG.MIXUP", "0", "AUG.CUTMIX", "0", "AUG.CUTMIX_MINMAX", "[0.2, 0.8]", "DATA.BATCH_SIZE", "7"],
             "must be even",

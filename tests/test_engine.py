@@ -115,6 +115,38 @@ def test_micro_batches_are_one_batch() -> None:
         torch.testing.assert_close(weight, results[0][1])
 
 
+def test_layer_wise_rates() -> None:
+    """A group's `lr_scale` is its factor of the rate; without gradients AdamW only decays, by rate x weight decay."""
+    _, train_step = small_step()
+    decayed, others = train_step.optimizer.param_groups
+    decayed["lr_scale"] = 0.25
+    train_step([batch()], step=0, learning_rate=0.4)
+    assert (decayed["lr"], others["lr"]) == (0.1, 0.4)
+
+
+def test_only_the_head_of_a_frozen_model_moves() -> None:
+    """Neither weights nor statistics of the rest do, in the model and in its average, whatever drops there."""
+    torch.manual_seed(0)
+    model = MLLA(**{**MICRO, "embed_dim": 8, "num_heads": (1, 1, 1, 1), "drop_path_rate": 0.5}, num_classes=4)
+    model.freeze_backbone()
+    ema = ModelEma(model, 0.9)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = make_optimizer("adamw", parameter_groups(model, 0.05))
+    loss = ClassificationLoss(model, ema.module, mesa_ratio=1.0)
+    precision = make_precision(CPU, amp=False, dtype="auto")
+    train_step = TrainStep(model, optimizer, precision, compute_losses=loss, clip_grad=1.0, ema=ema)
+    assert train_step.buffers == []
+    images, targets = torch.randn(8, 3, 32, 32), torch.randn(8, 4).softmax(1)
+    losses = []
+    for step in range(20):
+        model.train()
+        losses.append(train_step([(images, targets)], step=step, learning_rate=0.01).loss.item())
+    assert losses[-1] < losses[0]
+    for state in (model.state_dict(), ema.module.state_dict()):
+        moved = {name for name, value in state.items() if not value.equal(before[name])}
+        assert moved == {"head.weight", "head.bias"}
+
+
 def test_mesa_asks_the_ema_model_from_its_first_step_on() -> None:
     _, train_step = small_step(mesa_ratio=2.0)
     images, targets = batch()

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import shutil
 import signal
 import time
@@ -166,3 +167,20 @@ def test_a_loader_worker_that_dies(run_main: RunMain, tmp_path: Path, monkeypatc
     assert "a worker process that loads images has died" in out
     assert "lower DATA.NUM_WORKERS" in out
     assert "Traceback" not in out
+
+
+@pytest.mark.parametrize("policy", ["continue", "stop"])
+def test_checkpoints_that_cannot_be_saved(run_main: RunMain, tmp_path: Path, policy: str) -> None:
+    """The largest file that the system lets this process write stands for the space that is left on the disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+    try:
+        code, out, _ = run_main("--output", tmp_path, *WORDS, "TRAIN.ON_SAVE_ERROR", policy, "DATA.NUM_WORKERS", "0")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1
+    assert "ckpt_epoch_0.pth could not be saved (File too large); the newest checkpoint is none" in out
+    assert "the last checkpoint could not be saved" in out
+    assert ("ckpt_epoch_1.pth could not be saved" in out) == (policy == "continue")
+    assert ("a checkpoint could not be saved: stopped in epoch 2 after step" in out) == (policy == "stop")
+    assert not list((tmp_path / "mlla_digits" / "default").glob("*.pth*"))

@@ -16,8 +16,8 @@ from conftest import MICRO, ROOT, make_image_folder, run_python
 
 from models import MLLA
 from utils import losses
-from utils.checkpoint import load_checkpoint
 from utils.trainer import Trainer
+from utils.weights_file import load_checkpoint
 
 RunMain = Callable[..., tuple[int, str, str]]
 SMALL = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.NUM_HEADS", "[1, 1, 1, 1]", "TRAIN.WARMUP_EPOCHS", "0"]
@@ -256,7 +256,8 @@ def test_pretrained_weights_with_another_head(run_main: RunMain, tmp_path: Path)
     words += ["--data-path", data, "--batch-size", "8", "--opts", "DATA.DATASET", "folder", "TRAIN.EPOCHS", "1"]
     code, out, _ = run_main(*words, "TRAIN.WARMUP_EPOCHS", "0")
     assert code == 0
-    assert "weights.pth, but for the head" in out
+    assert "the file has 10 classes, the data 2" in out
+    assert "these start fresh: head" in out
 
 
 @pytest.mark.parametrize("launcher", ["torch.distributed.launch", "torch.distributed.run"])
@@ -358,8 +359,8 @@ def test_mistakes_in_weights(run_main: RunMain, tmp_path: Path, finished_run: Pa
         assert "is a folder" in mistake(run_main, *words, tmp_path)
         assert "cannot be read as a PyTorch weights file" in mistake(run_main, *words, "README.md")
         message = mistake(run_main, *words, finished_run / "max_acc.pth")
-        assert "weights of another architecture" in message
-        assert message.count("has shape") == 5
+        assert "does not fit the model" in message
+        assert message.count("where the model has") == 10
 
 
 def test_exit_code_of_the_process() -> None:

@@ -252,6 +252,27 @@ def test_gradient_checkpointing_saves_memory_and_can_be_switched() -> None:
     assert saved_bytes() == plain
 
 
+def test_a_frozen_backbone_stays_in_evaluation_mode() -> None:
+    model = micro(drop_path_rate=0.5, drop_rate=0.5, use_checkpoint=True)
+    model.freeze_backbone()
+    model.train()
+    assert model.training
+    assert model.head.training
+    assert not any(
+        module.training for child in model.children() if child is not model.head for module in child.modules()
+    )
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
+    images = random_values(0, 2, 3, 64, 64)
+    assert model(images).equal(model.eval()(images))  # nothing is dropped
+    assert not model.forward_features(images).requires_grad  # and nothing is kept for a backward pass
+    model.eval()
+    assert not model.head.training
+    model.reset_classifier(3)
+    assert model.train()(images).requires_grad
+    with pytest.raises(ValueError, match="only a model with a classifier"):
+        micro(num_classes=0).freeze_backbone()
+
+
 def test_reset_classifier() -> None:
     model = micro()
     model.reset_classifier(3)

@@ -3,7 +3,7 @@ import torch
 from conftest import MICRO
 
 from models import MLLA
-from utils.optimizer import make_optimizer, parameter_groups
+from utils.optimizer import make_optimizer, matched_state, parameter_groups
 
 
 def test_what_is_decayed() -> None:
@@ -65,3 +65,54 @@ def test_sgd_is_nesterov() -> None:
 def test_unknown_name() -> None:
     with pytest.raises(ValueError, match="known are adamw and sgd"):
         make_optimizer("lion", [])
+
+
+def test_layer_wise_rates_by_hand() -> None:
+    """Stem, five blocks with what follows each of them, head: the factor halves with each layer from the head down."""
+    model = MLLA(**MICRO, num_classes=10, ape=True)
+    scale_of_layer = {
+        "absolute_pos_embed": 1 / 64,
+        "patch_embed": 1 / 64,
+        "layers.0.blocks.0": 1 / 32,
+        "layers.0.downsample": 1 / 32,
+        "layers.1.blocks.0": 1 / 16,
+        "layers.1.downsample": 1 / 16,
+        "layers.2.blocks.0": 1 / 8,
+        "layers.2.blocks.1": 1 / 4,
+        "layers.2.downsample": 1 / 4,
+        "layers.3.blocks.0": 1 / 2,
+        "norm": 1 / 2,
+        "head": 1.0,
+    }
+    groups = parameter_groups(model, 0.05, layer_decay=0.5)
+    found = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert len(found) == sum(len(group["params"]) for group in groups)
+    decay = {id(p): group["weight_decay"] for group in parameter_groups(model, 0.05) for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        (scale,) = [scale for layer, scale in scale_of_layer.items() if f"{name}.".startswith(f"{layer}.")]
+        assert found[id(parameter)] == (scale, decay[id(parameter)]), name
+
+
+def test_rates_follow_the_layers() -> None:
+    model = MLLA(**MICRO, num_classes=10)
+    model.freeze_backbone()
+    groups = parameter_groups(model, 0.05, layer_decay=0.5)
+    assert [(len(group["params"]), group["lr_scale"]) for group in groups] == [(1, 1.0), (1, 1.0)]
+    assert not any("lr_scale" in group for group in parameter_groups(model, 0.05, layer_decay=1.0))
+
+
+def test_a_saved_state_that_does_not_fit() -> None:
+    model, other = MLLA(**MICRO, num_classes=10), MLLA(**MICRO, num_classes=7)
+    optimizer = make_optimizer("adamw", parameter_groups(model, 0.05))
+    saved = make_optimizer("adamw", parameter_groups(other, 0.05))
+    for group in saved.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    saved.step()
+    with pytest.raises(ValueError, match=r"exp_avg of head.weight is \(7, 256\), the weight \(10, 256\)"):
+        matched_state(saved.state_dict(), model.state_dict(), model, optimizer)
+    layer_wise = make_optimizer("adamw", parameter_groups(model, 0.05, layer_decay=0.5))
+    with pytest.raises(ValueError, match=r"groups of \[65, \d+\] parameters where this run has \[5, 10, 13"):
+        matched_state(saved.state_dict(), model.state_dict(), model, layer_wise)
+    fresh = make_optimizer("adamw", parameter_groups(model, 0.05)).state_dict()
+    assert matched_state(fresh, model.state_dict(), model, optimizer)["state"] == {}

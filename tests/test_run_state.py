@@ -1,3 +1,4 @@
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -5,13 +6,20 @@ import torch
 from torch import nn
 
 from utils.amp import make_precision
-from utils.checkpoint import CheckpointError, Progress
+from utils.checkpoint import Progress
 from utils.distributed import Process
 from utils.ema import ModelEma
+from utils.logger import logger
 from utils.optimizer import make_optimizer, parameter_groups
 from utils.run_state import RunState
+from utils.weights_file import CheckpointError
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _log_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
 
 
 def make_state(optimizer: str = "adamw", width: int = 4) -> RunState:
@@ -54,7 +62,7 @@ def test_weights_alone_start_afresh() -> None:
 
 def test_what_does_not_fit() -> None:
     content = stepped(make_state()).capture()
-    with pytest.raises(CheckpointError, match="another architecture"):
+    with pytest.raises(CheckpointError, match="does not fit the model"):
         make_state(width=5).restore(content, "file.pth")
     with pytest.raises(CheckpointError, match=r"another TRAIN.OPTIMIZER.NAME"):
         make_state("sgd").restore(content, "file.pth")
@@ -66,6 +74,74 @@ def test_what_does_not_fit() -> None:
             make_state().restore({**content, "epoch": 5, **part}, "file.pth")
     with pytest.raises(CheckpointError, match="found epoch, lr"):
         make_state().restore({"epoch": 1, "lr": 2}, "file.pth")
+
+
+def test_classes_are_compared(caplog: pytest.LogCaptureFixture) -> None:
+    content = stepped(make_state()).capture(classes=["a", "b", "c", "d"])
+    state = make_state()
+    state.restore(content, "file.pth")
+    state.classes = ["a", "b", "c", "d"]
+    state.restore(content, "file.pth")
+    assert "classes" not in caplog.text
+    state.classes = ["a", "x", "c", "y"]
+    state.restore(content, "file.pth")
+    assert "was trained on other classes than the data's, 2 of 4 differ: 1 was b, is x, 3 was d, is y" in caplog.text
+    state.classes = ["a", "b"]
+    with pytest.raises(CheckpointError, match=r"was trained on 4 classes \(a, b, c, ...\), the data has 2"):
+        state.restore(content, "file.pth")
+
+
+class Reordered(nn.Module):
+    """Two layers of one shape, whose parameters come in the order that is asked for."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, nn.Linear(3, 3))
+        self.add_module("norm", nn.LayerNorm(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.first(x) * 2 + self.second(x)).square()
+
+
+def test_the_optimizer_of_a_model_with_its_parameters_in_another_order(caplog: pytest.LogCaptureFixture) -> None:
+    """As official checkpoints may have; the next step must be that of the run that was saved."""
+
+    def fresh(*names: str) -> RunState:
+        model = Reordered(*names)
+        optimizer = make_optimizer("adamw", parameter_groups(model, 0.05))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1
+        return RunState(model, None, optimizer, make_precision(CPU, amp=False, dtype="auto").scaler, Process(0, 1, CPU))
+
+    def step(state: RunState) -> None:
+        images = torch.arange(12.0).reshape(4, 3).sin()
+        state.optimizer.zero_grad()
+        state.model(images)[:, 0].sum().backward()
+        state.optimizer.step()
+
+    torch.manual_seed(0)
+    saved, resumed = fresh("second", "first"), fresh("first", "second")
+    for _ in range(3):
+        step(saved)
+    content = deepcopy(saved.capture())
+    # As torch before 1.12 wrote it, and without what only this project's files have.
+    for entry in content["optimizer"]["state"].values():
+        entry["step"] = int(entry["step"])
+    for group in content["optimizer"]["param_groups"]:
+        del group["fused"]
+        group["weight_decay"] = group["lr"] = 9.0
+    for name in ("ranks", "scaler", "steps", "images_per_step", "origin", "versions"):
+        del content[name]
+    resumed.restore({**content, "lr_scheduler": {}, "config": {}}, "official.pth")
+    assert "official.pth holds no states of random number generators" in caplog.text
+    assert resumed.progress == (0, 0)
+    assert resumed.optimizer.param_groups[0]["weight_decay"] == 0.05
+    for _ in range(2):
+        step(saved)
+        step(resumed)
+    for name, value in saved.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=1e-6, atol=1e-7)
 
 
 def test_other_images_a_step_are_refused_within_an_epoch() -> None:

@@ -12,6 +12,7 @@ from utils.ema import ModelEma
 from utils.engine import TrainStep
 from utils.losses import ClassificationLoss
 from utils.lr_schedule import Schedule
+from utils.memory import out_of_memory_message
 from utils.optimizer import make_optimizer, parameter_groups
 from utils.plots import Panel
 from utils.trainer import Plan
@@ -25,7 +26,7 @@ def build_optimizer(config: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     settings = config.TRAIN.OPTIMIZER
     return make_optimizer(
         settings.NAME,
-        parameter_groups(model, config.TRAIN.WEIGHT_DECAY),
+        parameter_groups(model, config.TRAIN.WEIGHT_DECAY, layer_decay=config.MODEL.LAYER_DECAY),
         eps=settings.EPS,
         betas=settings.BETAS,
         momentum=settings.MOMENTUM,
@@ -49,6 +50,19 @@ def build_schedule(config: CfgNode, derived: Any) -> Schedule:
 def build_ema(config: CfgNode, model: nn.Module, derived: Any) -> ModelEma | None:
     """The average with `derived.ema_decay`, or None where it is off; `model` is not wrapped in DDP."""
     return ModelEma(model, derived.ema_decay, config.EMA.FORCE_CPU) if config.EMA.ENABLED else None
+
+
+def describe_out_of_memory(config: CfgNode, error: torch.OutOfMemoryError) -> str:
+    """One line with the batch that did not fit on the GPU and what to lower."""
+    is_training = not (config.EVAL_MODE or config.THROUGHPUT_MODE or config.PROFILE_MODE)
+    return out_of_memory_message(
+        error,
+        batch_size=config.DATA.BATCH_SIZE,
+        image_size=config.DATA.IMG_SIZE,
+        accumulation_steps=config.TRAIN.ACCUMULATION_STEPS if is_training else None,
+        amp=config.AMP,
+        use_checkpoint=config.TRAIN.USE_CHECKPOINT,
+    )
 
 
 def build_train_step(

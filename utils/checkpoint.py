@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, found by progress, read without running code from the file."""
+"""Checkpoints: written whole or not at all, and found by progress."""
 
 import json
 import os
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from utils.logger import logger
+from utils.weights_file import CheckpointError, load_checkpoint
 
 KEEP = 3  # newest ends of epochs kept
 INDEX = "latest.json"
-UNSAFE = re.compile(r"Unsupported (?:global: GLOBAL|class) (\S+)")
 NAME = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
 
 
@@ -31,10 +31,6 @@ class Progress(NamedTuple):
     def checkpoint_name(self) -> str:
         """ckpt_epoch_N.pth at the end of epoch N, ckpt_epoch_N_step_S.pth after S steps in it; N counts from 0."""
         return f"ckpt_epoch_{self.epochs}_step_{self.steps}.pth" if self.steps else f"ckpt_epoch_{self.epochs - 1}.pth"
-
-
-class CheckpointError(ValueError):
-    """A weights file that is missing, cannot be read, or does not fit: one line with the path, cause and remedy."""
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -72,28 +68,6 @@ def link_checkpoint(existing: Path, path: Path) -> None:
     except OSError:
         shutil.copyfile(existing, temporary)
     temporary.replace(path)
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint or a weights file to the CPU; nothing in it is executed.
-
-    Raises:
-        CheckpointError: no such file, a folder, or not a file that PyTorch can read safely.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder; name a checkpoint file in it")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for a file that is not its own, or is cut short
-        found = UNSAFE.search(str(error))
-        reason = f"it holds a {found[1]}, and such objects could run code" if found else "damaged, or not its format"
-        raise CheckpointError(f"{path}: cannot be read as a PyTorch weights file: {reason}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not weights by name")
-    return content
 
 
 def checkpoints_in(folder: Path) -> list[tuple[Progress, Path]]:

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 TEXT_FLAGS = {
     "--data-path": ("DATA.DATA_PATH", "folder with train/ and val/"),
     "--cache-mode": ("DATA.CACHE_MODE", "no, part or full: what to keep in memory of zip archives"),
-    "--resume": ("MODEL.RESUME", "checkpoint to go on from, or weights to evaluate"),
-    "--pretrained": ("MODEL.PRETRAINED", "weights to start from"),
+    "--resume": ("MODEL.RESUME", "checkpoint to go on from, or weights to evaluate: a path, a URL, or mlla-t, -s, -b"),
+    "--pretrained": ("MODEL.PRETRAINED", "weights to start from, likewise"),
     "--output": ("OUTPUT", "results go to <output>/<MODEL.NAME>/<tag>"),
     "--tag": ("TAG", "tells runs of one model apart"),
 }
@@ -23,6 +23,7 @@ NUMBER_FLAGS = {
 SWITCHES = {
     "--zip": ("DATA.ZIP_MODE", "read zip archives"),
     "--use-checkpoint": ("TRAIN.USE_CHECKPOINT", "recompute blocks in the backward pass to save memory"),
+    "--freeze-backbone": ("TRAIN.FREEZE", "train the classifier alone"),
     "--amp": ("AMP", "16-bit autocast"),
     "--eval": ("EVAL_MODE", "only evaluate"),
     "--throughput": ("THROUGHPUT_MODE", "only measure speed, on synthetic images"),

@@ -118,6 +118,18 @@ def max_over_processes(values: Tensor) -> Tensor:
     return values
 
 
+def moving_buffers(model: nn.Module) -> list[Tensor]:
+    """Floating-point buffers that training changes. Those of frozen layers are not among them: a mean of equal numbers
+    over three processes may differ from them in the last digit.
+    """
+    buffers = []
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if not own or any(parameter.requires_grad for parameter in own):
+            buffers += [buffer for buffer in module.buffers(recurse=False) if buffer.is_floating_point()]
+    return buffers
+
+
 def average_buffers(buffers: list[Tensor]) -> None:
     """Replace floating-point buffers (batch norm's running statistics) by their mean over all processes, in place.
 

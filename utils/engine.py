@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from utils.amp import Precision
-from utils.distributed import Process, average_buffers, min_over_processes, unwrap, without_sync
+from utils.distributed import (
+    Process,
+    average_buffers,
+    min_over_processes,
+    moving_buffers,
+    unwrap,
+    without_sync,
+)
 from utils.ema import ModelEma
 from utils.metrics import ClassificationMeter, Scores
 
@@ -64,7 +71,7 @@ class TrainStep:
         self.max_norm = clip_grad or float("inf")
         self.ema = ema
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.buffers = [buffer for buffer in unwrap(model).buffers() if buffer.is_floating_point()]
+        self.buffers = moving_buffers(unwrap(model))
         device = self.parameters[0].device
         self.is_halted = torch.zeros((), dtype=torch.float32, device=device)
         self.alive = torch.ones((), dtype=torch.float32, device=device)  # NaN once halted, which the scaler sees
@@ -76,7 +83,7 @@ class TrainStep:
         `step` counts from the start of the run and is what `check_finite` reports.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)  # layer-wise decay
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         for i, micro_batch in enumerate(micro_batches):

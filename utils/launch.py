@@ -32,8 +32,18 @@ def mistakes_in_one_line() -> Iterator[None]:
         sys.exit(2)
 
 
-def run_process(work: Callable[[Process], int], local_rank: int) -> int:
+def run_process(
+    work: Callable[[Process], int],
+    local_rank: int,
+    *,
+    explain_out_of_memory: Callable[[torch.OutOfMemoryError], str] = str,
+) -> int:
     """Do the work as one process among all.
+
+    Args:
+        work: what to do; gives an exit code.
+        local_rank: place on this machine, where the launcher did not put it into the environment.
+        explain_out_of_memory: what to say where a GPU's memory does not suffice.
 
     Returns:
         The exit code: the work's own, 130 after Ctrl-C, 1 where it failed, which the log and standard error explain.
@@ -46,7 +56,7 @@ def run_process(work: Callable[[Process], int], local_rank: int) -> int:
         logger.warning("interrupted; the same command goes on from the newest checkpoint, if there is one")
         code = 130
     except Exception as error:
-        report(error, process)
+        report(error, process, explain_out_of_memory)
         code = 1
     if code and process.num_processes > 1:
         # Others may wait for this process for ever, and leaving in order would wait for them: the launcher ends them.
@@ -57,13 +67,17 @@ def run_process(work: Callable[[Process], int], local_rank: int) -> int:
     return code
 
 
-def report(error: Exception, process: Process) -> None:
+def report(
+    error: Exception, process: Process, explain_out_of_memory: Callable[[torch.OutOfMemoryError], str] = str
+) -> None:
     """Say what ended this process: one line for what users can mend, for the rest with its traceback."""
     who = f"process {process.rank} of {process.num_processes}: " if process.num_processes > 1 else ""
     text = " ".join(str(error).split())
     if isinstance(error, NonFiniteLossError):
         if process.is_main:
             logger.error("%s", text)
+    elif isinstance(error, torch.OutOfMemoryError):
+        logger.error("%s%s", who, explain_out_of_memory(error))
     elif isinstance(error, torch.distributed.DistError) or any(word in text for word in LOST_CONTACT):
         time.sleep(SECOND_VOICE_SECONDS)  # the launcher ends this process, after it has seen the first to fail
         logger.error("%slost contact with the other processes, one of which has failed (%s)", who, text[:200])

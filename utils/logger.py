@@ -33,6 +33,17 @@ class TerminalHandler(logging.Handler):
         sys.stdout.flush()
 
 
+class LogFile(logging.FileHandler):
+    """A log file that says once, on standard error, that it cannot be written, and lets the run go on."""
+
+    has_failed = False
+
+    def handleError(self, _: logging.LogRecord) -> None:  # noqa: N802, the name is logging's
+        if not self.has_failed:
+            self.has_failed = True
+            print(f"{self.baseFilename}: the log cannot be written ({sys.exc_info()[1]})", file=sys.stderr)
+
+
 def start_logging(folder: Path, rank: int) -> None:
     """Log to the terminal (the first process; others only errors) and to <folder>/log_rank<rank>.txt."""
     logger.handlers.clear()
@@ -41,7 +52,7 @@ def start_logging(folder: Path, rank: int) -> None:
     terminal = TerminalHandler(logging.INFO if rank == 0 else logging.ERROR)
     terminal.setFormatter(logging.Formatter("%(asctime)s | %(message)s", "%H:%M:%S"))
     logger.addHandler(terminal)
-    file = logging.FileHandler(folder / f"log_rank{rank}.txt", delay=rank > 0, encoding="utf-8")
+    file = LogFile(folder / f"log_rank{rank}.txt", delay=rank > 0, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(file)
 

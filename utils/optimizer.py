@@ -4,15 +4,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float, *, layer_decay: float = 1.0) -> list[dict[str, Any]]:
     """Two groups: decayed, and not. Not decayed are tensors of fewer than two dimensions, names that end in `.bias`,
-    and names that the model's `no_weight_decay()` lists.
+    and names that the model's `no_weight_decay()` lists. Parameters that take no gradient are left out.
+
+    With a layer_decay below 1 there are two groups a layer, each with an `lr_scale`, its factor of the learning rate:
+    1 for the classifier, and layer_decay times that of the next layer for the others (timm's helper; layers are those
+    of the model's `group_matcher`). Source: BEiT (Bao et al., 2021).
     """
     list_exempt: Callable[[], set[str]] = getattr(model, "no_weight_decay", set)
     exempt = list_exempt()
+    if layer_decay < 1:
+        return param_groups_layer_decay(model, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay)
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -20,6 +27,50 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             is_exempt = parameter.ndim < 2 or name.endswith(".bias") or name in exempt
             (others if is_exempt else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def matched_state(
+    saved: dict[str, Any], weights: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """A saved optimizer's state in the order of `optimizer`'s parameters, with `optimizer`'s settings.
+
+    Optimizers number their parameters in the model's order, which may be another in other code; the order of the names
+    in the weights saved beside it tells.
+
+    Args:
+        saved: the optimizer's state_dict.
+        weights: by name, in the order of the model that was trained.
+        model: whose parameters `optimizer` trains.
+        optimizer: that is to take over the state, with the groups made by the same rule.
+
+    Raises:
+        ValueError: groups of other sizes, or state of another shape than its parameter.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    places = {name: place for place, name in enumerate(weights)}
+    sizes = [[len(group["params"]) for group in groups] for groups in (saved["param_groups"], optimizer.param_groups)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"groups of {sizes[0]} parameters where this run has {sizes[1]}")
+    state: dict[int, Any] = {}
+    groups: list[dict[str, Any]] = []
+    first = 0
+    for saved_group, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        own = [names[id(parameter)] for parameter in group["params"]]
+        saved_ids = dict(zip(sorted(own, key=places.__getitem__), saved_group["params"], strict=True))
+        for i, (name, parameter) in enumerate(zip(own, group["params"], strict=True), start=first):
+            entry = saved["state"].get(saved_ids[name])
+            if entry is None:  # it has taken no step
+                continue
+            for key, value in entry.items():
+                if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                    raise ValueError(f"{key} of {name} is {tuple(value.shape)}, the weight {tuple(parameter.shape)}")
+            state[i] = dict(entry)
+            if "step" in entry:  # a plain number before torch 1.12
+                state[i]["step"] = torch.as_tensor(entry["step"], dtype=torch.float32)
+        settings = {key: value for key, value in group.items() if key != "params"}
+        groups.append({**settings, "params": list(range(first, first + len(own)))})
+        first += len(own)
+    return {"state": state, "param_groups": groups}
 
 
 def make_optimizer(

@@ -2,6 +2,7 @@
 
 import platform
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils.checkpoint import CheckpointError, Progress, checkpoints_in, load_checkpoint, load_latest
+from utils.checkpoint import Progress, checkpoints_in, load_latest
 from utils.distributed import Process, gather_objects
 from utils.ema import ModelEma
 from utils.logger import logger
-from utils.weights import load_weights, no_weights_error, weights_in
+from utils.optimizer import matched_state
+from utils.weights import Weights, check_classes, classes_in, load_weights, no_weights_error, weights_in
+from utils.weights_file import CheckpointError, load_checkpoint
 
 START = Progress(0)
 VERSIONS = {"torch": str(torch.__version__), "numpy": np.__version__, "python": platform.python_version()}
@@ -31,6 +34,7 @@ class RunState:
         best, best_ema: highest value so far of the figure that the run is judged by, of the model and of the average.
         sums: this process's sums over the steps of the unfinished epoch, by name.
         origin: the file that --resume named when the run began, and what tells it from others of that name.
+        classes: names of the data's classes by output; None where a checkpoint's are not to be compared with them.
     """
 
     model: nn.Module
@@ -44,6 +48,7 @@ class RunState:
     best_ema: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
     origin: dict[str, Any] | None = None
+    classes: Sequence[str] | None = None
 
     def capture(self, **facts: Any) -> dict[str, Any]:
         """The state as a checkpoint's content, `facts` beside it; called by all processes together."""
@@ -104,6 +109,8 @@ class RunState:
         weights = weights_in(content, "model") or weights_in(content, "state_dict_ema")
         if weights is None:
             raise no_weights_error(source, content)
+        if self.classes is not None:
+            check_classes(classes_in(content), self.classes, source)
         load_weights(self.model, weights, source)
         if self.ema is not None:
             load_weights(self.ema.module, weights_in(content, "state_dict_ema") or weights, source)
@@ -111,13 +118,13 @@ class RunState:
             logger.info("%s holds weights only: optimizer and epoch start afresh", source)
             return
         try:
-            self.restore_progress(content, source)
+            self.restore_progress(content, weights, source)
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{source}: not a whole checkpoint of a run ({error})") from error
 
-    def restore_progress(self, content: dict[str, Any], source: str) -> None:
-        """Take over all but the weights."""
-        self.restore_optimizer(content["optimizer"], source)
+    def restore_progress(self, content: dict[str, Any], weights: Weights, source: str) -> None:
+        """Take over all but the weights, whose order tells that of the optimizer's state."""
+        self.restore_optimizer(content["optimizer"], weights, source)
         if content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])
         self.progress = Progress(content["epoch"] + 1, content.get("steps", 0))
@@ -129,6 +136,8 @@ class RunState:
         if len(ranks) == process.num_processes:
             self.sums = ranks[process.rank]["sums"]
             restore_rng_state(ranks[process.rank]["rng"], process.device)
+        elif not ranks:  # another program's
+            logger.warning("%s holds no states of random number generators, those of SEED are used", source)
         else:
             if process.is_main:  # whose share now stands for all
                 for rank in ranks:
@@ -169,19 +178,17 @@ class RunState:
             *(source, former, self.images_per_step),
         )
 
-    def restore_optimizer(self, saved: dict[str, Any], source: str) -> None:
+    def restore_optimizer(self, saved: dict[str, Any], weights: Weights, source: str) -> None:
         """Take over the optimizer's moments; its settings stay those of the configuration."""
-        groups = self.optimizer.param_groups
-        kind = {"betas", "momentum"} & set(groups[0])
+        kind = {"betas", "momentum"} & set(self.optimizer.param_groups[0])
         if kind != {"betas", "momentum"} & set(saved["param_groups"][0]):
             raise CheckpointError(f"{source}: was trained with another TRAIN.OPTIMIZER.NAME; set it as it was then")
-        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         try:
-            self.optimizer.load_state_dict(saved)
+            self.optimizer.load_state_dict(matched_state(saved, weights, self.model, self.optimizer))
         except ValueError as error:
-            raise CheckpointError(f"{source}: its optimizer state does not fit this model: {error}") from error
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
+            raise CheckpointError(
+                f"{source}: its optimizer state does not fit: {error}; set TRAIN.FREEZE and MODEL.LAYER_DECAY as then"
+            ) from error
 
 
 def fingerprint(source: str) -> dict[str, Any]:

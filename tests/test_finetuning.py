@@ -1,0 +1,112 @@
+"""main.py on weights that were trained before: other classes, another image size, a frozen backbone, rates by layer."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_python
+
+from utils.weights_file import load_checkpoint
+
+RunMain = Callable[..., tuple[int, str, str]]
+THIN = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.NUM_HEADS", "[1, 1, 1, 1]", "TRAIN.WARMUP_EPOCHS", "0"]
+DIGITS_0_TO_4 = ["DATA.CLASSES", "['0', '1', '2', '3', '4']"]
+
+
+def command(output: Path, *opts: str, epochs: int = 1, batch_size: int = 128) -> list[str]:
+    words = ["--cfg", "cfgs/digits.yaml", "--output", str(output), "--batch-size", str(batch_size)]
+    return [*words, "--opts", *THIN, "DATA.IMG_SIZE", "16", "TRAIN.EPOCHS", str(epochs), "TRAIN.BASE_LR", "0.01", *opts]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits 0 to 4 at 16x16, with a position table."""
+    output = tmp_path_factory.mktemp("pretrained")
+    import main
+
+    assert main.main(command(output, *DIGITS_0_TO_4, "MODEL.MLLA.APE", "True")) == 0
+    folder = output / "mlla_digits" / "default"
+    assert "5 classes, 721 training and 180 validation images" in (folder / "log_rank0.txt").read_text()
+    return folder / "ckpt_epoch_0.pth"
+
+
+def test_other_classes_at_another_size_with_rates_by_layer(pretrained: Path, run_main: RunMain, tmp_path: Path) -> None:
+    opts = ["DATA.IMG_SIZE", "24", "MODEL.MLLA.APE", "True", "MODEL.LAYER_DECAY", "0.5"]
+    code, out, _ = run_main(*command(tmp_path, *opts), "--pretrained", pretrained)
+    assert code == 0
+    assert f"weights from {pretrained} (the average's)" in out
+    assert "the file has 5 classes, the data 10" in out
+    assert "not from the file, these start fresh: head" in out
+    assert "position table resized from 4x4 to 6x6 tokens" in out
+    content = load_checkpoint(tmp_path / "mlla_digits" / "default" / "ckpt_epoch_0.pth")
+    scales = {group["lr_scale"] for group in content["optimizer"]["param_groups"]}
+    assert scales == {0.5**i for i in range(7)}
+    assert {group["lr"] / group["lr_scale"] for group in content["optimizer"]["param_groups"]} == {
+        content["optimizer"]["param_groups"][-1]["lr"]
+    }
+    assert content["model"]["absolute_pos_embed"].shape == (1, 36, 8)
+
+
+def test_a_frozen_backbone_on_two_processes(pretrained: Path, tmp_path: Path) -> None:
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py", "--freeze-backbone"]
+    opts = ["MODEL.MLLA.APE", "True", "MODEL.DROP_PATH_RATE", "0.5", "AUG.MESA", "1.0"]
+    done = run_python(*words, "--pretrained", pretrained, *command(tmp_path, *opts, epochs=2, batch_size=64))
+    assert done.returncode == 0, done.stderr
+    before = load_checkpoint(pretrained)["state_dict_ema"]
+    after = load_checkpoint(tmp_path / "mlla_digits" / "default" / "ckpt_epoch_1.pth")
+    for kind in ("model", "state_dict_ema"):
+        moved = [
+            name for name, value in after[kind].items() if not name.startswith("head") and not value.equal(before[name])
+        ]
+        assert moved == []
+    assert not after["model"]["head.weight"].equal(after["state_dict_ema"]["head.weight"])
+    assert [len(group["params"]) for group in after["optimizer"]["param_groups"]] == [1, 1]
+
+
+def test_classes_that_are_not_the_datas(pretrained: Path, run_main: RunMain, tmp_path: Path) -> None:
+    ape = ["MODEL.MLLA.APE", "True"]
+    for mode in (["--eval"], []):
+        code, _, err = run_main(*command(tmp_path, *ape), *mode, "--resume", pretrained)
+        assert code == 2
+        assert "was trained on 5 classes (0, 1, 2, ...), the data has 10 (0, 1, 2, ...)" in err
+        assert err.count("\n") == 1
+    code, out, _ = run_main(
+        *command(tmp_path, *ape, "DATA.CLASSES", "['5', '6', '7', '8', '9']"), "--eval", "--resume", pretrained
+    )
+    assert code == 0
+    assert "other classes than the data's, 5 of 5 differ: 0 was 0, is 5, 1 was 1, is 6, 2 was 2, is 7, ..." in out
+    code, out, _ = run_main(*command(tmp_path, *ape, *DIGITS_0_TO_4), "--eval", "--resume", f"{pretrained.as_uri()}")
+    assert code == 0
+    assert "differ" not in out
+    assert len(re.findall(r"Acc@1", out)) == 2
+
+
+def test_a_frozen_run_goes_on_and_an_unfrozen_one_does_not(pretrained: Path, run_main: RunMain, tmp_path: Path) -> None:
+    opts = ["MODEL.MLLA.APE", "True", "TRAIN.FREEZE", "True"]
+    assert run_main(*command(tmp_path, *opts), "--pretrained", pretrained)[0] == 0
+    code, out, _ = run_main(*command(tmp_path, *opts, epochs=2), "--pretrained", pretrained)
+    assert code == 0
+    assert "resumed from" in out
+    code, _, err = run_main(*command(tmp_path, *opts[:2], epochs=3), "--pretrained", pretrained)
+    assert code == 2
+    assert "its optimizer state does not fit: groups of [1, 1] parameters where this run has" in err
+    assert "set TRAIN.FREEZE and MODEL.LAYER_DECAY as then" in err
+
+
+def test_weights_of_every_kind_are_evaluated(pretrained: Path, run_main: RunMain, tmp_path: Path) -> None:
+    """The official script's checkpoint, with yacs's class in it, and a .safetensors file give the same figures."""
+    from safetensors.torch import save_file
+    from yacs.config import CfgNode
+
+    content = load_checkpoint(pretrained)
+    torch.save({"model": content["model"], "config": CfgNode({"A": 1})}, tmp_path / "official.pth")
+    save_file({name: value.contiguous() for name, value in content["model"].items()}, tmp_path / "w.safetensors")
+    figures = set()
+    for path in (pretrained, tmp_path / "official.pth", tmp_path / "w.safetensors"):
+        words = command(tmp_path / "out", "MODEL.MLLA.APE", "True", *DIGITS_0_TO_4)
+        code, out, _ = run_main(*words, "--eval", "--resume", path)
+        assert code == 0
+        figures.add(re.findall(r"Acc@1 [\d.]+", out)[0])
+    assert len(figures) == 1

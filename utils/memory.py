@@ -1,0 +1,40 @@
+"""What to say when a GPU's memory does not suffice."""
+
+import re
+
+USAGE = re.compile(r"total capacity of ([\d.]+ \w+)")
+
+
+def out_of_memory_message(
+    error: BaseException,
+    *,
+    batch_size: int,
+    image_size: int,
+    accumulation_steps: int | None,
+    amp: bool,
+    use_checkpoint: bool,
+) -> str:
+    """One line with what was asked of the GPU, and what asks less of it, the mildest remedy first.
+
+    Args:
+        error: torch.OutOfMemoryError.
+        batch_size: images per process and forward pass.
+        image_size: side of the images in pixels.
+        accumulation_steps: forward passes per step; None where nothing is trained.
+        amp, use_checkpoint: remedies that are in use already and are not proposed again.
+    """
+    capacity = USAGE.search(str(error))
+    remedies = [] if amp else ["add --amp"]
+    half = max(1, batch_size // 2)
+    if accumulation_steps is None:
+        remedies += [f"lower --batch-size (to {half}, say)"] if batch_size > 1 else []
+    else:
+        remedies += [] if use_checkpoint else ["add --use-checkpoint, which recomputes the blocks"]
+        if batch_size > 1:
+            same_step = f"TRAIN.ACCUMULATION_STEPS {accumulation_steps * 2}"
+            remedies.append(f"lower --batch-size (to {half}, say; with --opts {same_step} a step has as many images)")
+    remedies.append("lower DATA.IMG_SIZE")
+    return (
+        f"the GPU's memory{f' of {capacity[1]}' if capacity else ''} does not suffice for DATA.BATCH_SIZE {batch_size} "
+        f"images of {image_size}x{image_size} per process: {', or '.join(remedies)}"
+    )
