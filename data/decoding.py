@@ -20,7 +20,7 @@ except ImportError:
 
 MAX_PIXELS = 89_478_485  # Pillow's limit for what may be a decompression bomb: 256 MiB of RGB
 END_OF_IMAGE = b"\xff\xd9"
-HARMLESS = ("extraneous bytes before marker", "JFIF revision", "SOS parameters")  # of libjpeg's warnings
+HARMLESS = ("extraneous bytes before marker", "JFIF revision", "SOS parameters")  # warnings of libjpeg, not about pixels
 
 
 class BrokenImageError(OSError):
@@ -93,24 +93,14 @@ def decode_fast(data: bytes) -> Tensor:
     refuse_large(frame.width, frame.height)
     try:
         if simplejpeg is not None:
-            return torch.from_numpy(decode_strictly(data))  # (H, W, 3)
+            return torch.from_numpy(simplejpeg.decode_jpeg(data, strict=True))  # (H, W, 3)
         pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
         return pixels.permute(1, 2, 0)  # (H, W, 3), as it lies in memory
     except (RuntimeError, ValueError) as error:
+        if any(words in str(error) for words in HARMLESS):
+            return image_to_tensor(decode_plain(data))
         reason = str(error).splitlines()[0].split(", ")[-1]  # torchvision names its C++ function and file first
         raise BrokenImageError(f"cannot be decoded: {reason}") from error
-
-
-def decode_strictly(data: bytes) -> np.ndarray:
-    """Pixels (H, W, 3) of a JPEG by simplejpeg; a ValueError also where the library would go on with a warning, but for
-    warnings about anything else than pixels.
-    """
-    try:
-        return simplejpeg.decode_jpeg(data, strict=True)
-    except ValueError as error:
-        if any(words in str(error) for words in HARMLESS):
-            return simplejpeg.decode_jpeg(data, strict=False)
-        raise
 
 
 def image_to_tensor(image: Image.Image) -> Tensor:
