@@ -20,7 +20,7 @@ except ImportError:
 
 MAX_PIXELS = 89_478_485  # Pillow's limit for what may be a decompression bomb: 256 MiB of RGB
 END_OF_IMAGE = b"\xff\xd9"
-HARMLESS = ("extraneous bytes before marker", "JFIF revision", "SOS parameters")  # warnings of libjpeg, not about pixels
+HARMLESS = ("extraneous bytes before marker", "JFIF revision", "SOS parameters")  # warnings, not about pixels
 
 
 class BrokenImageError(OSError):
