@@ -177,13 +177,22 @@ def test_64_processes_cache_disjoint_complete_and_balanced_shards(tmp_path: Path
 
 
 def test_a_cache_larger_than_memory_is_refused(zipped_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "available_bytes", lambda: 50_000)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    for mode, remedy in (("full", "part, or no"), ("part", "no")):
-        config = folder_config(zipped_folder, "DATA.ZIP_MODE", "True", "DATA.CACHE_MODE", mode)
-        with pytest.raises(OSError, match=rf"CACHE_MODE '{mode}': .* GiB are available; set --cache-mode {remedy}$"):
-            build_data(config)
-    build_data(folder_config(zipped_folder, "DATA.ZIP_MODE", "True", "DATA.CACHE_MODE", "no"))
+    needed = sum(ZipFolder(str(zipped_folder), split).bytes_of(0, 1) for split in ("train", "val"))
+
+    def build_with(mode: str, available: int) -> None:
+        monkeypatch.setattr(build, "available_bytes", lambda: available)
+        build_data(folder_config(zipped_folder, "DATA.ZIP_MODE", "True", "DATA.CACHE_MODE", mode))
+
+    with pytest.raises(OSError, match=r"CACHE_MODE 'full': .* GiB are available; set --cache-mode part, or no$"):
+        build_with("full", needed - 1)
+    with pytest.raises(OSError, match=r"CACHE_MODE 'part': .* GiB are available; set --cache-mode no$"):
+        build_with("part", needed - 1)
+    for mode, available in (("no", 0), ("part", needed), ("full", needed)):
+        build_with(mode, available)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # processes on this machine, each with a share of its own
+    build_with("full", needed)
+    with pytest.raises(OSError, match="CACHE_MODE 'part'"):
+        build_with("part", 8 * needed - 1)
 
 
 def share(rank: int, folder: Path, results: Queue) -> None:
