@@ -111,6 +111,18 @@ def test_archives_give_the_batches_of_folders(image_folder: Path, zipped_folder:
     assert all(a.equal(b) for a, b in zip(all_batches(zipped), all_batches(plain), strict=True))
 
 
+@pytest.mark.parametrize("mode", ["no", "part"])
+def test_one_image_for_two_processes(tmp_path: Path, mode: str) -> None:
+    make_image_folder(tmp_path / "images", train=1, val=1, classes=("cat",))
+    assert make_zip.main([str(tmp_path / "images"), str(tmp_path / "zips")]) == 0
+    config = folder_config(tmp_path / "zips", "DATA.ZIP_MODE", "True", "DATA.CACHE_MODE", mode, "DATA.NUM_WORKERS", "1")
+    first, second = (build_data(config, rank=rank, num_processes=2) for rank in range(2))
+    assert [len(labels) for _, labels in first.val] == [1]
+    assert list(second.val) == []
+    assert first.train is not None
+    assert len(first.train) == 0  # each process gets as many: none
+
+
 def test_workers_can_be_sent_all_that_they_need(image_folder: Path, zipped_folder: Path) -> None:
     """As they are where processes are spawned and not forked."""
     for config in (folder_config(image_folder), folder_config(zipped_folder, "DATA.ZIP_MODE", "True"), digits_config()):
