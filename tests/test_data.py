@@ -102,8 +102,9 @@ def all_batches(data: Data, epochs: int = 2) -> list[Tensor]:
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_archives_give_the_batches_of_folders(image_folder: Path, zipped_folder: Path, mode: str, workers: str) -> None:
     keys = ["DATA.ZIP_MODE", "True", "DATA.CACHE_MODE", mode, "DATA.NUM_WORKERS", workers]
-    zipped = build_data(folder_config(zipped_folder, *keys))
-    plain = build_data(folder_config(image_folder))
+    share = {} if mode == "full" else {"rank": 1, "num_processes": 2}
+    zipped = build_data(folder_config(zipped_folder, *keys), **share)
+    plain = build_data(folder_config(image_folder), **share)
     assert zipped.classes == plain.classes
     if mode == "part":  # permutes a process's shard, in an order of its own
         assert plain.train is not None
