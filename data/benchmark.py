@@ -35,6 +35,7 @@ from data.build import eval_loader, train_loader
 from data.dataset import ImageSource, seed_generators
 from data.decoding import decode_fast, decode_plain
 from data.image_folder import ImageFolder
+from data.samplers import TrainSampler
 from data.transforms import CROP_FRACTION
 from data.zip_folder import ZipFolder
 
@@ -240,7 +241,7 @@ def worker_table(title: str, pipelines: Mapping[str, Pipeline], *, workers: Sequ
 
 
 def reading_table(root: Path, images: int, rounds: int) -> str:
-    """Milliseconds to read an encoded image, from folders and archives, with the page cache dropped and warm."""
+    """Milliseconds to read an encoded image, in a random order, with the page cache dropped and warm."""
     folder = ImageFolder(str(root), "train")
     with zipfile.ZipFile(root / "train.zip", "w") as archive:
         for index in range(images):
@@ -253,6 +254,7 @@ def reading_table(root: Path, images: int, rounds: int) -> str:
         "zip": (zipped, [zipped.archive]),
         "zip, cached": (cached, []),
     }
+    order = TrainSampler(images, rank=0, num_processes=1, seed=0).order(0).tolist()
     rows = []
     for name, (source, files) in sources.items():
         runs: dict[str, list[float]] = {"cold": [], "warm": []}
@@ -260,7 +262,7 @@ def reading_table(root: Path, images: int, rounds: int) -> str:
             drop_from_page_cache(files)
             for state in runs:
                 start = time.perf_counter()
-                for index in range(images):
+                for index in order:
                     source.read(index)
                 runs[state].append((time.perf_counter() - start) / images)
         cold, warm = (f"{1000 * statistics.median(values):.3f}" for values in runs.values())
