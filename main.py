@@ -20,7 +20,7 @@ from yacs.config import CfgNode
 from config import SCHEMA, ConfigError, Derived, derive, load_config
 from data import Data, build_data, build_targets
 from data.transforms import denormalise
-from models import PAPER_FIGURES, build_model
+from models import PAPER_FIGURES, build_model, input_channels
 from utils.amp import Precision
 from utils.benchmark import compiled, measure_throughput, throughput_table
 from utils.build import (
@@ -62,7 +62,7 @@ def run_profile(config: CfgNode) -> int:
     with mistakes_in_one_line():
         model = build_model(config)
     figures = PAPER_FIGURES.get(config.MODEL.NAME) if config.DATA.IMG_SIZE == 224 else None
-    parts = profile(model, config.DATA.IMG_SIZE, config.MODEL.MLLA.IN_CHANS)
+    parts = profile(model, config.DATA.IMG_SIZE, input_channels(config))
     print(f"{config.MODEL.NAME}, {config.DATA.IMG_SIZE}x{config.DATA.IMG_SIZE}")
     print(profile_table(parts, (figures.parameters_m, figures.gmacs) if figures else None))
     return 0
@@ -79,7 +79,7 @@ def run_throughput(config: CfgNode, process: Process) -> int:
         precision=build_precision(config, process.device),
         batch_size=config.DATA.BATCH_SIZE,
         image_size=config.DATA.IMG_SIZE,
-        in_chans=config.MODEL.MLLA.IN_CHANS,
+        in_chans=input_channels(config),
         compile_mode=config.TEST.COMPILE,
     )
     if process.is_main:

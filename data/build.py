@@ -48,7 +48,7 @@ class Data:
     def preview(self, count: int) -> tuple[Tensor, list[int]]:
         """Up to `count` evenly spaced validation images (N, 3, H, W), normalised, on the CPU, and their labels."""
         indices = np.linspace(0, self.num_val_images - 1, min(count, self.num_val_images)).astype(int)
-        batch = self.val.dataset.__getitems__([SampleKey(0, int(index), int(index)) for index in indices])
+        batch = self.val.dataset.__getitems__([SampleKey(0, int(index)) for index in indices])
         return Normaliser()(batch.images.permute(0, 3, 1, 2)), batch.labels.tolist()
 
 

@@ -50,7 +50,7 @@ class Batch(NamedTuple):
 
 
 class ImageDataset(Dataset[Batch]):
-    """Batches by lists of keys. All draws of a sample come from (seed, epoch, index) and from nothing else.
+    """Batches by lists of keys. All draws of a sample come from (seed, epoch, position) and from nothing else.
 
     An image that cannot be used is named in the batch, which is then one short.
 
@@ -96,7 +96,7 @@ class ImageDataset(Dataset[Batch]):
                 except BrokenImageError as error:
                     failures.append(Failure(self.source.name(index), str(error)))
                     continue
-                with random_state_of(self.seed, key.epoch, key.image):
+                with random_state_of(self.seed, key.epoch, key.position):
                     transformed, erased = self.transform(image)
                 erasures += [(len(pixels), *part) for part in erased]
                 pixels.append(transformed)
@@ -108,7 +108,7 @@ class ImageDataset(Dataset[Batch]):
 
     def candidates(self, key: SampleKey) -> Iterator[int]:
         """The image of a key, then those that may take its place."""
-        yield key.image
+        yield key.position
         if self.replacements is not None:
             order = self.replacements(key.epoch)
             for step in range(1, min(len(order), self.max_failures + 1)):

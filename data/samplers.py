@@ -11,8 +11,8 @@ class SampleKey(NamedTuple):
     """What a sampler hands to the data set: with the epoch in it, workers that live on need not be told of epochs."""
 
     epoch: int
-    place: int  # in the order of the epoch
-    image: int  # its index in the data set
+    position: int  # of the image in the data set
+    place: int = 0  # of the image in the order of the epoch
 
 
 class TrainSampler(Sampler[SampleKey]):
@@ -64,17 +64,17 @@ class TrainSampler(Sampler[SampleKey]):
         order = self.order(self.epoch)
         first, step = (0, 1) if self.keeps_shard else (self.rank, self.num_processes)
         places = range(first, len(order), step)[self.start : self.share]
-        return (SampleKey(self.epoch, place, int(order[place])) for place in places)
+        return (SampleKey(self.epoch, int(order[place]), place) for place in places)
 
 
 class EvalSampler(Sampler[SampleKey]):
     """Every P-th image from the r-th on: each image once over all processes, none repeated to make shares even."""
 
     def __init__(self, num_samples: int, *, rank: int, num_processes: int) -> None:
-        self.indices = range(rank, num_samples, num_processes)
+        self.positions = range(rank, num_samples, num_processes)
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.positions)
 
     def __iter__(self) -> Iterator[SampleKey]:
-        return (SampleKey(0, index, index) for index in self.indices)
+        return (SampleKey(0, position, position) for position in self.positions)

@@ -36,7 +36,7 @@ def test_64_processes_cache_disjoint_complete_and_balanced_shards(tmp_path: Path
         cache_archives([source], "part", rank, 64)
         sampler = TrainSampler(num_images, rank=rank, num_processes=64, seed=0, keeps_shard=True)
         for keys in (sampler, EvalSampler(num_images, rank=rank, num_processes=64)):
-            assert all(key.image % source.step == source.first for key in keys)
+            assert all(key.position % source.step == source.first for key in keys)
         for image in sampler.order(0):
             source.read(int(image))
         assert source.cache is not None

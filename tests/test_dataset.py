@@ -97,7 +97,7 @@ def test_a_sample_is_the_same_in_any_place_of_any_batch() -> None:
 def test_the_next_good_image_of_the_order_takes_the_place() -> None:
     order = np.array([5, 3, 4, 2, 0, 1])
     data = dataset(6, broken=(3, 4, 1), replacements=lambda _: order)
-    keys = [SampleKey(0, place, int(image)) for place, image in enumerate(order)]
+    keys = [SampleKey(0, int(image), place) for place, image in enumerate(order)]
     batch = data.__getitems__(keys)
     assert images_of(batch) == [5, 2, 2, 2, 0, 5]  # after the last comes the first
     assert batch.labels.tolist() == [1, 0, 0, 0, 0, 1]

@@ -6,13 +6,13 @@ from data.samplers import EvalSampler, TrainSampler
 
 def test_train_shares_are_disjoint_equal_and_repeatable() -> None:
     samplers = [TrainSampler(103, rank=rank, num_processes=4, seed=1) for rank in range(4)]
-    shares = [[key.image for key in sampler] for sampler in samplers]
+    shares = [[key.position for key in sampler] for sampler in samplers]
     assert [len(share) for share in shares] == [25] * 4
     assert len(set().union(*shares)) == 100
-    assert [key.image for key in samplers[0]] == shares[0]
+    assert [key.position for key in samplers[0]] == shares[0]
     samplers[0].set_epoch(1)
     other = list(samplers[0])
-    assert [key.image for key in other] != shares[0]
+    assert [key.position for key in other] != shares[0]
     assert {key.epoch for key in other} == {1}
 
 
@@ -33,8 +33,8 @@ def test_an_epoch_goes_on_where_it_stopped() -> None:
 
 
 def test_the_images_of_a_step_do_not_depend_on_the_number_of_processes() -> None:
-    one = [key.image for key in TrainSampler(64, rank=0, num_processes=1, seed=0)]
-    two = [[key.image for key in TrainSampler(64, rank=rank, num_processes=2, seed=0)] for rank in (0, 1)]
+    one = [key.position for key in TrainSampler(64, rank=0, num_processes=1, seed=0)]
+    two = [[key.position for key in TrainSampler(64, rank=rank, num_processes=2, seed=0)] for rank in (0, 1)]
     for step in range(8):
         assert set(one[8 * step : 8 * step + 8]) == {p for share in two for p in share[4 * step : 4 * step + 4]}
 
@@ -42,7 +42,7 @@ def test_the_images_of_a_step_do_not_depend_on_the_number_of_processes() -> None
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 7])
 def test_evaluation_shares_hold_each_image_once(num_processes: int) -> None:
     shares = [list(EvalSampler(101, rank=rank, num_processes=num_processes)) for rank in range(num_processes)]
-    assert sorted(key.image for share in shares for key in share) == list(range(101))
+    assert sorted(key.position for share in shares for key in share) == list(range(101))
     assert [len(EvalSampler(101, rank=r, num_processes=num_processes)) for r in range(num_processes)] == [
         len(share) for share in shares
     ]
@@ -60,7 +60,7 @@ def test_shards_of_64_ranks_are_disjoint_complete_and_balanced(num_images: int) 
     for epoch in range(12):
         for sampler, shard, so_far in zip(samplers, shards, seen, strict=True):
             sampler.set_epoch(epoch)
-            images = [key.image for key in sampler]
+            images = [key.position for key in sampler]
             assert len(images) == len(set(images)) == num_images // 64
             assert shard.issuperset(images)
             so_far.update(images)
@@ -69,7 +69,7 @@ def test_shards_of_64_ranks_are_disjoint_complete_and_balanced(num_images: int) 
 
 
 def test_shares_of_64_ranks_are_disjoint_and_equal_without_shards() -> None:
-    shares = [{key.image for key in TrainSampler(12_811, rank=r, num_processes=64, seed=3)} for r in range(64)]
+    shares = [{key.position for key in TrainSampler(12_811, rank=r, num_processes=64, seed=3)} for r in range(64)]
     assert {len(share) for share in shares} == {12_811 // 64}
     assert len(set().union(*shares)) == 12_811 // 64 * 64
     assert sum(len(EvalSampler(12_811, rank=r, num_processes=64)) for r in range(64)) == 12_811
@@ -80,5 +80,5 @@ def test_keys_say_where_in_the_order_they_stand(keeps_shard: bool) -> None:
     sampler = TrainSampler(101, rank=2, num_processes=3, seed=0, keeps_shard=keeps_shard)
     sampler.set_epoch(5, start=4)
     order = sampler.order(5)
-    assert all(order[key.place] == key.image and key.epoch == 5 for key in sampler)
+    assert all(order[key.place] == key.position and key.epoch == 5 for key in sampler)
     assert not np.array_equal(order, sampler.order(6))
