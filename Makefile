@@ -1,9 +1,10 @@
-# make demo   train and evaluate a small MLLA on handwritten digits, on this machine
-# make demo-segmentation   render shapes, train and evaluate a small UperNet on them
-# make finetune   train on five digits, then on all ten at another size, from those weights and from scratch
-# make test   lint, format, types and tests
-# make soak   interrupt training many times; the results must be those of a run left alone (a quarter of an hour)
-# make clean  remove the virtual environment; results in output/ stay
+# make demo               train and evaluate a small MLLA on handwritten digits, on this machine
+# make demo-detection     train and evaluate a small Mask R-CNN on rendered shapes, on this machine
+# make demo-segmentation  render shapes, train and evaluate a small UperNet on them
+# make finetune           train on five digits, then on all ten at another size, from those weights and from scratch
+# make test               lint, format, types and tests
+# make soak               interrupt training many times; the results must be those of a run left alone (a quarter of an hour)
+# make clean              remove the virtual environment; results in output/ stay
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +13,7 @@ DEMO_RUN := $(DEMO_OUTPUT)/mlla_digits/default
 # One process for each GPU, two at most; two on a CPU.
 COUNT_PROCESSES := import torch; print(min(2, torch.cuda.device_count() or 2))
 
-.PHONY: demo demo-segmentation finetune test lint soak clean
+.PHONY: demo demo-detection demo-segmentation finetune test lint soak clean
 
 demo: .venv/installed
 	processes=$$($(BIN)/python -c '$(COUNT_PROCESSES)') && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
@@ -40,6 +41,17 @@ finetune: .venv/installed
 	$$run cfgs/digits_finetune.yaml --tag finetuned \
 		--pretrained $(DEMO_OUTPUT)/mlla_digits_pretrain/default/max_ema_acc.pth
 	@grep -H "best top-1" $(DEMO_OUTPUT)/mlla_digits_finetune/*/log_rank0.txt
+
+DETECTION := -m downstream.detection.main --cfg downstream/detection/cfgs/shapes.yaml --amp \
+	--data-path $(DEMO_OUTPUT)/shapes --output $(DEMO_OUTPUT)
+DETECTION_RUN := $(DEMO_OUTPUT)/mask_rcnn_shapes/default
+
+demo-detection: .venv/installed
+	processes=$$($(BIN)/python -c '$(COUNT_PROCESSES)') && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
+	$(BIN)/python -m downstream.detection.make_shapes $(DEMO_OUTPUT)/shapes && \
+	$(BIN)/torchrun --standalone --nproc_per_node=$$processes $(DETECTION) && \
+	$(BIN)/torchrun --standalone --nproc_per_node=$$processes $(DETECTION) --eval --resume $(DETECTION_RUN)/max_box_ap.pth
+	@echo "Results: $(DETECTION_RUN) (curves.png, predictions.jpg, metrics.jsonl, results_model.json, checkpoints)"
 
 test: lint
 	$(BIN)/python -m pytest

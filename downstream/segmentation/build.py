@@ -11,10 +11,11 @@ from yacs.config import CfgNode
 from downstream.build import build_backbone
 from downstream.segmentation.datasets import MaskedImages
 from downstream.segmentation.inference import Inference
-from downstream.segmentation.loading import EndlessBatches, EvalSample, EvalSamples, TrainSamples, set_up_worker
+from downstream.segmentation.loading import EndlessBatches, EvalSample, EvalSamples, TrainSamples
 from downstream.segmentation.sync_norm import synchronise_norms
 from downstream.segmentation.transforms import EvalTransform, TrainTransform
 from downstream.segmentation.upernet import UperNet
+from downstream.workers import set_up_worker
 from utils.distributed import Process
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -107,11 +106,6 @@ class EvalSamples(Dataset[EvalSample]):
     def __getitem__(self, index: int) -> EvalSample:
         image, labels = self.images.read(index)
         return EvalSample(index, self.transform(image), torch.from_numpy(labels))
-
-
-def set_up_worker(_: int) -> None:
-    """A loader process works on one core; OpenCV would take them all."""
-    cv2.setNumThreads(0)
 
 
 def batches_or_data_error(loader: DataLoader) -> Iterator[Any]:
