@@ -21,6 +21,7 @@ from downstream.segmentation.transforms import (
         ((300, 2000), (2048, 512), (307, 2048)),  # the long side limits
         ((1000, 1000), (2048, 512), (512, 512)),
         ((512, 683), (1024, 256), (256, 342)),  # 341.5 rounds up
+        ((683, 512), (1024, 256), (342, 256)),
     ],
 )
 def test_fitting_size_by_hand(image: tuple[int, int], scale: tuple[int, int], size: tuple[int, int]) -> None:
