@@ -15,9 +15,9 @@ from downstream.segmentation.loading import (
     EvalSamples,
     TrainSamples,
     batches_or_data_error,
-    set_up_worker,
 )
 from downstream.segmentation.transforms import EvalTransform, TrainTransform
+from downstream.workers import set_up_worker
 
 
 def make(**options: int) -> EndlessBatches:
