@@ -1,7 +1,24 @@
-"""MLLA models; importing this package registers mlla_tiny, mlla_small and mlla_base in timm."""
+"""MLLA and the paper's ablations; importing this package registers mlla_tiny, mlla_small and mlla_base in timm."""
 
-from models.build import build_model
+from models.ablations import ABLATIONS
+from models.build import build_model, input_channels
+from models.linear_vit import LinearViT
 from models.mlla import MLLA
-from models.variants import PAPER_FIGURES, mlla_base, mlla_small, mlla_tiny
+from models.unified_block import Switches
+from models.variants import MLLA_FIGURES, PaperFigures, mlla_base, mlla_small, mlla_tiny
 
-__all__ = ["MLLA", "PAPER_FIGURES", "build_model", "mlla_base", "mlla_small", "mlla_tiny"]
+# What the paper prints of the models that cfgs/ describes, by MODEL.NAME.
+PAPER_FIGURES = {**MLLA_FIGURES, **{row.model: PaperFigures(row.parameters_m, row.gmacs) for row in ABLATIONS}}
+
+__all__ = [
+    "ABLATIONS",
+    "MLLA",
+    "PAPER_FIGURES",
+    "LinearViT",
+    "Switches",
+    "build_model",
+    "input_channels",
+    "mlla_base",
+    "mlla_small",
+    "mlla_tiny",
+]

@@ -1,7 +1,7 @@
 """MLLA, Mamba-Like Linear Attention (Han et al., NeurIPS 2024, arXiv 2405.16605): the network at one glance."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import LinearAttention
+from models.classifier import PyramidClassifier, initialise
 from models.layers import Downsample, Stem, TokenConv, pad_to_multiple
 from models.rope import rotary_tables
 
@@ -76,7 +77,7 @@ class Stage(nn.Module):
         return x, x if self.downsample is None else self.downsample(x)
 
 
-class MLLA(nn.Module):
+class MLLA(PyramidClassifier):
     """Classifier for images (B, in_chans, H, W) of any H and W; gives logits (B, num_classes).
 
     Sizes that 32 does not divide are padded at the right and the bottom with zeros: the image to a multiple of 4, the
@@ -135,7 +136,6 @@ class MLLA(nn.Module):
                 )
         self.num_classes = num_classes
         self.num_features = self.widths[-1]
-        self.is_backbone_frozen = False
 
         self.patch_embed = Stem(in_chans, embed_dim)
         grid = -(-img_size // patch_size)
@@ -166,56 +166,6 @@ class MLLA(nn.Module):
         """Names of parameters with two or more dimensions that are not decayed all the same."""
         return {"absolute_pos_embed"}
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's description of the layers, from the stem to the head: a block each, or with `coarse` a stage each.
-
-        A downsampling belongs to the block before it, the final norm to the last block.
-        """
-        with_former = (99999,)  # timm's mark for what joins the layer before
-        blocks = [(r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^layers\.(\d+)\.downsample", with_former)]
-        return {
-            "stem": r"^patch_embed|^absolute_pos_embed",
-            "blocks": r"^layers\.(\d+)" if coarse else [*blocks, (r"^norm", with_former)],
-        }
-
-    def freeze_backbone(self) -> None:
-        """Leave only the classifier to training.
-
-        All else takes no gradient and stays in evaluation mode whatever `train` says, so that batch norm's statistics
-        do not move and nothing is dropped.
-
-        Raises:
-            ValueError: there is no classifier.
-        """
-        if not self.num_classes:
-            raise ValueError("only a model with a classifier can have its backbone frozen; num_classes is 0")
-        self.requires_grad_(False)
-        self.head.requires_grad_(True)
-        self.is_backbone_frozen = True
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> "MLLA":
-        super().train(mode)
-        if self.is_backbone_frozen:
-            for child in self.children():
-                child.train(mode and child is self.head)
-        return self
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass, or stop doing so."""
-        for stage in self.stages:
-            stage.use_checkpoint = enable
-
-    def get_classifier(self) -> nn.Module:
-        """The linear layer from features to classes."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by a fresh one for num_classes (0: none), on the device and in the dtype it was in."""
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.apply(initialise).to(next(self.parameters()))
-
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to the first stage's tokens (B, ceil(H / 4), ceil(W / 4), embed_dim)."""
         x = pad_to_multiple(images, 4).contiguous(memory_format=torch.channels_last)
@@ -239,22 +189,6 @@ class MLLA(nn.Module):
         for stage in self.stages:
             x = stage(x)[1]  # (B, H / 2, W / 2, 2 C) but for the last
         return self.norm(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens (B, H, W, C) to logits (B, num_classes), or to their mean (B, C) if pre_logits."""
-        x = x.mean(dim=(1, 2))  # (B, C)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(images))
-
-
-def initialise(module: nn.Module) -> None:
-    """Linear weights truncated normal 0.02 and biases 0; norms and convolutions keep PyTorch's defaults."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def drop_derived_keys(_module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:

@@ -15,7 +15,7 @@ class PaperFigures(NamedTuple):
     gmacs: float
 
 
-PAPER_FIGURES = {
+MLLA_FIGURES = {
     "mlla_tiny": PaperFigures(25, 4.2),
     "mlla_small": PaperFigures(43, 7.3),
     "mlla_base": PaperFigures(96, 16.2),
@@ -34,7 +34,7 @@ DEFAULT_CFG = {
     "classifier": "head",
     "license": "mit",
 }
-default_cfgs = generate_default_cfgs({name: dict(DEFAULT_CFG) for name in PAPER_FIGURES})
+default_cfgs = generate_default_cfgs({name: dict(DEFAULT_CFG) for name in MLLA_FIGURES})
 
 
 def create_variant(name: str, pretrained: bool, sizes: dict[str, Any], **kwargs: Any) -> MLLA:

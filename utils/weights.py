@@ -212,7 +212,7 @@ def load_pretrained(model: nn.Module, source: str | Path, classes: Sequence[str]
         logger.info("not from the file, these start fresh: %s", ", ".join(sorted(fresh)))
     if unused:
         logger.info("in the file and not used: %s", ", ".join(sorted(unused)))
-    load_weights(model, with_resized_table(weights, own, source), source, fresh=fresh, unused=unused)
+    load_weights(model, with_resized_tables(weights, own, source), source, fresh=fresh, unused=unused)
 
 
 def is_dense(weights: Weights) -> bool:
@@ -225,16 +225,18 @@ def final_parts(weights: Weights) -> set[str]:
     return {name.split(".")[0] for name in weights if FINAL_PART.match(name)}
 
 
-def with_resized_table(weights: Weights, own: Weights, source: str | Path) -> Weights:
-    """The weights, with a position table (1, N, E) of another grid resized to the model's."""
-    table, target = weights.get(POSITION_TABLE), own.get(POSITION_TABLE)
-    if table is None or target is None or table.shape == target.shape or table.ndim != 3:
-        return weights
-    side, new_side = int(table.shape[1] ** 0.5), int(target.shape[1] ** 0.5)
-    if side * side != table.shape[1] or table.shape[2] != target.shape[2]:
-        return weights  # another architecture, which load_weights describes
-    logger.info("%s: position table resized from %dx%d to %dx%d tokens", source, side, side, new_side, new_side)
-    resized = resample_abs_pos_embed(
-        table, [new_side, new_side], [side, side], num_prefix_tokens=0, interpolation="bicubic", antialias=False
-    )
-    return {**weights, POSITION_TABLE: resized}
+def with_resized_tables(weights: Weights, own: Weights, source: str | Path) -> Weights:
+    """The weights, with position tables (1, N, E) of another grid, MLLA's or each block's, resized to the model's."""
+    resized = {}
+    for name in (name for name in own if name.endswith(POSITION_TABLE) and name in weights):
+        table, target = weights[name], own[name]
+        if table.shape == target.shape or table.ndim != 3:
+            continue
+        side, new_side = int(table.shape[1] ** 0.5), int(target.shape[1] ** 0.5)
+        if side * side != table.shape[1] or table.shape[2] != target.shape[2]:
+            continue  # another architecture, which load_weights describes
+        logger.info("%s: position table resized from %dx%d to %dx%d tokens", source, side, side, new_side, new_side)
+        resized[name] = resample_abs_pos_embed(
+            table, [new_side, new_side], [side, side], num_prefix_tokens=0, interpolation="bicubic", antialias=False
+        )
+    return {**weights, **resized}
