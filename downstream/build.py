@@ -4,6 +4,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from downstream.backbone import MLLABackbone, TimmBackbone
+from models.build import mlla_sizes
 
 
 def build_backbone(config: CfgNode) -> nn.Module:
@@ -15,17 +16,4 @@ def build_backbone(config: CfgNode) -> nn.Module:
     kind, _, name = config.MODEL.TYPE.partition(":")
     if kind == "timm":
         return TimmBackbone(name, drop_path_rate=config.MODEL.DROP_PATH_RATE)
-    sizes = config.MODEL.MLLA
-    return MLLABackbone(
-        patch_size=sizes.PATCH_SIZE,
-        in_chans=sizes.IN_CHANS,
-        embed_dim=sizes.EMBED_DIM,
-        depths=sizes.DEPTHS,
-        num_heads=sizes.NUM_HEADS,
-        mlp_ratio=sizes.MLP_RATIO,
-        qkv_bias=sizes.QKV_BIAS,
-        drop_rate=config.MODEL.DROP_RATE,
-        drop_path_rate=config.MODEL.DROP_PATH_RATE,
-        ape=sizes.APE,
-        use_checkpoint=config.TRAIN.USE_CHECKPOINT,
-    )
+    return MLLABackbone(**mlla_sizes(config))

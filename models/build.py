@@ -1,5 +1,7 @@
 """From a configuration to a model."""
 
+from typing import Any
+
 from torch import nn
 from yacs.config import CfgNode
 
@@ -31,22 +33,25 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
 
 
 def build_mlla(config: CfgNode, num_classes: int) -> MLLA:
+    return MLLA(img_size=config.DATA.IMG_SIZE, num_classes=num_classes, **mlla_sizes(config))
+
+
+def mlla_sizes(config: CfgNode) -> dict[str, Any]:
+    """What a classifier and a dense backbone have in common, as keywords of either."""
     sizes = config.MODEL.MLLA
-    return MLLA(
-        img_size=config.DATA.IMG_SIZE,
-        patch_size=sizes.PATCH_SIZE,
-        in_chans=sizes.IN_CHANS,
-        num_classes=num_classes,
-        embed_dim=sizes.EMBED_DIM,
-        depths=sizes.DEPTHS,
-        num_heads=sizes.NUM_HEADS,
-        mlp_ratio=sizes.MLP_RATIO,
-        qkv_bias=sizes.QKV_BIAS,
-        drop_rate=config.MODEL.DROP_RATE,
-        drop_path_rate=config.MODEL.DROP_PATH_RATE,
-        ape=sizes.APE,
-        use_checkpoint=config.TRAIN.USE_CHECKPOINT,
-    )
+    return {
+        "patch_size": sizes.PATCH_SIZE,
+        "in_chans": sizes.IN_CHANS,
+        "embed_dim": sizes.EMBED_DIM,
+        "depths": sizes.DEPTHS,
+        "num_heads": sizes.NUM_HEADS,
+        "mlp_ratio": sizes.MLP_RATIO,
+        "qkv_bias": sizes.QKV_BIAS,
+        "ape": sizes.APE,
+        "drop_rate": config.MODEL.DROP_RATE,
+        "drop_path_rate": config.MODEL.DROP_PATH_RATE,
+        "use_checkpoint": config.TRAIN.USE_CHECKPOINT,
+    }
 
 
 def build_linear_vit(config: CfgNode, num_classes: int) -> LinearViT:
