@@ -5,6 +5,7 @@
 # make ablation           train all rows of the paper's tables 1 and 2 on digits, three seeds each; ABLATION='--epochs 50' for more
 # make test               lint, format, types and tests
 # make soak               interrupt training many times; the results must be those of a run left alone (a quarter of an hour)
+# make bench-data         images a second that a core prepares, beside the plain pipeline
 # make clean              remove the virtual environment; results in output/ stay
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ DEMO_RUN := $(DEMO_OUTPUT)/mlla_digits/default
 # One process for each GPU, two at most; two on a CPU.
 COUNT_PROCESSES := import torch; print(min(2, torch.cuda.device_count() or 2))
 
-.PHONY: demo demo-detection demo-segmentation finetune ablation test lint soak clean
+.PHONY: demo demo-detection demo-segmentation finetune ablation test lint soak bench-data clean
 
 demo: .venv/installed
 	processes=$$($(BIN)/python -c '$(COUNT_PROCESSES)') && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
@@ -67,6 +68,9 @@ lint: .venv/installed
 
 soak: .venv/installed
 	$(BIN)/python tests/soak.py
+
+bench-data: .venv/installed
+	$(BIN)/python -m data.benchmark
 
 # Installed again only when requirements.txt changes.
 .venv/installed: requirements.txt

@@ -27,6 +27,10 @@ from utils.settings import (
 )
 
 COMPILE_MODE = one_of("off", "default", "reduce-overhead", "max-autotune")
+DATASET = Rule(
+    "imagenet, folder, digits, hfds/<folder or name> or wds/<folder>",
+    lambda value: value in ("imagenet", "folder", "digits") or value.startswith(("hfds/", "wds/")),
+)
 POLICY = Rule(
     "none, rand-..., augmix-..., original, v0 or 3a",
     lambda value: value.split("-")[0] in ("none", "rand", "augmix", "original", "originalr", "v0", "v0r", "3a"),
@@ -38,12 +42,17 @@ SCHEMA: dict[str, Key] = {
     "BASE": Key([""], ANY, "files to start from, relative to this one"),
     "DATA.BATCH_SIZE": Key(128, at_least(1), "images per process and forward pass"),
     "DATA.DATA_PATH": Key("", ANY, "folder with train/ and val/, a folder per class in each"),
-    "DATA.DATASET": Key("imagenet", one_of("imagenet", "folder", "digits"), "imagenet and folder read DATA_PATH"),
+    "DATA.DATASET": Key("imagenet", DATASET, "imagenet and folder read DATA_PATH; data/README.md has the rest"),
+    "DATA.ON_ERROR": Key("raise", one_of("raise", "skip"), "at an image that cannot be used: stop, or leave it out"),
+    "DATA.MAX_BAD": Key(100, at_least(0), "images that skip leaves out at most, per process"),
+    "DATA.EXACT_EVAL": Key(True, YES_NO, "evaluate on Pillow's pixels, as published figures are; false is faster"),
     "DATA.CLASSES": Key(None, ANY, "null: all; of the digits only these, ['0', '1'] say", str, True, True),
     "DATA.IMG_SIZE": Key(224, at_least(8), "side of the images, pixels"),
     "DATA.INTERPOLATION": Key("bicubic", one_of("bicubic", "bilinear", "random"), "resizing filter"),
-    "DATA.ZIP_MODE": Key(False, YES_NO, "read zip archives"),
-    "DATA.CACHE_MODE": Key("part", one_of("no", "part", "full"), "what to keep in memory of zip archives"),
+    "DATA.ZIP_MODE": Key(False, YES_NO, "read train.zip and val.zip with their maps, rather than folders"),
+    "DATA.CACHE_MODE": Key(
+        "part", one_of("no", "part", "full"), "of zip archives in memory: each process's share, or all"
+    ),
     "DATA.PIN_MEMORY": Key(True, YES_NO, "page-locked batches, for faster copies to a GPU"),
     "DATA.NUM_WORKERS": Key(8, at_least(0), "loader processes per training process; 0 loads in the training process"),
     "MODEL.TYPE": Key("mlla", one_of("mlla", "linear_vit"), "model family; each reads the section of its name"),
@@ -178,8 +187,10 @@ def check_together(values: Mapping[str, Any]) -> None:
             if (width := values[f"{section}.EMBED_DIM"] * 2**stage) % heads or width % 4:
                 reason = f"stage {stage} is {width} wide: its {heads} heads and 4 must divide that"
                 refuse(f"{section}.NUM_HEADS", reason)
-    if values["DATA.ZIP_MODE"]:
-        refuse("DATA.ZIP_MODE", "zip archives cannot be read yet; unpack them to DATA_PATH/train and DATA_PATH/val")
+    if values["DATA.ZIP_MODE"] and values["DATA.DATASET"] not in ("imagenet", "folder"):
+        refuse(
+            "DATA.ZIP_MODE", f"DATA.DATASET is {values['DATA.DATASET']}, which comes without archives; leave out --zip"
+        )
     if values["DATA.CLASSES"] and values["DATA.DATASET"] != "digits":
         refuse("DATA.CLASSES", f"works with DATA.DATASET digits, not {values['DATA.DATASET']}: leave out class folders")
     for name in ("MODEL.MLLA.IN_CHANS", "MODEL.LINEAR_VIT.IN_CHANS"):

@@ -34,7 +34,7 @@ from utils.build import (
 from utils.checkpoint import Progress
 from utils.command_line import parse_command_line
 from utils.distributed import Process, distribute
-from utils.engine import device_batches, evaluate
+from utils.engine import evaluate
 from utils.launch import mistakes_in_one_line, run_process
 from utils.logger import append_records, logger
 from utils.plots import CLASSIFIER_PANELS, plot_predictions
@@ -93,7 +93,7 @@ def run_evaluation(config: CfgNode, process: Process) -> int:
         if not config.MODEL.RESUME:
             raise ConfigError("MODEL.RESUME is empty: evaluation needs weights, name them with --resume FILE")
         open_run_folder(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
-        data = build_data(config, rank=process.rank, num_processes=process.num_processes)
+        data = build_data(config, rank=process.rank, num_processes=process.num_processes, device=process.device)
         model = prepare_model(config, process, len(data.classes))
         weights_file = read_weights(config.MODEL.RESUME)
         check_classes(weights_file.classes, data.classes, config.MODEL.RESUME)
@@ -146,7 +146,7 @@ def run_training(config: CfgNode, process: Process) -> int:
 
 def set_up(config: CfgNode, process: Process, folder: Path) -> Run:
     """Open the data, make the model, and go on from a checkpoint where there is one."""
-    data = build_data(config, rank=process.rank, num_processes=process.num_processes)
+    data = build_data(config, rank=process.rank, num_processes=process.num_processes, device=process.device)
     derived = derive(config, num_processes=process.num_processes, num_train_images=data.num_train_images)
     model = prepare_model(config, process, len(data.classes))
     if config.MODEL.PRETRAINED:
@@ -174,8 +174,8 @@ def train(run: Run) -> bool:
     model = distribute(state.model, process, find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS)
 
     def batches(epoch: int, first: int) -> Iterator[Any]:
-        loader.sampler.set_epoch(epoch, first * config.DATA.BATCH_SIZE)  # type: ignore[attr-defined]
-        return (make_targets(*batch) for batch in device_batches(loader, process.device))
+        loader.set_epoch(epoch, first * config.DATA.BATCH_SIZE)
+        return (make_targets(*batch) for batch in loader)
 
     def evaluate_and_log(candidate: nn.Module, name: str) -> dict[str, float]:
         scores = evaluate(candidate, run.data.val, process, run.precision)._asdict()

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from config import ConfigError, load_config
+from data.device import Normaliser
 from data.digits import Digits
-from data.transforms import denormalise, eval_transform
+from data.transforms import EvalTransform, denormalise
 from models.build import build_model
 from models.inspection import Seen, attention_inputs, attention_map, gate_values, receptive_fields
 from utils.launch import mistakes_in_one_line
@@ -100,11 +101,13 @@ def open_images(options: argparse.Namespace, size: int) -> list[Image.Image]:
         return [Image.fromarray(image) for image in load_sample_images().images]
     digits = Digits("val", size)
     indices = np.linspace(0, len(digits) - 1, min(options.digits, len(digits))).astype(int)
-    return [digits[int(index)][0] for index in indices]
+    return [digits.read(int(index)) for index in indices]
 
 
 def to_tensor(config: CfgNode, image: Image.Image, size: int) -> Tensor:
-    return eval_transform(size, crop=config.TEST.CROP, interpolation=config.DATA.INTERPOLATION)(image)
+    transform = EvalTransform(size, crop=config.TEST.CROP, interpolation=config.DATA.INTERPOLATION)
+    pixels, _ = transform(image)  # (size, size, 3)
+    return Normaliser()(pixels.permute(2, 0, 1)[None])[0]  # (3, size, size)
 
 
 def colours(images: Tensor) -> np.ndarray:

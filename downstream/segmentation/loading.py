@@ -117,4 +117,4 @@ def batches_or_data_error(loader: DataLoader) -> Iterator[Any]:
     try:
         yield from loader
     except DataError as error:  # a worker's comes with its traceback in the text
-        raise DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[2]) from None
+        raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None

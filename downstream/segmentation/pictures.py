@@ -41,10 +41,13 @@ def save_mask(path: Path, classes: np.ndarray, num_classes: int, *, first_label:
     picture.save(path)
 
 
-def overlay(image: np.ndarray, classes: np.ndarray, num_classes: int, *, opacity: float = 0.55) -> np.ndarray:
-    """An image (H, W, 3) with the colours of its pixels' classes (H, W) over it, and lines between classes, uint8."""
-    colours = class_colours(num_classes)[classes]
-    mixed = image * (1 - opacity) + colours * opacity
+def overlay(image: np.ndarray, classes: np.ndarray, num_classes: int, *, opacity: float = 0.6) -> np.ndarray:
+    """An image (H, W, 3) in grey, coloured by its pixels' classes (H, W), with lines between classes, uint8.
+
+    Pixels without a class keep the image's colours.
+    """
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
+    mixed = grey * (1 - opacity) + class_colours(num_classes)[classes] * opacity
     mixed[classes == IGNORED] = image[classes == IGNORED]
     borders = cv2.morphologyEx(classes, cv2.MORPH_GRADIENT, np.ones((2, 2), np.uint8)) > 0
     mixed[borders] = 255
@@ -80,5 +83,5 @@ def plot_segmentations(
         colours = class_colours(len(classes)) / 255
         patches = [Patch(color=colours[i], label=classes[i].replace("$", r"\$")) for i in present]
         figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 8), frameon=False)
-    figure.savefig(picture, dpi=110, bbox_inches="tight")
+    figure.savefig(picture, dpi=75, bbox_inches="tight")
     plt.close(figure)

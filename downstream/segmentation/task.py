@@ -31,7 +31,7 @@ from utils.plots import STEP_PANELS, Panel
 from utils.run_folder import unused_name
 from utils.settings import ConfigError
 
-NUM_PREVIEWS = 12
+NUM_PREVIEWS = 8
 
 
 class Segmentation(Task):
