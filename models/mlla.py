@@ -1,20 +1,19 @@
 """MLLA, Mamba-Like Linear Attention (Han et al., NeurIPS 2024, arXiv 2405.16605): the network at one glance."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from math import prod
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath, Mlp, to_2tuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import LinearAttention
-from models.layers import Downsample, Stem, TokenConv, pad_to_multiple
+from models.layers import DERIVED_KEY_SUFFIX, Downsample, Stem, TokenConv, initialise, pad_to_multiple
 from models.rope import rotary_tables
-
-# The official classifier stores rotary tables for its one image size; here they follow from the grid.
-DERIVED_KEY_SUFFIX = "attn.rope.rotations"
+from models.timm_interface import TimmInterface
 
 
 class MLLABlock(nn.Module):
@@ -76,7 +75,7 @@ class Stage(nn.Module):
         return x, x if self.downsample is None else self.downsample(x)
 
 
-class MLLA(nn.Module):
+class MLLA(TimmInterface):
     """Classifier for images (B, in_chans, H, W) of any H and W; gives logits (B, num_classes).
 
     Sizes that 32 does not divide are padded at the right and the bottom with zeros: the image to a multiple of 4, the
@@ -84,7 +83,8 @@ class MLLA(nn.Module):
     weights.
 
     Args:
-        img_size: side in pixels of the images for which the table of `ape` is made; other sizes interpolate it.
+        img_size: side, or height and width, in pixels of the images for which the table of `ape` is made; other sizes
+            interpolate it.
         patch_size: stride of the stem; 4, since the stem is convolutional.
         in_chans: channels of an image.
         num_classes: width of the classifier; 0 leaves it out, and the model gives features (B, C).
@@ -98,15 +98,16 @@ class MLLA(nn.Module):
         norm_layer: makes the token norms from a width.
         ape: add a learned absolute position embedding after the stem.
         use_checkpoint: recompute each block in the backward pass, to save memory.
+        global_pool: how the last tokens become one vector: avg as in the paper, max, avgmax, catavgmax, or "" for none.
 
     Raises:
         ValueError: patch_size is not 4, depths and num_heads differ in length, a stage's heads do not divide its
-            width, or a width is not a multiple of 4.
+            width, a width is not a multiple of 4, or an unknown global_pool.
     """
 
     def __init__(
         self,
-        img_size: int = 224,
+        img_size: int | tuple[int, int] = 224,
         patch_size: int = 4,
         in_chans: int = 3,
         num_classes: int = 1000,
@@ -120,6 +121,7 @@ class MLLA(nn.Module):
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
         ape: bool = False,
         use_checkpoint: bool = False,
+        global_pool: str = "avg",
     ) -> None:
         super().__init__()
         if patch_size != 4:
@@ -133,13 +135,13 @@ class MLLA(nn.Module):
                     f"stage {i} is {width} wide (embed_dim {embed_dim}): {heads} heads must divide it, and so must 4; "
                     f"change num_heads or embed_dim"
                 )
-        self.num_classes = num_classes
+        self.in_chans = in_chans
         self.num_features = self.widths[-1]
         self.is_backbone_frozen = False
 
         self.patch_embed = Stem(in_chans, embed_dim)
-        grid = -(-img_size // patch_size)
-        self.absolute_pos_embed = nn.Parameter(torch.zeros(1, grid * grid, embed_dim)) if ape else None
+        self.grid = tuple(-(-side // patch_size) for side in to_2tuple(img_size))
+        self.absolute_pos_embed = nn.Parameter(torch.zeros(1, prod(self.grid), embed_dim)) if ape else None
         self.pos_drop = nn.Dropout(drop_rate)
 
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
@@ -151,7 +153,7 @@ class MLLA(nn.Module):
             ]
             self.layers.append(Stage(blocks, width, i < len(depths) - 1, use_checkpoint))
         self.norm = norm_layer(self.num_features)
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.make_classifier(num_classes, global_pool)
 
         self.apply(initialise)
         if self.absolute_pos_embed is not None:
@@ -161,22 +163,6 @@ class MLLA(nn.Module):
     @property
     def stages(self) -> Iterable[Stage]:
         return cast("Iterable[Stage]", self.layers)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters with two or more dimensions that are not decayed all the same."""
-        return {"absolute_pos_embed"}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's description of the layers, from the stem to the head: a block each, or with `coarse` a stage each.
-
-        A downsampling belongs to the block before it, the final norm to the last block.
-        """
-        with_former = (99999,)  # timm's mark for what joins the layer before
-        blocks = [(r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^layers\.(\d+)\.downsample", with_former)]
-        return {
-            "stem": r"^patch_embed|^absolute_pos_embed",
-            "blocks": r"^layers\.(\d+)" if coarse else [*blocks, (r"^norm", with_former)],
-        }
 
     def freeze_backbone(self) -> None:
         """Leave only the classifier to training.
@@ -201,21 +187,6 @@ class MLLA(nn.Module):
                 child.train(mode and child is self.head)
         return self
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass, or stop doing so."""
-        for stage in self.stages:
-            stage.use_checkpoint = enable
-
-    def get_classifier(self) -> nn.Module:
-        """The linear layer from features to classes."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by a fresh one for num_classes (0: none), on the device and in the dtype it was in."""
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.apply(initialise).to(next(self.parameters()))
-
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to the first stage's tokens (B, ceil(H / 4), ceil(W / 4), embed_dim)."""
         x = pad_to_multiple(images, 4).contiguous(memory_format=torch.channels_last)
@@ -227,9 +198,8 @@ class MLLA(nn.Module):
     def position_table(self, height: int, width: int) -> Tensor:
         """The learned position embedding for a grid, (1, height, width, embed_dim); bicubic for other grids."""
         assert self.absolute_pos_embed is not None
-        side = int(self.absolute_pos_embed.shape[1] ** 0.5)
-        table = self.absolute_pos_embed.unflatten(1, (side, side))  # (1, side, side, E)
-        if (height, width) != (side, side):
+        table = self.absolute_pos_embed.unflatten(1, self.grid)  # (1, rows, columns, E)
+        if (height, width) != self.grid:
             table = F.interpolate(table.permute(0, 3, 1, 2), (height, width), mode="bicubic").permute(0, 2, 3, 1)
         return table
 
@@ -241,20 +211,12 @@ class MLLA(nn.Module):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens (B, H, W, C) to logits (B, num_classes), or to their mean (B, C) if pre_logits."""
-        x = x.mean(dim=(1, 2))  # (B, C)
+        """Tokens (B, H, W, C) to logits (B, num_classes), or if pre_logits to one vector (B, head_hidden_size)."""
+        x = self.global_pool(x)  # (B, C), the mean in the paper
         return x if pre_logits else self.head(x)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(images))
-
-
-def initialise(module: nn.Module) -> None:
-    """Linear weights truncated normal 0.02 and biases 0; norms and convolutions keep PyTorch's defaults."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def drop_derived_keys(_module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
