@@ -1,7 +1,7 @@
 # make demo   train and evaluate a small MLLA on handwritten digits, on this machine
 # make test   lint, format, types and tests
 # make soak   interrupt training many times; the results must be those of a run left alone (a quarter of an hour)
-# make clean  remove the virtual environment; results in output/ stay
+# make clean  remove the virtual environment and what builds left; results in output/ stay
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -39,4 +39,4 @@ soak: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv build mlla.egg-info
