@@ -25,12 +25,12 @@ from models import build_model
 from utils.amp import Precision
 from utils.build import build_precision
 from utils.command_line import Parser
-from utils.convert import write_whole
 from utils.distributed import Process
 from utils.engine import evaluate
 from utils.onnx_file import check_packages, onnx_runner, write_onnx, write_smaller
 from utils.weights import load_weights, read_state_dict, read_weights
 from utils.weights_file import load_checkpoint
+from utils.whole_file import write_whole
 
 Runner = Callable[[Tensor], list[Tensor]]
 
@@ -244,8 +244,10 @@ def export(words: Any) -> None:
             raise ExportError(f"{words.target}: is off by {error:.1e} of the largest value, allowed is {TOLERANCE}")
         if words.precision != "float32":
             exact = path.rename(path.with_suffix(".float32"))
-            write_smaller(exact, path, words.precision)
-            exact.unlink()
+            try:
+                write_smaller(exact, path, words.precision)
+            finally:
+                exact.unlink()
             error = largest_error(model, open_runner(words.form, path, model), size.examples(channels))
         report += f", off by {error:.1e} of the largest value"
 

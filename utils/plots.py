@@ -51,7 +51,7 @@ def plot_curves(records: list[dict[str, Any]], panels: Sequence[Panel], picture:
 
 
 def plot_predictions(
-    images: Sequence[np.ndarray],
+    images: Sequence[np.ndarray] | np.ndarray,
     *,
     labels: list[str],
     predictions: list[str],
@@ -74,7 +74,11 @@ def plot_predictions(
 
 
 def plot_grid(
-    images: Sequence[np.ndarray], captions: Sequence[str], *, picture: Path, colors: Sequence[str] | None = None
+    images: Sequence[np.ndarray] | np.ndarray,
+    captions: Sequence[str],
+    *,
+    picture: Path,
+    colors: Sequence[str] | None = None,
 ) -> None:
     """Draw images (H, W, 3), of any sizes, in rows of eight, each below its caption."""
     columns = min(8, len(images))

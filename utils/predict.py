@@ -27,10 +27,10 @@ from yacs.config import CfgNode
 from config import load_config
 from models import build_model
 from utils.command_line import Parser
-from utils.convert import write_whole
 from utils.plots import plot_grid
 from utils.weights import classes_in, load_weights, read_state_dict
 from utils.weights_file import load_checkpoint
+from utils.whole_file import write_whole
 
 MAX_PICTURES = 64
 MAX_NAME = 40  # characters of a file's or class's name in the table
@@ -154,7 +154,7 @@ def class_names(stored: list[str] | None, count: int) -> list[str]:
     if stored and len(stored) == count:
         return stored
     if count == 1000:
-        return ImageNetInfo().label_descriptions()
+        return list(ImageNetInfo().label_descriptions())
     return [f"class {i}" for i in range(count)]
 
 
@@ -191,10 +191,10 @@ def table(predictions: Sequence[Prediction]) -> str:
     )
 
 
-def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
-    """As JSON (a list of objects) or CSV (a line an image and class), by the name's ending."""
+def write_predictions(path: Path, predictions: Sequence[Prediction], form: str) -> None:
+    """As .json (a list of objects) or .csv (a line an image and class)."""
     with path.open("w", newline="") as file:
-        if ".json" in path.suffixes:
+        if form == ".json":
             json.dump([prediction._asdict() for prediction in predictions], file, indent=1, ensure_ascii=False)
             return
         writer = csv.writer(file)
@@ -259,7 +259,7 @@ def run(words: Any) -> None:
         raise PredictionError(f"none of {len(paths)} files could be read as an image")
     print(table(predictions))
     if words.output:
-        write_whole(words.output, lambda path: write_predictions(path, predictions))
+        write_whole(words.output, lambda path: write_predictions(path, predictions, words.output.suffix))
     if words.picture:
         draw(words.picture, predictions)
 
