@@ -1,7 +1,12 @@
-# make demo   train and evaluate a small MLLA on handwritten digits, on this machine
-# make test   lint, format, types and tests
-# make soak   interrupt training many times; the results must be those of a run left alone (a quarter of an hour)
-# make clean  remove the virtual environment and what builds left; results in output/ stay
+# make demo               train and evaluate a small MLLA on handwritten digits, on this machine
+# make demo-detection     train and evaluate a small Mask R-CNN on rendered shapes, on this machine
+# make demo-segmentation  render shapes, train and evaluate a small UperNet on them
+# make finetune           train on five digits, then on all ten at another size, from those weights and from scratch
+# make ablation           train all rows of the paper's tables 1 and 2 on digits, three seeds each; ABLATION='--epochs 50' for more
+# make test               lint, format, types and tests
+# make soak               interrupt training many times; the results must be those of a run left alone (a quarter of an hour)
+# make bench-data         images a second that a core prepares, beside the plain pipeline
+# make clean              remove the virtual environment and what builds left; results in output/ stay
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +15,7 @@ DEMO_RUN := $(DEMO_OUTPUT)/mlla_digits/default
 # One process for each GPU, two at most; two on a CPU.
 COUNT_PROCESSES := import torch; print(min(2, torch.cuda.device_count() or 2))
 
-.PHONY: demo test lint soak clean
+.PHONY: demo demo-detection demo-segmentation finetune ablation test lint soak bench-data clean
 
 demo: .venv/installed
 	processes=$$($(BIN)/python -c '$(COUNT_PROCESSES)') && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
@@ -18,6 +23,40 @@ demo: .venv/installed
 	$(BIN)/torchrun --standalone --nproc_per_node=$$processes main.py --cfg cfgs/digits.yaml --amp --output $(DEMO_OUTPUT) \
 		--eval --resume $(DEMO_RUN)/max_ema_acc.pth
 	@echo "Results: $(DEMO_RUN) (curves.png, predictions.png, metrics.jsonl, log_rank0.txt, checkpoints)"
+
+SEGMENTATION := -m downstream.segmentation.main --cfg downstream/segmentation/cfgs/shapes.yaml \
+	--data-path $(DEMO_OUTPUT)/segmentation_shapes --amp --output $(DEMO_OUTPUT)
+SEGMENTATION_RUN := $(DEMO_OUTPUT)/shapes_upernet/default
+
+demo-segmentation: .venv/installed
+	$(BIN)/python -m downstream.segmentation.make_shapes $(DEMO_OUTPUT)/segmentation_shapes
+	processes=$$($(BIN)/python -c '$(COUNT_PROCESSES)') && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
+	$(BIN)/torchrun --standalone --nproc_per_node=$$processes $(SEGMENTATION) && \
+	$(BIN)/torchrun --standalone --nproc_per_node=$$processes $(SEGMENTATION) --eval --resume $(SEGMENTATION_RUN)/max_ema_miou.pth
+	@echo "Results: $(SEGMENTATION_RUN) (predictions.png, curves.png, metrics.jsonl, evaluations.jsonl, checkpoints)"
+
+finetune: .venv/installed
+	processes=$$($(BIN)/python -c '$(COUNT_PROCESSES)') && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
+	run="$(BIN)/torchrun --standalone --nproc_per_node=$$processes main.py --amp --output $(DEMO_OUTPUT) --cfg" && \
+	$$run cfgs/digits_pretrain.yaml && \
+	$$run cfgs/digits_finetune.yaml --tag scratch && \
+	$$run cfgs/digits_finetune.yaml --tag finetuned \
+		--pretrained $(DEMO_OUTPUT)/mlla_digits_pretrain/default/max_ema_acc.pth
+	@grep -H "best top-1" $(DEMO_OUTPUT)/mlla_digits_finetune/*/log_rank0.txt
+
+DETECTION := -m downstream.detection.main --cfg downstream/detection/cfgs/shapes.yaml --amp \
+	--data-path $(DEMO_OUTPUT)/shapes --output $(DEMO_OUTPUT)
+DETECTION_RUN := $(DEMO_OUTPUT)/mask_rcnn_shapes/default
+
+demo-detection: .venv/installed
+	processes=$$($(BIN)/python -c '$(COUNT_PROCESSES)') && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
+	$(BIN)/python -m downstream.detection.make_shapes $(DEMO_OUTPUT)/shapes && \
+	$(BIN)/torchrun --standalone --nproc_per_node=$$processes $(DETECTION) && \
+	$(BIN)/torchrun --standalone --nproc_per_node=$$processes $(DETECTION) --eval --resume $(DETECTION_RUN)/max_box_ap.pth
+	@echo "Results: $(DETECTION_RUN) (curves.png, predictions.jpg, metrics.jsonl, results_model.json, checkpoints)"
+
+ablation: .venv/installed
+	$(BIN)/python -m models.ablation_study --output output/ablation $(ABLATION)
 
 test: lint
 	$(BIN)/python -m pytest
@@ -29,6 +68,9 @@ lint: .venv/installed
 
 soak: .venv/installed
 	$(BIN)/python tests/soak.py
+
+bench-data: .venv/installed
+	$(BIN)/python -m data.benchmark
 
 # Installed again only when requirements.txt changes.
 .venv/installed: requirements.txt

@@ -27,6 +27,10 @@ from utils.settings import (
 )
 
 COMPILE_MODE = one_of("off", "default", "reduce-overhead", "max-autotune")
+DATASET = Rule(
+    "imagenet, folder, digits, hfds/<folder or name> or wds/<folder>",
+    lambda value: value in ("imagenet", "folder", "digits") or value.startswith(("hfds/", "wds/")),
+)
 POLICY = Rule(
     "none, rand-..., augmix-..., original, v0 or 3a",
     lambda value: value.split("-")[0] in ("none", "rand", "augmix", "original", "originalr", "v0", "v0r", "3a"),
@@ -38,15 +42,20 @@ SCHEMA: dict[str, Key] = {
     "BASE": Key([""], ANY, "files to start from, relative to this one"),
     "DATA.BATCH_SIZE": Key(128, at_least(1), "images per process and forward pass"),
     "DATA.DATA_PATH": Key("", ANY, "folder with train/ and val/, a folder per class in each"),
-    "DATA.DATASET": Key("imagenet", one_of("imagenet", "folder", "digits"), "imagenet and folder read DATA_PATH"),
+    "DATA.DATASET": Key("imagenet", DATASET, "imagenet and folder read DATA_PATH; data/README.md has the rest"),
+    "DATA.ON_ERROR": Key("raise", one_of("raise", "skip"), "at an image that cannot be used: stop, or leave it out"),
+    "DATA.MAX_BAD": Key(100, at_least(0), "images that skip leaves out at most, per process"),
+    "DATA.EXACT_EVAL": Key(True, YES_NO, "evaluate on Pillow's pixels, as published figures are; false is faster"),
     "DATA.CLASSES": Key(None, ANY, "null: all; of the digits only these, ['0', '1'] say", str, True, True),
     "DATA.IMG_SIZE": Key(224, at_least(8), "side of the images, pixels"),
     "DATA.INTERPOLATION": Key("bicubic", one_of("bicubic", "bilinear", "random"), "resizing filter"),
-    "DATA.ZIP_MODE": Key(False, YES_NO, "read zip archives"),
-    "DATA.CACHE_MODE": Key("part", one_of("no", "part", "full"), "what to keep in memory of zip archives"),
+    "DATA.ZIP_MODE": Key(False, YES_NO, "read train.zip and val.zip with their maps, rather than folders"),
+    "DATA.CACHE_MODE": Key(
+        "part", one_of("no", "part", "full"), "of zip archives in memory: each process's share, or all"
+    ),
     "DATA.PIN_MEMORY": Key(True, YES_NO, "page-locked batches, for faster copies to a GPU"),
     "DATA.NUM_WORKERS": Key(8, at_least(0), "loader processes per training process; 0 loads in the training process"),
-    "MODEL.TYPE": Key("mlla", one_of("mlla"), "model family"),
+    "MODEL.TYPE": Key("mlla", one_of("mlla", "linear_vit"), "model family; each reads the section of its name"),
     "MODEL.NAME": Key("mlla_tiny", Rule("not empty", bool), "names the output folder"),
     "MODEL.RESUME": Key("", ANY, "checkpoint to go on from, or weights to evaluate: path, URL or mlla-t, -s, -b"),
     "MODEL.PRETRAINED": Key("", ANY, "weights to start from, likewise; a classifier of other width starts fresh"),
@@ -63,6 +72,28 @@ SCHEMA: dict[str, Key] = {
     "MODEL.MLLA.MLP_RATIO": Key(4.0, above(0), "hidden width of the MLP over its input width"),
     "MODEL.MLLA.QKV_BIAS": Key(True, YES_NO, "bias in the projection to q and k"),
     "MODEL.MLLA.APE": Key(False, YES_NO, "add a learned absolute position embedding"),
+    "MODEL.LINEAR_VIT.PATCH_SIZE": Key(4, at_least(1), "side of a patch, pixels"),
+    "MODEL.LINEAR_VIT.IN_CHANS": Key(3, at_least(1), "channels of linear_vit's images"),
+    "MODEL.LINEAR_VIT.EMBED_DIM": Key(96, at_least(4), "token width of linear_vit's first stage; doubles with each"),
+    "MODEL.LINEAR_VIT.DEPTHS": Key([2, 2, 6, 2], at_least(1), "blocks of each stage of linear_vit"),
+    "MODEL.LINEAR_VIT.NUM_HEADS": Key([3, 6, 12, 24], at_least(1), "heads of each stage of linear_vit"),
+    "MODEL.LINEAR_VIT.MLP_RATIO": Key(4.0, above(0), "hidden width of linear_vit's MLP over its input width"),
+    "MODEL.LINEAR_VIT.QKV_BIAS": Key(True, YES_NO, "bias in the projections to q, k and v"),
+    "MODEL.LINEAR_VIT.KERNELS": Key("torch", one_of("auto", "torch"), "auto: Triton for the forget gate, where it can"),
+    "MODEL.LINEAR_VIT.INPUT_GATE": Key(False, YES_NO, "multiply V by softplus(x W1 W2 + b)"),
+    "MODEL.LINEAR_VIT.FORGET_GATE": Key(False, YES_NO, "let the state decay; tokens are read in raster order"),
+    "MODEL.LINEAR_VIT.SHORTCUT": Key(False, YES_NO, "add D * V, D a learned vector"),
+    "MODEL.LINEAR_VIT.NORMALISE": Key(True, YES_NO, "divide by Q Z"),
+    "MODEL.LINEAR_VIT.SINGLE_HEAD": Key(
+        False, YES_NO, "one head of Q and K, as wide as one of NUM_HEADS, for all of V"
+    ),
+    "MODEL.LINEAR_VIT.BLOCK": Key(
+        "transformer", one_of("transformer", "sub", "all"), "what Mamba's gated block replaces: nothing, attention, all"
+    ),
+    "MODEL.LINEAR_VIT.APE": Key(False, YES_NO, "add learned absolute position embeddings, one in each block"),
+    "MODEL.LINEAR_VIT.LEPE": Key(False, YES_NO, "add a depthwise convolution of V after attention"),
+    "MODEL.LINEAR_VIT.CPE": Key(False, YES_NO, "add depthwise convolutions before attention and before the MLP"),
+    "MODEL.LINEAR_VIT.ROPE": Key(False, YES_NO, "rotate Q and K by their tokens' rows and columns"),
     "TRAIN.START_EPOCH": Key(0, at_least(0), "first epoch where no checkpoint says it"),
     "TRAIN.EPOCHS": Key(300, at_least(1), "epochs of the schedule, warm-up included"),
     "TRAIN.WARMUP_EPOCHS": Key(20, at_least(0), "epochs of linear warm-up; below EPOCHS"),
@@ -148,17 +179,23 @@ def check_together(values: Mapping[str, Any]) -> None:
             refuse(name, "must have two values")
         if values[name] is not None and name.startswith("AUG") and values[name][0] > values[name][1]:
             refuse(name, "must have the smaller value first")
-    if len(values["MODEL.MLLA.DEPTHS"]) != len(values["MODEL.MLLA.NUM_HEADS"]):
-        refuse("MODEL.MLLA.NUM_HEADS", f"must be as many as MODEL.MLLA.DEPTHS, {values['MODEL.MLLA.DEPTHS']}")
-    for stage, heads in enumerate(values["MODEL.MLLA.NUM_HEADS"]):
-        if (width := values["MODEL.MLLA.EMBED_DIM"] * 2**stage) % heads or width % 4:
-            refuse("MODEL.MLLA.NUM_HEADS", f"stage {stage} is {width} wide: its {heads} heads and 4 must divide that")
-    if values["DATA.ZIP_MODE"]:
-        refuse("DATA.ZIP_MODE", "zip archives cannot be read yet; unpack them to DATA_PATH/train and DATA_PATH/val")
+    for section in ("MODEL.MLLA", "MODEL.LINEAR_VIT"):
+        depths, num_heads = values[f"{section}.DEPTHS"], values[f"{section}.NUM_HEADS"]
+        if len(depths) != len(num_heads):
+            refuse(f"{section}.NUM_HEADS", f"must be as many as {section}.DEPTHS, {depths}")
+        for stage, heads in enumerate(num_heads):
+            if (width := values[f"{section}.EMBED_DIM"] * 2**stage) % heads or width % 4:
+                reason = f"stage {stage} is {width} wide: its {heads} heads and 4 must divide that"
+                refuse(f"{section}.NUM_HEADS", reason)
+    if values["DATA.ZIP_MODE"] and values["DATA.DATASET"] not in ("imagenet", "folder"):
+        refuse(
+            "DATA.ZIP_MODE", f"DATA.DATASET is {values['DATA.DATASET']}, which comes without archives; leave out --zip"
+        )
     if values["DATA.CLASSES"] and values["DATA.DATASET"] != "digits":
         refuse("DATA.CLASSES", f"works with DATA.DATASET digits, not {values['DATA.DATASET']}: leave out class folders")
-    if values["MODEL.MLLA.IN_CHANS"] != 3 and not (values["THROUGHPUT_MODE"] or values["PROFILE_MODE"]):
-        refuse("MODEL.MLLA.IN_CHANS", "images are read as RGB: must be 3")
+    for name in ("MODEL.MLLA.IN_CHANS", "MODEL.LINEAR_VIT.IN_CHANS"):
+        if values[name] != 3 and not (values["THROUGHPUT_MODE"] or values["PROFILE_MODE"]):
+            refuse(name, "images are read as RGB: must be 3")
     if values["EVAL_MODE"] or values["THROUGHPUT_MODE"] or values["PROFILE_MODE"]:
         return  # the rest is about training
     if values["TRAIN.FREEZE"] and not (values["MODEL.PRETRAINED"] or values["MODEL.RESUME"]):

@@ -20,7 +20,7 @@ from yacs.config import CfgNode
 from config import SCHEMA, ConfigError, Derived, derive, load_config
 from data import Data, build_data, build_targets
 from data.transforms import denormalise
-from models import PAPER_FIGURES, build_model
+from models import PAPER_FIGURES, build_model, input_channels
 from utils.amp import Precision
 from utils.benchmark import compiled, measure_throughput, throughput_table
 from utils.build import (
@@ -34,7 +34,7 @@ from utils.build import (
 from utils.checkpoint import Progress
 from utils.command_line import parse_command_line
 from utils.distributed import Process, distribute
-from utils.engine import device_batches, evaluate
+from utils.engine import evaluate
 from utils.launch import mistakes_in_one_line, run_process
 from utils.logger import append_records, logger
 from utils.plots import CLASSIFIER_PANELS, plot_predictions
@@ -62,7 +62,7 @@ def run_profile(config: CfgNode) -> int:
     with mistakes_in_one_line():
         model = build_model(config)
     figures = PAPER_FIGURES.get(config.MODEL.NAME) if config.DATA.IMG_SIZE == 224 else None
-    parts = profile(model, config.DATA.IMG_SIZE, config.MODEL.MLLA.IN_CHANS)
+    parts = profile(model, config.DATA.IMG_SIZE, input_channels(config))
     print(f"{config.MODEL.NAME}, {config.DATA.IMG_SIZE}x{config.DATA.IMG_SIZE}")
     print(profile_table(parts, (figures.parameters_m, figures.gmacs) if figures else None))
     return 0
@@ -79,7 +79,7 @@ def run_throughput(config: CfgNode, process: Process) -> int:
         precision=build_precision(config, process.device),
         batch_size=config.DATA.BATCH_SIZE,
         image_size=config.DATA.IMG_SIZE,
-        in_chans=config.MODEL.MLLA.IN_CHANS,
+        in_chans=input_channels(config),
         compile_mode=config.TEST.COMPILE,
     )
     if process.is_main:
@@ -93,7 +93,7 @@ def run_evaluation(config: CfgNode, process: Process) -> int:
         if not config.MODEL.RESUME:
             raise ConfigError("MODEL.RESUME is empty: evaluation needs weights, name them with --resume FILE")
         open_run_folder(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
-        data = build_data(config, rank=process.rank, num_processes=process.num_processes)
+        data = build_data(config, rank=process.rank, num_processes=process.num_processes, device=process.device)
         model = prepare_model(config, process, len(data.classes))
         weights_file = read_weights(config.MODEL.RESUME)
         check_classes(weights_file.classes, data.classes, config.MODEL.RESUME)
@@ -146,7 +146,7 @@ def run_training(config: CfgNode, process: Process) -> int:
 
 def set_up(config: CfgNode, process: Process, folder: Path) -> Run:
     """Open the data, make the model, and go on from a checkpoint where there is one."""
-    data = build_data(config, rank=process.rank, num_processes=process.num_processes)
+    data = build_data(config, rank=process.rank, num_processes=process.num_processes, device=process.device)
     derived = derive(config, num_processes=process.num_processes, num_train_images=data.num_train_images)
     model = prepare_model(config, process, len(data.classes))
     if config.MODEL.PRETRAINED:
@@ -174,8 +174,8 @@ def train(run: Run) -> bool:
     model = distribute(state.model, process, find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS)
 
     def batches(epoch: int, first: int) -> Iterator[Any]:
-        loader.sampler.set_epoch(epoch, first * config.DATA.BATCH_SIZE)  # type: ignore[attr-defined]
-        return (make_targets(*batch) for batch in device_batches(loader, process.device))
+        loader.set_epoch(epoch, first * config.DATA.BATCH_SIZE)
+        return (make_targets(*batch) for batch in loader)
 
     def evaluate_and_log(candidate: nn.Module, name: str) -> dict[str, float]:
         scores = evaluate(candidate, run.data.val, process, run.precision)._asdict()

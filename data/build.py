@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,71 +12,100 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
+from data.archive_cache import cache_archives
+from data.dataset import ImageDataset, ImageSource, keep_batch
+from data.device import DeviceLoader, Normaliser
 from data.digits import Digits
-from data.image_folder import open_image_folder
-from data.samplers import EvalSampler, LabelledImages, SampleKey, TrainSampler, TransformedImages
-from data.transforms import eval_transform, train_transform
+from data.hugging_face import HuggingFaceImages
+from data.image_folder import ImageFolder
+from data.samplers import EvalSampler, SampleKey, TrainSampler
+from data.transforms import EvalTransform, TrainTransform
+from data.webdataset_shards import WebDatasetShards
 from data.workers import leave_process_group
+from data.zip_folder import ZipFolder
 
 TargetMaker = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Data:
-    """Loaders of (normalised images (B, 3, H, W), labels (B,)); train is None where only evaluation is asked."""
+    """Loaders of (normalised images (B, 3, H, W), labels (B,)) on the device; train is None where only evaluation is
+    asked.
+    """
 
-    train: DataLoader | None
-    val: DataLoader
+    train: DeviceLoader | None
+    val: DeviceLoader
     classes: list[str]
 
     @property
     def num_train_images(self) -> int:
-        return 0 if self.train is None else len(self.train.dataset)  # type: ignore[arg-type]
+        return 0 if self.train is None else self.train.num_images
 
     @property
     def num_val_images(self) -> int:
-        return len(self.val.dataset)  # type: ignore[arg-type]
+        return self.val.num_images
 
     def preview(self, count: int) -> tuple[Tensor, list[int]]:
-        """Up to `count` evenly spaced validation images (N, 3, H, W), normalised, and their labels."""
+        """Up to `count` evenly spaced validation images (N, 3, H, W), normalised, on the CPU, and their labels."""
         indices = np.linspace(0, self.num_val_images - 1, min(count, self.num_val_images)).astype(int)
-        samples = [self.val.dataset[SampleKey(0, int(index))] for index in indices]
-        return torch.stack([image for image, _ in samples]), [label for _, label in samples]
+        batch = self.val.dataset.__getitems__([SampleKey(0, int(index)) for index in indices])
+        return Normaliser()(batch.images.permute(0, 3, 1, 2)), batch.labels.tolist()
 
 
-def build_data(config: CfgNode, *, rank: int, num_processes: int) -> Data:
+def build_data(config: CfgNode, *, rank: int = 0, num_processes: int = 1, device: torch.device | str = "cpu") -> Data:
     """Open the data set, check it against MODEL.NUM_CLASSES, and make this process's loaders.
 
     Raises:
-        FileNotFoundError: folders or images are missing.
-        ValueError: classes differ between splits, or from MODEL.NUM_CLASSES.
+        OSError: folders, archives or images are missing, or an optional library, or memory for what is to be cached.
+        ValueError: classes differ between splits, or from MODEL.NUM_CLASSES; an archive or map is damaged.
     """
-    val_images = open_split(config, "val")
-    train_images = None if config.EVAL_MODE else open_split(config, "train")
-    classes = val_images.classes
-    if train_images is not None and train_images.classes != classes:
-        different = sorted(set(train_images.classes) ^ set(classes))
+    val_source = open_split(config, "val")
+    train_source = None if config.EVAL_MODE else open_split(config, "train")
+    classes = val_source.classes
+    if train_source is not None and train_source.classes != classes:
+        different = sorted(set(train_source.classes) ^ set(classes))
         raise ValueError(
-            f"DATA.DATA_PATH {config.DATA.DATA_PATH!r}: train/ has {len(train_images.classes)} classes, val/ has "
+            f"DATA.DATA_PATH {config.DATA.DATA_PATH!r}: train/ has {len(train_source.classes)} classes, val/ has "
             f"{len(classes)}; only in one of them: {', '.join(different[:5])}; both must have the same class folders"
+        )
+    if train_source is not None and len(unseen := np.setdiff1d(val_source.labels, train_source.labels)):
+        raise ValueError(
+            f"DATA.DATA_PATH {config.DATA.DATA_PATH!r}: the validation split has images of {len(unseen)} classes that "
+            f"the training split has none of, such as {classes[unseen[0]]}"
         )
     if config.MODEL.NUM_CLASSES not in (None, len(classes)):
         raise ValueError(
             f"MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES}: the data set has {len(classes)} classes; "
             f"leave the key out, or point --data-path to the data set that is meant"
         )
-    train = None if train_images is None else train_loader(config, train_images, rank, num_processes)
-    return Data(train, eval_loader(config, val_images, rank, num_processes), classes)
+    archives: list[ZipFolder] = [source for source in (train_source, val_source) if isinstance(source, ZipFolder)]
+    if archives and config.DATA.CACHE_MODE != "no":
+        cache_archives(archives, config.DATA.CACHE_MODE, rank, num_processes)
+    device = torch.device(device)
+    train = None
+    if train_source is not None:
+        train = train_loader(config, train_source, rank, num_processes, device)
+    return Data(train, eval_loader(config, val_source, rank, num_processes, device), classes)
 
 
-def open_split(config: CfgNode, split: str) -> LabelledImages:
-    if config.DATA.DATASET == "digits":
-        return Digits(split, config.DATA.IMG_SIZE, config.DATA.CLASSES)
-    return open_image_folder(config.DATA.DATA_PATH, split)
+def open_split(config: CfgNode, split: str) -> ImageSource:
+    data = config.DATA
+    if data.DATASET == "digits":
+        return Digits(split, data.IMG_SIZE, data.CLASSES)
+    kind, _, name = data.DATASET.partition("/")
+    if kind == "hfds":
+        return HuggingFaceImages(name, data.DATA_PATH, split)
+    if kind == "wds":
+        return WebDatasetShards(str(Path(data.DATA_PATH) / name), split)
+    if data.ZIP_MODE:
+        return ZipFolder(data.DATA_PATH, split)
+    return ImageFolder(data.DATA_PATH, split)
 
 
-def train_loader(config: CfgNode, images: LabelledImages, rank: int, num_processes: int) -> DataLoader:
-    transform = train_transform(
+def train_loader(
+    config: CfgNode, source: ImageSource, rank: int, num_processes: int, device: torch.device
+) -> DeviceLoader:
+    transform = TrainTransform(
         config.DATA.IMG_SIZE,
         interpolation=config.DATA.INTERPOLATION,
         scale=tuple(config.AUG.SCALE),
@@ -84,32 +114,54 @@ def train_loader(config: CfgNode, images: LabelledImages, rank: int, num_process
         auto_augment=config.AUG.AUTO_AUGMENT,
         color_jitter=config.AUG.COLOR_JITTER,
         erase_prob=config.AUG.REPROB,
-        erase_mode=config.AUG.REMODE,
         erase_count=config.AUG.RECOUNT,
     )
-    sampler = TrainSampler(len(images), rank=rank, num_processes=num_processes, seed=config.SEED)
-    return make_loader(config, TransformedImages(images, transform, config.SEED), sampler, drop_last=True)
+    sampler = TrainSampler(
+        len(source),
+        rank=rank,
+        num_processes=num_processes,
+        seed=config.SEED,
+        keeps_shard=config.DATA.ZIP_MODE and config.DATA.CACHE_MODE == "part",
+    )
+    dataset = ImageDataset(source, transform, config.SEED, replacements=sampler.order, max_failures=config.DATA.MAX_BAD)
+    return make_loader(config, dataset, sampler, device, drop_last=True)
 
 
-def eval_loader(config: CfgNode, images: LabelledImages, rank: int, num_processes: int) -> DataLoader:
-    transform = eval_transform(config.DATA.IMG_SIZE, crop=config.TEST.CROP, interpolation=config.DATA.INTERPOLATION)
-    sampler = EvalSampler(len(images), rank=rank, num_processes=num_processes)
-    return make_loader(config, TransformedImages(images, transform, config.SEED), sampler, drop_last=False)
+def eval_loader(
+    config: CfgNode, source: ImageSource, rank: int, num_processes: int, device: torch.device
+) -> DeviceLoader:
+    transform = EvalTransform(config.DATA.IMG_SIZE, crop=config.TEST.CROP, interpolation=config.DATA.INTERPOLATION)
+    dataset = ImageDataset(source, transform, config.SEED, is_exact=config.DATA.EXACT_EVAL)
+    sampler = EvalSampler(len(source), rank=rank, num_processes=num_processes)
+    return make_loader(config, dataset, sampler, device, drop_last=False)
 
 
 def make_loader(
-    config: CfgNode, dataset: TransformedImages, sampler: TrainSampler | EvalSampler, *, drop_last: bool
-) -> DataLoader:
-    return DataLoader(
+    config: CfgNode,
+    dataset: ImageDataset,
+    sampler: TrainSampler | EvalSampler,
+    device: torch.device,
+    *,
+    drop_last: bool,
+) -> DeviceLoader:
+    loader = DataLoader(
         dataset,
         batch_size=config.DATA.BATCH_SIZE,
         sampler=sampler,
         num_workers=config.DATA.NUM_WORKERS,
-        pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
+        collate_fn=keep_batch,
+        pin_memory=config.DATA.PIN_MEMORY and device.type == "cuda",
         drop_last=drop_last,
         persistent_workers=config.DATA.NUM_WORKERS > 0,
         worker_init_fn=leave_process_group,
         generator=torch.Generator(),  # else each start of an epoch draws from the one that dropout draws from
+    )
+    return DeviceLoader(
+        loader,
+        device,
+        erase_mode=config.AUG.REMODE,
+        skips_broken=config.DATA.ON_ERROR == "skip",
+        max_broken=config.DATA.MAX_BAD,
     )
 
 

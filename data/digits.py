@@ -9,7 +9,7 @@ VAL_PER_CLASS = 36  # of about 180; 360 in all, which leaves 1,437 for training
 
 
 class Digits:
-    """One split of the digits: (RGB image of size x size, label) by index.
+    """One split of the digits: RGB images of size x size by index.
 
     The validation split holds 36 evenly spaced images of each class, in the data set's order; the rest is for training.
 
@@ -30,6 +30,7 @@ class Digits:
         for label in range(10):
             positions = np.flatnonzero(digits.target == label)
             is_val[positions[np.linspace(0, len(positions) - 1, VAL_PER_CLASS).round().astype(int)]] = True
+        self.split = split
         names = [str(name) for name in digits.target_names]
         if unknown := set(only or []) - set(names):
             raise ValueError(f"DATA.CLASSES: no digit is called {', '.join(sorted(unknown))}; there are {names}")
@@ -45,5 +46,8 @@ class Digits:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.images[index], self.labels[index]
+    def name(self, index: int) -> str:
+        return f"digit {index} of the {self.split} split"
+
+    def read(self, index: int) -> Image.Image:
+        return self.images[index]

@@ -1,31 +1,18 @@
-"""Which images a process reads, in which order, and randomness that belongs to the image and not to the reader."""
+"""Which images a process reads, and in which order."""
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
 
 class SampleKey(NamedTuple):
     """What a sampler hands to the data set: with the epoch in it, workers that live on need not be told of epochs."""
 
     epoch: int
-    position: int
-
-
-class LabelledImages(Protocol):
-    """A source of (PIL image, label) by index, with the names of its classes."""
-
-    classes: list[str]
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Any, int]: ...
+    position: int  # of the image in the data set
+    place: int = 0  # of the image in the order of the epoch
 
 
 class TrainSampler(Sampler[SampleKey]):
@@ -33,13 +20,22 @@ class TrainSampler(Sampler[SampleKey]):
 
     Process r of P takes every P-th image from the r-th on, so that the images of one step are the same for any number
     of processes and accumulation steps with the same global batch.
+
+    Args:
+        num_samples: images of the data set.
+        keeps_shard: permute only images r, r + P, r + 2P, ... of the data set, those that the process has in memory,
+            rather than all. The processes' shards differ by one image at most; those that have one more leave another
+            out in each epoch.
     """
 
-    def __init__(self, num_samples: int, *, rank: int, num_processes: int, seed: int) -> None:
+    def __init__(
+        self, num_samples: int, *, rank: int, num_processes: int, seed: int, keeps_shard: bool = False
+    ) -> None:
         self.num_samples = num_samples
         self.rank = rank
         self.num_processes = num_processes
         self.seed = seed
+        self.keeps_shard = keeps_shard
         self.share = num_samples // num_processes
         self.set_epoch(0)
 
@@ -54,13 +50,21 @@ class TrainSampler(Sampler[SampleKey]):
             raise ValueError(f"start {start}: an epoch has {self.share} images for this process")
         self.epoch, self.start = epoch, start
 
+    def order(self, epoch: int) -> np.ndarray:
+        """The images of an epoch: of all processes, or of this one's shard where it keeps that."""
+        if self.keeps_shard:
+            shard = np.arange(self.rank, self.num_samples, self.num_processes)
+            return np.random.default_rng((self.seed, epoch, self.rank)).permutation(shard)
+        return np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
+
     def __len__(self) -> int:
         return self.share - self.start
 
     def __iter__(self) -> Iterator[SampleKey]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples)
-        mine = order[self.rank :: self.num_processes][self.start : self.share]
-        return (SampleKey(self.epoch, int(position)) for position in mine)
+        order = self.order(self.epoch)
+        first, step = (0, 1) if self.keeps_shard else (self.rank, self.num_processes)
+        places = range(first, len(order), step)[self.start : self.share]
+        return (SampleKey(self.epoch, int(order[place]), place) for place in places)
 
 
 class EvalSampler(Sampler[SampleKey]):
@@ -73,37 +77,4 @@ class EvalSampler(Sampler[SampleKey]):
         return len(self.positions)
 
     def __iter__(self) -> Iterator[SampleKey]:
-        return (SampleKey(0, position) for position in self.positions)
-
-
-class TransformedImages(Dataset[tuple[Tensor, int]]):
-    """(transformed image, label) by SampleKey; the transform draws from (seed, epoch, position) and nothing else."""
-
-    def __init__(self, images: LabelledImages, transform: Callable[[Any], Tensor], seed: int) -> None:
-        self.images = images
-        self.transform = transform
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, key: SampleKey) -> tuple[Tensor, int]:
-        image, label = self.images[key.position]
-        with random_state_of(self.seed, key.epoch, key.position):
-            return self.transform(image), label
-
-
-@contextmanager
-def random_state_of(*entropy: int) -> Iterator[None]:
-    """Within: random, numpy and torch's CPU generator seeded from `entropy`; afterwards: as they were."""
-    seeds = np.random.SeedSequence(entropy).generate_state(3)
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(int(seeds[0]))
-    np.random.seed(seeds[1])
-    torch.default_generator.manual_seed(int(seeds[2]))  # torch.manual_seed would reseed GPUs too
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        return (SampleKey(0, position, position) for position in self.positions)

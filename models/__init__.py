@@ -1,13 +1,32 @@
-"""MLLA models; importing this package registers mlla_tiny, mlla_small, mlla_base (and mila_*) in timm."""
+"""MLLA and the paper's ablations; importing this registers mlla_tiny, mlla_small, mlla_base (and mila_*) in timm."""
 
-from models.build import build_model
+from models.ablations import ABLATIONS
+from models.build import build_model, input_channels
+from models.linear_vit import LinearViT
 from models.mlla import MLLA
-from models.variants import PAPER_FIGURES, mila_base, mila_small, mila_tiny, mlla_base, mlla_small, mlla_tiny
+from models.unified_block import Switches
+from models.variants import (
+    MLLA_FIGURES,
+    PaperFigures,
+    mila_base,
+    mila_small,
+    mila_tiny,
+    mlla_base,
+    mlla_small,
+    mlla_tiny,
+)
+
+# What the paper prints of the models that cfgs/ describes, by MODEL.NAME.
+PAPER_FIGURES = {**MLLA_FIGURES, **{row.model: PaperFigures(row.parameters_m, row.gmacs) for row in ABLATIONS}}
 
 __all__ = [
+    "ABLATIONS",
     "MLLA",
     "PAPER_FIGURES",
+    "LinearViT",
+    "Switches",
     "build_model",
+    "input_channels",
     "mila_base",
     "mila_small",
     "mila_tiny",

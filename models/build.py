@@ -1,9 +1,13 @@
 """From a configuration to a model."""
 
+from typing import Any
+
 from torch import nn
 from yacs.config import CfgNode
 
+from models.linear_vit import LinearViT
 from models.mlla import MLLA
+from models.unified_block import Switches
 
 KNOWN_CLASSES = {"digits": 10, "imagenet": 1000, "folder": 1000}
 
@@ -18,14 +22,57 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
     Raises:
         ValueError: sizes that do not fit each other, or an unknown MODEL.TYPE.
     """
-    if config.MODEL.TYPE != "mlla":
-        raise ValueError(f"MODEL.TYPE {config.MODEL.TYPE!r}: known is 'mlla'")
+    builders = {"mlla": build_mlla, "linear_vit": build_linear_vit}
+    if config.MODEL.TYPE not in builders:
+        raise ValueError(f"MODEL.TYPE {config.MODEL.TYPE!r}: known are {', '.join(builders)}")
+    num_classes = num_classes or config.MODEL.NUM_CLASSES or KNOWN_CLASSES[config.DATA.DATASET]
+    model = builders[config.MODEL.TYPE](config, num_classes)
+    if config.TRAIN.FREEZE:
+        model.freeze_backbone()
+    return model
+
+
+def build_mlla(config: CfgNode, num_classes: int) -> MLLA:
+    return MLLA(img_size=config.DATA.IMG_SIZE, num_classes=num_classes, **mlla_sizes(config))
+
+
+def mlla_sizes(config: CfgNode) -> dict[str, Any]:
+    """What a classifier and a dense backbone have in common, as keywords of either."""
     sizes = config.MODEL.MLLA
-    model = MLLA(
+    return {
+        "patch_size": sizes.PATCH_SIZE,
+        "in_chans": sizes.IN_CHANS,
+        "embed_dim": sizes.EMBED_DIM,
+        "depths": sizes.DEPTHS,
+        "num_heads": sizes.NUM_HEADS,
+        "mlp_ratio": sizes.MLP_RATIO,
+        "qkv_bias": sizes.QKV_BIAS,
+        "ape": sizes.APE,
+        "drop_rate": config.MODEL.DROP_RATE,
+        "drop_path_rate": config.MODEL.DROP_PATH_RATE,
+        "use_checkpoint": config.TRAIN.USE_CHECKPOINT,
+    }
+
+
+def build_linear_vit(config: CfgNode, num_classes: int) -> LinearViT:
+    sizes = config.MODEL.LINEAR_VIT
+    switches = Switches(
+        input_gate=sizes.INPUT_GATE,
+        forget_gate=sizes.FORGET_GATE,
+        shortcut=sizes.SHORTCUT,
+        normalise=sizes.NORMALISE,
+        single_head=sizes.SINGLE_HEAD,
+        block=sizes.BLOCK,
+        ape=sizes.APE,
+        lepe=sizes.LEPE,
+        cpe=sizes.CPE,
+        rope=sizes.ROPE,
+    )
+    return LinearViT(
         img_size=config.DATA.IMG_SIZE,
         patch_size=sizes.PATCH_SIZE,
         in_chans=sizes.IN_CHANS,
-        num_classes=num_classes or config.MODEL.NUM_CLASSES or KNOWN_CLASSES[config.DATA.DATASET],
+        num_classes=num_classes,
         embed_dim=sizes.EMBED_DIM,
         depths=sizes.DEPTHS,
         num_heads=sizes.NUM_HEADS,
@@ -33,9 +80,12 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
         qkv_bias=sizes.QKV_BIAS,
         drop_rate=config.MODEL.DROP_RATE,
         drop_path_rate=config.MODEL.DROP_PATH_RATE,
-        ape=sizes.APE,
         use_checkpoint=config.TRAIN.USE_CHECKPOINT,
+        switches=switches,
+        kernels=sizes.KERNELS,
     )
-    if config.TRAIN.FREEZE:
-        model.freeze_backbone()
-    return model
+
+
+def input_channels(config: CfgNode) -> int:
+    """Channels of the images that the model of this configuration takes."""
+    return config.MODEL[config.MODEL.TYPE.upper()].IN_CHANS

@@ -8,14 +8,6 @@ from torch import Tensor, nn
 DERIVED_KEY_SUFFIX = "attn.rope.rotations"
 
 
-def initialise(module: nn.Module) -> None:
-    """Linear weights truncated normal 0.02 and biases 0; norms and convolutions keep PyTorch's defaults."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
 class DepthwiseConv(nn.Conv2d):
     """3x3 depthwise convolution with bias on (B, C, H, W)."""
 

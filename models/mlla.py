@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import LinearAttention
-from models.layers import DERIVED_KEY_SUFFIX, Downsample, Stem, TokenConv, initialise, pad_to_multiple
+from models.classifier import initialise
+from models.layers import DERIVED_KEY_SUFFIX, Downsample, Stem, TokenConv, pad_to_multiple
 from models.rope import rotary_tables
 from models.timm_interface import TimmInterface
 
@@ -137,7 +138,6 @@ class MLLA(TimmInterface):
                 )
         self.in_chans = in_chans
         self.num_features = self.widths[-1]
-        self.is_backbone_frozen = False
 
         self.patch_embed = Stem(in_chans, embed_dim)
         self.grid = tuple(-(-side // patch_size) for side in to_2tuple(img_size))
@@ -164,29 +164,6 @@ class MLLA(TimmInterface):
     def stages(self) -> Iterable[Stage]:
         return cast("Iterable[Stage]", self.layers)
 
-    def freeze_backbone(self) -> None:
-        """Leave only the classifier to training.
-
-        All else takes no gradient and stays in evaluation mode whatever `train` says, so that batch norm's statistics
-        do not move and nothing is dropped.
-
-        Raises:
-            ValueError: there is no classifier.
-        """
-        if not self.num_classes:
-            raise ValueError("only a model with a classifier can have its backbone frozen; num_classes is 0")
-        self.requires_grad_(False)
-        self.head.requires_grad_(True)
-        self.is_backbone_frozen = True
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> "MLLA":
-        super().train(mode)
-        if self.is_backbone_frozen:
-            for child in self.children():
-                child.train(mode and child is self.head)
-        return self
-
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to the first stage's tokens (B, ceil(H / 4), ceil(W / 4), embed_dim)."""
         x = pad_to_multiple(images, 4).contiguous(memory_format=torch.channels_last)
@@ -209,14 +186,6 @@ class MLLA(TimmInterface):
         for stage in self.stages:
             x = stage(x)[1]  # (B, H / 2, W / 2, 2 C) but for the last
         return self.norm(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens (B, H, W, C) to logits (B, num_classes), or if pre_logits to one vector (B, head_hidden_size)."""
-        x = self.global_pool(x)  # (B, C), the mean in the paper
-        return x if pre_logits else self.head(x)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(images))
 
 
 def drop_derived_keys(_module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:

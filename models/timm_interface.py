@@ -4,88 +4,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timm.layers import SelectAdaptivePool2d
 from timm.models import clean_state_dict, load_pretrained, load_state_dict
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from models.layers import DERIVED_KEY_SUFFIX, initialise
+from models.classifier import PyramidClassifier
+from models.layers import DERIVED_KEY_SUFFIX
 
-POOLINGS = ("avg", "max", "avgmax", "catavgmax", "")
 FORMATS = ("NCHW", "NHWC")
 # Where weights are kept in files of this project, of the official code and of timm; an average goes first.
 WEIGHT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 MAX_NAMES_SHOWN = 3
 
 
-class TimmInterface(nn.Module):
-    """The part of a hierarchical model that timm's tools call.
+class TimmInterface(PyramidClassifier):
+    """The part of a classifier that timm's tools call, beyond what all classifiers here have.
 
-    The model makes `layers` (stages, which give their blocks' output and the next stage's tokens), `norm` and
-    `embed(images)`, sets `in_chans`, `num_classes` and `num_features`, and calls `make_classifier`.
+    The stages give their blocks' output and the next stage's tokens; the model has `embed(images)` and sets `in_chans`.
     """
 
     output_fmt = "NHWC"  # of forward_features
     in_chans: int
-    num_classes: int
-    num_features: int
     layers: Any
     norm: nn.Module
     pretrained_cfg: dict[str, Any]  # set by timm
-    global_pool: SelectAdaptivePool2d
-    head: nn.Module
-
-    def make_classifier(self, num_classes: int, global_pool: str, **factory: Any) -> None:
-        """Set `global_pool`, `head` and `head_hidden_size`, the width of what the head takes.
-
-        Raises:
-            ValueError: an unknown pooling.
-        """
-        if global_pool not in POOLINGS:
-            raise ValueError(f"global_pool {global_pool!r}: known are {', '.join(map(repr, POOLINGS))}")
-        self.num_classes = num_classes
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool), input_fmt="NHWC")
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.head = nn.Linear(self.head_hidden_size, num_classes, **factory) if num_classes else nn.Identity()
-
-    def get_classifier(self) -> nn.Module:
-        """The linear layer from features to classes."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one, on the device, in the dtype and in the mode of the model.
-
-        Args:
-            num_classes: width of the new one; 0 for none.
-            global_pool: how tokens become one vector: avg, max, avgmax, catavgmax, or "" to leave the map (then a
-                classifier gives logits (B, H, W, num_classes)); None keeps what there is.
-        """
-        example = next(self.parameters())
-        pool = self.global_pool.pool_type if global_pool is None else global_pool
-        self.make_classifier(num_classes, pool, device=example.device, dtype=example.dtype)
-        self.global_pool.train(self.training)
-        self.head.apply(initialise).train(self.training)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters with two or more dimensions that are not decayed all the same."""
         return {"absolute_pos_embed"}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's description of the layers, from the stem to the head: a block each, or with `coarse` a stage each.
-
-        A downsampling belongs to the block before it, the final norm to the last block.
-        """
-        with_former = (99999,)  # timm's mark for what joins the layer before
-        blocks = [(r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^layers\.(\d+)\.downsample", with_former)]
-        return {
-            "stem": r"^patch_embed|^absolute_pos_embed",
-            "blocks": r"^layers\.(\d+)" if coarse else [*blocks, (r"^norm", with_former)],
-        }
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass, or stop doing so."""
-        for stage in self.layers:
-            stage.use_checkpoint = enable
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ class PaperFigures(NamedTuple):
     gmacs: float
 
 
-PAPER_FIGURES = {
+MLLA_FIGURES = {
     "mlla_tiny": PaperFigures(25, 4.2),
     "mlla_small": PaperFigures(43, 7.3),
     "mlla_base": PaperFigures(96, 16.2),

@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests' tensors are too small to share out
 
+import io
 import subprocess
 import sys
 import zlib
@@ -90,3 +91,19 @@ def run_main(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
         return code, out, err
 
     return run
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A picture with large shapes, edges and fine noise, as photographs have them."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, size=(5, 7, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    edges = (np.add.outer(np.arange(height) // 23, np.arange(width) // 31) % 2 * 60)[..., None]
+    noise = rng.integers(-12, 13, size=(height, width, 3))
+    return Image.fromarray(np.clip(smooth + edges + noise, 0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **settings: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **settings)
+    return buffer.getvalue()

@@ -18,7 +18,7 @@ from data.build import eval_loader, train_loader
 from models import MLLA
 from utils.build import build_ema, build_optimizer, build_precision, build_schedule, build_train_step
 from utils.distributed import Process, distribute, gather_objects, start_process, stop_process
-from utils.engine import device_batches, evaluate
+from utils.engine import evaluate
 
 STEPS = 3
 NUM_IMAGES = 101
@@ -28,14 +28,18 @@ MICRO = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 4), "dr
 class Noise:
     """Random images with random labels."""
 
-    classes = tuple("0123456789")
+    def __init__(self) -> None:
+        self.classes = list("0123456789")
+        self.labels = np.random.default_rng(0).integers(10, size=NUM_IMAGES)
 
     def __len__(self) -> int:
         return NUM_IMAGES
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        rng = np.random.default_rng(index)
-        return Image.fromarray(rng.integers(0, 256, size=(32, 32, 3), dtype=np.uint8)), int(rng.integers(10))
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def read(self, index: int) -> Image.Image:
+        return Image.fromarray(np.random.default_rng(index).integers(0, 256, size=(32, 32, 3), dtype=np.uint8))
 
 
 def make_model() -> MLLA:
@@ -56,7 +60,9 @@ def run(process: Process, batch_size: int, accumulation_steps: int) -> dict[str,
     derived = derive(config, num_processes=process.num_processes, num_train_images=NUM_IMAGES)
     precision = build_precision(config, process.device)
     model = make_model().to(process.device)
-    scores = evaluate(model, eval_loader(config, Noise(), process.rank, process.num_processes), process, precision)
+    scores = evaluate(
+        model, eval_loader(config, Noise(), process.rank, process.num_processes, process.device), process, precision
+    )
     for module in model.modules():  # evaluate left everything in training mode
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
@@ -64,7 +70,7 @@ def run(process: Process, batch_size: int, accumulation_steps: int) -> dict[str,
     optimizer = build_optimizer(config, model)
     train_step = build_train_step(config, distribute(model, process), optimizer, ema, precision, derived)
     schedule = build_schedule(config, derived)
-    batches = device_batches(train_loader(config, Noise(), process.rank, process.num_processes), process.device)
+    batches = iter(train_loader(config, Noise(), process.rank, process.num_processes, process.device))
     grad_norms = []
     for step in range(STEPS):
         micro_batches = [

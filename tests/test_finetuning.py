@@ -1,13 +1,16 @@
 """main.py on weights that were trained before: other classes, another image size, a frozen backbone, rates by layer."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import run_python
+from safetensors.torch import save_file
+from yacs.config import CfgNode
 
+import main
 from utils.weights_file import load_checkpoint
 
 RunMain = Callable[..., tuple[int, str, str]]
@@ -20,12 +23,19 @@ def command(output: Path, *opts: str, epochs: int = 1, batch_size: int = 128) ->
     return [*words, "--opts", *THIN, "DATA.IMG_SIZE", "16", "TRAIN.EPOCHS", str(epochs), "TRAIN.BASE_LR", "0.01", *opts]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_pictures() -> Iterator[None]:
+    """Drawing them takes longer than these trainings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "draw_predictions", lambda _: None)
+        patch.setattr("utils.logger.plot_curves", lambda *_: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits 0 to 4 at 16x16, with a position table."""
     output = tmp_path_factory.mktemp("pretrained")
-    import main
-
     assert main.main(command(output, *DIGITS_0_TO_4, "MODEL.MLLA.APE", "True")) == 0
     folder = output / "mlla_digits" / "default"
     assert "5 classes, 721 training and 180 validation images" in (folder / "log_rank0.txt").read_text()
@@ -95,11 +105,28 @@ def test_a_frozen_run_goes_on_and_an_unfrozen_one_does_not(pretrained: Path, run
     assert "set TRAIN.FREEZE and MODEL.LAYER_DECAY as then" in err
 
 
+def test_an_official_training_checkpoint_goes_on(pretrained: Path, run_main: RunMain, tmp_path: Path) -> None:
+    """What the official script saves: yacs's own class, a scheduler, and nothing of random number generators."""
+    content = load_checkpoint(pretrained)
+    official = {key: content[key] for key in ("model", "state_dict_ema", "optimizer", "epoch")}
+    official["model"]["layers.0.blocks.0.attn.rope.rotations"] = torch.zeros(4, 4, 4, 2)
+    config = CfgNode({"DATA": {"IMG_SIZE": 16}, "AMP": False})
+    torch.save({**official, "max_accuracy": 12.5, "lr_scheduler": {}, "config": config}, tmp_path / "official.pth")
+    words = command(tmp_path / "out", "MODEL.MLLA.APE", "True", *DIGITS_0_TO_4, epochs=2)
+    code, out, _ = run_main(*words, "--resume", tmp_path / "official.pth")
+    assert code == 0
+    assert f"resumed from {tmp_path / 'official.pth'}" in out
+    assert "epochs 2 to 2" in out
+    folder = tmp_path / "out" / "mlla_digits" / "default"
+    assert [path.name for path in folder.glob("ckpt_*")] == ["ckpt_epoch_1.pth"]
+    steps = {
+        entry["step"].item() for entry in load_checkpoint(folder / "ckpt_epoch_1.pth")["optimizer"]["state"].values()
+    }
+    assert steps == {10}  # five an epoch
+
+
 def test_weights_of_every_kind_are_evaluated(pretrained: Path, run_main: RunMain, tmp_path: Path) -> None:
     """The official script's checkpoint, with yacs's class in it, and a .safetensors file give the same figures."""
-    from safetensors.torch import save_file
-    from yacs.config import CfgNode
-
     content = load_checkpoint(pretrained)
     torch.save({"model": content["model"], "config": CfgNode({"A": 1})}, tmp_path / "official.pth")
     save_file({name: value.contiguous() for name, value in content["model"].items()}, tmp_path / "w.safetensors")

@@ -332,7 +332,7 @@ def test_mistakes_on_the_command_line(run_main: RunMain) -> None:
     assert "must be at least 1" in mistake(run_main, *digits, "--opts", "TRAIN.EPOCHS", "0")
     assert "must be at least 1" in mistake(run_main, *digits, "--batch-size", "0")
     assert "heads and 4 must divide" in mistake(run_main, *digits, "--opts", "MODEL.MLLA.NUM_HEADS", "[3, 3, 3, 3]")
-    assert "zip archives" in mistake(run_main, *digits, "--zip")
+    assert "comes without archives" in mistake(run_main, *digits, "--zip")
     assert "TRAIN.EPOCH " in mistake(run_main, *digits, "--opts", "TRAIN.EPOCH", "3", "--opts", "TAG", "x")
 
 

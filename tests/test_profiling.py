@@ -47,6 +47,14 @@ def test_the_model_is_not_changed() -> None:
     assert not any(p.is_meta for p in model.parameters())
 
 
+def test_size_may_be_height_and_width() -> None:
+    """Twice as many pixels, twice the work, but for the head, which sees one token."""
+    model = MLLA(**MICRO, num_classes=10)
+    square, wide = ({part.name: part.macs for part in profile(model, size)} for size in (64, (64, 128)))
+    assert wide["layers.1"] == 2 * square["layers.1"]
+    assert wide["head"] == square["head"]
+
+
 def test_table() -> None:
     table = profile_table(profile(MLLA(**MICRO, num_classes=10), 64), paper=(25, 4.2)).splitlines()
     assert [line.split()[0] for line in table] == [

@@ -186,6 +186,7 @@ def read_plain(data: bytes) -> Any:
     return PlainUnpickler(io.BytesIO(data)).load()
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize(("offset", "size"), [(0, (2, 4)), (1, (2, 3)), (-1, (2, 3)), (0, (99, 99))])
 def test_tensors_within_their_storage_only(offset: int, size: tuple[int, int]) -> None:
     """PyTorch would enlarge the storage by whatever is in memory."""

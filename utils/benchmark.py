@@ -4,6 +4,7 @@ import platform
 import resource
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,33 @@ def measure_throughput(
         rounds=rounds,
         batches_per_round=num_batches,
     )
+
+
+def measure_in_turns(
+    models: Mapping[str, nn.Module],
+    *,
+    device: torch.device,
+    precision: Precision,
+    batch_size: int,
+    image_size: int,
+    rounds: int = 5,
+) -> dict[str, float]:
+    """Images per second of several models, median of rounds in which each has its turn: all see the same machine."""
+    speeds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(rounds):
+        for name, model in models.items():
+            result = measure_throughput(
+                model.to(device),
+                name=name,
+                device=device,
+                precision=precision,
+                batch_size=batch_size,
+                image_size=image_size,
+                rounds=1,
+                round_seconds=0.5,
+            )
+            speeds[name].append(result.images_per_second)
+    return {name: statistics.median(values) for name, values in speeds.items()}
 
 
 def compiled(model: nn.Module, mode: str) -> nn.Module:

@@ -1,12 +1,11 @@
 """The training step, and evaluation of a classifier."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from utils.amp import Precision
 from utils.distributed import (
@@ -139,20 +138,13 @@ def sum_of(terms: Mapping[str, Tensor]) -> Tensor:
     return first
 
 
-def device_batches(loader: DataLoader, device: torch.device) -> Iterator[Batch]:
-    """The loader's batches on the device; images in channels_last memory, which the model's convolutions run in."""
-    for images, labels in loader:
-        images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-        yield images, labels.to(device, non_blocking=True)
-
-
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader, process: Process, precision: Precision) -> Scores:
+def evaluate(model: nn.Module, loader: Iterable[Batch], process: Process, precision: Precision) -> Scores:
     """Top-1, top-5 and loss over the whole data set, exact for any number of processes."""
     was_training = model.training
     model.eval()
     meter = ClassificationMeter(process.device)
-    for images, labels in device_batches(loader, process.device):
+    for images, labels in loader:
         with precision.autocast():
             logits = model(images)
         meter.update(logits, labels)

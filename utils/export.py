@@ -21,7 +21,7 @@ from yacs.config import CfgNode
 
 from config import load_config
 from data import build_data
-from models import build_model
+from models import MLLA, build_model, input_channels
 from utils.amp import Precision
 from utils.build import build_precision
 from utils.command_line import Parser
@@ -90,11 +90,14 @@ def make_part(config: CfgNode, source: str, part: str, *, average: bool) -> nn.M
     """The model, or a part of it, with a file's weights, in evaluation mode on the CPU.
 
     Raises:
+        ExportError: maps of a model that gives none.
         CheckpointError, DownloadError: the file cannot be read, or its weights do not fit.
     """
     weights = read_state_dict(source, average=average)
     model: Any = build_model(config, len(weights["head.weight"]) if "head.weight" in weights else None)
     load_weights(model, weights, source)
+    if part == "maps" and not isinstance(model, MLLA):
+        raise ExportError(f"--part maps works with MODEL.TYPE mlla, not {config.MODEL.TYPE}")
     if part == "features":
         model.reset_classifier(0)
     model = Maps(model) if part == "maps" else model
@@ -231,7 +234,7 @@ def export(words: Any) -> None:
     size = read_size(words.size)
     config = load_config(words.cfg, words.opts, {"EVAL_MODE": True, "AMP": False})
     model = make_part(config, words.resume, words.part, average=words.ema)
-    channels = config.MODEL.MLLA.IN_CHANS
+    channels = input_channels(config)
     facts = {"classes": read_weights(words.resume).classes, "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     report = ""
 

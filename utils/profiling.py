@@ -17,16 +17,18 @@ class Part(NamedTuple):
     macs: int
 
 
-def profile(model: nn.Module, image_size: int, in_chans: int = 3) -> list[Part]:
+def profile(model: nn.Module, image_size: int | tuple[int, int], in_chans: int = 3) -> list[Part]:
     """The parts of a model (its children, and one level deeper in its lists), then "total".
 
-    MACs are of convolutions and matrix products, as PyTorch's counter sees them, for one square image. Nothing is
-    computed: the model runs without data, so any size costs the same.
+    MACs are of convolutions and matrix products, as PyTorch's counter sees them, for one image of
+    `image_size`, its side or (height, width). Nothing is computed: the model runs without data, so any size costs the
+    same.
     """
     model = deepcopy(model).to("meta").eval()
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        model(torch.empty(1, in_chans, image_size, image_size, device="meta"))
+        model(torch.empty(1, in_chans, height, width, device="meta"))
     flops = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
 
     parts = []

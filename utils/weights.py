@@ -20,7 +20,7 @@ KEYS = {"model": ("model", "state_dict"), "state_dict_ema": ("state_dict_ema", "
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and DDP, torch.compile
 POSITION_TABLE = "absolute_pos_embed"
 DERIVED_KEY_SUFFIX = "attn.rope.rotations"
-FINAL_PART = re.compile(r"(norm\d*|head)\.")
+FINAL_PART = re.compile(r"(norm\d*|head|fc|classifier)\.")  # the latter two of timm's models
 
 
 class FoundWeights(NamedTuple):
@@ -31,14 +31,18 @@ class FoundWeights(NamedTuple):
     classes: list[str] | None
 
 
-def read_weights(source: str | Path) -> FoundWeights:
+def read_weights(source: str | Path, *, tolerant: bool = False) -> FoundWeights:
     """The weights of a file, by path, URL or name of released weights.
+
+    Args:
+        source: of the file.
+        tolerant: pass over unknown objects beside the weights, such as an OpenMMLab file has; they are never made.
 
     Raises:
         CheckpointError: the file cannot be read, or holds none.
         DownloadError: a URL's file cannot be had.
     """
-    content = load_checkpoint(source)
+    content = load_checkpoint(source, tolerant=tolerant)
     found = FoundWeights(weights_in(content, "model"), weights_in(content, "state_dict_ema"), classes_in(content))
     if found.model is None and found.average is None:
         raise no_weights_error(str(source), content)
@@ -208,7 +212,7 @@ def load_pretrained(model: nn.Module, source: str | Path, classes: Sequence[str]
         logger.info("not from the file, these start fresh: %s", ", ".join(sorted(fresh)))
     if unused:
         logger.info("in the file and not used: %s", ", ".join(sorted(unused)))
-    load_weights(model, with_resized_table(weights, own, source), source, fresh=fresh, unused=unused)
+    load_weights(model, with_resized_tables(weights, own, source), source, fresh=fresh, unused=unused)
 
 
 def is_dense(weights: Weights) -> bool:
@@ -221,16 +225,18 @@ def final_parts(weights: Weights) -> set[str]:
     return {name.split(".")[0] for name in weights if FINAL_PART.match(name)}
 
 
-def with_resized_table(weights: Weights, own: Weights, source: str | Path) -> Weights:
-    """The weights, with a position table (1, N, E) of another grid resized to the model's."""
-    table, target = weights.get(POSITION_TABLE), own.get(POSITION_TABLE)
-    if table is None or target is None or table.shape == target.shape or table.ndim != 3:
-        return weights
-    side, new_side = int(table.shape[1] ** 0.5), int(target.shape[1] ** 0.5)
-    if side * side != table.shape[1] or table.shape[2] != target.shape[2]:
-        return weights  # another architecture, which load_weights describes
-    logger.info("%s: position table resized from %dx%d to %dx%d tokens", source, side, side, new_side, new_side)
-    resized = resample_abs_pos_embed(
-        table, [new_side, new_side], [side, side], num_prefix_tokens=0, interpolation="bicubic", antialias=False
-    )
-    return {**weights, POSITION_TABLE: resized}
+def with_resized_tables(weights: Weights, own: Weights, source: str | Path) -> Weights:
+    """The weights, with position tables (1, N, E) of another grid, MLLA's or each block's, resized to the model's."""
+    resized = {}
+    for name in (name for name in own if name.endswith(POSITION_TABLE) and name in weights):
+        table, target = weights[name], own[name]
+        if table.shape == target.shape or table.ndim != 3:
+            continue
+        side, new_side = int(table.shape[1] ** 0.5), int(target.shape[1] ** 0.5)
+        if side * side != table.shape[1] or table.shape[2] != target.shape[2]:
+            continue  # another architecture, which load_weights describes
+        logger.info("%s: position table resized from %dx%d to %dx%d tokens", source, side, side, new_side, new_side)
+        resized[name] = resample_abs_pos_embed(
+            table, [new_side, new_side], [side, side], num_prefix_tokens=0, interpolation="bicubic", antialias=False
+        )
+    return {**weights, **resized}

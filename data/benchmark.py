@@ -1,0 +1,298 @@
+"""How many images a second a core prepares: this pipeline beside timm's plain one on Pillow, stage by stage.
+
+python -m data.benchmark [--workers 0 1 2] [--images 384] [--rounds 5] [--profile]
+
+The images are the photographs that scikit-learn ships, as JPEGs of 500x375 pixels and about 72 KB, as ImageNet's are.
+Rounds of the pipelines alternate, and figures are medians over rounds. Stages are in seconds of CPU time, which other
+work on the machine hardly changes; whole loaders, and reading, are in seconds of the clock.
+"""
+
+import argparse
+import cProfile
+import io
+import os
+import pstats
+import statistics
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from timm.data import create_transform
+from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from config import load_config
+from data.augmentation import posterize
+from data.build import eval_loader, train_loader
+from data.dataset import ImageSource, seed_generators
+from data.decoding import decode_fast, decode_plain
+from data.image_folder import ImageFolder
+from data.samplers import TrainSampler
+from data.transforms import CROP_FRACTION
+from data.zip_folder import ZipFolder
+
+SIZE, FILE_BYTES = (500, 375), 72_000
+BATCH = 32
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="loader processes to try")
+    parser.add_argument("--images", type=int, default=384, help="images a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="print the functions that take most of a core's time")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)  # one core, as a loader's worker has
+    with tempfile.TemporaryDirectory() as folder:
+        mean_bytes = save_photographs(Path(folder), arguments.images)
+        print(f"{arguments.images} JPEGs, {SIZE[0]}x{SIZE[1]}, {mean_bytes / 1000:.0f} kB on average, to 224x224\n")
+        config = load_config("cfgs/mlla_t.yaml", ["DATA.DATA_PATH", folder, "DATA.NUM_WORKERS", "0"])
+        titled = {"training": training_pipelines(config), "evaluation": evaluation_pipelines(config)}
+        for title, pipelines in titled.items():
+            print(stage_table(title, pipelines, images=arguments.images, rounds=arguments.rounds))
+        for title, pipelines in titled.items():
+            print(worker_table(title, pipelines, workers=arguments.workers, rounds=arguments.rounds))
+        print(reading_table(Path(folder), arguments.images, arguments.rounds))
+        if arguments.profile:
+            print(flat_profile(titled["training"]["this"], arguments.images))
+    return 0
+
+
+def save_photographs(root: Path, count: int) -> float:
+    """Save `count` training and as many validation images, from crops and mirror images of the
+    photographs; returns their mean size in bytes.
+    """
+    files = []
+    for pixels in load_sample_images().images:
+        photo = Image.fromarray(pixels)
+        for crop in range(3):
+            side = photo.height * SIZE[0] // SIZE[1]
+            left = (photo.width - side) * crop // 2
+            part = photo.crop((left, 0, left + side, photo.height)).resize(SIZE, Image.Resampling.LANCZOS)
+            mirrored = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            files += [jpeg_near(FILE_BYTES, part), jpeg_near(FILE_BYTES, mirrored)]
+    for split in ("train", "val"):
+        folder = root / split / "photo"
+        folder.mkdir(parents=True)
+        for index in range(count):
+            (folder / f"{index:06}.jpg").write_bytes(files[index % len(files)])
+    return statistics.mean(len(file) for file in files)
+
+
+def jpeg_near(size: int, image: Image.Image) -> bytes:
+    """The image as a JPEG, of the quality whose size is nearest to `size`."""
+    candidates = []
+    for quality in range(75, 99):
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality)
+        candidates.append(buffer.getvalue())
+    return min(candidates, key=lambda data: abs(len(data) - size))
+
+
+class Pipeline:
+    """From an index to a sample, by named stages, and the data set that does the same in a loader's workers."""
+
+    def __init__(self, stages: Sequence[tuple[str, Callable[[Any], Any]]], loader: DataLoader[Any]) -> None:
+        self.stages = stages
+        self.loader = loader
+
+    def seconds(self, count: int) -> dict[str, float]:
+        """Seconds of CPU time an image of each stage, in this process, with a batch made of each BATCH samples."""
+        totals = dict.fromkeys([*(name for name, _ in self.stages), "collate"], 0.0)
+        samples = []
+        for index in range(count):
+            value: Any = index
+            for name, work in self.stages:
+                start = time.thread_time()
+                value = work(value)
+                totals[name] += time.thread_time() - start
+            samples.append(value)
+            if len(samples) == BATCH:
+                start = time.thread_time()
+                default_collate(samples)
+                totals["collate"] += time.thread_time() - start
+                samples = []
+        return {name: total / count for name, total in totals.items()}
+
+    def images_per_second(self, workers: int) -> float:
+        """Of the loader with so many processes, from its second batch on: the first waits until they have started."""
+        loader = DataLoader(
+            self.loader.dataset,
+            BATCH,
+            sampler=self.loader.sampler,
+            num_workers=workers,
+            collate_fn=self.loader.collate_fn,
+            drop_last=True,
+        )
+        batches = iter(loader)
+        next(batches)
+        start = time.perf_counter()
+        count = sum(1 for _ in batches)
+        return count * BATCH / (time.perf_counter() - start)
+
+
+class PlainDataset(Dataset[Any]):
+    """What the official code does: an image that Pillow opens, timm's transforms, floats."""
+
+    def __init__(self, source: ImageFolder, transform: Any) -> None:
+        self.source = source
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(Image.open(self.source.name(index)).convert("RGB")), int(self.source.labels[index])
+
+
+def open_by_pillow(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def plain_pipeline(source: ImageFolder, names: Sequence[str], **settings: Any) -> Pipeline:
+    transform = create_transform(224, interpolation="bicubic", **settings)
+    for op in getattr(transform.transforms[2], "ops", []):
+        if op.name.startswith("Posterize"):
+            op.aug_fn = posterize  # timm's fails with new versions of Pillow
+    stages = [("read", source.read), ("decode", open_by_pillow), *zip(names, transform.transforms, strict=True)]
+    return Pipeline(stages, DataLoader(PlainDataset(source, transform)))
+
+
+def training_pipelines(config: CfgNode) -> dict[str, Pipeline]:
+    source = ImageFolder(config.DATA.DATA_PATH, "train")
+    names = ("crop and resize", "flip", "augment", "to float", "normalise", "erase")
+    settings = {"auto_augment": config.AUG.AUTO_AUGMENT, "re_prob": config.AUG.REPROB, "re_mode": config.AUG.REMODE}
+    plain = plain_pipeline(source, names, is_training=True, **settings)
+    loader = train_loader(config, source, 0, 1, torch.device("cpu")).loader
+    transform: Any = loader.dataset.transform  # type: ignore[attr-defined]
+
+    def seed(data: bytes) -> bytes:
+        seed_generators(0, 0, len(data))
+        return data
+
+    def draw_erasures(pixels: torch.Tensor) -> torch.Tensor:
+        transform.draw_erasures()
+        return pixels
+
+    stages = [
+        ("read", source.read),
+        ("seed", seed),
+        ("decode", decode_fast),
+        ("crop and resize", transform.resized_crop),
+    ]
+    stages += [("flip", transform.flip), ("augment", transform.policy), ("erase", draw_erasures)]
+    return {"plain": plain, "this": Pipeline(stages, loader)}
+
+
+def evaluation_pipelines(config: CfgNode) -> dict[str, Pipeline]:
+    source = ImageFolder(config.DATA.DATA_PATH, "val")
+    names = ("crop and resize", "cut", "to float", "normalise")
+    pipelines = {"plain": plain_pipeline(source, names, is_training=False, crop_pct=CROP_FRACTION)}
+    for name, decode in (("exact", decode_plain), ("fast", decode_fast)):
+        changed = config.clone()
+        changed.defrost()
+        changed.DATA.EXACT_EVAL = name == "exact"
+        loader = eval_loader(changed, source, 0, 1, torch.device("cpu")).loader
+        resize = loader.dataset.transform  # type: ignore[attr-defined]
+        stages = [("read", source.read), ("decode", decode), ("crop and resize", lambda image, f=resize: f(image)[0])]
+        pipelines[name] = Pipeline(stages, loader)
+    return pipelines
+
+
+def stage_table(title: str, pipelines: Mapping[str, Pipeline], *, images: int, rounds: int) -> str:
+    """Milliseconds an image by stage, on one core, and images a second."""
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in pipelines}
+    for _ in tqdm(range(rounds), f"{title}, stages", leave=False, disable=None):
+        for name, pipeline in pipelines.items():
+            measured[name].append(pipeline.seconds(images))
+    stages = list(dict.fromkeys(stage for runs in measured.values() for stage in runs[0]))
+    medians = {
+        name: {stage: 1000 * statistics.median(run[stage] for run in runs) for stage in runs[0]}
+        for name, runs in measured.items()
+    }
+    rows = [[stage, *(f"{of[stage]:.3f}" if stage in of else "" for of in medians.values())] for stage in stages]
+    totals = {name: sum(of.values()) for name, of in medians.items()}
+    rows.append(["total", *(f"{total:.3f}" for total in totals.values())])
+    rows.append(["images/s/core", *(f"{1000 / total:.0f}" for total in totals.values())])
+    rows.append(["ratio", *(f"{totals['plain'] / total:.2f}" for total in totals.values())])
+    return table([f"{title}, ms an image", *pipelines], rows)
+
+
+def worker_table(title: str, pipelines: Mapping[str, Pipeline], *, workers: Sequence[int], rounds: int) -> str:
+    """Images a second of whole loaders, by number of workers; none is the training process itself."""
+    rates: dict[tuple[int, str], list[float]] = {(count, name): [] for count in workers for name in pipelines}
+    for _ in tqdm(range(rounds), f"{title}, loaders", leave=False, disable=None):
+        for count, name in rates:
+            rates[count, name].append(pipelines[name].images_per_second(count))
+    medians = {key: statistics.median(values) for key, values in rates.items()}
+    rows = []
+    for count in workers:
+        of = {name: medians[count, name] for name in pipelines}
+        rows.append([str(count), *(f"{rate:.0f} ({rate / of['plain']:.2f})" for rate in of.values())])
+    return table([f"{title}, images/s by workers", *pipelines], rows)
+
+
+def reading_table(root: Path, images: int, rounds: int) -> str:
+    """Milliseconds to read an encoded image, in a random order, with the page cache dropped and warm."""
+    folder = ImageFolder(str(root), "train")
+    with zipfile.ZipFile(root / "train.zip", "w") as archive:
+        for index in range(images):
+            archive.write(folder.name(index), folder.paths[index])
+    (root / "train_map.txt").write_text("".join(f"{folder.paths[index]}\t0\n" for index in range(images)))
+    zipped, cached = ZipFolder(str(root), "train"), ZipFolder(str(root), "train")
+    cached.use_cache(0, 1)
+    sources: dict[str, tuple[ImageSource, list[Path]]] = {
+        "folder": (folder, [Path(folder.name(index)) for index in range(images)]),
+        "zip": (zipped, [zipped.archive]),
+        "zip, cached": (cached, []),
+    }
+    order = TrainSampler(images, rank=0, num_processes=1, seed=0).order(0).tolist()
+    rows = []
+    for name, (source, files) in sources.items():
+        runs: dict[str, list[float]] = {"cold": [], "warm": []}
+        for _ in range(rounds):
+            drop_from_page_cache(files)
+            for state in runs:
+                start = time.perf_counter()
+                for index in order:
+                    source.read(index)
+                runs[state].append((time.perf_counter() - start) / images)
+        cold, warm = (f"{1000 * statistics.median(values):.3f}" for values in runs.values())
+        rows.append([name, cold if files else "", warm])
+    return table(["reading, ms an image", "cold page cache", "warm"], rows)
+
+
+def drop_from_page_cache(files: Sequence[Path]) -> None:
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def flat_profile(pipeline: Pipeline, images: int) -> str:
+    """The functions in which one core spends its time, themselves and not what they call."""
+    profiler = cProfile.Profile()
+    profiler.runcall(pipeline.seconds, images)
+    text = io.StringIO()
+    pstats.Stats(profiler, stream=text).sort_stats("tottime").print_stats(18)
+    return text.getvalue()
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, with its columns aligned."""
+    widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
+    lines = [heads, ["-" * width for width in widths], *rows]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Data sets of Hugging Face's `datasets`, from a local folder or by name, through timm's reader of them."""
+
+from pathlib import Path
+
+import numpy as np
+from timm.data import create_dataset
+
+from data.decoding import BrokenImageError
+
+SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "test")}
+
+
+class HuggingFaceImages:
+    """The images of one split as encoded bytes. The columns are `image` and `label`, a ClassLabel.
+
+    Args:
+        name: a folder that `datasets.load_dataset` reads, such as one with Parquet files or with folders of images, or
+            the name of a data set, which that function downloads.
+        root: where a relative folder starts; for what is downloaded or converted, the cache. Empty: the library's own.
+        split: "train" or "val".
+
+    Raises:
+        OSError: the library is not installed.
+        ValueError: there is no such data set, split or column.
+    """
+
+    def __init__(self, name: str, root: str, split: str) -> None:
+        try:
+            import datasets
+        except ImportError as error:
+            raise OSError(
+                f"DATA.DATASET hfds/{name}: the library `datasets` is not installed; pip install datasets"
+            ) from error
+        local = Path(root) / name
+        self.path, cache = (str(local), None) if local.is_dir() else (name, root or None)
+        try:
+            names = datasets.get_dataset_split_names(self.path)
+            found = next((candidate for candidate in SPLITS[split] if candidate in names), None)
+            if found is None:
+                raise ValueError(f"no split {' or '.join(SPLITS[split])}, only {', '.join(names)}")
+            self.split = found
+            self.reader = create_dataset(f"hfds/{self.path}", root=cache, split=found).reader
+            self.labels = np.array(self.reader.dataset[self.reader.label_key], dtype=np.int32)
+        except KeyError as error:
+            raise ValueError(f"DATA.DATASET hfds/{name}: it has no column {error}; image and label are read") from error
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(f"DATA.DATASET hfds/{name}: {' '.join(str(error).split())}") from error
+        self.classes = [key for key, _ in sorted(self.reader.class_to_idx.items(), key=lambda item: item[1])]
+        if not self.classes or self.labels.min() < 0:
+            raise ValueError(
+                f"DATA.DATASET hfds/{name}: the column label must be a ClassLabel, and known for each image"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        return f"{self.path}: image {index} of {self.split}"
+
+    def read(self, index: int) -> bytes:
+        try:
+            file, _ = self.reader[index]
+            with file:
+                return file.read()
+        except (OSError, AssertionError, TypeError) as error:  # timm asserts that there is an image
+            raise BrokenImageError("cannot be read: no image in its row, or no file at its path") from error

@@ -1,0 +1,121 @@
+"""From a configuration to the detector and its data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from yacs.config import CfgNode
+
+from data.samplers import EvalSampler
+from downstream.build import build_backbone
+from downstream.detection.coco import CocoImages
+from downstream.detection.dataset import EvalImages, TrainImages, collate
+from downstream.detection.mask_rcnn import MaskRCNN
+from downstream.detection.samplers import AspectBatches
+from downstream.detection.transforms import TrainTransform
+from downstream.workers import set_up_worker
+from utils.distributed import Process
+
+
+@dataclass(frozen=True)
+class DetectionData:
+    """Loaders of `Batch`; train is None where only evaluation is asked. Evaluation reads one image at a time, since
+    padding for another image's sake would change what is found.
+    """
+
+    train: DataLoader | None
+    val: DataLoader
+    val_images: CocoImages
+
+    @property
+    def classes(self) -> list[str]:
+        return self.val_images.classes
+
+    @property
+    def num_train_images(self) -> int:
+        return 0 if self.train is None else len(self.train.dataset)  # type: ignore[arg-type]
+
+    @property
+    def num_val_images(self) -> int:
+        return len(self.val_images)
+
+
+def build_detector(config: CfgNode, num_classes: int) -> MaskRCNN:
+    """The detector that MODEL.* describes, with fresh weights."""
+    sizes = config.MODEL.DETECTOR
+    return MaskRCNN(
+        build_backbone(config),
+        num_classes,
+        width=sizes.WIDTH,
+        hidden=sizes.HIDDEN,
+        rpn_samples=sizes.RPN_SAMPLES,
+        roi_samples=sizes.ROI_SAMPLES,
+        max_proposals=sizes.MAX_PROPOSALS,
+    )
+
+
+def build_data(config: CfgNode, process: Process) -> DetectionData:
+    """Open the data set and make this process's loaders.
+
+    Raises:
+        FileNotFoundError: annotation files, folders or images are missing.
+        ValueError: an annotation file is not right, or training and validation have different classes.
+    """
+    data = config.DATA
+    if not data.DATA_PATH:
+        raise FileNotFoundError("DATA.DATA_PATH is empty: name the folder of the data set with --data-path")
+    root = Path(data.DATA_PATH)
+    val_images = CocoImages(root / data.VAL_ANNOTATIONS, root / data.VAL_IMAGES, for_training=False)
+    val = make_loader(
+        config,
+        EvalImages(val_images, short_side=config.TEST.SHORT_SIDE, long_side=config.TEST.LONG_SIDE),
+        [[key] for key in EvalSampler(len(val_images), rank=process.rank, num_processes=process.num_processes)],
+    )
+    if config.EVAL_MODE:
+        return DetectionData(None, val, val_images)
+    train_images = CocoImages(root / data.TRAIN_ANNOTATIONS, root / data.TRAIN_IMAGES, for_training=True)
+    if train_images.classes != val_images.classes:
+        different = sorted(set(train_images.classes) ^ set(val_images.classes)) or train_images.classes
+        raise ValueError(
+            f"{train_images.annotations} and {val_images.annotations} have different categories, or in another order: "
+            f"{', '.join(different[:5])}; both must list the same"
+        )
+    batches = AspectBatches(
+        train_images.aspect_ratios,
+        batch_size=data.BATCH_SIZE,
+        micro_batches=config.TRAIN.ACCUMULATION_STEPS,
+        rank=process.rank,
+        num_processes=process.num_processes,
+        seed=config.SEED,
+    )
+    return DetectionData(
+        make_loader(config, TrainImages(train_images, build_transform(config), config.SEED), batches), val, val_images
+    )
+
+
+def build_transform(config: CfgNode) -> TrainTransform:
+    aug = config.AUG
+    return TrainTransform(
+        short_sides=aug.SHORT_SIDES,
+        long_side=aug.LONG_SIDE,
+        flip=aug.HFLIP,
+        crop=aug.CROP,
+        crop_short_sides=aug.CROP_SHORT_SIDES,
+        crop_size=aug.CROP_SIZE,
+    )
+
+
+def make_loader(config: CfgNode, dataset: Dataset[Any], batches: AspectBatches | Sequence[Any]) -> DataLoader[Any]:
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=config.DATA.NUM_WORKERS,
+        pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
+        persistent_workers=config.DATA.NUM_WORKERS > 0,
+        worker_init_fn=set_up_worker,
+        generator=torch.Generator(),  # else each start of an epoch draws from the one that sampling draws from
+    )

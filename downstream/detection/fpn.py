@@ -1,0 +1,39 @@
+"""Feature pyramid (Lin et al., arXiv 1612.03144): maps at strides 4 to 32 to five maps of one width."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class NamedConv(nn.Module):
+    """A convolution under the name `conv`, as the published weights have it."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class FPN(nn.Module):
+    """Maps (B, widths[i], H_i, W_i) to as many and one more, (B, width, H_i, W_i); the last halves the one before it
+    by taking every other row and column.
+    """
+
+    def __init__(self, widths: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.lateral_convs = nn.ModuleList(NamedConv(nn.Conv2d(channels, width, 1)) for channels in widths)
+        self.fpn_convs = nn.ModuleList(NamedConv(nn.Conv2d(width, width, 3, padding=1)) for _ in widths)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        merged = [conv(x) for conv, x in zip(self.lateral_convs, maps, strict=True)]
+        for i in range(len(merged) - 1, 0, -1):
+            merged[i - 1] = merged[i - 1] + F.interpolate(merged[i], merged[i - 1].shape[2:], mode="nearest")
+        outputs = [conv(x) for conv, x in zip(self.fpn_convs, merged, strict=True)]
+        return [*outputs, outputs[-1][:, :, ::2, ::2]]  # (B, width, ceil(H / 2), ceil(W / 2))

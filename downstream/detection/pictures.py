@@ -1,0 +1,90 @@
+"""Pictures of detections, next to the truth where it is known."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from matplotlib import colormaps, font_manager
+from pycocotools import mask as rle
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+SMALLEST_SIDE = 256  # of a picture, in pixels; smaller images are enlarged by a whole factor
+GAP = 8  # pixels between pictures
+
+
+class Found(NamedTuple):
+    """Objects of an image: boxes (D, 4), masks (D, H, W) bool, labels (D,), and a caption for each."""
+
+    boxes: np.ndarray
+    masks: np.ndarray
+    labels: np.ndarray
+    captions: list[str]
+
+
+def found_of(results: Sequence[dict[str, Any]], categories: Sequence[dict[str, Any]], threshold: float = 0.5) -> Found:
+    """COCO results of one image from a score of `threshold` on; categories have id and name."""
+    chosen = [result for result in results if result["score"] >= threshold]
+    numbers = {category["id"]: number for number, category in enumerate(categories)}
+    labels = np.array([numbers[result["category_id"]] for result in chosen], dtype=np.int64)
+    boxes = np.array([result["bbox"] for result in chosen], dtype=np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    encoded = [result["segmentation"] for result in chosen]
+    masks = rle.decode(encoded).transpose(2, 0, 1) if chosen else np.zeros((0, 1, 1))  # (D, H, W)
+    captions = [f"{categories[i]['name']} {r['score']:.2f}" for i, r in zip(labels, chosen, strict=True)]
+    return Found(boxes, masks.astype(bool), labels, captions)
+
+
+def annotated(image: np.ndarray, found: Found) -> np.ndarray:
+    """An image (H, W, 3) uint8 with its objects' boxes, masks and captions; enlarged where it is small."""
+    factor = -(-SMALLEST_SIDE // min(image.shape[:2])) if min(image.shape[:2]) < SMALLEST_SIDE else 1
+    size = image.shape[1] * factor, image.shape[0] * factor
+    picture = torch.from_numpy(cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)).permute(2, 0, 1)  # (3, H, W)
+    if not len(found.labels):
+        return picture.permute(1, 2, 0).numpy()
+    palette = colormaps["tab10"].colors  # type: ignore[attr-defined]
+    colours = [tuple(int(255 * part) for part in palette[label % len(palette)]) for label in found.labels]
+    masks = torch.from_numpy(found.masks).repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    picture = draw_segmentation_masks(picture, masks, alpha=0.45, colors=colours)
+    picture = draw_bounding_boxes(
+        picture,
+        torch.from_numpy(found.boxes * factor),
+        labels=found.captions,
+        colors=colours,
+        width=max(2, min(size) // 250),
+        font=font_manager.findfont("DejaVu Sans"),
+        font_size=max(14, min(size) // 22),
+    )
+    return picture.permute(1, 2, 0).numpy()
+
+
+def save_picture(picture: np.ndarray, path: Path) -> None:
+    """Write (H, W, 3) uint8, RGB, as PNG or JPEG by the name's ending."""
+    written, content = cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    assert written
+    path.write_bytes(content.tobytes())
+
+
+def save_comparison(rows: Sequence[tuple[np.ndarray, Found, Found]], path: Path, *, columns: int = 3) -> None:
+    """A grid of pairs: the truth on the left, what was found on the right.
+
+    Args:
+        rows: (image (H, W, 3) uint8, truth, found) of each pair.
+        path: of the picture.
+        columns: pairs side by side.
+    """
+    pairs = []
+    for image, truth, found in rows:
+        left, right = annotated(image, truth), annotated(image, found)
+        gap = np.full((left.shape[0], GAP, 3), 255, dtype=np.uint8)
+        pairs.append(np.concatenate((left, gap, right), axis=1))
+    height = max(pair.shape[0] for pair in pairs) + 2 * GAP
+    width = max(pair.shape[1] for pair in pairs) + 4 * GAP
+    lines = -(-len(pairs) // columns)
+    grid = np.full((lines * height, columns * width, 3), 255, dtype=np.uint8)
+    for number, pair in enumerate(pairs):
+        top, left = number // columns * height + GAP, number % columns * width + 2 * GAP
+        grid[top : top + pair.shape[0], left : left + pair.shape[1]] = pair
+    save_picture(grid, path)

@@ -1,0 +1,76 @@
+"""What goes into the detector beside images, and what comes out."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Size = tuple[int, int]  # height, width
+
+
+class Frame(NamedTuple):
+    """The sizes (height, width) of an image in a batch.
+
+    Attributes:
+        size: of the image, in the batch's top left corner.
+        padded: with the padding that it would have alone; what lies beyond is there for other images' sake.
+        original: of the file, whose pixels detections are in.
+    """
+
+    size: Size
+    padded: Size
+    original: Size
+
+
+@dataclass
+class Target:
+    """The objects of an image, on the batch's pixels.
+
+    Attributes:
+        boxes: (G, 4) float32, x1 y1 x2 y2.
+        labels: (G,) int64, from 0.
+        masks: (G, H, W) uint8, 0 or 1; H and W are at least the image's.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    masks: Tensor
+
+    def to(self, device: torch.device) -> "Target":
+        return Target(*(x.to(device, non_blocking=True) for x in (self.boxes, self.labels, self.masks)))
+
+    def boxes_or_dummy(self) -> Tensor:
+        """The boxes, or one that stands for nothing where there are none, so that there is a row to take."""
+        return self.boxes if len(self.boxes) else self.boxes.new_tensor([[0.0, 0.0, 1.0, 1.0]])
+
+    def labels_or_dummy(self) -> Tensor:
+        """The labels, or a 0 where there are none."""
+        return self.labels if len(self.labels) else self.labels.new_zeros(1)
+
+    def pin_memory(self) -> "Target":
+        return Target(self.boxes.pin_memory(), self.labels.pin_memory(), self.masks.pin_memory())
+
+
+class Detections(NamedTuple):
+    """What was found in an image, best first, in pixels of the original file.
+
+    Attributes:
+        boxes: (D, 4), x1 y1 x2 y2.
+        scores: (D,), from 0 to 1.
+        labels: (D,) int64.
+        mask_probabilities: (D, 28, 28), of each box's own class, over the box; see `masks.paste_masks`.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    mask_probabilities: Tensor
+
+    def cpu(self) -> "Detections":
+        return Detections(*(x.cpu() for x in self))
+
+
+def rows(values: Tensor, indices: Tensor) -> Tensor:
+    """Row indices[b, k] of values[b]: values (B, N, D) and indices (B, K) to (B, K, D)."""
+    return values.gather(1, indices[..., None].expand(-1, -1, values.shape[-1]))

@@ -1,0 +1,267 @@
+"""Training and evaluation of dense tasks: what their main commands share beside the run loop of utils/trainer.py."""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from downstream.recipe import WarmupSchedule, parameter_groups
+from downstream.settings import IMAGES_PER_STEP
+from utils.amp import Precision, make_precision
+from utils.distributed import Process, distribute
+from utils.ema import ModelEma
+from utils.engine import TrainStep
+from utils.launch import mistakes_in_one_line
+from utils.logger import logger
+from utils.optimizer import make_optimizer
+from utils.plots import Panel
+from utils.run_folder import RunLock, open_run_folder, set_aside_checkpoints, write_config
+from utils.run_state import RunState, seed_everything
+from utils.settings import ConfigError
+from utils.trainer import Plan, Trainer
+from utils.weights import check_classes, load_pretrained, load_weights, read_weights
+
+
+class Data(Protocol):
+    """What a task reads; `train`'s batch sampler has set_epoch(epoch, start_batch). None where only evaluated."""
+
+    @property
+    def train(self) -> DataLoader | None: ...
+
+    @property
+    def classes(self) -> list[str]: ...
+
+    @property
+    def num_train_images(self) -> int: ...
+
+    @property
+    def num_val_images(self) -> int: ...
+
+
+@dataclass
+class Run:
+    """What training or evaluation consists of."""
+
+    config: Any
+    process: Process
+    folder: Path
+    data: Any
+    model: nn.Module
+    precision: Precision
+
+
+class Task(ABC):
+    """Detection or segmentation: what differs between them.
+
+    Attributes:
+        metric: the figure whose highest value marks the best checkpoint.
+        best_name: what that checkpoint is called: max_<best_name>.pth.
+        panels: what curves.png shows.
+    """
+
+    metric: str
+    best_name: str
+    panels: Sequence[Panel]
+
+    @abstractmethod
+    def open_data(self, config: Any, process: Process) -> Data: ...
+
+    @abstractmethod
+    def build_model(self, config: Any, num_classes: int) -> nn.Module:
+        """The model, with fresh weights; its `backbone` takes ImageNet's."""
+
+    @abstractmethod
+    def lengths(self, config: Any, num_train_images: int, images_per_step: int) -> tuple[int, int]:
+        """(epochs, steps per epoch) of a run; an epoch is the stretch between two evaluations."""
+
+    @abstractmethod
+    def schedule(self, config: Any, base_lr: float, epochs: int, steps_per_epoch: int) -> WarmupSchedule: ...
+
+    @abstractmethod
+    def to_device(self, batch: Any, device: torch.device) -> Any:
+        """A loader's batch, ready for `losses`."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Any) -> Mapping[str, Tensor]:
+        """The terms of the loss by name, scalars."""
+
+    @abstractmethod
+    def evaluate(self, run: Run, model: nn.Module, name: str) -> dict[str, float]:
+        """Figures of a model over the validation set, the same on all processes; logs them under `name`."""
+
+    @abstractmethod
+    def illustrate(self, run: Run, model: nn.Module) -> None:
+        """Pictures of what the model finds in validation images, into the run's folder; on the first process."""
+
+
+def run_evaluation(task: Task, config: Any, process: Process) -> int:
+    """Evaluate the weights of --resume, the model's and the average's where the file has both."""
+    with mistakes_in_one_line():
+        if not config.MODEL.RESUME:
+            raise ConfigError("MODEL.RESUME is empty: evaluation needs weights, name them with --resume FILE")
+        folder = open_run_folder(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
+        data = task.open_data(config, process)
+        model = prepare_model(task, config, process, len(data.classes))
+        weights_file = read_weights(config.MODEL.RESUME, tolerant=True)
+        check_classes(weights_file.classes, data.classes, config.MODEL.RESUME)
+        found = {"model": weights_file.model, "EMA": weights_file.average}
+        for weights in filter(None, found.values()):
+            load_weights(model, weights, config.MODEL.RESUME)  # that both fit is known before either is evaluated
+    run = Run(config, process, folder, data, model, precision_of(config, process))
+    for name, candidate in found.items():
+        if candidate is not None:
+            load_weights(model, candidate, config.MODEL.RESUME)
+            task.evaluate(run, model, name)
+    if process.is_main:
+        task.illustrate(run, model)
+    return 0
+
+
+def run_training(task: Task, config: Any, process: Process) -> int:
+    """Train from wherever the run's folder is to the end."""
+    with mistakes_in_one_line():
+        folder = open_run_folder(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
+        lock = RunLock(folder) if process.is_main else nullcontext()
+    with lock:
+        with mistakes_in_one_line():
+            run, state, plan, make_step = set_up(task, config, process, folder)
+        if state.progress.epochs >= plan.total_epochs:
+            logger.info("this run is complete; for more raise the length of training, or name another --tag")
+            return 0
+        trainer = Trainer(
+            plan,
+            state,
+            make_step(),
+            folder=folder,
+            batches=lambda epoch, first: batches_of(task, run, epoch, first),
+            evaluate=lambda model, name: task.evaluate(run, model, name),
+            facts={"config": config.dump(), "classes": run.data.classes},
+        )
+        if trainer.run() and process.is_main:
+            task.illustrate(run, state.ema.on(process.device) if state.ema else run.model)
+            average = f", EMA {state.best_ema:.2f}" if state.ema else ""
+            logger.info("best %s: model %.2f%s; results are in %s", task.metric, state.best, average, folder)
+    return 0
+
+
+def set_up(
+    task: Task, config: Any, process: Process, folder: Path
+) -> tuple[Run, RunState, Plan, Callable[[], TrainStep]]:
+    """Open the data, make the model, and go on from a checkpoint where there is one."""
+    data = task.open_data(config, process)
+    images_per_step = config.DATA.BATCH_SIZE * process.num_processes * config.TRAIN.ACCUMULATION_STEPS
+    epochs, steps_per_epoch = task.lengths(config, data.num_train_images, images_per_step)
+    schedule = task.schedule(config, config.TRAIN.BASE_LR * images_per_step / IMAGES_PER_STEP, epochs, steps_per_epoch)
+    model = prepare_model(task, config, process, len(data.classes))
+    if config.MODEL.PRETRAINED:
+        backbone: Any = model.backbone
+        load_pretrained(getattr(backbone, "body", backbone), config.MODEL.PRETRAINED)
+    precision = precision_of(config, process)
+    decay = config.EMA.DECAY ** (images_per_step / IMAGES_PER_STEP)
+    ema = ModelEma(model, decay, config.EMA.FORCE_CPU) if config.EMA.ENABLED else None
+    settings = config.TRAIN.OPTIMIZER
+    optimizer = make_optimizer(
+        settings.NAME,
+        parameter_groups(model, config.TRAIN.WEIGHT_DECAY),
+        eps=settings.EPS,
+        betas=settings.BETAS,
+        momentum=settings.MOMENTUM,
+    )
+    if config.TRAIN.COMPILE:
+        model.backbone.compile(dynamic=True)  # type: ignore[operator, union-attr]
+    state = RunState(model, ema, optimizer, precision.scaler, process, images_per_step=images_per_step)
+    state.classes = data.classes
+    continues = state.resume(folder, explicit=config.MODEL.RESUME, auto=config.TRAIN.AUTO_RESUME)
+    run = Run(config, process, folder, data, model, precision)
+    if process.is_main and state.progress.epochs < epochs:
+        write_config(folder, config.dump())
+        set_aside_checkpoints(folder, state.progress, continues=continues)
+        log_plan(run, state, schedule, epochs, steps_per_epoch)
+    plan = Plan(
+        total_epochs=epochs,
+        steps_per_epoch=steps_per_epoch,
+        rate_of_step=schedule.rate_of_step,
+        metric=task.metric,
+        best_name=task.best_name,
+        panels=task.panels,
+        accumulation_steps=config.TRAIN.ACCUMULATION_STEPS,
+        save_freq=config.SAVE_FREQ,
+        save_steps=config.TRAIN.SAVE_STEPS,
+        print_freq=config.PRINT_FREQ,
+        stop_on_save_error=config.TRAIN.ON_SAVE_ERROR == "stop",
+        save_in_background=config.TRAIN.SAVE_IN_BACKGROUND,
+    )
+
+    def make_step() -> TrainStep:
+        network = distribute(model, process, find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS)
+        return TrainStep(
+            network,
+            optimizer,
+            precision,
+            compute_losses=lambda batch, _: task.losses(network, batch),
+            clip_grad=config.TRAIN.CLIP_GRAD,
+            ema=ema,
+        )
+
+    return run, state, plan, make_step
+
+
+def prepare_model(task: Task, config: Any, process: Process, num_classes: int) -> nn.Module:
+    """The model with weights that SEED fixes, on the device; afterwards each process draws its own random numbers."""
+    seed_everything(config.SEED)
+    model = task.build_model(config, num_classes).to(process.device)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    seed_everything(config.SEED + process.rank)
+    return model
+
+
+def precision_of(config: Any, process: Process) -> Precision:
+    return make_precision(process.device, amp=config.AMP, dtype=config.AMP_DTYPE)
+
+
+def describe_out_of_memory(config: Any, error: torch.OutOfMemoryError) -> str:
+    """One line with the batch that did not fit on the GPU, and what asks for less, the mildest remedy first."""
+    capacity = re.search(r"total capacity of ([\d.]+ \w+)", str(error))
+    batch_size, steps = config.DATA.BATCH_SIZE, config.TRAIN.ACCUMULATION_STEPS
+    remedies = [] if config.AMP else ["add --amp"]
+    if not config.EVAL_MODE:
+        can_recompute = config.MODEL.TYPE == "mlla" and not config.TRAIN.USE_CHECKPOINT
+        remedies += ["add --use-checkpoint, which recomputes the blocks"] if can_recompute else []
+        if batch_size > 1:
+            same_step = f"TRAIN.ACCUMULATION_STEPS {2 * steps}"
+            remedies.append(
+                f"lower --batch-size (to {batch_size // 2}, say; with {same_step} a step has as many images)"
+            )
+    remedies.append("lower the sizes of images, AUG.* and TEST.*")
+    return (
+        f"the GPU's memory{f' of {capacity[1]}' if capacity else ''} does not suffice for "
+        f"{'evaluation' if config.EVAL_MODE else f'DATA.BATCH_SIZE {batch_size}'}: {', or '.join(remedies)}"
+    )
+
+
+def batches_of(task: Task, run: Run, epoch: int, first: int) -> Iterator[Any]:
+    """This process's micro-batches of an epoch, on the device, from number `first` on."""
+    run.data.train.batch_sampler.set_epoch(epoch, first)
+    return (task.to_device(batch, run.process.device) for batch in run.data.train)
+
+
+def log_plan(run: Run, state: RunState, schedule: WarmupSchedule, epochs: int, steps_per_epoch: int) -> None:
+    config, process = run.config, run.process
+    logger.info(
+        "%s: %.2f M parameters, %d classes, %d training and %d validation images; %d process(es) on %s, %s",
+        *(config.MODEL.NAME, sum(p.numel() for p in run.model.parameters()) / 1e6, len(run.data.classes)),
+        *(run.data.num_train_images, run.data.num_val_images, process.num_processes, process.device),
+        run.precision.name,
+    )
+    logger.info(
+        "%d images a step, %d steps an epoch, epochs %d to %d; learning rate %.3e, EMA %s; output in %s",
+        *(state.images_per_step, steps_per_epoch, state.progress.epochs + 1, epochs, schedule.base_lr),
+        *(f"{state.ema.decay:.6f}" if state.ema else "off", run.folder),
+    )

@@ -1,0 +1,136 @@
+"""What a trained model does inside: its gates, what a token reads from the others, what it sees of the image."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import NORMALISER_EPS, LinearAttention
+from models.rope import rotate_pairs
+from models.unified_block import UnifiedAttention
+
+
+class Seen(NamedTuple):
+    """An attention layer and what came into it: tokens x (B, H, W, C), and rotary tables where it rotates."""
+
+    name: str
+    layer: nn.Module
+    x: Tensor
+    rotary: tuple[Tensor, Tensor] | None
+
+
+class GateValues(NamedTuple):
+    """Of one layer: Delta's mean over channels, (B, H, W), and the forget gate's mean over all but images, (B,)."""
+
+    name: str
+    delta: Tensor
+    forget: Tensor | None
+
+
+@torch.no_grad()
+def attention_inputs(model: nn.Module, images: Tensor) -> list[Seen]:
+    """Every attention layer of MLLA or LinearViT, in order, with its inputs for images (B, 3, H, W)."""
+    seen: list[Seen] = []
+    handles = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, LinearAttention | UnifiedAttention):
+            _, stage, _, block, _ = name.split(".")  # layers.S.blocks.I.attn
+            short = f"stage {int(stage) + 1}, block {int(block) + 1}"
+
+            def keep(module: nn.Module, args: tuple[Tensor, ...], name: str = short) -> None:
+                seen.append(Seen(name, module, args[0], args[-1] if isinstance(args[-1], tuple) else None))
+
+            handles.append(layer.register_forward_pre_hook(keep))
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+@torch.no_grad()
+def gate_values(model: nn.Module, images: Tensor) -> list[GateValues]:
+    """The gates of every layer that has them, for images (B, 3, H, W); the values of figure 4 of the paper."""
+    found = []
+    for name, layer, x, _ in attention_inputs(model, images):
+        if isinstance(layer, UnifiedAttention) and layer.gate is not None:
+            delta = layer.gate(x)  # (B, H, W, C)
+            forget = None
+            if layer.A_log is not None:
+                by_row = [torch.exp(-rates.exp() * delta).mean(dim=(1, 2, 3)) for rates in layer.A_log]
+                forget = torch.stack(by_row).mean(dim=0)  # (B,)
+            found.append(GateValues(name, delta.mean(dim=-1), forget))
+    return found
+
+
+def attention_map(seen: Seen, query: tuple[int, int], *, rotate: bool = True) -> Tensor:
+    """The weights with which a token reads every token's value, that linear attention never writes out.
+
+    Args:
+        seen: a layer and its input.
+        query: row and column of the token that reads.
+        rotate: False leaves the rotary embedding out, with the same q and k.
+
+    Returns:
+        (B, heads, H, W); the mean over a head's channels where gates make them differ. Local and shortcut terms, LePE
+        and D, are not in it. Rotation can make weights negative.
+    """
+    rotary = seen.rotary if rotate else None
+    if isinstance(seen.layer, UnifiedAttention):
+        return unified_map(seen.layer, seen.x, rotary, query)
+    assert isinstance(seen.layer, LinearAttention)
+    return linear_map(seen.layer, seen.x, rotary, query)
+
+
+@torch.no_grad()
+def linear_map(
+    layer: LinearAttention, x: Tensor, rotary: tuple[Tensor, Tensor] | None, query: tuple[int, int]
+) -> Tensor:
+    """rope(q_t) . rope(k_s) / N / (q_t . mean(k) + eps) of MLLA's attention, by head."""
+    row, column = query
+    q, k = (F.elu(layer.qk(x).float()) + 1).chunk(2, dim=-1)  # (B, H, W, C) each
+    q_turned, k_turned = (q, k) if rotary is None else (rotate_pairs(q, *rotary), rotate_pairs(k, *rotary))
+    heads = (layer.num_heads, -1)
+    reader, reader_turned = (y[:, row, column].unflatten(-1, heads) for y in (q, q_turned))  # (B, heads, d)
+    normaliser = (reader * k.mean(dim=(1, 2)).unflatten(-1, heads)).sum(dim=-1) + NORMALISER_EPS  # (B, heads)
+    weights = torch.einsum("bgd,bhwgd->bghw", reader_turned, k_turned.unflatten(-1, heads))  # (B, heads, H, W)
+    return weights / (k.shape[1] * k.shape[2]) / normaliser[..., None, None]
+
+
+def unified_map(
+    layer: UnifiedAttention, x: Tensor, rotary: tuple[Tensor, Tensor] | None, query: tuple[int, int]
+) -> Tensor:
+    """The output at the query is linear in v: its gradient by v, summed over a head's channels, holds the weights."""
+    row, column = query
+    v = torch.zeros_like(x, requires_grad=True)  # as wide as x
+    with torch.enable_grad():
+        read = layer.exchange(x.detach(), v, rotary)[:, row, column]  # (B, C)
+        (weights,) = torch.autograd.grad(read.sum(), v)  # (B, H, W, C)
+    return weights.unflatten(-1, (layer.num_heads, -1)).mean(dim=-1).permute(0, 3, 1, 2)  # (B, heads, H, W)
+
+
+def receptive_fields(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """What the middle token of each stage's output sees of the image: |gradient by the pixels|, summed over colours.
+
+    The effective receptive field of Luo et al. (2016), for images (B, 3, H, W): for each stage (B, H, W), from 0 to 1.
+    """
+    outputs: list[Tensor] = []
+    last_blocks: Sequence[nn.Module] = [stage.blocks[-1] for stage in model.stages]  # type: ignore[union-attr,operator]
+    handles = [block.register_forward_hook(lambda _, __, output: outputs.append(output)) for block in last_blocks]
+    images = images.detach().requires_grad_()
+    try:
+        with torch.enable_grad():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    fields = []
+    for tokens in outputs:
+        middle = tokens[:, tokens.shape[1] // 2, tokens.shape[2] // 2]  # (B, C)
+        (grad,) = torch.autograd.grad(middle.sum(), images, retain_graph=True)
+        field = grad.abs().sum(dim=1)  # (B, H, W)
+        fields.append(field / field.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(field.dtype).tiny))
+    return fields

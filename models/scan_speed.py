@@ -1,0 +1,128 @@
+"""Time of the forget gate by the number of tokens: in chunks, token by token, and linear attention without it.
+
+python -m models.scan_speed                                  this machine's GPU or CPU, a few minutes on a CPU
+python -m models.scan_speed --tokens 196 3136 --batch-size 32
+
+Writes scan_speed.md and scan_speed.png. The layer is that of the baseline's first stage: 3 heads of 32 channels.
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.scan import gated_scan, step_scan
+from models.ssm import unified_attention
+from utils.benchmark import synchronise
+from utils.launch import mistakes_in_one_line
+from utils.paper_plots import plot_speed
+
+HEADS, HEAD_DIM = 3, 32
+REPEATS = 5
+SECONDS = 10.0  # for the repetitions of one figure; at least one is made
+
+Layer = Callable[[Sequence[Tensor]], Tensor]
+LAYERS: dict[str, Layer] = {
+    "linear attention": lambda x: unified_attention(*x[:3], normalise=False),
+    "forget gate, in chunks": lambda x: gated_scan(*x),
+    "forget gate, Triton": lambda x: gated_scan(*x, use_kernels=True),
+    "forget gate, step by step": lambda x: step_scan(*x),
+}
+STEPWISE, TRITON = "forget gate, step by step", "forget gate, Triton"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[196, 784, 3136, 12544, 65536])
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--most-steps", type=int, default=12544, help="longest step-by-step run with gradients, tokens")
+    parser.add_argument("--forward-only", action="store_true", help="leave gradients out")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="for a busy machine: CPU time of one thread, not the wall's"
+    )
+    parser.add_argument("--output", type=Path, default=Path("output/scan_speed"))
+    options = parser.parse_args(argv)
+    with mistakes_in_one_line():
+        if min(*options.tokens, options.batch_size) < 1:
+            raise ValueError("--tokens and --batch-size: must be at least 1")
+        if options.cpu_time and (torch.cuda.is_available() or torch.get_num_threads() > 1):
+            raise ValueError("--cpu-time: is for one thread on a CPU; set OMP_NUM_THREADS=1 and CUDA_VISIBLE_DEVICES=")
+        options.output.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    layers = {name: layer for name, layer in LAYERS.items() if name != TRITON or device.type == "cuda"}
+    times = {
+        with_gradients: {
+            name: [
+                None
+                if name == STEPWISE and with_gradients and count > options.most_steps
+                else measure(layer, count, options, device=device, with_gradients=with_gradients)
+                for count in options.tokens
+            ]
+            for name, layer in layers.items()
+        }
+        for with_gradients in ([False] if options.forward_only else [False, True])
+    }
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
+    about = f"{chip}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {options.batch_size}, float32"
+    about += ", CPU time" if options.cpu_time else ""
+    text = table(options.tokens, times, about)
+    (options.output / "scan_speed.md").write_text(text)
+    plot_speed(options.tokens, times, title=about, picture=options.output / "scan_speed.png")
+    print(text, end="")
+    return 0
+
+
+def measure(
+    layer: Layer, num_tokens: int, options: argparse.Namespace, *, device: torch.device, with_gradients: bool
+) -> float:
+    """Seconds of one call, the median of a few, after one that is not counted where it is short."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (options.batch_size, HEADS, num_tokens, HEAD_DIM)
+    q, k, v, delta = (torch.rand(shape, generator=generator).to(device) for _ in range(4))
+    a = -torch.arange(1.0, HEAD_DIM + 1, device=device).repeat(HEADS, HEAD_DIM, 1).mT.contiguous()
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    inputs = [x.requires_grad_(with_gradients) for x in (q, k, v, 0.1 * delta, a)]
+
+    def call() -> float:
+        synchronise(device)
+        start = clock()
+        with torch.set_grad_enabled(with_gradients):
+            out = layer(inputs)
+        if with_gradients:
+            out.sum().backward()
+        synchronise(device)
+        return clock() - start
+
+    first = call()
+    if first * REPEATS > SECONDS:
+        return first
+    return statistics.median(call() for _ in range(REPEATS))
+
+
+def table(tokens: Sequence[int], times: dict[bool, dict[str, list[float | None]]], about: str) -> str:
+    """Milliseconds by number of tokens, forward, then forward and backward."""
+    lines = [["tokens"], ["---"]]
+    for with_gradients in times:
+        what = "forward and backward" if with_gradients else "forward"
+        lines[0] += [f"{name}, {what}, ms" for name in times[with_gradients]]
+        lines[1] += ["---"] * len(times[with_gradients])
+    for i, count in enumerate(tokens):
+        found = [values[i] for by_name in times.values() for values in by_name.values()]
+        lines.append([f"{count:,}", *map(milliseconds, found)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{about}.\n"
+
+
+def milliseconds(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{1000 * seconds:.2f}" if seconds < 0.01 else f"{1000 * seconds:,.0f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

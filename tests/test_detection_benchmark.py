@@ -1,0 +1,28 @@
+from pathlib import Path
+
+import pytest
+
+from downstream.detection import benchmark
+
+
+def test_a_row_for_each_measurement(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "WARMUP", 0)
+    monkeypatch.setattr(benchmark, "MAX_SHARPENINGS", 1)
+    small = ["--height", "64", "--width", "90", "--train-batches", "1", "--test-batches", "1", "--seconds", "0"]
+    table = tmp_path / "new" / "table.md"
+    assert benchmark.main(["--models", "timm:test_convnext", "torchvision", *small, "--output", str(table)]) == 0
+    rows = [line.split(" | ") for line in table.read_text().splitlines()[4:]]
+    assert [row[0].removeprefix("| ") for row in rows] == ["timm:test_convnext"] * 2 + ["torchvision"] * 2
+    assert [row[1] for row in rows] == ["train", "inference"] * 2
+    assert all(float(row[3]) > 0 for row in rows)
+    assert all(0 <= float(row[4].strip("%")) <= 100 for row in rows)
+    assert table.read_text() == capsys.readouterr().out
+
+
+def test_unknown_models(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["--models", "resnet", "--height", "64", "--width", "64"])
+    assert stop.value.code == 2
+    assert "error: --models resnet: known are mlla_t" in capsys.readouterr().err

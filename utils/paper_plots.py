@@ -1,0 +1,137 @@
+"""Pictures of what the paper claims: its ablations, the speed of the forget gate, and what a model looks at."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def plot_ablation(
+    labels: Sequence[str],
+    *,
+    paper: Sequence[float],
+    scores: Sequence[Sequence[float]],
+    title: str,
+    picture: Path,
+) -> None:
+    """Draw the rows of an ablation, from top to bottom: the paper's accuracies, and ours with each seed as a dot.
+
+    Args:
+        labels: names of the rows.
+        paper: top-1 accuracy of each row, per cent.
+        scores: top-1 accuracies of each row by seed, per cent.
+        title: what ours were trained on.
+    """
+    places = np.arange(len(labels))
+    means = [float(np.mean(values)) for values in scores]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.38 * len(labels) + 1.4), sharey=True, layout="constrained")
+    for axis, values, name in ((axes[0], paper, "the paper: ImageNet-1K, 300 epochs"), (axes[1], means, title)):
+        axis.axvline(values[0], color="0.6", linestyle="--", linewidth=1)
+        axis.hlines(places, values[0], values, color="tab:blue", alpha=0.4, linewidth=4)
+        axis.plot(values, places, "o", color="tab:blue")
+        axis.set_title(name)
+        axis.set_xlabel("top-1 accuracy, %")
+        axis.grid(alpha=0.3)
+    for place, values in zip(places, scores, strict=True):
+        axes[1].plot(values, [place] * len(values), ".", color="black", markersize=4)
+        if len(values) > 1:
+            axes[1].errorbar(np.mean(values), place, xerr=np.std(values, ddof=1), color="tab:blue", capsize=3)
+    axes[0].set_yticks(places, labels)
+    axes[0].invert_yaxis()
+    figure.savefig(picture, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def plot_maps(
+    images: np.ndarray,
+    columns: Sequence[tuple[str, np.ndarray]],
+    *,
+    title: str,
+    picture: Path,
+    mark: tuple[float, float] | None = None,
+    is_signed: bool = False,
+) -> None:
+    """Draw images, one a row, each with its maps beside it, every map with a colour bar of its own.
+
+    Args:
+        images: (B, H, W, 3), from 0 to 1.
+        columns: name and maps (B, h, w) of each column; any h and w.
+        title: of the whole picture.
+        mark: a place to mark in every panel, its height and its width as shares of the image.
+        is_signed: colours around zero, red above and blue below, instead of from dark to light.
+    """
+    rows, count = len(images), len(columns) + 1
+    figure, axes = plt.subplots(
+        rows, count, figsize=(2.4 * count, 2.1 * rows + 0.5), squeeze=False, layout="constrained"
+    )
+    for i, image in enumerate(images):
+        axes[i, 0].imshow(image, extent=(0, 1, 1, 0))
+        for axis, (_, maps) in zip(axes[i, 1:], columns, strict=True):
+            limit = float(np.abs(maps[i]).max()) or 1.0
+            colours: dict[str, object] = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit} if is_signed else {}
+            shown = axis.imshow(maps[i], extent=(0, 1, 1, 0), interpolation="nearest", **colours)
+            figure.colorbar(shown, ax=axis, shrink=0.85)
+        for axis, shape in zip(axes[i], [image.shape, *(maps[i].shape for _, maps in columns)], strict=True):
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if mark is not None:  # the middle of the cell that holds it
+                down, right = ((min(int(m * n), n - 1) + 0.5) / n for m, n in zip(mark, shape, strict=False))
+                axis.plot(right, down, "x", color="lime", markersize=7, markeredgewidth=2)
+    for axis, name in zip(axes[0], ["image", *(name for name, _ in columns)], strict=True):
+        axis.set_title(name, fontsize=9)
+    figure.suptitle(title)
+    figure.savefig(picture, dpi=100, bbox_inches="tight")
+    plt.close(figure)
+
+
+def plot_by_depth(
+    images: np.ndarray, values: np.ndarray, *, layers: Sequence[str], title: str, label: str, picture: Path
+) -> None:
+    """Draw one figure a layer, (B, layers), as a curve for each image, with the images (B, H, W, 3) beside it."""
+    rows = len(images)
+    figure = plt.figure(figsize=(9, max(3.5, 1.3 * rows)), layout="constrained")
+    grid = figure.add_gridspec(rows, 2, width_ratios=(1, 5))
+    chart = figure.add_subplot(grid[:, 1])
+    for i, (image, curve) in enumerate(zip(images, values, strict=True)):
+        axis = figure.add_subplot(grid[i, 0])
+        axis.imshow(image)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_ylabel(f"{i + 1}", rotation=0, labelpad=10, color=f"C{i % 10}")
+        chart.plot(range(len(curve)), curve, "o-", color=f"C{i % 10}", label=f"image {i + 1}", alpha=0.8)
+    chart.set_xticks(range(len(layers)), layers, rotation=30, ha="right")
+    chart.set_ylabel(label)
+    chart.grid(alpha=0.3)
+    chart.legend()
+    figure.suptitle(title)
+    figure.savefig(picture, dpi=100, bbox_inches="tight")
+    plt.close(figure)
+
+
+def plot_speed(
+    tokens: Sequence[int], times: Mapping[bool, Mapping[str, Sequence[float | None]]], *, title: str, picture: Path
+) -> None:
+    """Draw seconds by number of tokens on logarithmic axes, without and with gradients, beside a line of cost ~ N."""
+    figure, axes = plt.subplots(1, len(times), figsize=(5.5 * len(times), 4.5), sharey=True, squeeze=False)
+    axes = axes[0]
+    for axis, with_gradients in zip(axes, times, strict=True):
+        curves = times[with_gradients]
+        for name, seconds in curves.items():
+            axis.plot(tokens, [np.nan if value is None else 1000 * value for value in seconds], "o-", label=name)
+        lowest = min(1000 * value for seconds in curves.values() for value in seconds if value is not None)
+        guide = [lowest * count / tokens[0] for count in tokens]
+        axis.plot(tokens, guide, "--", color="0.6", label="linear in N")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_title("forward and backward" if with_gradients else "forward")
+        axis.set_xlabel("tokens N")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("milliseconds")
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(picture, dpi=110, bbox_inches="tight")
+    plt.close(figure)
