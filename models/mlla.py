@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.attention import LinearAttention
 from models.classifier import initialise
-from models.layers import DERIVED_KEY_SUFFIX, Downsample, Stem, TokenConv, pad_to_multiple
+from models.layers import DERIVED_KEY_SUFFIX, Downsample, Stem, TokenConv
 from models.rope import rotary_tables
 from models.timm_interface import TimmInterface
 
@@ -166,8 +166,7 @@ class MLLA(TimmInterface):
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to the first stage's tokens (B, ceil(H / 4), ceil(W / 4), embed_dim)."""
-        x = pad_to_multiple(images, 4).contiguous(memory_format=torch.channels_last)
-        x = self.patch_embed(x)  # (B, H, W, C)
+        x = self.patch_embed(images)  # (B, H, W, C)
         if self.absolute_pos_embed is not None:
             x = x + self.position_table(x.shape[1], x.shape[2])
         return self.pos_drop(x)

@@ -15,6 +15,7 @@ from setuptools.command.build_py import build_py
 
 PACKAGE = "mlla"
 OWN = ("config", "data", "downstream", "main", "models", "utils")
+SUFFIXES = (".py", ".yaml", ".txt")
 INIT = '''"""MLLA, Mamba-Like Linear Attention; importing this registers mlla_tiny, _small, _base and mila_* in timm."""
 
 from mlla.models import *
@@ -48,8 +49,8 @@ class BuildPackage(build_py):
 
 def sources() -> list[Path]:
     """What goes into the package, relative to this folder, from which setuptools runs."""
-    modules = [path for name in OWN for path in [*Path().glob(f"{name}.py"), *Path(name).rglob("*.py")]]
-    return sorted([*modules, *Path("cfgs").rglob("*.yaml")])
+    folders = [path for name in (*OWN, "cfgs") for path in Path(name).rglob("*") if path.suffix in SUFFIXES]
+    return sorted([*folders, *(path for name in OWN for path in Path().glob(f"{name}.py"))])
 
 
 def with_package_imports(source: str) -> str:
