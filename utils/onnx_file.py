@@ -5,6 +5,7 @@ Needs onnx, onnxscript and onnxruntime, which nothing else here does; they are i
 
 import importlib.util
 import json
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -87,8 +88,12 @@ def write_smaller(source: Path, target: Path, precision: str) -> None:
     if precision == "int8":
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
-        options = {"op_types_to_quantize": ["MatMul", "Gemm"], "per_channel": True}
-        quantize_dynamic(str(source), str(target), weight_type=QuantType.QInt8, **options)
+        options: dict[str, Any] = {"op_types_to_quantize": ["MatMul", "Gemm"], "per_channel": True}
+        logging.disable(logging.WARNING)  # its advice to optimise the graph first, which the translation has done
+        try:
+            quantize_dynamic(str(source), str(target), weight_type=QuantType.QInt8, **options)
+        finally:
+            logging.disable(logging.NOTSET)
         return
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
