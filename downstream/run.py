@@ -184,20 +184,7 @@ def set_up(
         write_config(folder, config.dump())
         set_aside_checkpoints(folder, state.progress, continues=continues)
         log_plan(run, state, schedule, epochs, steps_per_epoch)
-    plan = Plan(
-        total_epochs=epochs,
-        steps_per_epoch=steps_per_epoch,
-        rate_of_step=schedule.rate_of_step,
-        metric=task.metric,
-        best_name=task.best_name,
-        panels=task.panels,
-        accumulation_steps=config.TRAIN.ACCUMULATION_STEPS,
-        save_freq=config.SAVE_FREQ,
-        save_steps=config.TRAIN.SAVE_STEPS,
-        print_freq=config.PRINT_FREQ,
-        stop_on_save_error=config.TRAIN.ON_SAVE_ERROR == "stop",
-        save_in_background=config.TRAIN.SAVE_IN_BACKGROUND,
-    )
+    plan = plan_of(task, config, schedule, epochs, steps_per_epoch)
 
     def make_step() -> TrainStep:
         network = distribute(model, process, find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS)
@@ -211,6 +198,23 @@ def set_up(
         )
 
     return run, state, plan, make_step
+
+
+def plan_of(task: Task, config: Any, schedule: WarmupSchedule, epochs: int, steps_per_epoch: int) -> Plan:
+    return Plan(
+        total_epochs=epochs,
+        steps_per_epoch=steps_per_epoch,
+        rate_of_step=schedule.rate_of_step,
+        metric=task.metric,
+        best_name=task.best_name,
+        panels=task.panels,
+        accumulation_steps=config.TRAIN.ACCUMULATION_STEPS,
+        save_freq=config.SAVE_FREQ,
+        save_steps=config.TRAIN.SAVE_STEPS,
+        print_freq=config.PRINT_FREQ,
+        stop_on_save_error=config.TRAIN.ON_SAVE_ERROR == "stop",
+        save_in_background=config.TRAIN.SAVE_IN_BACKGROUND,
+    )
 
 
 def prepare_model(task: Task, config: Any, process: Process, num_classes: int) -> nn.Module:

@@ -3,9 +3,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou, nms, roi_align
 
-from downstream.detection.roi_heads import SCORE_THRESHOLD, STRIDES, best_of_image, pool_regions
-from downstream.detection.rpn import Predictions, RPNHead
-from downstream.detection.structures import Frame
+from downstream.detection.roi_heads import SCORE_THRESHOLD, STRIDES, RoIHead, best_of_image, pool_regions
+from downstream.detection.rpn import Predictions, Proposals, RPNHead
+from downstream.detection.structures import Frame, Target
 
 
 def slow_pool(maps: list[Tensor], box: Tensor, image: int, grid: int) -> Tensor:
@@ -45,6 +45,17 @@ def test_suppression_is_within_a_class_and_keeps_the_best_hundred() -> None:
     for label in range(3):
         overlaps = box_iou(found_boxes[found_labels == label], found_boxes[found_labels == label])
         assert overlaps.fill_diagonal_(0).max() <= 0.5
+
+
+def test_empty_places_reach_no_gradient() -> None:
+    """Proposals that are not there, of no size, whose shift to a ground truth around the same point is 0 / 0."""
+    head = RoIHead(3, 8, hidden=16, samples_per_image=16)
+    proposals = Proposals(torch.zeros(1, 20, 4), torch.zeros(1, 20), torch.zeros(1, 20, dtype=torch.bool))
+    target = Target(torch.tensor([[-5.0, -5.0, 5.0, 5.0]]), torch.tensor([1]), torch.ones(1, 64, 64, dtype=torch.uint8))
+    losses = head.losses([torch.randn(1, 8, 64 // s, 64 // s) for s in STRIDES], proposals, [target])
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert all(p.grad.isfinite().all() for p in head.parameters())
 
 
 @pytest.mark.parametrize("is_training", [True, False])

@@ -22,7 +22,7 @@ PARTS = {"train": (0.0, 0.65), "val": (0.65, 1.0)}  # of the photographs' width,
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to write; must be empty, or hold the same data set already")
-    parser.add_argument("--train", type=int, default=600, metavar="NUMBER", help="training images")
+    parser.add_argument("--train", type=int, default=1200, metavar="NUMBER", help="training images")
     parser.add_argument("--val", type=int, default=150, metavar="NUMBER", help="validation images")
     parser.add_argument("--seed", type=int, default=0, metavar="NUMBER")
     words = parser.parse_args(argv)

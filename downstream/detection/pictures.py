@@ -47,7 +47,8 @@ def annotated(image: np.ndarray, found: Found) -> np.ndarray:
     palette = colormaps["tab10"].colors  # type: ignore[attr-defined]
     colours = [tuple(int(255 * part) for part in palette[label % len(palette)]) for label in found.labels]
     masks = torch.from_numpy(found.masks).repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-    picture = draw_segmentation_masks(picture, masks, alpha=0.45, colors=colours)
+    for mask, colour in zip(masks.flip(0), colours[::-1], strict=True):  # one by one: where several meet, all show
+        picture = draw_segmentation_masks(picture, mask, alpha=0.4, colors=colour)
     picture = draw_bounding_boxes(
         picture,
         torch.from_numpy(found.boxes * factor),
