@@ -6,7 +6,7 @@
 # make test               lint, format, types and tests
 # make soak               interrupt training many times; the results must be those of a run left alone (a quarter of an hour)
 # make bench-data         images a second that a core prepares, beside the plain pipeline
-# make clean              remove the virtual environment; results in output/ stay
+# make clean              remove the virtual environment and what builds left; results in output/ stay
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -81,4 +81,4 @@ bench-data: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv build mlla.egg-info

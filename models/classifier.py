@@ -2,17 +2,36 @@
 
 from typing import Any
 
+from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
+
+POOLINGS = ("avg", "max", "avgmax", "catavgmax", "")
 
 
 class PyramidClassifier(nn.Module):
-    """A patch embedding, `layers` of stages, `norm` and `head`; the models set these, and give `forward_features`."""
+    """A patch embedding, `layers` of stages and `norm`; the models set these, call `make_classifier`, and give
+    `forward_features`.
+    """
 
     layers: nn.ModuleList
+    global_pool: SelectAdaptivePool2d
     head: nn.Module
     num_classes: int
     num_features: int
     is_backbone_frozen = False
+
+    def make_classifier(self, num_classes: int, global_pool: str = "avg", **factory: Any) -> None:
+        """Set `global_pool`, `head` and `head_hidden_size`, the width of what the head takes.
+
+        Raises:
+            ValueError: an unknown pooling.
+        """
+        if global_pool not in POOLINGS:
+            raise ValueError(f"global_pool {global_pool!r}: known are {', '.join(map(repr, POOLINGS))}")
+        self.num_classes = num_classes
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool), input_fmt="NHWC")
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.head = nn.Linear(self.head_hidden_size, num_classes, **factory) if num_classes else nn.Identity()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's description of the layers, from the stem to the head: a block each, or with `coarse` a stage each.
@@ -58,19 +77,27 @@ class PyramidClassifier(nn.Module):
         """The linear layer from features to classes."""
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by a fresh one for num_classes (0: none), on the device and in the dtype it was in."""
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.apply(initialise).to(next(self.parameters()))
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a fresh one, on the device, in the dtype and in the mode of the model.
+
+        Args:
+            num_classes: width of the new one; 0 for none.
+            global_pool: how tokens become one vector: avg, max, avgmax, catavgmax, or "" to leave the map (then a
+                classifier gives logits (B, H, W, num_classes)); None keeps what there is.
+        """
+        example = next(self.parameters())
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        self.make_classifier(num_classes, pool, device=example.device, dtype=example.dtype)
+        self.global_pool.train(self.training)
+        self.head.apply(initialise).train(self.training)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to normalised tokens of the last stage, (B, H / 32, W / 32, num_features)."""
         raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens (B, H, W, C) to logits (B, num_classes), or to their mean (B, C) if pre_logits."""
-        x = x.mean(dim=(1, 2))  # (B, C)
+        """Tokens (B, H, W, C) to logits (B, num_classes), or if pre_logits to one vector (B, head_hidden_size)."""
+        x = self.global_pool(x)  # (B, C), the mean in the paper
         return x if pre_logits else self.head(x)
 
     def forward(self, images: Tensor) -> Tensor:

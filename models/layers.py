@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# The official classifier stores rotary tables for its one image size; here they follow from the grid.
+DERIVED_KEY_SUFFIX = "attn.rope.rotations"
+
 
 class DepthwiseConv(nn.Conv2d):
     """3x3 depthwise convolution with bias on (B, C, H, W)."""
@@ -40,7 +43,7 @@ class ConvLayer(nn.Module):
 
 
 class Stem(nn.Module):
-    """Images (B, in_chans, H, W), H and W multiples of 4, to tokens (B, H / 4, W / 4, embed_dim)."""
+    """Images (B, in_chans, H, W) to tokens (B, ceil(H / 4), ceil(W / 4), embed_dim)."""
 
     def __init__(self, in_chans: int, embed_dim: int) -> None:
         super().__init__()
@@ -56,7 +59,8 @@ class Stem(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.conv1(images)  # (B, E / 2, H / 2, W / 2)
+        x = pad_to_multiple(images, 4).contiguous(memory_format=torch.channels_last)
+        x = self.conv1(x)  # (B, E / 2, H / 2, W / 2)
         x = x + self.conv2(x)
         return self.conv3(x).permute(0, 2, 3, 1)  # (B, H / 4, W / 4, E)
 

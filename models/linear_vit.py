@@ -119,7 +119,6 @@ class LinearViT(PyramidClassifier):
         for i, (width, heads) in enumerate(zip(widths, num_heads, strict=True)):
             check_heads(i, width, heads, switches)
         self.patch_size = patch_size
-        self.num_classes = num_classes
         self.num_features = widths[-1]
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size)
         self.pos_drop = nn.Dropout(drop_rate)
@@ -137,7 +136,7 @@ class LinearViT(PyramidClassifier):
             self.layers.append(UnifiedStage(blocks, None if is_last else PatchMerging(width), use_checkpoint))
             side = -(-side // 2)
         self.norm = nn.LayerNorm(self.num_features)
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.make_classifier(num_classes)
         self.apply(initialise)
         for module in self.modules():
             if isinstance(module, UnifiedAttention):

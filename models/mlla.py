@@ -1,21 +1,20 @@
 """MLLA, Mamba-Like Linear Attention (Han et al., NeurIPS 2024, arXiv 2405.16605): the network at one glance."""
 
 from collections.abc import Callable, Iterable, Sequence
+from math import prod
 from typing import cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath, Mlp, to_2tuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import LinearAttention
-from models.classifier import PyramidClassifier, initialise
-from models.layers import Downsample, Stem, TokenConv, pad_to_multiple
+from models.classifier import initialise
+from models.layers import DERIVED_KEY_SUFFIX, Downsample, Stem, TokenConv
 from models.rope import rotary_tables
-
-# The official classifier stores rotary tables for its one image size; here they follow from the grid.
-DERIVED_KEY_SUFFIX = "attn.rope.rotations"
+from models.timm_interface import TimmInterface
 
 
 class MLLABlock(nn.Module):
@@ -77,7 +76,7 @@ class Stage(nn.Module):
         return x, x if self.downsample is None else self.downsample(x)
 
 
-class MLLA(PyramidClassifier):
+class MLLA(TimmInterface):
     """Classifier for images (B, in_chans, H, W) of any H and W; gives logits (B, num_classes).
 
     Sizes that 32 does not divide are padded at the right and the bottom with zeros: the image to a multiple of 4, the
@@ -85,7 +84,8 @@ class MLLA(PyramidClassifier):
     weights.
 
     Args:
-        img_size: side in pixels of the images for which the table of `ape` is made; other sizes interpolate it.
+        img_size: side, or height and width, in pixels of the images for which the table of `ape` is made; other sizes
+            interpolate it.
         patch_size: stride of the stem; 4, since the stem is convolutional.
         in_chans: channels of an image.
         num_classes: width of the classifier; 0 leaves it out, and the model gives features (B, C).
@@ -99,15 +99,16 @@ class MLLA(PyramidClassifier):
         norm_layer: makes the token norms from a width.
         ape: add a learned absolute position embedding after the stem.
         use_checkpoint: recompute each block in the backward pass, to save memory.
+        global_pool: how the last tokens become one vector: avg as in the paper, max, avgmax, catavgmax, or "" for none.
 
     Raises:
         ValueError: patch_size is not 4, depths and num_heads differ in length, a stage's heads do not divide its
-            width, or a width is not a multiple of 4.
+            width, a width is not a multiple of 4, or an unknown global_pool.
     """
 
     def __init__(
         self,
-        img_size: int = 224,
+        img_size: int | tuple[int, int] = 224,
         patch_size: int = 4,
         in_chans: int = 3,
         num_classes: int = 1000,
@@ -121,6 +122,7 @@ class MLLA(PyramidClassifier):
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
         ape: bool = False,
         use_checkpoint: bool = False,
+        global_pool: str = "avg",
     ) -> None:
         super().__init__()
         if patch_size != 4:
@@ -134,12 +136,12 @@ class MLLA(PyramidClassifier):
                     f"stage {i} is {width} wide (embed_dim {embed_dim}): {heads} heads must divide it, and so must 4; "
                     f"change num_heads or embed_dim"
                 )
-        self.num_classes = num_classes
+        self.in_chans = in_chans
         self.num_features = self.widths[-1]
 
         self.patch_embed = Stem(in_chans, embed_dim)
-        grid = -(-img_size // patch_size)
-        self.absolute_pos_embed = nn.Parameter(torch.zeros(1, grid * grid, embed_dim)) if ape else None
+        self.grid = tuple(-(-side // patch_size) for side in to_2tuple(img_size))
+        self.absolute_pos_embed = nn.Parameter(torch.zeros(1, prod(self.grid), embed_dim)) if ape else None
         self.pos_drop = nn.Dropout(drop_rate)
 
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
@@ -151,7 +153,7 @@ class MLLA(PyramidClassifier):
             ]
             self.layers.append(Stage(blocks, width, i < len(depths) - 1, use_checkpoint))
         self.norm = norm_layer(self.num_features)
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.make_classifier(num_classes, global_pool)
 
         self.apply(initialise)
         if self.absolute_pos_embed is not None:
@@ -162,14 +164,9 @@ class MLLA(PyramidClassifier):
     def stages(self) -> Iterable[Stage]:
         return cast("Iterable[Stage]", self.layers)
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters with two or more dimensions that are not decayed all the same."""
-        return {"absolute_pos_embed"}
-
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to the first stage's tokens (B, ceil(H / 4), ceil(W / 4), embed_dim)."""
-        x = pad_to_multiple(images, 4).contiguous(memory_format=torch.channels_last)
-        x = self.patch_embed(x)  # (B, H, W, C)
+        x = self.patch_embed(images)  # (B, H, W, C)
         if self.absolute_pos_embed is not None:
             x = x + self.position_table(x.shape[1], x.shape[2])
         return self.pos_drop(x)
@@ -177,9 +174,8 @@ class MLLA(PyramidClassifier):
     def position_table(self, height: int, width: int) -> Tensor:
         """The learned position embedding for a grid, (1, height, width, embed_dim); bicubic for other grids."""
         assert self.absolute_pos_embed is not None
-        side = int(self.absolute_pos_embed.shape[1] ** 0.5)
-        table = self.absolute_pos_embed.unflatten(1, (side, side))  # (1, side, side, E)
-        if (height, width) != (side, side):
+        table = self.absolute_pos_embed.unflatten(1, self.grid)  # (1, rows, columns, E)
+        if (height, width) != self.grid:
             table = F.interpolate(table.permute(0, 3, 1, 2), (height, width), mode="bicubic").permute(0, 2, 3, 1)
         return table
 

@@ -1,11 +1,24 @@
 """MLLA-T, -S and -B: their sizes, what the paper reports of them, and their registration in timm."""
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.layers import is_scriptable
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_function,
+    register_notrace_module,
+)
+from torch import nn
 
-from models.mlla import MLLA
+from models.layers import Downsample, pad_to_multiple
+from models.mlla import MLLA, MLLABlock
+from models.rope import rotary_tables
+from models.timm_interface import checkpoint_filter_fn
 
 
 class PaperFigures(NamedTuple):
@@ -21,44 +34,115 @@ MLLA_FIGURES = {
     "mlla_base": PaperFigures(96, 16.2),
 }
 
-DEFAULT_CFG = {
-    "url": "",
-    "num_classes": 1000,
-    "input_size": (3, 224, 224),
-    "min_input_size": (3, 32, 32),
-    "crop_pct": 0.875,
-    "interpolation": "bicubic",
-    "mean": IMAGENET_DEFAULT_MEAN,
-    "std": IMAGENET_DEFAULT_STD,
-    "first_conv": "patch_embed.conv1.conv",
-    "classifier": "head",
-    "license": "mit",
+# The released ImageNet-1K classifiers. Their URLs end in no file name: timm keeps each under the one beside it.
+RELEASED = {
+    "tiny": ("https://cloud.tsinghua.edu.cn/f/7a19712877cb4242889c/?dl=1", "mlla-t_b28db327.pth"),
+    "small": ("https://cloud.tsinghua.edu.cn/f/0e5d0b1409d540aaa80c/?dl=1", "mlla-s_904aa273.pth"),
+    "base": ("https://cloud.tsinghua.edu.cn/f/91c85c5a1061496d8796/?dl=1", "mlla-b_3cbd8b6f.pth"),
 }
-default_cfgs = generate_default_cfgs({name: dict(DEFAULT_CFG) for name in MLLA_FIGURES})
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"embed_dim": 64, "depths": (2, 4, 8, 4), "num_heads": (2, 4, 8, 16), "drop_path_rate": 0.2},
+    "small": {"embed_dim": 64, "depths": (3, 6, 21, 6), "num_heads": (2, 4, 8, 16), "drop_path_rate": 0.3},
+    "base": {"embed_dim": 96, "depths": (3, 6, 21, 6), "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.5},
+}
 
 
-def create_variant(name: str, pretrained: bool, sizes: dict[str, Any], **kwargs: Any) -> MLLA:
-    if kwargs.get("features_only"):
-        raise ValueError(f"{name} has no features_only; downstream.backbone.MLLABackbone gives the stages' maps")
-    return build_model_with_cfg(MLLA, name, pretrained, **{**sizes, **kwargs})
+def pretrained_cfg(size: str) -> dict[str, Any]:
+    """timm's description of a released classifier: where its weights are, and how its images are prepared."""
+    return {
+        "url": RELEASED[size],
+        "custom_load": True,  # by MLLA.load_pretrained
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "min_input_size": (3, 32, 32),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.conv1.conv",
+        "classifier": "head",
+        "license": "mit",
+        "origin_url": "https://github.com/LeapLabTHU/MLLA",
+        "paper_ids": "arXiv:2405.16605",
+        "paper_name": "Demystify Mamba in Vision: A Linear Attention Perspective",
+    }
+
+
+# MILA is what the paper's last version calls MLLA.
+default_cfgs = generate_default_cfgs(
+    {f"{family}_{size}.in1k": pretrained_cfg(size) for family in ("mlla", "mila") for size in SIZES}
+)
+
+# To torch.fx these are single operations, since what they do depends on sizes, devices and dtypes.
+for module in (MLLABlock, Downsample):
+    register_notrace_module(module)
+for function in (pad_to_multiple, rotary_tables):
+    register_notrace_function(function)
+
+
+def create_variant(
+    name: str,
+    pretrained: bool,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """timm.create_model's work for one of the names here; `kwargs` are timm's, and over the model's sizes `MLLA`'s.
+
+    Raises:
+        ValueError: timm is asked for a scriptable model; these can be traced and exported, but not scripted.
+    """
+    if is_scriptable():
+        raise ValueError(
+            f"{name} cannot be scripted: what it does depends on sizes, devices and dtypes; use torch.export, or "
+            f"torch.jit.trace for one image size"
+        )
+    kwargs = {**SIZES[name.split("_")[1]], **kwargs}
+    with torch.device(device) if device is not None else nullcontext():
+        model = build_model_with_cfg(
+            MLLA,
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": tuple(range(len(kwargs["depths"]))), "feature_cls": "getter"},
+            **kwargs,
+        )
+    return model if dtype is None else model.to(dtype)
 
 
 @register_model
-def mlla_tiny(pretrained: bool = False, **kwargs: Any) -> MLLA:
+def mlla_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """MLLA-T: 24.4 M parameters, 4.1 GMACs at 224x224. Keywords are those of `MLLA`."""
-    sizes = {"embed_dim": 64, "depths": (2, 4, 8, 4), "num_heads": (2, 4, 8, 16), "drop_path_rate": 0.2}
-    return create_variant("mlla_tiny", pretrained, sizes, **kwargs)
+    return create_variant("mlla_tiny", pretrained, **kwargs)
 
 
 @register_model
-def mlla_small(pretrained: bool = False, **kwargs: Any) -> MLLA:
+def mlla_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """MLLA-S: 43.0 M parameters, 7.2 GMACs at 224x224. Keywords are those of `MLLA`."""
-    sizes = {"embed_dim": 64, "depths": (3, 6, 21, 6), "num_heads": (2, 4, 8, 16), "drop_path_rate": 0.3}
-    return create_variant("mlla_small", pretrained, sizes, **kwargs)
+    return create_variant("mlla_small", pretrained, **kwargs)
 
 
 @register_model
-def mlla_base(pretrained: bool = False, **kwargs: Any) -> MLLA:
+def mlla_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """MLLA-B: 96.0 M parameters, 16.1 GMACs at 224x224. Keywords are those of `MLLA`."""
-    sizes = {"embed_dim": 96, "depths": (3, 6, 21, 6), "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.5}
-    return create_variant("mlla_base", pretrained, sizes, **kwargs)
+    return create_variant("mlla_base", pretrained, **kwargs)
+
+
+@register_model
+def mila_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """mlla_tiny under the name of the paper's last version."""
+    return create_variant("mila_tiny", pretrained, **kwargs)
+
+
+@register_model
+def mila_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """mlla_small under the name of the paper's last version."""
+    return create_variant("mila_small", pretrained, **kwargs)
+
+
+@register_model
+def mila_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """mlla_base under the name of the paper's last version."""
+    return create_variant("mila_base", pretrained, **kwargs)

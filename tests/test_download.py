@@ -86,7 +86,7 @@ def cached_files(folder: Path) -> list[str]:
 def test_a_url_is_fetched_once(server: Server, tmp_path: Path) -> None:
     path = local_file(f"{server.url}/w.safetensors")
     assert path.read_bytes() == CONTENT
-    assert re.fullmatch(r"w-[0-9a-f]{8}\.safetensors", path.name)
+    assert re.fullmatch(r"w_[0-9a-f]{8}\.safetensors", path.name)
     assert path.parent == tmp_path / "home" / "hub" / "checkpoints"
     assert local_file(f"{server.url}/w.safetensors#sha256={SHA256}") == path
     assert local_file(f"{server.url}/w.safetensors#sha256={SHA256[:8].upper()}") == path
@@ -202,7 +202,7 @@ def test_names_of_released_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     paths = {name: local_file(name) for name in ("mlla-t", "mlla_t", "mlla_tiny", "MLLA-T", "mlla-s", "mlla_base")}
     assert fetched == [RELEASED["mlla-t"], RELEASED["mlla-s"], RELEASED["mlla-b"]]
     assert len(set(paths.values())) == 3
-    assert re.fullmatch(r"mlla-b-[0-9a-f]{8}\.pth", paths["mlla_base"].name)
+    assert re.fullmatch(r"mlla-b_[0-9a-f]{8}\.pth", paths["mlla_base"].name)
     assert local_file(RELEASED["mlla-t"]).name != local_file(RELEASED["mlla-s"]).name  # both end in /?dl=1
     Path("mlla-t").write_bytes(b"my own")
     assert local_file("mlla-t") == Path("mlla-t")

@@ -8,6 +8,7 @@ from conftest import ROOT
 
 ALLOWED = {
     "config": {"utils"},
+    "hubconf": {"models"},
     "models": {"models"},
     "data": {"data"},
     "utils": {"utils"},

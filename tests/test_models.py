@@ -273,15 +273,6 @@ def test_a_frozen_backbone_stays_in_evaluation_mode() -> None:
         micro(num_classes=0).freeze_backbone()
 
 
-def test_reset_classifier() -> None:
-    model = micro()
-    model.reset_classifier(3)
-    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
-    assert model.get_classifier() is model.head
-    model.reset_classifier(0)
-    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 256)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -5,10 +5,9 @@ and the names of the classes and the configuration where IN has them; not what o
 """
 
 import json
-import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from models.rope import rotary_tables
 from utils.command_line import Parser
 from utils.weights import DERIVED_KEY_SUFFIX, Weights, classes_in, no_weights_error, weights_in
 from utils.weights_file import load_checkpoint
+from utils.whole_file import write_whole
 
 TOTAL_STRIDE = 32  # of the official classifier: its token grids come out even for multiples of it only
 DEFAULT_SIZE = (224, 224)
@@ -146,18 +146,6 @@ def write_safetensors(target: Path, kinds: dict[str, Weights], facts: dict[str, 
 
 
 FORMS = {"official": write_ours, "ours": write_ours, "safetensors": write_safetensors, "timm": write_timm}
-
-
-def write_whole(target: Path, write: Callable[[Path], None]) -> None:
-    """Write under a temporary name, flush to disk, rename."""
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_target(target: Path, form: str, *, force: bool) -> None:

@@ -79,7 +79,8 @@ def cache_path(url: str, stem: str = "") -> Path:
     ending = PurePosixPath(unquote(urlsplit(url).path)).name
     name = PurePosixPath(re.sub(r"[^\w.-]", "_", ending) or "weights.pth")
     digits = hashlib.sha256(url.encode()).hexdigest()[:8]
-    return cache_folder() / f"{stem or name.stem[:80]}-{digits}{name.suffix or '.pth'}"
+    # An underscore, since PyTorch takes digits after a hyphen for those of the content.
+    return cache_folder() / f"{stem or name.stem[:80]}_{digits}{name.suffix or '.pth'}"
 
 
 def cached(url: str, *, sha256: str, stem: str = "") -> Path:

@@ -51,15 +51,36 @@ def plot_curves(records: list[dict[str, Any]], panels: Sequence[Panel], picture:
 
 
 def plot_predictions(
-    images: np.ndarray, *, labels: list[str], predictions: list[str], confidences: list[float], picture: Path
+    images: Sequence[np.ndarray] | np.ndarray,
+    *,
+    labels: list[str],
+    predictions: list[str],
+    confidences: list[float],
+    picture: Path,
 ) -> None:
     """Draw a grid of images with their true and predicted classes; mistakes in red.
 
     Args:
-        images: (N, H, W, 3), from 0 to 1.
+        images: (H, W, 3) each, from 0 to 1.
         labels, predictions: class names, N each.
         confidences: probability of the predicted class, N.
     """
+    captions = [
+        f"true {label}\npred. {prediction} ({confidence:.0%})"
+        for label, prediction, confidence in zip(labels, predictions, confidences, strict=True)
+    ]
+    colors = ["black" if label == prediction else "red" for label, prediction in zip(labels, predictions, strict=True)]
+    plot_grid(images, captions, colors=colors, picture=picture)
+
+
+def plot_grid(
+    images: Sequence[np.ndarray] | np.ndarray,
+    captions: Sequence[str],
+    *,
+    picture: Path,
+    colors: Sequence[str] | None = None,
+) -> None:
+    """Draw images (H, W, 3), of any sizes, in rows of eight, each below its caption."""
     columns = min(8, len(images))
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(
@@ -67,15 +88,10 @@ def plot_predictions(
     )
     for axis in axes.flat:
         axis.axis("off")
-    for axis, image, label, prediction, confidence in zip(
-        axes.flat, images, labels, predictions, confidences, strict=False
+    for axis, image, caption, color in zip(
+        axes.flat, images, captions, colors or ["black"] * len(images), strict=False
     ):
         axis.imshow(image)
-        axis.set_title(
-            f"true {label}\npred. {prediction} ({confidence:.0%})",
-            fontsize=8,
-            color="black" if label == prediction else "red",
-            parse_math=False,  # a class may be called $
-        )
+        axis.set_title(caption, fontsize=8, color=color, parse_math=False)  # a class may be called $
     figure.savefig(picture, dpi=110, bbox_inches="tight")
     plt.close(figure)

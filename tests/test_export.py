@@ -1,0 +1,150 @@
+"""Exported files compute what the model does; what cannot be exported says so in one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+from conftest import ROOT, fill_weights, random_values
+from torch import Tensor, nn
+
+from config import load_config
+from models import build_model
+from utils import export
+from utils.onnx_file import check_plain, onnx_runner, write_smaller
+
+CFG = str(ROOT / "cfgs" / "digits.yaml")
+OPTS = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.DEPTHS", "[1,1,1,1]", "MODEL.MLLA.NUM_HEADS", "[1,1,1,1]"]
+CLASSES = list("abcdefghij")
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    model = build_model(load_config(CFG, OPTS), 10).eval()
+    fill_weights(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def weights(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "w.pth"
+    other = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    torch.save({"model": other, "state_dict_ema": model.state_dict(), "classes": CLASSES}, path)
+    return path
+
+
+def run(target: Path, weights: Path, form: str, *words: str) -> int:
+    return export.main([str(target), "--cfg", CFG, "--resume", str(weights), "--to", form, *words, "--opts", *OPTS])
+
+
+def test_onnx_of_one_size(tmp_path: Path, weights: Path, model: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx = pytest.importorskip("onnx")
+    target = tmp_path / "m.onnx"
+    assert run(target, weights, "onnx", "--size", "32", "--evaluate") == 0
+    out = capsys.readouterr().out
+    assert "classifier in onnx, float32" in out
+    assert out.count(" on 360 images") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]  # the weights are in it
+    graph = onnx.load(str(target))
+    check_plain(graph)
+    facts = {item.key: json.loads(item.value) for item in graph.metadata_props}
+    assert facts["classes"] == CLASSES
+    assert graph.opset_import[0].version >= 18
+    images = random_values(1, 5, 3, 32, 32)
+    torch.testing.assert_close(onnx_runner(target)(images)[0], model(images), atol=1e-4, rtol=1e-4)
+    for precision, bound in (("float16", 0.01), ("int8", 0.1)):
+        write_smaller(target, smaller := tmp_path / "s.onnx", precision)
+        error = (onnx_runner(smaller)(images)[0] - model(images)).abs().max() / model(images).abs().max()
+        assert 0 < error < bound
+        assert smaller.stat().st_size < 0.9 * target.stat().st_size
+
+
+def test_onnx_of_any_size_as_a_backbone(tmp_path: Path, weights: Path, model: Any) -> None:
+    pytest.importorskip("onnx")
+    target = tmp_path / "m.onnx"
+    assert run(target, weights, "onnx", "--size", "dynamic", "--part", "maps") == 0
+    for size in ((64, 64), (96, 224)):
+        images = random_values(1, 2, 3, *size)
+        maps = model.forward_intermediates(images, intermediates_only=True)
+        for found, expected in zip(onnx_runner(target)(images), maps, strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_custom_operators_and_complex_numbers_are_refused() -> None:
+    helper = pytest.importorskip("onnx").helper
+    for domain, kind in (("com.microsoft", "FLOAT"), ("", "COMPLEX64")):
+        values = [helper.make_tensor_value_info(name, getattr(helper.TensorProto, kind), [1]) for name in "xy"]
+        node = helper.make_node("Relu", ["x"], ["y"], domain=domain)
+        with pytest.raises(ValueError, match="not plain ONNX"):
+            check_plain(helper.make_model(helper.make_graph([node], "g", values[:1], values[1:])))
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "words"),
+    [
+        ("torchscript", "m.pt", ["--size", "32x64"]),
+        ("exported_program", "m.pt2", ["--size", "32x64", "--part", "features"]),
+        ("safetensors", "m.safetensors", []),
+    ],
+)
+def test_other_forms(tmp_path: Path, weights: Path, model: Any, form: str, name: str, words: list[str]) -> None:
+    target = tmp_path / name
+    assert run(target, weights, form, *words) == 0
+    if form == "safetensors":
+        with safetensors.safe_open(target, "pt") as file:
+            assert set(file.keys()) == set(model.state_dict())
+            assert file.get_tensor("head.bias").equal(model.head.bias)
+        return
+    if form == "torchscript":
+        images = random_values(1, 4, 3, 32, 64)
+        torch.testing.assert_close(torch.jit.load(target)(images), model(images))
+        return
+    images = random_values(1, 1, 3, 32, 64)
+    expected = model.forward_head(model.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(torch.export.load(target).module()(images), expected)
+
+
+def test_a_file_that_computes_something_else_is_not_kept(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(form: str, path: Path, model: nn.Module) -> export.Runner:  # noqa: ARG001
+        return lambda images: [model(images) * 1.001]
+
+    monkeypatch.setattr(export, "open_runner", wrong)
+    assert run(tmp_path / "m.safetensors", weights, "safetensors", "--size", "32") == 2
+    assert "is off by" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("m.onnx", ["--to", "torchscript"], "ends in .pt"),
+        ("m.pt", ["--to", "torchscript", "--size", "dynamic"], "a TorchScript trace has one size"),
+        ("m.pt", ["--to", "torchscript", "--precision", "int8"], "--precision int8 works with --to onnx"),
+        ("m.pt", ["--to", "torchscript", "--size", "4x"], "--size 4x: write a side in pixels"),
+        ("m.pt", ["--to", "torchscript", "--part", "maps", "--evaluate"], "--evaluate works with --part classifier"),
+        ("no/m.pt", ["--to", "torchscript"], "there is no folder"),
+        ("there.pt", ["--to", "torchscript"], "is there already; name another file"),
+        ("m.pt", ["--to", "torchscript", "--resume", "none.pth"], "no such checkpoint file"),
+    ],
+)
+def test_mistakes(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str], name: str, words: list[str], message: str
+) -> None:
+    (tmp_path / "there.pt").write_text("mine")
+    resume = [] if "--resume" in words else ["--resume", str(weights)]
+    assert export.main([str(tmp_path / name), "--cfg", CFG, *resume, *words, "--opts", *OPTS]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert (tmp_path / "there.pt").read_text() == "mine"
+
+
+def test_times() -> None:
+    images = torch.zeros(1, 3, 8, 8)
+    calls: list[Tensor] = []
+    assert export.milliseconds(calls.append, images) >= 0
+    assert len(calls) == export.ROUNDS + 1  # the first is not counted
