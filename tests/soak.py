@@ -86,7 +86,7 @@ class Run:
         for pid in [process.pid, *(descendants(process.pid) if number == signal.SIGKILL else ())]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-        process.wait(60)
+        process.wait(120)
         return True
 
     def result(self) -> dict[str, Any]:
