@@ -26,7 +26,7 @@ from utils.settings import (
     one_of,
 )
 
-COMPILE_MODE = one_of("off", "default", "reduce-overhead", "max-autotune")
+COMPILE_MODE = one_of("auto", "off", "default", "reduce-overhead", "max-autotune")
 DATASET = Rule(
     "imagenet, folder, digits, hfds/<folder or name> or wds/<folder>",
     lambda value: value in ("imagenet", "folder", "digits") or value.startswith(("hfds/", "wds/")),
@@ -34,6 +34,14 @@ DATASET = Rule(
 POLICY = Rule(
     "none, rand-..., augmix-..., original, v0 or 3a",
     lambda value: value.split("-")[0] in ("none", "rand", "augmix", "original", "originalr", "v0", "v0r", "3a"),
+)
+BASELINES = Rule(
+    "timm:NAME, with commas between several",
+    lambda value: all(name.startswith("timm:") for name in value.split(",") if value),
+)
+SIZES = Rule(
+    "whole numbers of at least 8, with commas between",
+    lambda value: not value or all(size.isdecimal() and int(size) >= 8 for size in value.split(",")),
 )
 ABOVE_0_TO_1 = Rule("above 0, at most 1", lambda value: 0 < value <= 1)
 
@@ -63,6 +71,9 @@ SCHEMA: dict[str, Key] = {
     "MODEL.DROP_RATE": Key(0.0, FRACTION, "dropout after the stem and in the MLPs"),
     "MODEL.DROP_PATH_RATE": Key(0.1, FRACTION, "stochastic depth of the last block, rising linearly from 0"),
     "MODEL.LABEL_SMOOTHING": Key(0.1, FRACTION, "share of the label spread over all classes"),
+    "MODEL.KERNELS": Key(
+        "auto", one_of("auto", "triton", "torch"), "Triton kernels: where they can run, always, never"
+    ),
     "MODEL.LAYER_DECAY": Key(1.0, ABOVE_0_TO_1, "each block's learning rate over that of the next one; 1: all alike"),
     "MODEL.MLLA.PATCH_SIZE": Key(4, one_of(4), "stride of the stem"),
     "MODEL.MLLA.IN_CHANS": Key(3, at_least(1), "channels of an image"),
@@ -110,6 +121,9 @@ SCHEMA: dict[str, Key] = {
     "TRAIN.ACCUMULATION_STEPS": Key(1, at_least(1), "forward passes per step"),
     "TRAIN.FREEZE": Key(False, YES_NO, "train the classifier alone; all else keeps its weights and statistics"),
     "TRAIN.USE_CHECKPOINT": Key(False, YES_NO, "recompute blocks in the backward pass to save memory"),
+    "TRAIN.COMPILE": Key(
+        "off", COMPILE_MODE, "torch.compile of blocks, from reduce-overhead on the step as a CUDA graph"
+    ),
     "TRAIN.FIND_UNUSED_PARAMS": Key(False, YES_NO, "let DDP look for parameters without gradient"),
     "TRAIN.LR_SCHEDULER.NAME": Key("cosine", one_of("cosine", "linear", "step"), "shape after warm-up"),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, at_least(1), "epochs between decays of step"),
@@ -137,7 +151,9 @@ SCHEMA: dict[str, Key] = {
     "AUG.MIXUP_MODE": Key("batch", one_of("batch", "pair", "elem"), "what shares one mixing ratio"),
     "AUG.MESA": Key(0.0, at_least(0), "weight of the EMA model's output as a second target; 0: off"),
     "TEST.CROP": Key(True, YES_NO, "resize the short side to 256/224 of the size and crop; else resize both sides"),
-    "TEST.COMPILE": Key("off", COMPILE_MODE, "torch.compile in --eval and --throughput"),
+    "TEST.COMPILE": Key(
+        "off", COMPILE_MODE, "as TRAIN.COMPILE, in --eval and --throughput; auto also prepares weights"
+    ),
     "AMP": Key(False, YES_NO, "16-bit autocast"),
     "AMP_DTYPE": Key("auto", one_of("auto", "float16", "bfloat16"), "auto: bfloat16 where the device has it"),
     "OUTPUT": Key("output", Rule("not empty", bool), "results go to OUTPUT/MODEL.NAME/TAG"),
@@ -147,6 +163,9 @@ SCHEMA: dict[str, Key] = {
     "SEED": Key(0, between(0, 2**31), "of weights, order and augmentation"),
     "EVAL_MODE": Key(False, YES_NO, "only evaluate"),
     "THROUGHPUT_MODE": Key(False, YES_NO, "only measure speed, on synthetic images"),
+    "BENCHMARK.TRAIN": Key(False, YES_NO, "measure the training step instead of inference"),
+    "BENCHMARK.BASELINES": Key("", BASELINES, "models to measure beside it, timm:convnext_tiny,timm:swin_tiny say"),
+    "BENCHMARK.SIZES": Key("", SIZES, "sides of images for a table of the cost of a pixel, 224,384,512 say"),
     "PROFILE_MODE": Key(False, YES_NO, "only count parameters and MACs"),
     "LOCAL_RANK": Key(0, at_least(0), "set by the launcher"),
 }

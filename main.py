@@ -8,7 +8,7 @@ python main.py --cfg cfgs/mlla_t.yaml --data-path imagenet --eval --resume mlla_
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,8 @@ from yacs.config import CfgNode
 from config import SCHEMA, ConfigError, Derived, derive, load_config
 from data import Data, build_data, build_targets
 from data.transforms import denormalise
-from models import PAPER_FIGURES, build_model, input_channels
+from models import PAPER_FIGURES, build_model, input_channels, prepare_for_inference
 from utils.amp import Precision
-from utils.benchmark import compiled, measure_throughput, throughput_table
 from utils.build import (
     build_ema,
     build_optimizer,
@@ -33,16 +32,20 @@ from utils.build import (
 )
 from utils.checkpoint import Progress
 from utils.command_line import parse_command_line
+from utils.compiling import prepared_for_inference, resolve_mode
 from utils.distributed import Process, distribute
 from utils.engine import evaluate
 from utils.launch import mistakes_in_one_line, run_process
-from utils.logger import append_records, logger
+from utils.logger import logger
 from utils.plots import CLASSIFIER_PANELS, plot_predictions
 from utils.profiling import profile, profile_table
 from utils.run_folder import RunLock, open_run_folder, set_aside_checkpoints, write_config
 from utils.run_state import RunState, seed_everything
+from utils.throughput.build import run_benchmark
 from utils.trainer import Trainer
 from utils.weights import check_classes, load_pretrained, load_weights, read_weights
+
+IMAGENET_IMAGES = 1_281_167  # of the run whose training step is measured
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,20 +74,15 @@ def run_profile(config: CfgNode) -> int:
 def run_throughput(config: CfgNode, process: Process) -> int:
     with mistakes_in_one_line():
         folder = open_run_folder(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
-        model = prepare_model(config, process, num_classes=None)
-    result = measure_throughput(
-        model,
-        name=config.MODEL.NAME,
-        device=process.device,
-        precision=build_precision(config, process.device),
-        batch_size=config.DATA.BATCH_SIZE,
-        image_size=config.DATA.IMG_SIZE,
-        in_chans=input_channels(config),
-        compile_mode=config.TEST.COMPILE,
-    )
-    if process.is_main:
-        print(throughput_table(result))
-        append_records(folder / "throughput.jsonl", [asdict(result)])
+        run_benchmark(
+            config,
+            process,
+            folder,
+            make_model=lambda: prepare_model(config, process, num_classes=None),
+            prepare=prepare_for_inference,
+            in_chans=input_channels(config),
+            derived=derive(config, num_processes=process.num_processes, num_train_images=IMAGENET_IMAGES),
+        )
     return 0
 
 
@@ -101,10 +99,12 @@ def run_evaluation(config: CfgNode, process: Process) -> int:
         for weights in filter(None, found.values()):
             load_weights(model, weights, config.MODEL.RESUME)  # that both fit is known before either is evaluated
     precision = build_precision(config, process.device)
-    runner = compiled(model, config.TEST.COMPILE)
+    mode = resolve_mode(config.TEST.COMPILE, process.device)
     for name, candidate in found.items():
         if candidate is not None:
             load_weights(model, candidate, config.MODEL.RESUME)
+            runner = model if mode == "off" else prepare_for_inference(model, precision.dtype)
+            runner = prepared_for_inference(runner, mode, process.device)
             log_scores(name, evaluate(runner, data.val, process, precision)._asdict())
     return 0
 

@@ -2,6 +2,7 @@
 
 from models.ablations import ABLATIONS
 from models.build import build_model, input_channels
+from models.inference import prepare_for_inference
 from models.linear_vit import LinearViT
 from models.mlla import MLLA
 from models.unified_block import Switches
@@ -33,4 +34,5 @@ __all__ = [
     "mlla_base",
     "mlla_small",
     "mlla_tiny",
+    "prepare_for_inference",
 ]

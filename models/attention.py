@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.kernels import choice
 from models.layers import TokenConv
-from models.rope import rotate_pairs
+from models.rope import rotate_pairs, spread_over_grid
 
 NORMALISER_EPS = 1e-6
 
@@ -24,19 +25,35 @@ class LinearAttention(nn.Module):
         ValueError: num_heads does not divide dim.
     """
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, kernels: str = "auto") -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"{num_heads} heads do not divide a token width of {dim}")
-        self.num_heads = num_heads
+        self.dim, self.num_heads = dim, num_heads
+        self.kernels = kernels
         self.qk = nn.Linear(dim, dim * 2, bias=qkv_bias)
         self.lepe = TokenConv(dim)
 
-    def forward(self, v: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """v (B, H, W, C) and the grid's rotary tables (cos, sin), each (H, W, C / 2) -> (B, H, W, C)."""
+    def forward(self, v: Tensor, gate: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Tokens v (B, H, W, C) to (attention + lepe) SiLU(gate), (B, H, W, C).
+
+        `gate` is like v; `rotary` holds the tables (cos, sin) of `position_tables`. The kernels compute the same, and
+        never write q, k, their rotations or the normaliser to memory.
+        """
+        if choice.takes(self.kernels, v, "linear_attention", channels=self.dim, head_width=self.dim // self.num_heads):
+            from models.kernels import ops
+
+            qk = self.qk(v)
+            keep = torch.is_grad_enabled() and (qk.requires_grad or v.requires_grad or gate.requires_grad)
+            weight, bias = self.lepe.weight, self.lepe.bias
+            return ops.linear_attention(qk, v, gate, weight, bias, *rotary, self.num_heads, keep)[0]
+        return (self.attend(v, rotary) + self.lepe(v)) * F.silu(gate)
+
+    def attend(self, v: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Attention alone, (B, H, W, C)."""
         batch, height, width, channels = v.shape
         num_tokens = height * width
-        cos, sin = rotary
+        cos, sin = (spread_over_grid(table, height, width) for table in rotary)  # (H, W, C / 2) each
 
         # ELU + 1 of a negative number is small: in 16 bits its digits would be lost, so this part is done in float32.
         qk = self.qk(v)
@@ -53,9 +70,7 @@ class LinearAttention(nn.Module):
         k_rotated = self.split_heads(rotate_pairs(k, cos * scale, sin * scale))  # (B, heads, N, head_dim)
         kv = k_rotated.transpose(-2, -1) @ self.split_heads(v).to(k_rotated.dtype)  # (B, heads, head_dim, head_dim)
         out = q_rotated @ (kv * scale).to(q_rotated.dtype) / normaliser  # (B, heads, N, head_dim)
-
-        out = out.transpose(1, 2).reshape(batch, height, width, channels).to(v.dtype)  # (B, H, W, C)
-        return out + self.lepe(v)
+        return out.transpose(1, 2).reshape(batch, height, width, channels).to(v.dtype)  # (B, H, W, C)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, heads, H * W, C / heads), a view."""

@@ -33,7 +33,8 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
 
 
 def build_mlla(config: CfgNode, num_classes: int) -> MLLA:
-    return MLLA(img_size=config.DATA.IMG_SIZE, num_classes=num_classes, **mlla_sizes(config))
+    sizes = mlla_sizes(config)
+    return MLLA(img_size=config.DATA.IMG_SIZE, num_classes=num_classes, kernels=config.MODEL.KERNELS, **sizes)
 
 
 def mlla_sizes(config: CfgNode) -> dict[str, Any]:

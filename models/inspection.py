@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import NORMALISER_EPS, LinearAttention
-from models.rope import rotate_pairs
+from models.rope import rotate_pairs, spread_over_grid
 from models.unified_block import UnifiedAttention
 
 
@@ -92,7 +92,11 @@ def linear_map(
     """rope(q_t) . rope(k_s) / N / (q_t . mean(k) + eps) of MLLA's attention, by head."""
     row, column = query
     q, k = (F.elu(layer.qk(x).float()) + 1).chunk(2, dim=-1)  # (B, H, W, C) each
-    q_turned, k_turned = (q, k) if rotary is None else (rotate_pairs(q, *rotary), rotate_pairs(k, *rotary))
+    if rotary is None:
+        q_turned, k_turned = q, k
+    else:
+        cos, sin = (spread_over_grid(table, k.shape[1], k.shape[2]) for table in rotary)  # (H, W, C / 2) each
+        q_turned, k_turned = rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
     heads = (layer.num_heads, -1)
     reader, reader_turned = (y[:, row, column].unflatten(-1, heads) for y in (q, q_turned))  # (B, heads, d)
     normaliser = (reader * k.mean(dim=(1, 2)).unflatten(-1, heads)).sum(dim=-1) + NORMALISER_EPS  # (B, heads)

@@ -1,11 +1,24 @@
 """Building blocks of MLLA. Tokens flow as (B, H, W, C): seen as (B, C, H, W) that is channels_last, so no copies."""
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
+from timm.layers import Mlp
 from torch import Tensor, nn
+
+from models.kernels import choice
 
 # The official classifier stores rotary tables for its one image size; here they follow from the grid.
 DERIVED_KEY_SUFFIX = "attn.rope.rotations"
+WIDEST_FUSED_MLP = 128  # beyond, the matrix products are too large to keep a hidden layer in registers
+
+
+def ops() -> Any:
+    """The kernels, which need Triton: imported where they are used."""
+    from models.kernels import ops
+
+    return ops
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -29,6 +42,55 @@ class TokenConv(DepthwiseConv):
         return super().forward(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+def conv_norm(x: Tensor, conv: TokenConv, norm: nn.Module, kernels: str = "auto") -> tuple[Tensor, Tensor]:
+    """x + conv(x) and its norm, both (B, H, W, C); in one pass over x where the kernels can."""
+    if isinstance(norm, nn.LayerNorm) and choice.takes(kernels, x, "conv_norm", channels=conv.in_channels, norm=norm):
+        return ops().conv_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)
+    x = x + conv(x)
+    return x, norm(x)
+
+
+def conv_silu(x: Tensor, conv: TokenConv, kernels: str = "auto") -> Tensor:
+    """SiLU(conv(x)), (B, H, W, C); in one pass over x where the kernels can."""
+    if choice.takes(kernels, x, "conv_silu", channels=conv.in_channels):
+        keep = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
+        return ops().conv_silu(x, conv.weight, conv.bias, keep)[0]
+    return F.silu(conv(x))
+
+
+def mlp_residual(x: Tensor, y: Tensor, mlp: Mlp, drop_path: nn.Module, kernels: str = "auto") -> Tensor:
+    """x + drop_path(mlp(y)), (B, H, W, C); in inference and on narrow tokens in one pass where the kernels can."""
+    width = cast("int", mlp.fc1.in_features)
+    is_inference = not (torch.is_grad_enabled() or mlp.training)
+    if is_inference and width <= WIDEST_FUSED_MLP and choice.takes(kernels, x, "mlp", channels=width):
+        return ops().mlp(y.to(x.dtype), mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, x)
+    return x + drop_path(mlp(y))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, leave the branch x (B, ...) out of an image with probability `drop_prob`.
+
+    The rate lies in a tensor, so that torch.compile makes one graph for blocks with different rates.
+    """
+
+    keep_prob: Tensor
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+        self.register_buffer("keep_prob", torch.tensor(1 - drop_prob), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        keep = self.keep_prob
+        uniform = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device)
+        return x * ((uniform < keep) / keep).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.drop_prob:.3f}"
+
+
 class ConvLayer(nn.Module):
     """A convolution, then batch norm if `norm`, then ReLU if `activation`, on (B, C, H, W)."""
 
@@ -44,6 +106,8 @@ class ConvLayer(nn.Module):
 
 class Stem(nn.Module):
     """Images (B, in_chans, H, W) to tokens (B, ceil(H / 4), ceil(W / 4), embed_dim)."""
+
+    is_region = True  # compiled for itself
 
     def __init__(self, in_chans: int, embed_dim: int) -> None:
         super().__init__()
@@ -68,8 +132,11 @@ class Stem(nn.Module):
 class Downsample(nn.Module):
     """Halve the token grid and double the width: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2 C)."""
 
-    def __init__(self, channels: int, expansion: int = 4) -> None:
+    is_region = True  # compiled for itself
+
+    def __init__(self, channels: int, expansion: int = 4, kernels: str = "auto") -> None:
         super().__init__()
+        self.kernels = kernels
         hidden = 2 * channels * expansion
         self.conv = nn.Sequential(
             ConvLayer(nn.Conv2d(channels, hidden, 1), norm=False),
@@ -79,7 +146,19 @@ class Downsample(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = pad_to_multiple(tokens.permute(0, 3, 1, 2), 2)  # (B, C, H, W), both even
+        widen, depthwise, narrow = (cast("ConvLayer", layer) for layer in self.conv)
+        if choice.takes(self.kernels, tokens, "strided_conv", channels=widen.conv.out_channels):
+            x = pointwise(x.permute(0, 2, 3, 1), widen.conv)  # (B, H, W, 8 C)
+            # Both ReLUs are in it.
+            x = ops().strided_conv(x, depthwise.conv.weight, depthwise.conv.bias)  # (B, H / 2, W / 2, 8 C)
+            x = pointwise(x, narrow.conv)  # (B, H / 2, W / 2, 2 C)
+            return narrow.norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.conv(x).permute(0, 2, 3, 1)  # (B, H / 2, W / 2, 2 C)
+
+
+def pointwise(tokens: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A 1x1 convolution on tokens (B, H, W, C) as the matrix product that it is."""
+    return F.linear(tokens, conv.weight.flatten(1), conv.bias)
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

@@ -6,19 +6,30 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, to_2tuple
+from timm.layers import Mlp, to_2tuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import LinearAttention
 from models.classifier import initialise
-from models.layers import DERIVED_KEY_SUFFIX, Downsample, Stem, TokenConv
-from models.rope import rotary_tables
+from models.layers import (
+    DERIVED_KEY_SUFFIX,
+    Downsample,
+    DropPath,
+    Stem,
+    TokenConv,
+    conv_norm,
+    conv_silu,
+    mlp_residual,
+)
+from models.rope import position_tables
 from models.timm_interface import TimmInterface
 
 
 class MLLABlock(nn.Module):
     """The paper's block (figure 3): linear attention inside Mamba's gated block, then an MLP. Tokens (B, H, W, C)."""
+
+    is_region = True  # compiled for itself
 
     def __init__(
         self,
@@ -29,14 +40,16 @@ class MLLABlock(nn.Module):
         drop: float = 0.0,
         drop_path: float = 0.0,
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        kernels: str = "auto",
     ) -> None:
         super().__init__()
+        self.kernels = kernels
         self.cpe1 = TokenConv(dim)
         self.norm1 = norm_layer(dim)
         self.in_proj = nn.Linear(dim, dim)
         self.act_proj = nn.Linear(dim, dim)
         self.dwc = TokenConv(dim)
-        self.attn = LinearAttention(dim, num_heads, qkv_bias)
+        self.attn = LinearAttention(dim, num_heads, qkv_bias, kernels)
         self.out_proj = nn.Linear(dim, dim)
         self.drop_path = DropPath(drop_path)
         self.cpe2 = TokenConv(dim)
@@ -44,30 +57,31 @@ class MLLABlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.cpe1(x)
-        y = self.norm1(x)
-        gate = F.silu(self.act_proj(y))
-        y = F.silu(self.dwc(self.in_proj(y)))
-        x = x + self.drop_path(self.out_proj(self.attn(y, rotary) * gate))
-        x = x + self.cpe2(x)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x, y = conv_norm(x, self.cpe1, self.norm1, self.kernels)  # x + cpe1(x), and its norm
+        gate = self.act_proj(y)
+        v = conv_silu(self.in_proj(y), self.dwc, self.kernels)
+        x = x + self.drop_path(self.out_proj(self.attn(v, gate, rotary)))
+        x, y = conv_norm(x, self.cpe2, self.norm2, self.kernels)
+        return mlp_residual(x, y, self.mlp, self.drop_path, self.kernels)  # x + mlp(y)
 
 
 class Stage(nn.Module):
     """Blocks at one resolution; `downsample` leads to the next stage and is None in the last one."""
 
-    def __init__(self, blocks: list[MLLABlock], dim: int, downsample: bool, use_checkpoint: bool) -> None:
+    def __init__(
+        self, blocks: list[MLLABlock], dim: int, *, downsample: bool, use_checkpoint: bool, kernels: str
+    ) -> None:
         super().__init__()
         self.dim = dim
         self.use_checkpoint = use_checkpoint
         self.blocks = nn.ModuleList(blocks)
-        self.downsample = Downsample(dim) if downsample else None
+        self.downsample = Downsample(dim, kernels=kernels) if downsample else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, H, W, C), any grid, to the blocks' output (B, H, W, C) and what the next stage takes: that output
         downsampled, (B, ceil(H / 2), ceil(W / 2), 2 C), or in the last stage itself.
         """
-        rotary = rotary_tables(x.shape[1], x.shape[2], self.dim, x.device)  # (H, W, C / 2) each
+        rotary = position_tables(x.shape[1], x.shape[2], self.dim, x.device)  # (H + W, C / 4) each
         for block in self.blocks:
             if self.use_checkpoint and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, use_reentrant=False)
@@ -99,6 +113,7 @@ class MLLA(TimmInterface):
         norm_layer: makes the token norms from a width.
         ape: add a learned absolute position embedding after the stem.
         use_checkpoint: recompute each block in the backward pass, to save memory.
+        kernels: "auto" (Triton kernels where they can run), "triton" or "torch".
         global_pool: how the last tokens become one vector: avg as in the paper, max, avgmax, catavgmax, or "" for none.
 
     Raises:
@@ -122,6 +137,7 @@ class MLLA(TimmInterface):
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
         ape: bool = False,
         use_checkpoint: bool = False,
+        kernels: str = "auto",
         global_pool: str = "avg",
     ) -> None:
         super().__init__()
@@ -148,10 +164,13 @@ class MLLA(TimmInterface):
         self.layers = nn.ModuleList()
         for i, (width, heads) in enumerate(zip(self.widths, num_heads, strict=True)):
             blocks = [
-                MLLABlock(width, heads, mlp_ratio, qkv_bias, drop_rate, drop_path, norm_layer)
+                MLLABlock(width, heads, mlp_ratio, qkv_bias, drop_rate, drop_path, norm_layer, kernels)
                 for drop_path in rates[i].tolist()
             ]
-            self.layers.append(Stage(blocks, width, i < len(depths) - 1, use_checkpoint))
+            is_last = i == len(depths) - 1
+            self.layers.append(
+                Stage(blocks, width, downsample=not is_last, use_checkpoint=use_checkpoint, kernels=kernels)
+            )
         self.norm = norm_layer(self.num_features)
         self.make_classifier(num_classes, global_pool)
 

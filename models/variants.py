@@ -17,7 +17,7 @@ from torch import nn
 
 from models.layers import Downsample, pad_to_multiple
 from models.mlla import MLLA, MLLABlock
-from models.rope import rotary_tables
+from models.rope import position_tables
 from models.timm_interface import checkpoint_filter_fn
 
 
@@ -77,7 +77,7 @@ default_cfgs = generate_default_cfgs(
 # To torch.fx these are single operations, since what they do depends on sizes, devices and dtypes.
 for module in (MLLABlock, Downsample):
     register_notrace_module(module)
-for function in (pad_to_multiple, rotary_tables):
+for function in (pad_to_multiple, position_tables):
     register_notrace_function(function)
 
 

@@ -172,11 +172,11 @@ def test_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = {"a": iter([1.0, 3.0, 100.0]), "b": iter([5.0, 4.0, 6.0])}
     order = []
 
-    def measured(_model: nn.Module, *, name: str, **_settings: object) -> Throughput:
+    def measured(_model: nn.Module, _conditions: object, *, name: str, **_settings: object) -> Throughput:
         order.append(name)
-        return Throughput(name, "", "", "", "", "", 1, 1, next(speeds[name]), 1.0, 1.0, 1, 1)
+        return Throughput(name, "", "", "", "", "", "", 1, 1, 1, next(speeds[name]), 1.0, 1.0, 1, 1)
 
-    monkeypatch.setattr(benchmark, "measure_throughput", measured)
+    monkeypatch.setattr(benchmark, "measure_inference", measured)
     cpu = device("cpu")
     precision = make_precision(cpu, amp=False, dtype="auto")
     models = {"a": nn.Identity(), "b": nn.Identity()}

@@ -37,7 +37,7 @@ def test_mllas_map_times_the_values_is_its_output() -> None:
     assert seen.rotary is not None
     _, height, width, channels = seen.x.shape
     layer = seen.layer
-    expected = layer(seen.x, seen.rotary) - layer.lepe(seen.x)
+    expected = layer.attend(seen.x, seen.rotary)
     values = seen.x.unflatten(-1, (layer.num_heads, -1))  # (B, H, W, heads, e)
     for query in ((0, 0), (height - 1, width - 2)):
         weights = attention_map(seen, query)  # (B, heads, H, W)

@@ -292,11 +292,12 @@ def test_throughput_needs_no_data(run_main: RunMain, tmp_path: Path) -> None:
     assert run_main(*words)[0] == 0
     code, out, _ = run_main(*words, "--opts", "DATA.IMG_SIZE", "48")
     assert code == 0
-    heading, row = out.splitlines()[-2:]
+    heading, row, _ = out.splitlines()[-3:]  # the last is for a batch of 1
     assert heading.split()[-2:] == ["peak", "MiB"]
     assert row.split()[0] == "mlla_digits"
     lines = (tmp_path / "mlla_digits" / "default" / "throughput.jsonl").read_text().splitlines()
-    first, second = map(json.loads, lines)
+    first, alone, second, _ = map(json.loads, lines)
+    assert (alone["batch"], alone["work"]) == (1, "inference")
     assert (first["size"], second["size"]) == (32, 48)
     assert (first["precision"], first["batch"], first["layout"]) == ("bfloat16", 2, "channels_last")
     assert first["images_per_second"] == pytest.approx(2000 / first["milliseconds_per_batch"])

@@ -10,7 +10,7 @@ from config import load_config
 from models import MLLA, build_model
 from models.attention import LinearAttention
 from models.layers import Downsample
-from models.rope import rotary_tables, rotate_pairs
+from models.rope import position_tables, rotary_tables, rotate_pairs
 
 PARAMETERS = {"mlla_tiny": 24_392_200, "mlla_small": 43_015_048, "mlla_base": 95_983_960}
 
@@ -140,8 +140,9 @@ def quadratic_attention(attention: LinearAttention, v: Tensor) -> Tensor:
 def test_linear_attention_equals_quadratic() -> None:
     attention = LinearAttention(16, num_heads=2).double()
     v = torch.randn(2, 3, 5, 16, dtype=torch.float64)
-    fast = attention(v, rotary_tables(3, 5, 16, v.device))
-    torch.testing.assert_close(fast, quadratic_attention(attention, v), atol=1e-5, rtol=1e-4)
+    gate = torch.randn_like(v)
+    fast = attention(v, gate, position_tables(3, 5, 16, v.device))
+    torch.testing.assert_close(fast, quadratic_attention(attention, v) * F.silu(gate), atol=1e-5, rtol=1e-4)
 
 
 def test_rotary_by_hand() -> None:
@@ -171,7 +172,7 @@ def test_float16_sums_do_not_overflow_on_large_grids() -> None:
     attention = LinearAttention(32, num_heads=1)
     v = 8 + torch.randn(1, 300, 300, 32)  # the plain sum of k v over 90,000 tokens is beyond 65,504
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16):
-        out = attention(v.half(), rotary_tables(300, 300, 32, v.device))
+        out = attention.attend(v.half(), position_tables(300, 300, 32, v.device))
     assert torch.isfinite(out).all()
 
 
@@ -184,7 +185,7 @@ def test_small_queries_and_keys_are_not_rounded_to_zero_in_sixteen_bits() -> Non
     nn.init.zeros_(attention.lepe.bias)
     v = torch.ones(1, 1, 1, 32)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        out = attention(v, rotary_tables(1, 1, 32, v.device))
+        out = attention.attend(v, position_tables(1, 1, 32, v.device))
     assert out.mean().item() == pytest.approx(1.0, abs=0.05)
 
 

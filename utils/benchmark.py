@@ -1,18 +1,21 @@
-"""Speed of a model on synthetic images: warm-up left out, median of rounds."""
+"""Speed on synthetic images that lie on the device: warm-up left out, median of rounds."""
 
 import platform
-import resource
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from utils.amp import Precision
+from utils.distributed import min_over_processes
+from utils.engine import TrainStep
+from utils.memory import peak_memory_mib
 
-WARMUP_BATCHES = 3
+WARMUP_CALLS = 3
+WARMUP_STEPS = 8  # a step that becomes a CUDA graph does so within them
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Throughput:
     """One row of the table; memory is the peak, of the GPU's allocator or of the whole process on a CPU."""
 
     model: str
+    work: str
     chip: str
     torch: str
     precision: str
@@ -27,6 +31,7 @@ class Throughput:
     compile: str
     batch: int
     size: int
+    processes: int
     images_per_second: float
     milliseconds_per_batch: float
     memory_mib: float
@@ -34,45 +39,39 @@ class Throughput:
     batches_per_round: int
 
 
-def measure_throughput(
-    model: nn.Module,
-    *,
-    name: str,
-    device: torch.device,
-    precision: Precision,
-    batch_size: int,
-    image_size: int,
-    in_chans: int = 3,
-    compile_mode: str = "off",
-    rounds: int = 5,
-    round_seconds: float = 1.0,
+@dataclass(frozen=True)
+class Conditions:
+    """What a measurement has in common with those it is compared to.
+
+    Attributes:
+        compile: the mode, resolved.
+        num_processes: those that work together; the images of all count.
+        round_seconds: about how long a round takes; the median of `rounds` counts.
+    """
+
+    device: torch.device
+    precision: Precision
+    compile: str = "off"
+    in_chans: int = 3
+    num_processes: int = 1
+    rounds: int = 5
+    round_seconds: float = 1.0
+
+
+def measure_inference(
+    model: nn.Module, conditions: Conditions, *, name: str, batch_size: int, image_size: int
 ) -> Throughput:
-    """Time inference in rounds of about `round_seconds` seconds each; images are random and already on the device."""
-    model = compiled(model.eval(), compile_mode)
-    images = torch.randn(batch_size, in_chans, image_size, image_size, device=device)
+    """Time forward passes of a model in evaluation mode, already compiled as `conditions` say."""
+    device = conditions.device
+    images = torch.randn(batch_size, conditions.in_chans, image_size, image_size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
-    run_batches(model, images, precision, WARMUP_BATCHES)
-    seconds = run_batches(model, images, precision, 1)
-    num_batches = max(1, round(round_seconds / seconds))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    times = [run_batches(model, images, precision, num_batches) / num_batches for _ in range(rounds)]
-    batch_seconds = statistics.median(times)
-    return Throughput(
-        model=name,
-        chip=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
-        torch=str(torch.__version__),
-        precision=precision.name,
-        layout="channels_last",
-        compile=compile_mode,
-        batch=batch_size,
-        size=image_size,
-        images_per_second=batch_size / batch_seconds,
-        milliseconds_per_batch=1000 * batch_seconds,
-        memory_mib=peak_memory_mib(device),
-        rounds=rounds,
-        batches_per_round=num_batches,
-    )
+
+    @torch.no_grad()
+    def forward() -> None:
+        with conditions.precision.autocast():
+            model(images)
+
+    return timed(forward, conditions, WARMUP_CALLS, name, "inference", batch_size, image_size)
 
 
 def measure_in_turns(
@@ -85,37 +84,85 @@ def measure_in_turns(
     rounds: int = 5,
 ) -> dict[str, float]:
     """Images per second of several models, median of rounds in which each has its turn: all see the same machine."""
+    conditions = Conditions(device, precision, rounds=1, round_seconds=0.5)
     speeds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds):
         for name, model in models.items():
-            result = measure_throughput(
-                model.to(device),
-                name=name,
-                device=device,
-                precision=precision,
-                batch_size=batch_size,
-                image_size=image_size,
-                rounds=1,
-                round_seconds=0.5,
-            )
+            model = model.to(device).eval()
+            result = measure_inference(model, conditions, name=name, batch_size=batch_size, image_size=image_size)
             speeds[name].append(result.images_per_second)
     return {name: statistics.median(values) for name, values in speeds.items()}
 
 
-def compiled(model: nn.Module, mode: str) -> nn.Module:
-    """The model through torch.compile in the given mode, or as it is for "off"."""
-    return model if mode == "off" else torch.compile(model, mode=mode)  # type: ignore[return-value]
+def measure_training(
+    train_step: TrainStep,
+    conditions: Conditions,
+    *,
+    name: str,
+    batch_size: int,
+    image_size: int,
+    num_classes: int,
+    step: int = 0,
+    work: str = "training",
+) -> Throughput:
+    """Time a run's own training step, at one batch a step; `step` is the step of the run that it takes itself for.
+
+    The learning rate is 0, so that the weights stay where they are; the work is the same.
+    """
+    device = conditions.device
+    images = torch.randn(batch_size, conditions.in_chans, image_size, image_size, device=device)
+    batch = (
+        images.contiguous(memory_format=torch.channels_last),
+        torch.randn(batch_size, num_classes, device=device).softmax(dim=1),
+    )
+    train_step.model.train()
+
+    def update() -> None:
+        train_step([batch], step=step, learning_rate=0.0)
+
+    return timed(update, conditions, WARMUP_STEPS, name, work, batch_size, image_size)
 
 
-@torch.inference_mode()
-def run_batches(model: nn.Module, images: Tensor, precision: Precision, count: int) -> float:
-    """Seconds for `count` forward passes, all work on the device included."""
-    synchronise(images.device)
+def timed(
+    call: Callable[[], None], conditions: Conditions, warmup: int, name: str, work: str, batch_size: int, size: int
+) -> Throughput:
+    """The row for `call`, which works through one batch."""
+    device = conditions.device
+    run_rounds(call, device, warmup)
+    seconds = run_rounds(call, device, 1)
+    wanted = torch.tensor(max(1, round(conditions.round_seconds / seconds)), device=device)
+    if conditions.num_processes > 1:
+        min_over_processes(wanted)  # they call each other within a batch, so they do as many
+    num_batches = int(wanted)
+    batch_seconds = statistics.median(
+        run_rounds(call, device, num_batches) / num_batches for _ in range(conditions.rounds)
+    )
+    return Throughput(
+        model=name,
+        work=work,
+        chip=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
+        torch=str(torch.__version__),
+        precision=conditions.precision.name,
+        layout="channels_last",
+        compile=conditions.compile,
+        batch=batch_size,
+        size=size,
+        processes=conditions.num_processes,
+        images_per_second=conditions.num_processes * batch_size / batch_seconds,
+        milliseconds_per_batch=1000 * batch_seconds,
+        memory_mib=peak_memory_mib(device),
+        rounds=conditions.rounds,
+        batches_per_round=num_batches,
+    )
+
+
+def run_rounds(call: Callable[[], None], device: torch.device, count: int) -> float:
+    """Seconds for `count` calls, all work on the device included."""
+    synchronise(device)
     start = time.perf_counter()
     for _ in range(count):
-        with precision.autocast():
-            model(images)
-    synchronise(images.device)
+        call()
+    synchronise(device)
     return time.perf_counter() - start
 
 
@@ -124,27 +171,9 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_memory_mib(device: torch.device) -> float:
-    """Most memory used so far: allocated on the GPU, or resident in this process where there is none. MiB."""
+def forget_peak(device: torch.device) -> None:
+    """Let the next peak be that of what comes."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if platform.system() == "Darwin" else 2**10)
-
-
-def throughput_table(result: Throughput) -> str:
-    """A heading and the row, in columns."""
-    columns = {
-        "model": result.model,
-        "chip": result.chip,
-        "precision": result.precision,
-        "compile": result.compile,
-        "batch": str(result.batch),
-        "size": str(result.size),
-        "img/s": f"{result.images_per_second:.1f}",
-        "ms/batch": f"{result.milliseconds_per_batch:.1f}",
-        "peak MiB": f"{result.memory_mib:.0f}",
-    }
-    widths = [max(len(name), len(value)) for name, value in columns.items()]
-    lines = [list(columns), list(columns.values())]
-    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)

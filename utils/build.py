@@ -4,17 +4,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from yacs.config import CfgNode
 
 from utils.amp import Precision, make_precision
+from utils.compiling import GRAPH_MODES, compile_regions, resolve_mode
 from utils.ema import ModelEma
 from utils.engine import TrainStep
+from utils.logger import logger
 from utils.losses import ClassificationLoss
 from utils.lr_schedule import Schedule
 from utils.memory import out_of_memory_message
 from utils.optimizer import make_optimizer, parameter_groups
 from utils.plots import Panel
+from utils.step_graph import GraphedTrainStep, why_not_captured
 from utils.trainer import Plan
 
 
@@ -80,7 +84,21 @@ def build_train_step(
         mesa_ratio=config.AUG.MESA,
         mesa_start_step=derived.mesa_start_epoch * derived.steps_per_epoch,
     )
-    return TrainStep(model, optimizer, precision, compute_losses=loss, clip_grad=config.TRAIN.CLIP_GRAD, ema=ema)
+    parts = (model, optimizer, precision)
+    options = {"compute_losses": loss, "clip_grad": config.TRAIN.CLIP_GRAD, "ema": ema}
+    train_step = TrainStep(*parts, **options)
+    device = train_step.is_halted.device
+    mode = resolve_mode(config.TRAIN.COMPILE, device)
+    compile_regions(model, mode)
+    if ema is not None and loss.teacher is not None:
+        compile_regions(ema.module, mode)
+    if mode not in GRAPH_MODES:
+        return train_step
+    reason = why_not_captured(train_step, dist.get_world_size() if dist.is_initialized() else 1)
+    if reason:
+        logger.info("TRAIN.COMPILE %s: the step is not one CUDA graph, %s", config.TRAIN.COMPILE, reason)
+        return train_step
+    return GraphedTrainStep(*parts, **options)
 
 
 def build_plan(config: CfgNode, derived: Any, *, metric: str, panels: Sequence[Panel]) -> Plan:

@@ -13,6 +13,8 @@ TEXT_FLAGS = {
     "--resume": ("MODEL.RESUME", "checkpoint to go on from, or weights to evaluate: a path, a URL, or mlla-t, -s, -b"),
     "--pretrained": ("MODEL.PRETRAINED", "weights to start from, likewise"),
     "--output": ("OUTPUT", "results go to <output>/<MODEL.NAME>/<tag>"),
+    "--baseline": ("BENCHMARK.BASELINES", "with --throughput: models to measure beside it, timm:NAME,..."),
+    "--sizes": ("BENCHMARK.SIZES", "with --throughput: image sides for a table of the cost of a pixel"),
     "--tag": ("TAG", "tells runs of one model apart"),
 }
 NUMBER_FLAGS = {
@@ -27,6 +29,7 @@ SWITCHES = {
     "--amp": ("AMP", "16-bit autocast"),
     "--eval": ("EVAL_MODE", "only evaluate"),
     "--throughput": ("THROUGHPUT_MODE", "only measure speed, on synthetic images"),
+    "--train": ("BENCHMARK.TRAIN", "with --throughput: measure the training step"),
     "--profile": ("PROFILE_MODE", "only count parameters and MACs"),
     "--find-unused-params": ("TRAIN.FIND_UNUSED_PARAMS", "let DDP look for parameters without gradient"),
     "--model-ema": ("EMA.ENABLED", "keep an average of the weights"),

@@ -126,7 +126,9 @@ def moving_buffers(model: nn.Module) -> list[Tensor]:
     for module in model.modules():
         own = list(module.parameters(recurse=False))
         if not own or any(parameter.requires_grad for parameter in own):
-            buffers += [buffer for buffer in module.buffers(recurse=False) if buffer.is_floating_point()]
+            constants = module._non_persistent_buffers_set  # they follow from settings, and are not trained
+            named = module.named_buffers(recurse=False)
+            buffers += [buffer for name, buffer in named if buffer.is_floating_point() and name not in constants]
     return buffers
 
 

@@ -76,14 +76,23 @@ class TrainStep:
         self.is_halted = torch.zeros((), dtype=torch.float32, device=device)
         self.alive = torch.ones((), dtype=torch.float32, device=device)  # NaN once halted, which the scaler sees
         self.first_bad_step = torch.full((), NEVER, dtype=torch.int64, device=device)
+        self.step_number = torch.zeros((), dtype=torch.int64, device=device)
 
     def __call__(self, micro_batches: Sequence[Any], *, step: int, learning_rate: float) -> StepResult:
         """Update once from the mean gradient of the micro-batches, each what `compute_losses` takes.
 
         `step` counts from the start of the run and is what `check_finite` reports.
         """
+        self.set_rates(learning_rate)
+        self.step_number.fill_(step)
+        return self.run(micro_batches, step)
+
+    def set_rates(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)  # layer-wise decay
+
+    def run(self, micro_batches: Sequence[Any], step: int) -> StepResult:
+        """The step's work on the device, once rates and step number are set."""
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         for i, micro_batch in enumerate(micro_batches):
@@ -99,7 +108,7 @@ class TrainStep:
         scaler = self.precision.scaler
         scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm, foreach=True)
-        self.note_finiteness(loss, grad_norm, step)
+        self.note_finiteness(loss, grad_norm)
         scaler.step(self.optimizer)
         scaler.update()
 
@@ -108,14 +117,18 @@ class TrainStep:
             self.ema.update()
         return StepResult(loss, grad_norm.detach(), sums)
 
-    def note_finiteness(self, loss: Tensor, grad_norm: Tensor, step: int) -> None:
-        """Halt the optimizer, on the device, if this step is not finite; with float16 the scaler judges gradients."""
+    def note_finiteness(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Halt the optimizer, on the device, if this step is not finite; with float16 the scaler judges gradients.
+
+        In place: a recorded step finds its state where it was.
+        """
         verdict = loss if self.precision.scaler.is_enabled() else loss + grad_norm
         is_bad = ~torch.isfinite(verdict)
-        self.first_bad_step = torch.where(is_bad, self.first_bad_step.clamp(max=step), self.first_bad_step)
-        self.is_halted = torch.maximum(self.is_halted, is_bad.to(self.is_halted.dtype))
+        earliest = torch.minimum(self.first_bad_step, self.step_number)
+        self.first_bad_step.copy_(torch.where(is_bad, earliest, self.first_bad_step))
+        self.is_halted.copy_(torch.maximum(self.is_halted, is_bad.to(self.is_halted.dtype)))
         if self.precision.scaler.is_enabled():
-            self.alive = self.alive.masked_fill(is_bad, float("nan"))
+            self.alive.masked_fill_(is_bad, float("nan"))
         else:
             self.optimizer.found_inf = self.is_halted  # type: ignore[attr-defined]
 

@@ -41,11 +41,16 @@ class ClassificationLoss:
         self.mesa_ratio = mesa_ratio
         self.mesa_start_step = mesa_start_step
 
+    def variant(self, step: int) -> bool:
+        """Of what a step's work depends on beside its batch: whether it asks the teacher."""
+        return self.teacher is not None and step >= self.mesa_start_step
+
     def __call__(self, batch: tuple[Tensor, Tensor], step: int) -> dict[str, Tensor]:
         """The loss of (images (B, 3, H, W), targets (B, classes)) in step `step` of the run."""
         images, targets = batch
         teacher_logits = None
-        if self.teacher is not None and step >= self.mesa_start_step:
+        if self.variant(step):
+            assert self.teacher is not None
             with torch.no_grad():
                 teacher_logits = self.teacher(images)  # (B, classes)
         return {"loss": training_loss(self.model(images), targets, teacher_logits, self.mesa_ratio)}

@@ -1,6 +1,10 @@
-"""What to say when a GPU's memory does not suffice."""
+"""How much memory is used, and what to say when a GPU's does not suffice."""
 
+import platform
 import re
+import resource
+
+import torch
 
 USAGE = re.compile(r"total capacity of ([\d.]+ \w+)")
 
@@ -38,3 +42,11 @@ def out_of_memory_message(
         f"the GPU's memory{f' of {capacity[1]}' if capacity else ''} does not suffice for DATA.BATCH_SIZE {batch_size} "
         f"images of {image_size}x{image_size} per process: {', or '.join(remedies)}"
     )
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory used so far: allocated on the GPU, or resident in this process where there is none. MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if platform.system() == "Darwin" else 2**10)

@@ -95,3 +95,25 @@ def plot_grid(
         axis.set_title(caption, fontsize=8, color=color, parse_math=False)  # a class may be called $
     figure.savefig(picture, dpi=110, bbox_inches="tight")
     plt.close(figure)
+
+
+def plot_bars(
+    labels: Sequence[str],
+    values: Sequence[float],
+    *,
+    highlighted: Sequence[bool],
+    axis_label: str,
+    title: str,
+    picture: Path,
+) -> None:
+    """Draw a horizontal bar for each value, from the top down, with its figure at its end."""
+    figure, axis = plt.subplots(figsize=(9, 1.4 + 0.36 * len(values)), layout="constrained")
+    bars = axis.barh(range(len(values)), values, color=["tab:blue" if h else "tab:gray" for h in highlighted])
+    axis.bar_label(bars, labels=[f"{value:,.0f}" for value in values], padding=3)
+    axis.set_yticks(range(len(values)), labels)
+    axis.invert_yaxis()
+    axis.margins(x=0.14)
+    axis.set_xlabel(axis_label)
+    axis.set_title(title, fontsize=10)
+    figure.savefig(picture, dpi=110, bbox_inches="tight")
+    plt.close(figure)

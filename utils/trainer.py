@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.benchmark import peak_memory_mib
 from utils.checkpoint import CheckpointWriter, Progress
 from utils.distributed import Process, sum_over_processes
 from utils.engine import NonFiniteLossError, StepResult, TrainStep
 from utils.logger import ProgressBar, RunRecorder, logger
+from utils.memory import peak_memory_mib
 from utils.plots import Panel
 from utils.run_state import RunState
 from utils.stopping import Cause, StopRequest

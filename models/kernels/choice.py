@@ -1,0 +1,99 @@
+"""Whether the Triton kernels take a tensor; nothing here needs Triton to be installed."""
+
+import logging
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST_WIDTH = 1024  # channels that one program normalises
+HEAD_WIDTHS = (16, 32, 64, 128)
+TALL = 14  # grids of more rows are cut into other tiles
+
+logger = logging.getLogger("mlla")
+
+
+def takes(
+    choice: str,
+    x: Tensor,
+    kernel: str,
+    *,
+    channels: int,
+    head_width: int = 32,
+    norm: nn.Module | None = None,
+) -> bool:
+    """Whether a kernel computes tokens x (B, H, W, C), for a MODEL.KERNELS of `choice`.
+
+    "auto" asks the kernel first to do a small problem right, forward and backward, once for each width and dtype.
+    `channels` is the width that the kernel sees: C, or a hidden layer's.
+
+    Raises:
+        ValueError: `choice` is "triton" and it cannot.
+    """
+    if choice == "torch" or x.device.type == "meta":
+        return False
+    reason = missing_triton(x.device.type) or misfit(x.dtype, channels, head_width, norm)
+    if not reason and choice == "auto":
+        is_tall = True if x.shape[1] > TALL else False  # noqa: SIM210  a constant, though the shape may be a symbol
+        reason = failed_trial(kernel, x.device.type, x.dtype, channels, head_width, is_tall)
+    if not reason:
+        return True
+    if choice == "triton":
+        raise ValueError(f"MODEL.KERNELS triton: {reason}; use auto or torch")
+    say_once(reason)
+    return False
+
+
+def misfit(dtype: torch.dtype, channels: int, head_width: int, norm: nn.Module | None) -> str:
+    """Why the kernels do not know such tokens, or an empty string."""
+    if dtype not in DTYPES:
+        return f"they know no {dtype}"
+    if norm is not None and channels > LARGEST_WIDTH:
+        return f"{channels} channels are more than {LARGEST_WIDTH}"
+    if head_width not in HEAD_WIDTHS:
+        return f"heads of {head_width} channels; they know {', '.join(map(str, HEAD_WIDTHS))}"
+    if norm is not None and type(norm) is not nn.LayerNorm:
+        return f"they know LayerNorm, not {type(norm).__name__}"
+    return ""
+
+
+@torch.compiler.assume_constant_result
+def missing_triton(device_type: str) -> str:
+    """Why the kernels cannot run on this kind of device, or an empty string."""
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return f"there is no Triton for the device {device_type}"
+    if torch.version.hip is not None:
+        return "they were written for NVIDIA's GPUs"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "Triton is not installed"
+    return "the GPU is older than Ampere" if torch.cuda.get_device_capability()[0] < 8 else ""
+
+
+@torch.compiler.assume_constant_result
+def failed_trial(
+    kernel: str, device_type: str, dtype: torch.dtype, channels: int, head_width: int, is_tall: bool
+) -> str:
+    """Why a kernel is not to be trusted here, or an empty string; found out once."""
+    return remembered_trial(kernel, device_type, dtype, int(channels), int(head_width), bool(is_tall))
+
+
+@lru_cache
+def remembered_trial(
+    kernel: str, device_type: str, dtype: torch.dtype, channels: int, head_width: int, is_tall: bool
+) -> str:
+    from models.kernels import trial
+
+    return trial.run(kernel, device_type, dtype, channels, head_width, rows=TALL + 3 if is_tall else 6)
+
+
+@torch.compiler.assume_constant_result
+def say_once(reason: str) -> None:
+    remember_and_say(reason)
+
+
+@lru_cache
+def remember_and_say(reason: str) -> None:
+    logger.info("plain PyTorch instead of Triton kernels: %s", reason)

@@ -1,0 +1,96 @@
+"""Functions that several kernels compute on values in registers, all float32."""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+# PTX's approximations flush denormals, which saves the comparisons and rescaling that tl.exp and a division come with:
+# a third of a depthwise kernel's instructions. Their errors are a few units in float32's last place.
+USE_PTX = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None)
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+
+
+@triton.jit
+def as_tile(x):
+    """A number as a (1, 1) tensor: Triton's interpreter cannot combine masks of tensors with those of numbers."""
+    return x + tl.zeros((1, 1), dtype=tl.int32)
+
+
+@triton.jit
+def exponential(x):
+    """e^x; 0 where that is below the normal numbers."""
+    if USE_PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 t; mul.f32 t, $1, 0f3FB8AA3B; ex2.approx.ftz.f32 $0, t; }",
+            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:  # noqa: RET505
+        return tl.exp(x)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x, 0 for infinity."""
+    if USE_PTX:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:  # noqa: RET505
+        return 1.0 / x
+
+
+@triton.jit
+def sigmoid(x):
+    return reciprocal(1.0 + exponential(-x))
+
+
+@triton.jit
+def positive(x):
+    """ELU(x) + 1."""
+    return tl.where(x > 0, x + 1.0, exponential(tl.minimum(x, 0.0)))
+
+
+@triton.jit
+def positive_gradient(x, y):
+    """d(ELU(x) + 1) / dx, given y = ELU(x) + 1."""
+    return tl.where(x > 0, 1.0, y)
+
+
+@triton.jit
+def gelu(x, EXACT: tl.constexpr):
+    """x Phi(x). Without EXACT, by a polynomial that is off by 7e-5 at most: erf is what a fused MLP would wait for."""
+    if EXACT:
+        return 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
+    else:  # noqa: RET505
+        z = tl.minimum(tl.maximum(x, -4.5), 4.5)
+        s = z * z
+        p = 3.03642833e-11 * s - 3.31466917e-09
+        p = p * s + 1.59100043e-07
+        p = p * s - 4.45173653e-06
+        p = p * s + 8.14252514e-05
+        p = p * s - 0.00103759188
+        p = p * s + 0.00958520516
+        p = p * s - 0.0659846599
+        p = p * s + 0.398712609
+        return x * (z * p + 0.5)
+
+
+@triton.jit
+def sum_parts_kernel(parts, out, num_parts, length, PARTS: tl.constexpr, LENGTH: tl.constexpr):
+    """out (length,) = the sum over the first dimension of parts (num_parts, length)."""
+    place = tl.program_id(0) * LENGTH + tl.arange(0, LENGTH)[None, :]
+    total = tl.zeros((PARTS, LENGTH), dtype=tl.float32)
+    for first in range(0, num_parts, PARTS):
+        part = first + tl.arange(0, PARTS)[:, None]
+        total += tl.load(parts + part * length + place, mask=(part < num_parts) & (place < length), other=0.0)
+    tl.store(out + place, tl.sum(total, 0, keep_dims=True), mask=place < length)
+
+
+def sum_parts(parts: torch.Tensor) -> torch.Tensor:
+    """float32 (parts, ...) summed over the first dimension, in one launch and in a fixed order."""
+    length = parts[0].numel()
+    out = torch.empty(parts.shape[1:], dtype=torch.float32, device=parts.device)
+    sum_parts_kernel[(triton.cdiv(length, 32),)](parts, out, parts.shape[0], length, PARTS=64, LENGTH=32, num_warps=4)
+    return out

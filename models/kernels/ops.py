@@ -1,0 +1,210 @@
+"""The kernels as PyTorch operators with gradients, which torch.compile and fake tensors understand.
+
+Each has a plain twin in models/layers.py or models/attention.py, where what it computes can be read.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.kernels import attention, depthwise, norm, strided
+from models.kernels import mlp as mlp_kernels
+
+
+@torch.library.custom_op("mlla::conv_norm", mutates_args=())
+def conv_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x + conv(x) and its LayerNorm; x (B, H, W, C), weight (C, 1, 3, 3)."""
+    return depthwise.conv_norm_forward(x, weight, bias, norm_weight, norm_bias, eps)
+
+
+@torch.library.custom_op("mlla::norm_backward", mutates_args=())
+def norm_backward(
+    grad: Tensor, x: Tensor, residual_grad: Tensor, norm_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """residual_grad plus the gradient through LayerNorm(x), and (2, C): gradients of norm weight and bias."""
+    return norm.norm_backward(grad, x, residual_grad, norm_weight, eps)
+
+
+@torch.library.custom_op("mlla::conv_backward", mutates_args=())
+def conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, extra: Tensor | None, residual: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradient of conv(x) (+ x if residual) for x, plus extra, and (10, C): gradients of the taps and of the bias."""
+    return depthwise.conv_backward(grad, x, weight, extra, residual=residual)
+
+
+@torch.library.custom_op("mlla::conv_silu", mutates_args=())
+def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """SiLU(conv(x)), and conv(x) if keep (else empty), which the gradient needs."""
+    return depthwise.conv_silu_forward(x, weight, bias, keep=keep)
+
+
+@torch.library.custom_op("mlla::linear_attention", mutates_args=())
+def linear_attention(
+    qk: Tensor, v: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, heads: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(attention + lepe) * SiLU(gate), and if keep attention + lepe; the heads' matrices and means by parts."""
+    return attention.attention_forward(
+        qk.contiguous(), v.contiguous(), gate.contiguous(), weight, bias, cos, sin, heads, keep=keep
+    )
+
+
+@torch.library.custom_op("mlla::linear_attention_backward", mutates_args=())
+def linear_attention_backward(
+    grad: Tensor,
+    qk: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    ungated: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    matrix: Tensor,
+    mean: Tensor,
+    heads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of qk, of v without lepe's part, of gate, and of attention + lepe."""
+    return attention.attention_backward(
+        grad.contiguous(), qk.contiguous(), v.contiguous(), gate.contiguous(), ungated, cos, sin, matrix, mean, heads
+    )
+
+
+@torch.library.custom_op("mlla::mlp", mutates_args=())
+def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, residual: Tensor) -> Tensor:
+    """residual + MLP(x); for inference, it has no gradient."""
+    return mlp_kernels.mlp_forward(x, weight1.to(x.dtype), bias1, weight2.to(x.dtype), bias2, residual)
+
+
+@torch.library.custom_op("mlla::strided_conv", mutates_args=())
+def strided_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """ReLU(conv(ReLU(x))) with stride 2, (B, H, W, C) -> (B, H / 2, W / 2, C)."""
+    return strided.strided_forward(x, weight, bias)
+
+
+@torch.library.custom_op("mlla::strided_conv_backward", mutates_args=())
+def strided_conv_backward(grad: Tensor, x: Tensor, weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of strided_conv, whose result is out, for x, and (10, C): gradients of the taps and of the bias."""
+    return strided.strided_backward(grad, x, weight, out)
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(shape or like.shape, dtype=dtype or like.dtype, device=like.device)
+
+
+@conv_norm.register_fake
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return empty(x), empty(x)
+
+
+@norm_backward.register_fake
+def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return empty(x), empty(x, 2, x.shape[-1], dtype=torch.float32)
+
+
+@conv_backward.register_fake
+def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return empty(x), empty(x, 10, x.shape[-1], dtype=torch.float32)
+
+
+@conv_silu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    return empty(x), empty(x) if keep else empty(x, 0)
+
+
+@linear_attention.register_fake
+def _(
+    qk: Tensor, v: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, heads: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, height, width, channels = v.shape
+    dim, parts = channels // heads, attention.num_parts(height * width, batch * heads, v.device)
+    return (
+        empty(v),
+        empty(v) if keep else empty(v, 0),
+        empty(v, parts, batch * heads, dim, dim, dtype=torch.float32),
+        empty(v, parts, batch * heads, dim, dtype=torch.float32),
+    )
+
+
+@linear_attention_backward.register_fake
+def _(grad: Tensor, qk: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return empty(qk), empty(v), empty(v), empty(v)
+
+
+@strided_conv.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return empty(x, x.shape[0], x.shape[1] // 2, x.shape[2] // 2, x.shape[3])
+
+
+@strided_conv_backward.register_fake
+def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return empty(x), empty(x, 10, x.shape[-1], dtype=torch.float32)
+
+
+@mlp.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return empty(x)
+
+
+def split_sums(sums: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(10, C) to the gradients of a depthwise weight (C, 1, 3, 3) and its bias (C,)."""
+    return sums[:9].t().reshape(weight.shape).to(weight.dtype), sums[9].to(weight.dtype)
+
+
+def conv_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, norm_weight, _, ctx.eps = inputs
+    ctx.save_for_backward(x, weight, norm_weight, output[0])
+
+
+def conv_norm_grad(ctx: Any, grad_out: Tensor, grad_norm: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, norm_weight, out = ctx.saved_tensors
+    grad, norm_sums = norm_backward(grad_norm, out, grad_out, norm_weight, ctx.eps)
+    grad_x, sums = conv_backward(grad, x, weight, None, True)
+    norm_sums = norm_sums.to(norm_weight.dtype)
+    return grad_x, *split_sums(sums, weight), norm_sums[0], norm_sums[1], None
+
+
+def conv_silu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, output[1])
+
+
+def conv_silu_grad(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight, before = ctx.saved_tensors
+    grad_x, sums = conv_backward(torch.ops.aten.silu_backward(grad, before), x, weight, None, False)
+    return grad_x, *split_sums(sums, weight), None
+
+
+def linear_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    qk, v, gate, weight, _, cos, sin, ctx.heads, _ = inputs
+    _, ungated, matrix, mean = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qk, v, gate, weight, cos, sin, ungated, matrix, mean)
+
+
+def linear_attention_grad(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    qk, v, gate, weight, cos, sin, ungated, matrix, mean = ctx.saved_tensors
+    grad_qk, grad_v, grad_gate, grad_ungated = linear_attention_backward(
+        grad, qk, v, gate, ungated, cos, sin, matrix, mean, ctx.heads
+    )
+    grad_v, sums = conv_backward(grad_ungated, v, weight, grad_v, False)
+    return grad_qk, grad_v, grad_gate, *split_sums(sums, weight), None, None, None, None
+
+
+def strided_conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight, output)
+
+
+def strided_conv_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, out = ctx.saved_tensors
+    grad_x, sums = strided_conv_backward(grad, x, weight, out)
+    return grad_x, *split_sums(sums, weight)
+
+
+strided_conv.register_autograd(strided_conv_grad, setup_context=strided_conv_setup)
+conv_norm.register_autograd(conv_norm_grad, setup_context=conv_norm_setup)
+conv_silu.register_autograd(conv_silu_grad, setup_context=conv_silu_setup)
+linear_attention.register_autograd(linear_attention_grad, setup_context=linear_attention_setup)

@@ -1,0 +1,115 @@
+"""A small problem for each kernel, whose answer is compared with plain PyTorch in float64."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from models.kernels import ops
+from models.rope import position_tables, rotate_pairs, spread_over_grid
+
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the norm of each result
+BATCH, COLUMNS = 2, 6
+Outputs = tuple[Tensor, ...]
+
+
+def run(kernel: str, device_type: str, dtype: torch.dtype, channels: int, head_width: int, *, rows: int) -> str:
+    """What is wrong with a kernel at (2, rows, 6, channels), forward or backward; an empty string if nothing is.
+
+    It never raises, and leaves the random number generators as they are.
+    """
+    try:
+        with _disable_current_modes(), torch.inference_mode(False), torch.autocast(device_type, enabled=False):
+            worst = largest_error(kernel, torch.device(device_type), dtype, channels, head_width, rows)
+    except Exception as error:  # whatever a compiler may say
+        return f"the {kernel} kernel fails here, {type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
+    tolerance = TOLERANCES[dtype]
+    return "" if worst < tolerance else f"the {kernel} kernel's result is off by {worst:.1e} in {dtype}"
+
+
+def largest_error(
+    kernel: str, device: torch.device, dtype: torch.dtype, channels: int, head_width: int, rows: int
+) -> float:
+    """The worst relative error, by norm, among results and gradients; infinite where there is a NaN."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0, of: torch.dtype = dtype) -> Tensor:
+        values = torch.randn(*shape, generator=generator, device=device) * scale
+        return values.to(of).requires_grad_(kernel != "mlp")
+
+    fused, plain, inputs = problem(kernel, draw, rows, channels, head_width)
+    doubled = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs]
+    with torch.set_grad_enabled(kernel != "mlp"):
+        found, expected = list(fused(*inputs)), list(plain(*doubled))
+    if kernel != "mlp":
+        upstream = [torch.randn(o.shape, generator=generator, device=device).to(o.dtype) for o in found]
+        expected += torch.autograd.grad(expected, doubled, [u.double() for u in upstream])
+        found += torch.autograd.grad(found, inputs, upstream)
+    errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
+    return max(error if error == error else float("inf") for error in errors)
+
+
+def problem(
+    kernel: str, draw: Callable[..., Tensor], rows: int, channels: int, head_width: int
+) -> tuple[Callable[..., Outputs], Callable[..., Outputs], list[Tensor]]:
+    """(the kernel, the same in plain PyTorch, arguments of both)."""
+    tokens = (BATCH, rows, COLUMNS, channels)
+    full = torch.float32
+    taps = [draw(channels, 1, 3, 3, scale=0.3, of=full), draw(channels, of=full)]
+    if kernel == "conv_norm":
+        inputs = [draw(*tokens), *taps, draw(channels, of=full), draw(channels, of=full)]
+        return lambda *a: ops.conv_norm(*a, 1e-5), plain_conv_norm, inputs
+    if kernel == "conv_silu":
+        return (lambda *a: ops.conv_silu(*a, True)[:1]), (lambda *a: (F.silu(conv(*a)),)), [draw(*tokens), *taps]
+    if kernel == "strided_conv":
+        inputs = [draw(BATCH, rows + rows % 2, COLUMNS, channels), *taps]
+        return (lambda *a: (ops.strided_conv(*a),)), plain_strided_conv, inputs
+    if kernel == "mlp":
+        hidden = 4 * channels
+        inputs = [draw(*tokens), draw(hidden, channels, scale=channels**-0.5), draw(hidden)]
+        inputs += [draw(channels, hidden, scale=hidden**-0.5), draw(channels), draw(*tokens)]
+        return (lambda *a: (ops.mlp(*a),)), plain_mlp, inputs
+    heads = channels // head_width
+    inputs = [draw(*tokens[:3], 2 * channels), draw(*tokens), draw(*tokens), *taps]
+    rotary = position_tables(rows, COLUMNS, channels, inputs[0].device)
+    return (
+        lambda *a: ops.linear_attention(*a, *rotary, heads, True)[:1],
+        lambda *a: (plain_attention(*a, rotary=rotary, heads=heads),),
+        inputs,
+    )
+
+
+def conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
+    x = x.permute(0, 3, 1, 2)  # (B, C, H, W)
+    return F.conv2d(x, weight, bias, stride, padding=1, groups=weight.shape[0]).permute(0, 2, 3, 1)  # (B, H, W, C)
+
+
+def plain_conv_norm(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Outputs:
+    x = x + conv(x, weight, bias)
+    return x, F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, 1e-5)
+
+
+def plain_strided_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Outputs:
+    return (F.relu(conv(F.relu(x), weight, bias, stride=2)),)
+
+
+def plain_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, residual: Tensor) -> Outputs:
+    return (residual + F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2),)
+
+
+def plain_attention(
+    qk: Tensor, v: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, *, rotary: tuple[Tensor, Tensor], heads: int
+) -> Tensor:
+    _, height, width, channels = v.shape
+    cos, sin = (spread_over_grid(table, height, width).double() for table in rotary)  # (H, W, C / 2)
+
+    def split(x: Tensor) -> Tensor:
+        return x.flatten(1, 2).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, N, head_dim)
+
+    q, k = (F.elu(qk) + 1).split(channels, dim=-1)
+    weights = split(rotate_pairs(q, cos, sin)) @ split(rotate_pairs(k, cos, sin)).transpose(-2, -1)  # (B, heads, N, N)
+    normaliser = (split(q) @ split(k).transpose(-2, -1)).sum(dim=-1, keepdim=True)
+    attended = (weights / normaliser @ split(v)).transpose(1, 2).reshape(v.shape)  # (B, H, W, C)
+    return (attended + conv(v, weight, bias)) * F.silu(gate)

@@ -1,0 +1,141 @@
+"""What test_kernels.py runs in a process of its own: on a GPU, or by Triton's interpreter where there is none."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import torch.nn.functional as F
+from conftest import GOLDEN, MICRO, fill_weights, random_values
+
+from models import MLLA
+from models.kernels import choice, ops, trial
+
+KERNELS = ("conv_norm", "conv_silu", "strided_conv", "linear_attention", "mlp")
+# Triton's interpreter computes no products of bfloat16.
+DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else []))
+EPSILON = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def check_against_float64() -> None:
+    """Forward and backward, in odd sizes, widths that are no power of two, several head dims."""
+    shapes = [(48, 16, 6), (32, 32, 17)]
+    if DEVICE == "cuda":
+        shapes += [(512, 32, 7), (256, 64, 14), (128, 128, 28), (192, 32, 56)]
+    for kernel in KERNELS:
+        for channels, head_width, rows in shapes:
+            for dtype in DTYPES if channels != 32 or DEVICE == "cuda" else DTYPES[:1]:
+                error = trial.largest_error(kernel, torch.device(DEVICE), dtype, channels, head_width, rows)
+                assert error < EPSILON[dtype], (kernel, channels, head_width, rows, dtype, error)
+
+
+def check_golden_gradients() -> None:
+    """The official model's loss and gradients with the kernels on; too long for the interpreter."""
+    if DEVICE == "cpu":
+        return
+    torch.backends.cudnn.allow_tf32 = False
+    golden = np.load(GOLDEN / "mlla_micro_64_grad.npz")
+    model = MLLA(**MICRO, num_classes=10, kernels="triton").train()
+    fill_weights(model)
+    model.to(DEVICE)
+    images = random_values(1, 4, 3, 64, 64).to(DEVICE).requires_grad_()
+    loss = F.cross_entropy(model(images), random_values(101, 4, 10).softmax(1).to(DEVICE))
+    loss.backward()
+    assert abs(loss.item() - golden["loss"].item()) < 1e-5
+    assert images.grad is not None
+    largest = np.abs(golden["grad_input"]).max()
+    np.testing.assert_allclose(images.grad.cpu(), golden["grad_input"], atol=1e-3 * largest)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        np.testing.assert_allclose(
+            parameter.grad.norm().item(), golden[f"gradnorm/{name}"].item(), rtol=1e-3, atol=1e-6, err_msg=name
+        )
+
+
+def check_golden_logits() -> None:
+    model = MLLA(**MICRO, num_classes=10, kernels="triton").eval()
+    fill_weights(model)
+    with torch.no_grad():
+        logits = model.to(DEVICE)(random_values(0, 2, 3, 64, 64).to(DEVICE))
+    np.testing.assert_allclose(logits.cpu(), np.load(GOLDEN / "mlla_micro_64.npz")["logits"], atol=1e-4)
+
+
+def check_operators() -> None:
+    """Schemas, fake tensors and gradients' registration, as torch.compile relies on them."""
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    device = torch.device(DEVICE)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int, requires_grad: bool = True) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device).requires_grad_(requires_grad)
+
+    x, taps = draw(1, 4, 6, 32), (draw(32, 1, 3, 3), draw(32))
+    table = draw(6, 8, requires_grad=False)
+    torch.library.opcheck(ops.conv_norm, (x, *taps, draw(32), draw(32), 1e-5), test_utils=tests)
+    torch.library.opcheck(ops.conv_silu, (x, *taps, True), test_utils=tests)
+    torch.library.opcheck(ops.strided_conv, (x, *taps), test_utils=tests)
+    attention = (draw(1, 4, 6, 64), x, draw(1, 4, 6, 32), *taps, table, table, 2, True)
+    torch.library.opcheck(ops.linear_attention, attention, test_utils=tests)
+    plain = x.detach()
+    weights = [draw(*shape, requires_grad=False) for shape in ((128, 32), (128,), (32, 128), (32,))]
+    torch.library.opcheck(ops.mlp, (plain, *weights, plain), test_utils=tests)
+
+
+def check_compiled() -> None:
+    """torch.compile sees one graph of each block, in whatever sizes, with and without gradient."""
+    torch._dynamo.config.recompile_limit = 64
+    choice.remembered_trial = lambda *_: ""  # check_trial has its turn
+    model = MLLA(img_size=32, embed_dim=16, depths=(1,), num_heads=(1,), drop_path_rate=0.0).to(DEVICE)
+    for block in model.layers[0].blocks:
+        block.compile(fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    for height, width in ((8, 16), (16, 8)):
+        images = torch.randn(2, 3, height, width, device=DEVICE)
+        gradients = []
+        for kernels in ("auto", "torch"):
+            for module in model.modules():
+                if hasattr(module, "kernels"):
+                    module.kernels = kernels
+            model.train().zero_grad()
+            model(images).square().sum().backward()
+            gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+        torch.testing.assert_close(*gradients, atol=2e-3, rtol=2e-3)
+
+
+def check_trial() -> None:
+    """A kernel that does its small problem right is taken; one that computes something else, or fails, is not."""
+    state = torch.get_rng_state()
+    assert choice.failed_trial("conv_silu", DEVICE, torch.float32, 32, 32, False) == ""
+    assert torch.equal(torch.get_rng_state(), state)
+    right = ops.conv_silu
+
+    def wrong(*arguments: object) -> tuple[torch.Tensor, ...]:
+        active, before = right(*arguments)  # type: ignore[arg-type]
+        return active * 1.01, before
+
+    def failing(*_: object) -> tuple[torch.Tensor, ...]:
+        raise RuntimeError("a compiler's words\nin two lines")
+
+    for replacement, words in ((wrong, "is off by"), (failing, "in two lines")):
+        ops.conv_silu = replacement  # type: ignore[assignment]
+        assert words in trial.run("conv_silu", DEVICE, torch.float32, 32, 32, rows=6)
+    ops.conv_silu = right
+
+
+if __name__ == "__main__":
+    if DEVICE == "cpu":
+        choice.missing_triton = lambda device_type: ""  # noqa: ARG005
+    checks = (check_against_float64, check_golden_logits, check_golden_gradients)
+    for check in (*checks, check_operators, check_trial, check_compiled):
+        start = time.perf_counter()
+        check()
+        print(f"{check.__name__} on {DEVICE}: {time.perf_counter() - start:.1f} s", flush=True)

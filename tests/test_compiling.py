@@ -1,0 +1,154 @@
+"""Compile modes, and the recorded training step, whose graph is played here by the function itself."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_engine import batch, small_step
+from torch import nn
+
+from models import MLLA, prepare_for_inference
+from utils import step_graph
+from utils.compiling import captures, compile_regions, resolve_mode
+from utils.step_graph import STEPS_BEFORE_CAPTURE, GraphedTrainStep, why_not_captured
+
+CPU = torch.device("cpu")
+
+
+def test_modes() -> None:
+    assert resolve_mode("auto", CPU) == "off"
+    assert resolve_mode("default", CPU) == "default"
+    assert captures("reduce-overhead", torch.device("cuda"))
+    assert not captures("reduce-overhead", CPU)
+    assert not captures("default", torch.device("cuda"))
+
+
+def test_regions_compile_alone_or_else_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
+    model = MLLA(img_size=32, embed_dim=16, depths=(1, 2), num_heads=(1, 2))
+    compile_regions(model, "off")
+    assert not compiled
+    compile_regions(model, "default")
+    assert sorted(type(module).__name__ for module in compiled) == ["Downsample", *["MLLABlock"] * 3, "Stem"]
+    compiled.clear()
+    plain = nn.Linear(2, 2)
+    compile_regions(plain, "max-autotune")
+    assert compiled == [plain]
+
+
+class PlayedCapture:
+    """What a CUDA graph does: nothing when it is recorded, the work each time it is replayed."""
+
+    recordings = 0
+
+    def __init__(self, function: Callable[[], Any], warmup_calls: int = 3) -> None:
+        assert warmup_calls == 0
+        self.function = function
+        PlayedCapture.recordings += 1
+
+    def __call__(self) -> Any:
+        return self.function()
+
+
+def graphed(plain: Any) -> GraphedTrainStep:
+    return GraphedTrainStep(
+        plain.model,
+        plain.optimizer,
+        plain.precision,
+        compute_losses=plain.compute_losses,
+        clip_grad=plain.max_norm,
+        ema=plain.ema,
+    )
+
+
+def test_recorded_step_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a rate that changes, a teacher from some step on, and batches of another size: each is recorded once."""
+    monkeypatch.setattr(step_graph, "Capture", PlayedCapture)
+    PlayedCapture.recordings = 0
+    torch.manual_seed(1)
+    batches = [batch(8) for _ in range(16)] + [batch(4) for _ in range(6)]
+    results = []
+    for recorded in (False, True):
+        model, train_step = small_step(mesa_ratio=1.0)
+        train_step.compute_losses.mesa_start_step = 8  # type: ignore[attr-defined]
+        step: Any = graphed(train_step) if recorded else train_step
+        losses = [step([b], step=i, learning_rate=0.01 * (i + 1)).loss.item() for i, b in enumerate(batches)]
+        rates = [group["lr"] for group in train_step.optimizer.param_groups]
+        assert all(isinstance(rate, float) for rate in rates) or recorded
+        results.append((losses, model[1].weight.detach().clone(), train_step.ema.module[1].weight.clone()))  # type: ignore
+        assert step.check_finite(99) is None
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    torch.testing.assert_close(results[0][1:], results[1][1:])
+    assert PlayedCapture.recordings == 3
+    assert STEPS_BEFORE_CAPTURE < 6
+
+
+def test_recorded_step_stops_at_a_loss_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_graph, "Capture", PlayedCapture)
+    model, train_step = small_step()
+    step = graphed(train_step)
+    images, targets = batch()
+    for i in range(6):
+        step([(images, targets)], step=i, learning_rate=0.01)
+    before = model[1].weight.detach().clone()  # type: ignore[index]
+    step([(images * float("nan"), targets)], step=6, learning_rate=0.01)
+    step([(images, targets)], step=7, learning_rate=0.01)
+    assert step.check_finite(7) == 6
+    assert torch.equal(model[1].weight, before)  # type: ignore[index]
+
+
+def test_optimizer_settings_are_as_before_after_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a checkpoint holds numbers, as without graphs."""
+    monkeypatch.setattr(step_graph, "Capture", PlayedCapture)
+    _, train_step = small_step()
+    step = graphed(train_step)
+    step.record([batch()], 0)
+    for group in train_step.optimizer.param_groups:
+        assert isinstance(group["lr"], float)
+        assert not group["capturable"]
+
+
+def test_why_a_step_is_not_recorded() -> None:
+    _, train_step = small_step()
+    assert why_not_captured(train_step, 1) == "there is no GPU"
+
+
+@torch.no_grad()
+def test_prepared_model_computes_the_same() -> None:
+    model = MLLA(img_size=64, embed_dim=16, depths=(1, 1), num_heads=(1, 2)).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+    images = torch.randn(2, 3, 64, 64)
+    prepared = prepare_for_inference(model, torch.float32)
+    torch.testing.assert_close(prepared(images), model(images), atol=1e-5, rtol=1e-5)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in prepared.modules())
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    halved = prepare_for_inference(model, torch.bfloat16)
+    assert halved.layers[0].blocks[0].in_proj.weight.dtype == torch.bfloat16
+    assert halved.norm.weight.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(halved(images).float(), model(images).float(), atol=0.1, rtol=0.1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_recorded_step_on_a_gpu(dtype: str) -> None:
+    """The real graph: with a changing rate, MESA from step 8 on, and a loss that is not finite in step 14."""
+    device = torch.device("cuda")
+    torch.manual_seed(1)
+    batches = [batch(8, device) for _ in range(16)]
+    batches[14] = (batches[14][0] * float("nan"), batches[14][1])
+    results = []
+    for recorded in (False, True):
+        model, train_step = small_step(dtype, mesa_ratio=1.0, device=device)
+        train_step.compute_losses.mesa_start_step = 8  # type: ignore[attr-defined]
+        step: Any = graphed(train_step) if recorded else train_step
+        losses = [step([b], step=i, learning_rate=0.01 * (i + 1)).loss.item() for i, b in enumerate(batches)]
+        assert step.check_finite(99) == 14
+        results.append((losses[:14], model[1].weight.detach().clone()))  # type: ignore[index]
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-3, rtol=1e-3)

@@ -1,0 +1,46 @@
+"""The Triton kernels, in a process of their own: Triton decides when it is imported whether it interprets."""
+
+import logging
+
+import pytest
+import torch
+from conftest import run_python
+
+from models import MLLA
+from models.kernels import choice
+
+triton = pytest.importorskip("triton")
+
+
+def test_kernels_compute_what_plain_pytorch_does() -> None:
+    """On the GPU, or by Triton's interpreter: float64, golden numbers, operators' registration, the trial."""
+    environment = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    words = {"CUDA_VISIBLE_DEVICES": "0"} if torch.cuda.is_available() else {}
+    done = run_python("tests/kernel_worker.py", timeout=290, **environment, **words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" s\n") == 6
+
+
+def test_plain_path_where_kernels_cannot_run(caplog: pytest.LogCaptureFixture) -> None:
+    tokens = torch.zeros(1, 4, 4, 32)
+    choice.remember_and_say.cache_clear()
+    with caplog.at_level(logging.INFO, logger="mlla"):
+        assert not any(choice.takes("auto", tokens, "conv_silu", channels=32) for _ in range(3))
+        assert not choice.takes("torch", tokens, "conv_silu", channels=32)
+    assert caplog.messages.count("plain PyTorch instead of Triton kernels: there is no Triton for the device cpu") <= 1
+    with pytest.raises(ValueError, match=r"MODEL\.KERNELS triton: there is no Triton for the device cpu; use auto"):
+        choice.takes("triton", tokens, "conv_silu", channels=32)
+    with pytest.raises(ValueError, match=r"MODEL\.KERNELS triton"):
+        MLLA(img_size=32, embed_dim=16, depths=(1,), num_heads=(1,), kernels="triton")(torch.zeros(1, 3, 32, 32))
+
+
+def test_what_the_kernels_do_not_know() -> None:
+    def reason(dtype: torch.dtype = torch.float32, width: int = 64, **options: object) -> str:
+        options = {"head_width": 32, "norm": None, **options}
+        return choice.misfit(dtype, width, **options)  # type: ignore[arg-type]
+
+    assert reason() == ""
+    assert "float64" in reason(torch.float64)
+    assert "heads of 24 channels" in reason(head_width=24)
+    assert "1056 channels are more than 1024" in reason(width=1056, norm=torch.nn.LayerNorm(1056))
+    assert "not BatchNorm2d" in reason(norm=torch.nn.BatchNorm2d(64))

@@ -1,0 +1,112 @@
+"""torch.compile and CUDA graphs: what a compile mode means, and how a model is prepared for it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune")
+INDUCTOR_MODES = {"default": None, "reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
+GRAPH_MODES = ("reduce-overhead", "max-autotune")
+MOST_VARIANTS = 64  # graphs of one region: grid sizes, with and without gradient, each once
+
+
+def resolve_mode(mode: str, device: torch.device) -> str:
+    """What "auto" is on this device: reduce-overhead where there is a GPU with Triton, else off."""
+    if mode != "auto":
+        return mode
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "off"
+    return "reduce-overhead" if device.type == "cuda" else "off"
+
+
+def compile_regions(model: nn.Module, mode: str) -> nn.Module:
+    """Compile, in place, those modules inside the model that say `is_region`, or else the model itself.
+
+    Blocks of one stage share one graph, so a deep model compiles as fast as a shallow one. Names in the state_dict
+    stay as they are. Nothing happens for "off".
+    """
+    if mode == "off":
+        return model
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VARIANTS)
+    regions = [module for module in model.modules() if getattr(module, "is_region", False)]
+    for module in regions or [model]:
+        module.compile(mode=INDUCTOR_MODES[mode])
+    return model
+
+
+def captures(mode: str, device: torch.device) -> bool:
+    """Whether a mode replays CUDA graphs on this device."""
+    return mode in GRAPH_MODES and device.type == "cuda"
+
+
+@contextmanager
+def on_side_stream(device: torch.device) -> Iterator[None]:
+    """Work before a recording must not lie on the default stream, which nothing recorded may wait for."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+class Capture:
+    """A function on the device as one CUDA graph, replayed at each call: no work for the host but one launch.
+
+    Args:
+        function: reads its tensors from where they are, every time; must not wait for the device, nor choose its way by
+            anything that changes. It is called `warmup_calls` times before it is recorded.
+    """
+
+    def __init__(self, function: Callable[[], Any], warmup_calls: int = 3) -> None:
+        with on_side_stream(torch.device("cuda")):
+            for _ in range(warmup_calls):
+                function()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.result = function()
+
+    def __call__(self) -> Any:
+        """Replay; the result lies in the same tensors each time."""
+        self.graph.replay()
+        return self.result
+
+
+class CapturedModel(nn.Module):
+    """A model in evaluation whose forward pass is one CUDA graph for each of the first few input shapes.
+
+    Other shapes run without a graph. Call it without gradient, under one and the same autocast.
+    """
+
+    def __init__(self, model: nn.Module, most_shapes: int = 8) -> None:
+        super().__init__()
+        self.model = model
+        self.most_shapes = most_shapes
+        self.captures: dict[tuple[int, ...], tuple[Tensor, Capture]] = {}
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        shape = tuple(images.shape)
+        if shape not in self.captures:
+            if len(self.captures) == self.most_shapes:
+                return self.model(images)
+            static = images.clone(memory_format=torch.preserve_format)
+            self.captures[shape] = static, Capture(lambda: self.model(static))
+        static, capture = self.captures[shape]
+        static.copy_(images)
+        return capture().clone()
+
+
+def prepared_for_inference(model: nn.Module, mode: str, device: torch.device) -> nn.Module:
+    """The model through a mode's compilation and graphs, for evaluation."""
+    model = compile_regions(model.eval(), mode)
+    return CapturedModel(model) if captures(mode, device) else model
