@@ -1,12 +1,14 @@
-"""A copy of a model for fast inference: batch norms folded into convolutions, matrix weights cast once."""
+"""A copy of a model for fast inference: batch norms folded into convolutions, matrix products joined, weights cast."""
 
 from copy import deepcopy
+from typing import cast
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from models.layers import ConvLayer, TokenConv
+from models.layers import WIDEST_FUSED_MLP, AddedLinear, ConvLayer, TokenConv
+from models.mlla import MLLABlock
 
 
 def prepare_for_inference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -22,7 +24,31 @@ def prepare_for_inference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if isinstance(module, ConvLayer) and isinstance(module.norm, nn.BatchNorm2d):
             module.conv = fuse_conv_bn_eval(module.conv, module.norm)
             module.norm = nn.Identity()
+        if isinstance(module, MLLABlock):
+            join_products(module)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and not isinstance(module, TokenConv):
             module.to(dtype)
     return model
+
+
+def join_products(block: MLLABlock) -> None:
+    """One product for both projections of the block's input; sums with the residual inside of products.
+
+    cuBLAS adds either a bias or a tensor to a product: the bias is added beforehand, where that tensor is written.
+    """
+    in_proj, act_proj = block.in_proj, block.act_proj
+    both = nn.Linear(in_proj.in_features, in_proj.out_features + act_proj.out_features, device=in_proj.weight.device)
+    both.weight.data = torch.cat([in_proj.weight, act_proj.weight])
+    both.bias.data = torch.cat([in_proj.bias, act_proj.bias])
+    block.in_proj, block.act_proj = both.requires_grad_(False), nn.Identity()  # type: ignore[assignment]
+    block.out_proj = added_after(block.cpe1, block.out_proj)
+    if block.out_proj.out_features > WIDEST_FUSED_MLP:
+        block.mlp.fc2 = added_after(block.cpe2, cast("nn.Linear", block.mlp.fc2))
+
+
+def added_after(conv: TokenConv, proj: nn.Linear) -> AddedLinear:
+    added = AddedLinear(proj.in_features, proj.out_features, bias=False, device=proj.weight.device)
+    added.weight.data = proj.weight
+    conv.later_bias = proj.bias.detach()
+    return added.requires_grad_(False)

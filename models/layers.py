@@ -8,6 +8,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from models.kernels import choice
+from models.kernels.products import add_product, linear_gelu
 
 # The official classifier stores rotary tables for its one image size; here they follow from the grid.
 DERIVED_KEY_SUFFIX = "attn.rope.rotations"
@@ -38,6 +39,13 @@ class DepthwiseConv(nn.Conv2d):
 class TokenConv(DepthwiseConv):
     """3x3 depthwise convolution with bias on tokens (B, H, W, C) -> (B, H, W, C)."""
 
+    later_bias: Tensor | None
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        # For inference: that of the projection whose result will be added to what `conv_norm` gives.
+        self.register_buffer("later_bias", None, persistent=False)
+
     def forward(self, tokens: Tensor) -> Tensor:
         return super().forward(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
@@ -45,9 +53,9 @@ class TokenConv(DepthwiseConv):
 def conv_norm(x: Tensor, conv: TokenConv, norm: nn.Module, kernels: str = "auto") -> tuple[Tensor, Tensor]:
     """x + conv(x) and its norm, both (B, H, W, C); in one pass over x where the kernels can."""
     if isinstance(norm, nn.LayerNorm) and choice.takes(kernels, x, "conv_norm", channels=conv.in_channels, norm=norm):
-        return ops().conv_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)
+        return ops().conv_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, conv.later_bias)
     x = x + conv(x)
-    return x, norm(x)
+    return x if conv.later_bias is None else x + conv.later_bias.to(x.dtype), norm(x)
 
 
 def conv_silu(x: Tensor, conv: TokenConv, kernels: str = "auto") -> Tensor:
@@ -58,13 +66,41 @@ def conv_silu(x: Tensor, conv: TokenConv, kernels: str = "auto") -> Tensor:
     return F.silu(conv(x))
 
 
+def project_twice(x: Tensor, first: nn.Linear, second: nn.Module) -> tuple[Tensor, Tensor]:
+    """first(x) and second(x), (B, H, W, C) each; one matrix product where `first` holds both, for inference."""
+    if isinstance(second, nn.Identity):
+        inner, outer = first(x).chunk(2, dim=-1)
+        return inner, outer
+    return first(x), second(x)
+
+
+def add_projection(x: Tensor, y: Tensor, proj: nn.Module, drop_path: nn.Module) -> Tensor:
+    """x + drop_path(proj(y)), (B, H, W, C)."""
+    return proj(x, y) if isinstance(proj, AddedLinear) else x + drop_path(proj(y))
+
+
 def mlp_residual(x: Tensor, y: Tensor, mlp: Mlp, drop_path: nn.Module, kernels: str = "auto") -> Tensor:
     """x + drop_path(mlp(y)), (B, H, W, C); in inference and on narrow tokens in one pass where the kernels can."""
     width = cast("int", mlp.fc1.in_features)
     is_inference = not (torch.is_grad_enabled() or mlp.training)
     if is_inference and width <= WIDEST_FUSED_MLP and choice.takes(kernels, x, "mlp", channels=width):
         return ops().mlp(y.to(x.dtype), mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, x)
+    if isinstance(mlp.fc2, AddedLinear):
+        is_fused = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+        hidden = linear_gelu(y, mlp.fc1.weight, mlp.fc1.bias) if is_fused else mlp.act(mlp.fc1(y))  # (B, H, W, 4 C)
+        return mlp.fc2(x, hidden)
     return x + drop_path(mlp(y))
+
+
+class AddedLinear(nn.Linear):
+    """For inference: x + linear(y) with the sum in the matrix product. Its bias is in x already (`later_bias`)."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        """x (B, H, W, C), which is overwritten, plus the projection of y (B, H, W, K)."""
+        if x.dtype != self.weight.dtype or not x.is_contiguous():
+            return x + F.linear(y, self.weight)
+        add_product(x, y.to(x.dtype), self.weight)
+        return x
 
 
 class DropPath(nn.Module):

@@ -18,9 +18,11 @@ from models.layers import (
     DropPath,
     Stem,
     TokenConv,
+    add_projection,
     conv_norm,
     conv_silu,
     mlp_residual,
+    project_twice,
 )
 from models.rope import position_tables
 from models.timm_interface import TimmInterface
@@ -58,9 +60,9 @@ class MLLABlock(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         x, y = conv_norm(x, self.cpe1, self.norm1, self.kernels)  # x + cpe1(x), and its norm
-        gate = self.act_proj(y)
-        v = conv_silu(self.in_proj(y), self.dwc, self.kernels)
-        x = x + self.drop_path(self.out_proj(self.attn(v, gate, rotary)))
+        inner, gate = project_twice(y, self.in_proj, self.act_proj)
+        v = conv_silu(inner, self.dwc, self.kernels)
+        x = add_projection(x, self.attn(v, gate, rotary), self.out_proj, self.drop_path)
         x, y = conv_norm(x, self.cpe2, self.norm2, self.kernels)
         return mlp_residual(x, y, self.mlp, self.drop_path, self.kernels)  # x + mlp(y)
 

@@ -215,8 +215,8 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gated output (B, H, W, C), what came before the gate if `keep`, and the heads' matrices and means by parts.
 
-    qk is (B, H, W, 2 C), v and gate (B, H, W, C), all contiguous; cos and sin are (positions, C / 4). `tiles` are the
-    tokens and warps of the two kernels.
+    qk is (B, H, W, 2 C) and v (B, H, W, C), contiguous; gate is like v, maybe a part of wider tokens; cos and sin are
+    (positions, C / 4). `tiles` are the tokens and warps of the two kernels.
     """
     batch, height, width, channels = v.shape
     num_tokens, dim = height * width, channels // heads
@@ -229,8 +229,9 @@ def attention_forward(
         *(qk, v, cos, sin, matrix, mean, num_tokens, width, heads, triton.cdiv(num_tokens, parts)),
         BLOCK=tiles[0], DIM=dim, PRECISION=precision, num_warps=tiles[1],
     )  # fmt: skip
-    attend_kernel[(batch * heads, parts)](
-        *(qk, cos, sin, matrix, mean, attended, num_tokens, width, heads, parts, triton.cdiv(num_tokens, parts)),
+    chunks = max(parts, min(triton.cdiv(num_tokens, 64), 2 * num_multiprocessors(v.device) // (batch * heads)))
+    attend_kernel[(batch * heads, chunks)](
+        *(qk, cos, sin, matrix, mean, attended, num_tokens, width, heads, parts, triton.cdiv(num_tokens, chunks)),
         BLOCK=tiles[2], DIM=dim, PRECISION=precision, num_warps=tiles[3],
     )  # fmt: skip
     out, ungated = conv_gate_forward(v, lepe_weight, lepe_bias, attended, gate, keep=keep)

@@ -8,16 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.kernels import attention, depthwise, norm, strided
+from models.kernels import attention, depthwise, depthwise_backward, norm, strided
 from models.kernels import mlp as mlp_kernels
 
 
 @torch.library.custom_op("mlla::conv_norm", mutates_args=())
 def conv_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    later_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x + conv(x) and its LayerNorm; x (B, H, W, C), weight (C, 1, 3, 3)."""
-    return depthwise.conv_norm_forward(x, weight, bias, norm_weight, norm_bias, eps)
+    """x + conv(x) and its LayerNorm; x (B, H, W, C), weight (C, 1, 3, 3).
+
+    `later_bias`, for inference, is added to the first after the norm was taken: it belongs to what is added next.
+    """
+    return depthwise.conv_norm_forward(x, weight, bias, norm_weight, norm_bias, eps, later_bias)
 
 
 @torch.library.custom_op("mlla::norm_backward", mutates_args=())
@@ -33,7 +42,7 @@ def conv_backward(
     grad: Tensor, x: Tensor, weight: Tensor, extra: Tensor | None, residual: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradient of conv(x) (+ x if residual) for x, plus extra, and (10, C): gradients of the taps and of the bias."""
-    return depthwise.conv_backward(grad, x, weight, extra, residual=residual)
+    return depthwise_backward.conv_backward(grad, x, weight, extra, residual=residual)
 
 
 @torch.library.custom_op("mlla::conv_silu", mutates_args=())
@@ -47,9 +56,7 @@ def linear_attention(
     qk: Tensor, v: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, heads: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(attention + lepe) * SiLU(gate), and if keep attention + lepe; the heads' matrices and means by parts."""
-    return attention.attention_forward(
-        qk.contiguous(), v.contiguous(), gate.contiguous(), weight, bias, cos, sin, heads, keep=keep
-    )
+    return attention.attention_forward(qk.contiguous(), v.contiguous(), gate, weight, bias, cos, sin, heads, keep=keep)
 
 
 @torch.library.custom_op("mlla::linear_attention_backward", mutates_args=())
@@ -153,7 +160,7 @@ def split_sums(sums: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def conv_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, norm_weight, _, ctx.eps = inputs
+    x, weight, _, norm_weight, _, ctx.eps, _ = inputs
     ctx.save_for_backward(x, weight, norm_weight, output[0])
 
 
@@ -162,7 +169,7 @@ def conv_norm_grad(ctx: Any, grad_out: Tensor, grad_norm: Tensor) -> tuple[Tenso
     grad, norm_sums = norm_backward(grad_norm, out, grad_out, norm_weight, ctx.eps)
     grad_x, sums = conv_backward(grad, x, weight, None, True)
     norm_sums = norm_sums.to(norm_weight.dtype)
-    return grad_x, *split_sums(sums, weight), norm_sums[0], norm_sums[1], None
+    return grad_x, *split_sums(sums, weight), norm_sums[0], norm_sums[1], None, None
 
 
 def conv_silu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.kernels.depthwise import load_taps
 from models.kernels.functions import as_tile, sum_parts
 from models.kernels.launch import channel_block, num_multiprocessors
+from models.kernels.rows import load_taps
 
 
 @triton.jit
