@@ -19,14 +19,23 @@ NORMALISER_EPS = tl.constexpr(1e-6)
 
 
 @triton.jit
-def load_angles(cos, sin, token, token_ok, width, head, half_channels, HALF: tl.constexpr):
-    """cos and sin (tokens, pairs) by which the pairs of this head turn; the tables hold (position, frequency)."""
+def load_angles(cos, sin, token, token_ok, width, head, half_channels, HALF: tl.constexpr, MIXED: tl.constexpr):
+    """cos and sin (tokens, pairs) by which the pairs of this head turn; the tables hold (position, frequency).
+
+    The first half of all pairs turns by the row, the other by the column; MIXED: a head may have pairs of both.
+    """
     pair = head * HALF + tl.arange(0, HALF)[None, :]
     frequencies = half_channels // 2
-    is_row = pair < frequencies
-    position = tl.where(is_row, (token // width)[:, None], (token % width)[:, None])
-    place = position * frequencies + tl.where(is_row, pair, pair - frequencies)
-    ok = token_ok[:, None] & (pair < half_channels)
+    ok = token_ok[:, None]
+    if MIXED:
+        is_row = pair < frequencies
+        position = tl.where(is_row, (token // width)[:, None], (token % width)[:, None])
+        place = position * frequencies + tl.where(is_row, pair, pair - frequencies)
+        ok &= pair < half_channels
+    else:
+        is_row = head * HALF < frequencies
+        position = tl.where(is_row, token // width, token % width)
+        place = position[:, None] * frequencies + pair - tl.where(is_row, 0, frequencies)
     return tl.load(cos + place, mask=ok, other=1.0), tl.load(sin + place, mask=ok, other=0.0)
 
 
@@ -52,7 +61,7 @@ def load_state(matrix, mean, part_stride, mean_part_stride, head_index, parts, D
 @triton.jit
 def key_value_kernel(
     qk, v, cos, sin, matrix, mean, num_tokens, width, heads, tokens_per_part,
-    BLOCK: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """matrix = rope(k)^T v / N and mean = sum(k) / N, of one part of one image's tokens and one head."""
     head_index = tl.program_id(0)
@@ -72,7 +81,7 @@ def key_value_kernel(
         value = tl.load(v_pointer + token[:, None] * channels + i[None, :], mask=ok[:, None], other=0.0)
         k = tl.where(ok[:, None], positive(k.to(tl.float32)), 0.0)
         k_sum += k
-        c, s = load_angles(cos, sin, token, ok, width, head, channels // 2, DIM // 2)
+        c, s = load_angles(cos, sin, token, ok, width, head, channels // 2, DIM // 2, MIXED)
         turned = turn(k, c, s, BLOCK, DIM).to(value.dtype)
         total = tl.dot(tl.trans(turned), value, total, input_precision=PRECISION)
     base = (part * tl.num_programs(0) + head_index) * DIM
@@ -83,7 +92,7 @@ def key_value_kernel(
 @triton.jit
 def attend_kernel(
     qk, cos, sin, matrix, mean, out, num_tokens, width, heads, parts, tokens_per_program,
-    BLOCK: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """out = rope(q) matrix / (q . mean)."""
     head_index = tl.program_id(0)
@@ -104,7 +113,7 @@ def attend_kernel(
         q = tl.load(qk + (image + token[:, None]) * 2 * channels + channel, mask=mask, other=0.0)
         q = positive(q.to(tl.float32))
         inverse = reciprocal(tl.sum(q * mean_k[None, :], 1, keep_dims=True) + NORMALISER_EPS)
-        c, s = load_angles(cos, sin, token, ok, width, head, channels // 2, DIM // 2)
+        c, s = load_angles(cos, sin, token, ok, width, head, channels // 2, DIM // 2, MIXED)
         turned = (turn(q, c, s, BLOCK, DIM)).to(dtype)
         result = tl.dot(turned, kv, input_precision=PRECISION) * inverse
         tl.store(out + (image + token[:, None]) * channels + channel, result.to(out.dtype.element_ty), mask=mask)
@@ -114,7 +123,7 @@ def attend_kernel(
 def query_backward_kernel(
     grad, qk, gate, ungated, cos, sin, matrix, mean, grad_qk, grad_gate, grad_ungated, grad_matrix, grad_mean,
     num_tokens, width, heads, parts, tokens_per_part, gate_stride,
-    BLOCK: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """From grad, that of the output: gradients of gate, of what came before the gate, of q, of matrix and of mean."""
     head_index = tl.program_id(0)
@@ -151,7 +160,7 @@ def query_backward_kernel(
         tl.store(grad_ungated + place, upstream.to(grad_ungated.dtype.element_ty), mask=mask)
 
         q = positive(q_before)
-        c, s = load_angles(cos, sin, token, ok, width, head, channels // 2, DIM // 2)
+        c, s = load_angles(cos, sin, token, ok, width, head, channels // 2, DIM // 2, MIXED)
         turned = turn(q, c, s, BLOCK, DIM).to(dtype)
         inverse = reciprocal(tl.sum(q * mean_k[None, :], 1, keep_dims=True) + NORMALISER_EPS)
         attended = tl.dot(turned, kv, input_precision=PRECISION) * inverse
@@ -171,7 +180,7 @@ def query_backward_kernel(
 @triton.jit
 def key_value_backward_kernel(
     qk, v, cos, sin, grad_matrix, grad_mean, grad_qk, grad_v, num_tokens, width, heads, parts, tokens_per_program,
-    BLOCK: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of k and of v, the latter without its part through lepe."""
     head_index = tl.program_id(0)
@@ -194,7 +203,7 @@ def key_value_backward_kernel(
         k_before = tl.load(qk + k_place, mask=mask, other=0.0).to(tl.float32)
         value = tl.load(v + place, mask=mask, other=0.0)
         k = positive(k_before)
-        c, s = load_angles(cos, sin, token, ok, width, head, channels // 2, DIM // 2)
+        c, s = load_angles(cos, sin, token, ok, width, head, channels // 2, DIM // 2, MIXED)
         turned = turn(k, c, s, BLOCK, DIM).to(dtype)
         g_v = tl.dot(turned, g_matrix, input_precision=PRECISION)
         tl.store(grad_v + place, g_v.to(grad_v.dtype.element_ty), mask=mask)
@@ -227,12 +236,12 @@ def attention_forward(
     precision = precision_of(v.dtype)
     key_value_kernel[(batch * heads, parts)](
         *(qk, v, cos, sin, matrix, mean, num_tokens, width, heads, triton.cdiv(num_tokens, parts)),
-        BLOCK=tiles[0], DIM=dim, PRECISION=precision, num_warps=tiles[1],
+        BLOCK=tiles[0], DIM=dim, PRECISION=precision, MIXED=heads % 2 == 1, num_warps=tiles[1],
     )  # fmt: skip
     chunks = max(parts, min(triton.cdiv(num_tokens, 64), 2 * num_multiprocessors(v.device) // (batch * heads)))
     attend_kernel[(batch * heads, chunks)](
         *(qk, cos, sin, matrix, mean, attended, num_tokens, width, heads, parts, triton.cdiv(num_tokens, chunks)),
-        BLOCK=tiles[2], DIM=dim, PRECISION=precision, num_warps=tiles[3],
+        BLOCK=tiles[2], DIM=dim, PRECISION=precision, MIXED=heads % 2 == 1, num_warps=tiles[3],
     )  # fmt: skip
     out, ungated = conv_gate_forward(v, lepe_weight, lepe_bias, attended, gate, keep=keep)
     return out, ungated, matrix, mean
@@ -253,11 +262,11 @@ def attention_backward(
         *(grad, qk, gate, ungated, cos, sin, matrix, mean),
         *(grad_qk, grad_gate, grad_ungated, grad_matrix, grad_mean),
         *(num_tokens, width, heads, parts, triton.cdiv(num_tokens, parts), gate.stride(2)),
-        BLOCK=tiles[0], DIM=dim, PRECISION=precision, num_warps=tiles[1],
+        BLOCK=tiles[0], DIM=dim, PRECISION=precision, MIXED=heads % 2 == 1, num_warps=tiles[1],
     )  # fmt: skip
     key_value_backward_kernel[(batch * heads, parts)](
         *(qk, v, cos, sin, grad_matrix, grad_mean, grad_qk, grad_v),
         *(num_tokens, width, heads, parts, triton.cdiv(num_tokens, parts)),
-        BLOCK=tiles[2], DIM=dim, PRECISION=precision, num_warps=tiles[3],
+        BLOCK=tiles[2], DIM=dim, PRECISION=precision, MIXED=heads % 2 == 1, num_warps=tiles[3],
     )  # fmt: skip
     return grad_qk, grad_v, grad_gate, grad_ungated

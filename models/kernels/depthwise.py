@@ -48,7 +48,7 @@ def conv_forward_kernel(
     x, weight, bias, norm_weight, norm_bias, later_bias, attended, gate, out, second_out,
     num_pairs, num_blocks, height, width, channels, x_token_stride, gate_token_stride, eps,
     NORM: tl.constexpr, LATER: tl.constexpr, SILU: tl.constexpr, GATE: tl.constexpr, KEEP: tl.constexpr,
-    ROWS: tl.constexpr, PAIRS: tl.constexpr, CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr, PAIRS: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """One of three: NORM, out = conv(x) + bias + x, second_out = LayerNorm(out), and then out += later_bias if LATER;
     SILU, out = conv(x) + bias, second_out = SiLU(out); GATE, out = conv(x) + bias + attended, second_out = out
@@ -86,11 +86,9 @@ def conv_forward_kernel(
         next0, next1, next2, next3 = load_row(
             pointer, first_row + 1, height, ok0, ok1, ok2, ok3, row_stride, x_token_stride
         )
-        then0, then1, then2, then3 = next0, next1, next2, next3
-        if ROWS > 1:
-            then0, then1, then2, then3 = load_row(
-                pointer, first_row + 2, height, ok0, ok1, ok2, ok3, row_stride, x_token_stride
-            )
+        then0, then1, then2, then3 = load_row(
+            pointer, first_row + 2, height, ok0, ok1, ok2, ok3, row_stride, x_token_stride
+        )
         opening0, opening1, opening2, opening3 = a, a, a, a
         gate_pointer = gate + token * gate_token_stride + channel
         if GATE:
@@ -106,20 +104,22 @@ def conv_forward_kernel(
         following1 = start + top0 * a + top1 * b + top2 * c
         following2 = start + top0 * b + top1 * c + top2 * d
         above1, above2 = b, c
-        for i in tl.static_range(ROWS):
+        for i in tl.range(0, ROWS, loop_unroll_factor=UNROLL):
             row = first_row + i
             a, b, c, d = to_float(next0, next1, next2, next3)
             next0, next1, next2, next3 = then0, then1, then2, then3
-            if i + 2 < ROWS:
-                then0, then1, then2, then3 = load_row(
-                    pointer, row + 3, height, ok0, ok1, ok2, ok3, row_stride, x_token_stride
-                )
+            more = as_tile(i) + 2 < ROWS
+            then0, then1, then2, then3 = load_row(
+                pointer, row + 3, height, ok0 & more, ok1 & more, ok2 & more, ok3 & more, row_stride, x_token_stride
+            )
             here = offset + row * width * channels
             inside = as_tile(row) < height
             attended1, attended2, gate1, gate2 = opening0, opening1, opening2, opening3
-            if GATE and i + 1 < ROWS:
+            if GATE:
+                more = as_tile(i) + 1 < ROWS
                 opening0, opening1, opening2, opening3 = load_opening(
-                    attended + offset, gate_pointer, row + 1, height, ok1, ok2, width, channels, gate_token_stride
+                    *(attended + offset, gate_pointer, row + 1, height, ok1 & more, ok2 & more),
+                    *(width, channels, gate_token_stride),
                 )
             result1 = current1 + low0 * a + low1 * b + low2 * c
             result2 = current2 + low0 * b + low1 * c + low2 * d
@@ -142,12 +142,15 @@ def conv_forward_kernel(
 
 
 class Tile(NamedTuple):
-    """What one program computes at a time: pairs of columns, rows, channels; and its warps."""
+    """What one program computes at a time: pairs of columns, rows, channels; its warps, and rows that one turn of its
+    loop does.
+    """
 
     pairs: int
     rows: int
     channels: int
     warps: int
+    unroll: int = 2
 
 
 def conv_forward(
@@ -175,7 +178,7 @@ def conv_forward(
         *(num_pairs, num_blocks, height, width, channels, stride, opening_stride, norm[2] if norm else 0.0),
         NORM=norm is not None, LATER=later_bias is not None, SILU=norm is None and gate is None,
         GATE=gate is not None, KEEP=keep,
-        ROWS=rows, PAIRS=tile.pairs, CHANNELS=tile.channels, num_warps=tile.warps,
+        ROWS=rows, PAIRS=tile.pairs, CHANNELS=tile.channels, UNROLL=min(rows, tile.unroll), num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -186,7 +189,8 @@ def conv_norm_forward(
     """x + conv(x), to which `later_bias` is added after its LayerNorm, and that norm; each (B, H, W, C)."""
     out, normed = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     block = triton.next_power_of_2(x.shape[-1])
-    tile = tile or Tile(max(1, 256 // block), 7, block, max(1, block // 256))
+    is_tall = x.shape[1] > 14
+    tile = tile or Tile(max(1, (256 if is_tall else 512) // block), 14 if is_tall else 7, block, max(2, block // 256))
     norm = (norm_weight, norm_bias, eps)
     conv_forward(x, weight, bias, out, normed, tile, norm=norm, later_bias=later_bias)
     return out, normed
@@ -198,7 +202,7 @@ def conv_silu_forward(
     """SiLU(conv(x)) and, with `keep`, conv(x) itself, else an empty tensor."""
     active = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     before = torch.empty(x.shape if keep else (0,), dtype=x.dtype, device=x.device)
-    conv_forward(x, weight, bias, before, active, tile or default_tile(x), keep=keep)
+    conv_forward(x, weight, bias, before, active, tile or silu_tile(x), keep=keep)
     return active, before
 
 
@@ -208,11 +212,15 @@ def conv_gate_forward(
     """(conv(x) + attended) SiLU(gate) and, with `keep`, conv(x) + attended, else an empty tensor."""
     gated = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     before = torch.empty(x.shape if keep else (0,), dtype=x.dtype, device=x.device)
-    conv_forward(x, weight, bias, before, gated, tile or default_tile(x), gate=(attended, gate), keep=keep)
+    conv_forward(x, weight, bias, before, gated, tile or gate_tile(x), gate=(attended, gate), keep=keep)
     return gated, before
 
 
-def default_tile(x: Tensor) -> Tile:
-    """What did best on an H200 in this grid's neighbourhood."""
+# The tiles are those that did best on an H200 in MLLA-T's four grids.
+def silu_tile(x: Tensor) -> Tile:
     channels = channel_block(x.shape[-1], 64)
-    return Tile(4, 14, channels, 2) if x.shape[1] > 14 else Tile(8, 7, channels, 4)
+    return Tile(4, 14, channels, 4, unroll=14) if x.shape[1] > 7 else Tile(4, 7, channels, 2, unroll=7)
+
+
+def gate_tile(x: Tensor) -> Tile:
+    return Tile(4, 14 if x.shape[1] > 14 else 7, channel_block(x.shape[-1], 64), 2)

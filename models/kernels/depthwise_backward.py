@@ -16,6 +16,7 @@ def conv_backward_kernel(
     grad, x, weight, extra, grad_x, partials,
     num_pairs, num_blocks, height, width, channels, grad_token_stride, x_token_stride,
     RESIDUAL: tl.constexpr, EXTRA: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, CHANNELS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the convolution: grad_x (+ grad if RESIDUAL, + extra if EXTRA); sums over tokens go to `partials`
     (programs, 10, channels): nine taps and the bias, one part for each program, so that the order of adding is fixed.
@@ -51,7 +52,7 @@ def conv_backward_kernel(
             grad_pointer, first_row - 1, height, ok0, ok1, ok2, ok3, grad_row_stride, grad_token_stride
         )
         x_next1, x_next2 = load_pair(x_pointer, first_row, height, ok1, ok2, x_row_stride, x_token_stride)
-        for i in tl.range(ROWS + 2):
+        for i in tl.range(0, ROWS + 2, loop_unroll_factor=UNROLL):
             row = first_row - 1 + i  # of grad; it touches grad_x in the rows row - 1, row and row + 1
             a, b, c, d = to_float(next0, next1, next2, next3)
             x_below1, x_below2 = x_next1.to(tl.float32), x_next2.to(tl.float32)
@@ -125,9 +126,8 @@ def conv_backward(
     x, x_stride = token_stride(x)
     grad, grad_stride = token_stride(grad)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tile = tile or (
-        Tile(8, 14, channel_block(channels, 64), 4) if channels <= 64 else Tile(8, 14, channel_block(channels, 32), 1)
-    )
+    block = channel_block(channels, 64)
+    tile = tile or (Tile(4, 14, block, 4) if height > 7 else Tile(4, 7, block, 2))
     num_pairs = batch * triton.cdiv(width, 2)
     num_blocks = triton.cdiv(num_pairs, tile.pairs) * triton.cdiv(height, tile.rows)
     channel_blocks = triton.cdiv(channels, tile.channels)
@@ -137,6 +137,6 @@ def conv_backward(
         *(grad, x, weight, grad if extra is None else extra.contiguous(), grad_x, partials),
         *(num_pairs, num_blocks, height, width, channels, grad_stride, x_stride),
         RESIDUAL=residual, EXTRA=extra is not None,
-        ROWS=tile.rows, PAIRS=tile.pairs, CHANNELS=tile.channels, num_warps=tile.warps,
+        ROWS=tile.rows, PAIRS=tile.pairs, CHANNELS=tile.channels, UNROLL=tile.unroll, num_warps=tile.warps,
     )  # fmt: skip
     return grad_x, sum_parts(partials)  # (10, C)
