@@ -6,6 +6,8 @@ and one over k and v. ELU, rotation, normaliser and gate are computed in registe
 memory. All are split over tokens into parts with a buffer of their own, so that the order of adding is fixed.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -212,6 +214,14 @@ def key_value_backward_kernel(
         tl.store(grad_qk + k_place, g_k.to(grad_qk.dtype.element_ty), mask=mask)
 
 
+class Tile(NamedTuple):
+    """Tokens that a program takes at a time, its warps, and the stages of its pipeline of loads."""
+
+    tokens: int
+    warps: int
+    stages: int
+
+
 def num_parts(num_tokens: int, head_count: int, device: torch.device) -> int:
     """Into how many parts an image's tokens are split, so that there are programs enough for the whole GPU."""
     wanted = triton.cdiv(8 * num_multiprocessors(device), head_count)
@@ -220,12 +230,12 @@ def num_parts(num_tokens: int, head_count: int, device: torch.device) -> int:
 
 def attention_forward(
     qk: Tensor, v: Tensor, gate: Tensor, lepe_weight: Tensor, lepe_bias: Tensor, cos: Tensor, sin: Tensor,
-    heads: int, *, keep: bool, parts: int | None = None, tiles: tuple[int, int, int, int] = (64, 2, 64, 2),
+    heads: int, *, keep: bool, parts: int | None = None, tiles: tuple[Tile, Tile] = (Tile(64, 2, 3), Tile(64, 2, 3)),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gated output (B, H, W, C), what came before the gate if `keep`, and the heads' matrices and means by parts.
 
     qk is (B, H, W, 2 C) and v (B, H, W, C), contiguous; gate is like v, maybe a part of wider tokens; cos and sin are
-    (positions, C / 4). `tiles` are the tokens and warps of the two kernels.
+    (positions, C / 4). `tiles` are those of the two kernels.
     """
     batch, height, width, channels = v.shape
     num_tokens, dim = height * width, channels // heads
@@ -236,12 +246,14 @@ def attention_forward(
     precision = precision_of(v.dtype)
     key_value_kernel[(batch * heads, parts)](
         *(qk, v, cos, sin, matrix, mean, num_tokens, width, heads, triton.cdiv(num_tokens, parts)),
-        BLOCK=tiles[0], DIM=dim, PRECISION=precision, MIXED=heads % 2 == 1, num_warps=tiles[1],
+        BLOCK=tiles[0].tokens, DIM=dim, PRECISION=precision, MIXED=heads % 2 == 1, num_warps=tiles[0].warps,
+        num_stages=tiles[0].stages,
     )  # fmt: skip
     chunks = max(parts, min(triton.cdiv(num_tokens, 64), 2 * num_multiprocessors(v.device) // (batch * heads)))
     attend_kernel[(batch * heads, chunks)](
         *(qk, cos, sin, matrix, mean, attended, num_tokens, width, heads, parts, triton.cdiv(num_tokens, chunks)),
-        BLOCK=tiles[2], DIM=dim, PRECISION=precision, MIXED=heads % 2 == 1, num_warps=tiles[3],
+        BLOCK=tiles[1].tokens, DIM=dim, PRECISION=precision, MIXED=heads % 2 == 1, num_warps=tiles[1].warps,
+        num_stages=tiles[1].stages,
     )  # fmt: skip
     out, ungated = conv_gate_forward(v, lepe_weight, lepe_bias, attended, gate, keep=keep)
     return out, ungated, matrix, mean
@@ -249,7 +261,7 @@ def attention_forward(
 
 def attention_backward(
     grad: Tensor, qk: Tensor, v: Tensor, gate: Tensor, ungated: Tensor, cos: Tensor, sin: Tensor,
-    matrix: Tensor, mean: Tensor, heads: int, *, tiles: tuple[int, int, int, int] = (32, 2, 64, 4),
+    matrix: Tensor, mean: Tensor, heads: int, *, tiles: tuple[Tile, Tile] = (Tile(32, 2, 3), Tile(64, 4, 3)),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of qk, of v (without lepe's part), of gate, and of the output before the gate."""
     batch, height, width, channels = v.shape
@@ -262,11 +274,13 @@ def attention_backward(
         *(grad, qk, gate, ungated, cos, sin, matrix, mean),
         *(grad_qk, grad_gate, grad_ungated, grad_matrix, grad_mean),
         *(num_tokens, width, heads, parts, triton.cdiv(num_tokens, parts), gate.stride(2)),
-        BLOCK=tiles[0], DIM=dim, PRECISION=precision, MIXED=heads % 2 == 1, num_warps=tiles[1],
+        BLOCK=tiles[0].tokens, DIM=dim, PRECISION=precision, MIXED=heads % 2 == 1, num_warps=tiles[0].warps,
+        num_stages=tiles[0].stages,
     )  # fmt: skip
     key_value_backward_kernel[(batch * heads, parts)](
         *(qk, v, cos, sin, grad_matrix, grad_mean, grad_qk, grad_v),
         *(num_tokens, width, heads, parts, triton.cdiv(num_tokens, parts)),
-        BLOCK=tiles[2], DIM=dim, PRECISION=precision, MIXED=heads % 2 == 1, num_warps=tiles[3],
+        BLOCK=tiles[1].tokens, DIM=dim, PRECISION=precision, MIXED=heads % 2 == 1, num_warps=tiles[1].warps,
+        num_stages=tiles[1].stages,
     )  # fmt: skip
     return grad_qk, grad_v, grad_gate, grad_ungated
