@@ -230,7 +230,7 @@ def num_parts(num_tokens: int, head_count: int, device: torch.device) -> int:
 
 def attention_forward(
     qk: Tensor, v: Tensor, gate: Tensor, lepe_weight: Tensor, lepe_bias: Tensor, cos: Tensor, sin: Tensor,
-    heads: int, *, keep: bool, parts: int | None = None, tiles: tuple[Tile, Tile] = (Tile(64, 2, 3), Tile(64, 2, 3)),
+    heads: int, *, keep: bool, parts: int | None = None, tiles: tuple[Tile, Tile] = (Tile(32, 2, 1), Tile(64, 4, 1)),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gated output (B, H, W, C), what came before the gate if `keep`, and the heads' matrices and means by parts.
 
@@ -261,7 +261,7 @@ def attention_forward(
 
 def attention_backward(
     grad: Tensor, qk: Tensor, v: Tensor, gate: Tensor, ungated: Tensor, cos: Tensor, sin: Tensor,
-    matrix: Tensor, mean: Tensor, heads: int, *, tiles: tuple[Tile, Tile] = (Tile(32, 2, 3), Tile(64, 4, 3)),
+    matrix: Tensor, mean: Tensor, heads: int, *, tiles: tuple[Tile, Tile] = (Tile(32, 2, 1), Tile(64, 4, 1)),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of qk, of v (without lepe's part), of gate, and of the output before the gate."""
     batch, height, width, channels = v.shape

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_WIDTH = 1024  # channels that one program normalises
 HEAD_WIDTHS = (16, 32, 64, 128)
-TALL = 14  # grids of more rows are cut into other tiles
+GRIDS = (7, 14)  # up to these many rows, and beyond, grids are cut into tiles of other sizes
 
 logger = logging.getLogger("mlla")
 
@@ -35,8 +35,8 @@ def takes(
         return False
     reason = missing_triton(x.device.type) or misfit(x.dtype, channels, head_width, norm)
     if not reason and choice == "auto":
-        is_tall = True if x.shape[1] > TALL else False  # noqa: SIM210  a constant, though the shape may be a symbol
-        reason = failed_trial(kernel, x.device.type, x.dtype, channels, head_width, is_tall)
+        rows = 6 if x.shape[1] <= GRIDS[0] else 12 if x.shape[1] <= GRIDS[1] else 17
+        reason = failed_trial(kernel, x.device.type, x.dtype, channels, head_width, rows)
     if not reason:
         return True
     if choice == "triton":
@@ -73,20 +73,19 @@ def missing_triton(device_type: str) -> str:
 
 
 @torch.compiler.assume_constant_result
-def failed_trial(
-    kernel: str, device_type: str, dtype: torch.dtype, channels: int, head_width: int, is_tall: bool
-) -> str:
+def failed_trial(kernel: str, device_type: str, dtype: torch.dtype, channels: int, head_width: int, rows: int) -> str:
     """Why a kernel is not to be trusted here, or an empty string; found out once."""
-    return remembered_trial(kernel, device_type, dtype, int(channels), int(head_width), bool(is_tall))
+    return remembered_trial(kernel, device_type, dtype, int(channels), int(head_width), rows)
 
 
 @lru_cache
 def remembered_trial(
-    kernel: str, device_type: str, dtype: torch.dtype, channels: int, head_width: int, is_tall: bool
+    kernel: str, device_type: str, dtype: torch.dtype, channels: int, head_width: int, rows: int
 ) -> str:
     from models.kernels import trial
 
-    return trial.run(kernel, device_type, dtype, channels, head_width, rows=TALL + 3 if is_tall else 6)
+    batch = trial.FULL_BATCH if device_type == "cuda" else 2
+    return trial.run(kernel, device_type, dtype, channels, head_width, rows=rows, batch=batch)
 
 
 @torch.compiler.assume_constant_result

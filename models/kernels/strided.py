@@ -158,7 +158,7 @@ def strided_forward(
     """ReLU(conv(ReLU(x)) + bias), (B, H, W, C) -> (B, H / 2, W / 2, C); `tile`: columns, rows, channels, warps."""
     x = x.contiguous()
     batch, height, width, channels = x.shape
-    tile = tile or (8, 7, channel_block(channels, 64), 4)
+    tile = tile or (4, 7, channel_block(channels, 64), 4)
     num_columns, num_blocks, programs, channel_blocks = plan(x, tile, 16)
     out = torch.empty(batch, height // 2, width // 2, channels, dtype=x.dtype, device=x.device)
     strided_forward_kernel[(programs, channel_blocks)](
@@ -173,7 +173,7 @@ def strided_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `strided_forward`, whose result is `out`: for x, and float32 (10, C): nine taps, then the bias."""
     grad, x = grad.contiguous(), x.contiguous()
-    tile = tile or (8, 14, channel_block(x.shape[-1], 64), 4)
+    tile = tile or (4, 7, channel_block(x.shape[-1], 64), 4)
     num_columns, num_blocks, programs, channel_blocks = plan(x, tile, 4)
     grad_x = torch.empty_like(x)
     partials = torch.empty(programs, 10, x.shape[-1], dtype=torch.float32, device=x.device)

@@ -11,18 +11,23 @@ from models.kernels import ops
 from models.rope import position_tables, rotate_pairs, spread_over_grid
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the norm of each result
-BATCH, COLUMNS = 2, 6
+COLUMNS = 6
+FULL_BATCH = 384  # from there on a GPU is busy, and the kernels take the tiles that training takes
 Outputs = tuple[Tensor, ...]
 
 
-def run(kernel: str, device_type: str, dtype: torch.dtype, channels: int, head_width: int, *, rows: int) -> str:
-    """What is wrong with a kernel at (2, rows, 6, channels), forward or backward; an empty string if nothing is.
+def run(
+    kernel: str, device_type: str, dtype: torch.dtype, channels: int, head_width: int, *, rows: int, batch: int
+) -> str:
+    """What is wrong with a kernel at (batch, rows, 6, channels), forward or backward; an empty string if nothing is.
 
     It never raises, and leaves the random number generators as they are.
     """
     try:
         with _disable_current_modes(), torch.inference_mode(False), torch.autocast(device_type, enabled=False):
-            worst = largest_error(kernel, torch.device(device_type), dtype, channels, head_width, rows)
+            worst = largest_error(
+                kernel, torch.device(device_type), dtype, channels, head_width, rows=rows, batch=batch
+            )
     except Exception as error:  # whatever a compiler may say
         return f"the {kernel} kernel fails here, {type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
     tolerance = TOLERANCES[dtype]
@@ -30,7 +35,7 @@ def run(kernel: str, device_type: str, dtype: torch.dtype, channels: int, head_w
 
 
 def largest_error(
-    kernel: str, device: torch.device, dtype: torch.dtype, channels: int, head_width: int, rows: int
+    kernel: str, device: torch.device, dtype: torch.dtype, channels: int, head_width: int, *, rows: int, batch: int
 ) -> float:
     """The worst relative error, by norm, among results and gradients; infinite where there is a NaN."""
     generator = torch.Generator(device).manual_seed(0)
@@ -39,7 +44,7 @@ def largest_error(
         values = torch.randn(*shape, generator=generator, device=device) * scale
         return values.to(of).requires_grad_(kernel != "mlp")
 
-    fused, plain, inputs = problem(kernel, draw, rows, channels, head_width)
+    fused, plain, inputs = problem(kernel, draw, (batch, rows, COLUMNS, channels), head_width)
     doubled = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs]
     with torch.set_grad_enabled(kernel != "mlp"):
         found, expected = list(fused(*inputs)), list(plain(*doubled))
@@ -52,10 +57,10 @@ def largest_error(
 
 
 def problem(
-    kernel: str, draw: Callable[..., Tensor], rows: int, channels: int, head_width: int
+    kernel: str, draw: Callable[..., Tensor], tokens: tuple[int, int, int, int], head_width: int
 ) -> tuple[Callable[..., Outputs], Callable[..., Outputs], list[Tensor]]:
     """(the kernel, the same in plain PyTorch, arguments of both)."""
-    tokens = (BATCH, rows, COLUMNS, channels)
+    batch, rows, columns, channels = tokens
     full = torch.float32
     taps = [draw(channels, 1, 3, 3, scale=0.3, of=full), draw(channels, of=full)]
     if kernel == "conv_norm":
@@ -64,7 +69,7 @@ def problem(
     if kernel == "conv_silu":
         return (lambda *a: ops.conv_silu(*a, True)[:1]), (lambda *a: (F.silu(conv(*a)),)), [draw(*tokens), *taps]
     if kernel == "strided_conv":
-        inputs = [draw(BATCH, rows + rows % 2, COLUMNS, channels), *taps]
+        inputs = [draw(batch, rows + rows % 2, columns, channels), *taps]
         return (lambda *a: (ops.strided_conv(*a),)), plain_strided_conv, inputs
     if kernel == "mlp":
         hidden = 4 * channels
@@ -73,7 +78,7 @@ def problem(
         return (lambda *a: (ops.mlp(*a),)), plain_mlp, inputs
     heads = channels // head_width
     inputs = [draw(*tokens[:3], 2 * channels), draw(*tokens), draw(*tokens), *taps]
-    rotary = position_tables(rows, COLUMNS, channels, inputs[0].device)
+    rotary = position_tables(rows, columns, channels, inputs[0].device)
     return (
         lambda *a: ops.linear_attention(*a, *rotary, heads, True)[:1],
         lambda *a: (plain_attention(*a, rotary=rotary, heads=heads),),
