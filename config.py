@@ -124,6 +124,11 @@ SCHEMA: dict[str, Key] = {
     "TRAIN.COMPILE": Key(
         "off", COMPILE_MODE, "torch.compile of blocks, from reduce-overhead on the step as a CUDA graph"
     ),
+    "TRAIN.ACTIVATION_BUDGET": Key(
+        1.0,
+        between(0, 1),
+        "share of activations that compiled blocks keep for the backward pass; the rest is recomputed",
+    ),
     "TRAIN.FIND_UNUSED_PARAMS": Key(False, YES_NO, "let DDP look for parameters without gradient"),
     "TRAIN.LR_SCHEDULER.NAME": Key("cosine", one_of("cosine", "linear", "step"), "shape after warm-up"),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, at_least(1), "epochs between decays of step"),
@@ -210,6 +215,8 @@ def check_together(values: Mapping[str, Any]) -> None:
         refuse(
             "DATA.ZIP_MODE", f"DATA.DATASET is {values['DATA.DATASET']}, which comes without archives; leave out --zip"
         )
+    if values["TRAIN.ACTIVATION_BUDGET"] < 1 and values["TRAIN.COMPILE"] == "off":
+        refuse("TRAIN.ACTIVATION_BUDGET", "works in compiled blocks: set TRAIN.COMPILE auto, or use --use-checkpoint")
     if values["DATA.CLASSES"] and values["DATA.DATASET"] != "digits":
         refuse("DATA.CLASSES", f"works with DATA.DATASET digits, not {values['DATA.DATASET']}: leave out class folders")
     for name in ("MODEL.MLLA.IN_CHANS", "MODEL.LINEAR_VIT.IN_CHANS"):

@@ -89,9 +89,9 @@ def build_train_step(
     train_step = TrainStep(*parts, **options)
     device = train_step.is_halted.device
     mode = resolve_mode(config.TRAIN.COMPILE, device)
-    compile_regions(model, mode)
+    compile_regions(model, mode, config.TRAIN.ACTIVATION_BUDGET)
     if ema is not None and loss.teacher is not None:
-        compile_regions(ema.module, mode)
+        compile_regions(ema.module, mode, config.TRAIN.ACTIVATION_BUDGET)
     if mode not in GRAPH_MODES:
         return train_step
     reason = why_not_captured(train_step, dist.get_world_size() if dist.is_initialized() else 1)

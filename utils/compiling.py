@@ -24,15 +24,17 @@ def resolve_mode(mode: str, device: torch.device) -> str:
     return "reduce-overhead" if device.type == "cuda" else "off"
 
 
-def compile_regions(model: nn.Module, mode: str) -> nn.Module:
+def compile_regions(model: nn.Module, mode: str, activation_budget: float = 1.0) -> nn.Module:
     """Compile, in place, those modules inside the model that say `is_region`, or else the model itself.
 
     Blocks of one stage share one graph, so a deep model compiles as fast as a shallow one. Names in the state_dict
-    stay as they are. Nothing happens for "off".
+    stay as they are. Nothing happens for "off". Below an `activation_budget` of 1 a training step keeps about that
+    share of its activations in memory, and the backward pass computes the others again, the cheap ones first.
     """
     if mode == "off":
         return model
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VARIANTS)
+    torch._functorch.config.activation_memory_budget = activation_budget
     regions = [module for module in model.modules() if getattr(module, "is_region", False)]
     for module in regions or [model]:
         module.compile(mode=INDUCTOR_MODES[mode])

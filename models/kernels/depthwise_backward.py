@@ -121,7 +121,7 @@ def conv_backward(
     residual: bool,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of conv(x) (+ x if `residual`): for x, plus `extra`, and float32 (10, C): nine taps, then the bias."""
+    """Gradients of conv(x) (+ x if `residual`): for x, plus `extra`, and float32 (10 C,) for taps, then bias."""
     batch, height, width, channels = x.shape
     x, x_stride = token_stride(x)
     grad, grad_stride = token_stride(grad)
@@ -139,4 +139,4 @@ def conv_backward(
         RESIDUAL=residual, EXTRA=extra is not None,
         ROWS=tile.rows, PAIRS=tile.pairs, CHANNELS=tile.channels, UNROLL=tile.unroll, num_warps=tile.warps,
     )  # fmt: skip
-    return grad_x, sum_parts(partials)  # (10, C)
+    return grad_x, sum_parts(partials, taps=True)

@@ -78,19 +78,32 @@ def gelu(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def sum_parts_kernel(parts, out, num_parts, length, PARTS: tl.constexpr, LENGTH: tl.constexpr):
-    """out (length,) = the sum over the first dimension of parts (num_parts, length)."""
+def sum_parts_kernel(
+    parts, out, num_parts, rows, channels, PARTS: tl.constexpr, LENGTH: tl.constexpr, TAPS: tl.constexpr
+):
+    """out = the sum over parts of (num_parts, rows, channels); with TAPS, rows but the last by channel."""
+    length = rows * channels
     place = tl.program_id(0) * LENGTH + tl.arange(0, LENGTH)[None, :]
     total = tl.zeros((PARTS, LENGTH), dtype=tl.float32)
     for first in range(0, num_parts, PARTS):
         part = first + tl.arange(0, PARTS)[:, None]
         total += tl.load(parts + part * length + place, mask=(part < num_parts) & (place < length), other=0.0)
-    tl.store(out + place, tl.sum(total, 0, keep_dims=True), mask=place < length)
+    target = place
+    if TAPS:
+        row, channel = place // channels, place % channels
+        target = tl.where(row < rows - 1, channel * (rows - 1) + row, place)
+    tl.store(out + target, tl.sum(total, 0, keep_dims=True), mask=place < length)
 
 
-def sum_parts(parts: torch.Tensor) -> torch.Tensor:
-    """float32 (parts, ...) summed over the first dimension, in one launch and in a fixed order."""
-    length = parts[0].numel()
-    out = torch.empty(parts.shape[1:], dtype=torch.float32, device=parts.device)
-    sum_parts_kernel[(triton.cdiv(length, 32),)](parts, out, parts.shape[0], length, PARTS=64, LENGTH=32, num_warps=4)
+def sum_parts(parts: torch.Tensor, *, taps: bool = False) -> torch.Tensor:
+    """float32 (parts, rows, channels) summed over the first dimension, in one launch and in a fixed order: flat.
+
+    With `taps` the rows are those of a depthwise weight, then its bias: the result is (channels, taps), then (channels,).
+    """
+    num_parts, rows, channels = parts.shape
+    length = rows * channels
+    out = torch.empty(length, dtype=torch.float32, device=parts.device)
+    sum_parts_kernel[(triton.cdiv(length, 32),)](
+        parts, out, num_parts, rows, channels, PARTS=64, LENGTH=32, TAPS=taps, num_warps=4
+    )
     return out

@@ -79,4 +79,4 @@ def norm_backward(
         BLOCK_CHANNELS=block,
         num_warps=warps,
     )
-    return grad_x, sum_parts(partials)  # (2, C)
+    return grad_x, sum_parts(partials).view(2, channels)

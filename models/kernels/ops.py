@@ -41,7 +41,7 @@ def norm_backward(
 def conv_backward(
     grad: Tensor, x: Tensor, weight: Tensor, extra: Tensor | None, residual: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of conv(x) (+ x if residual) for x, plus extra, and (10, C): gradients of the taps and of the bias."""
+    """Gradient of conv(x) (+ x if residual) for x, plus extra, and (10 C,): gradients of the taps, then of the bias."""
     return depthwise_backward.conv_backward(grad, x, weight, extra, residual=residual)
 
 
@@ -92,7 +92,7 @@ def strided_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @torch.library.custom_op("mlla::strided_conv_backward", mutates_args=())
 def strided_conv_backward(grad: Tensor, x: Tensor, weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of strided_conv, whose result is out, for x, and (10, C): gradients of the taps and of the bias."""
+    """Gradient of strided_conv, whose result is out, for x, and (10 C,): gradients of the taps, then of the bias."""
     return strided.strided_backward(grad, x, weight, out)
 
 
@@ -112,7 +112,7 @@ def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 @conv_backward.register_fake
 def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return empty(x), empty(x, 10, x.shape[-1], dtype=torch.float32)
+    return empty(x), empty(x, 10 * x.shape[-1], dtype=torch.float32)
 
 
 @conv_silu.register_fake
@@ -146,7 +146,7 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 @strided_conv_backward.register_fake
 def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return empty(x), empty(x, 10, x.shape[-1], dtype=torch.float32)
+    return empty(x), empty(x, 10 * x.shape[-1], dtype=torch.float32)
 
 
 @mlp.register_fake
@@ -155,8 +155,9 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 
 def split_sums(sums: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(10, C) to the gradients of a depthwise weight (C, 1, 3, 3) and its bias (C,)."""
-    return sums[:9].t().reshape(weight.shape).to(weight.dtype), sums[9].to(weight.dtype)
+    """(10 C,) to the gradients of a depthwise weight (C, 1, 3, 3) and its bias (C,)."""
+    taps, bias = sums.split(weight.numel())
+    return taps.view(weight.shape).to(weight.dtype), bias.to(weight.dtype)
 
 
 def conv_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

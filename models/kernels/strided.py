@@ -171,7 +171,7 @@ def strided_forward(
 def strided_backward(
     grad: Tensor, x: Tensor, weight: Tensor, out: Tensor, *, tile: tuple[int, int, int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `strided_forward`, whose result is `out`: for x, and float32 (10, C): nine taps, then the bias."""
+    """Gradients of `strided_forward`, whose result is `out`: for x, and float32 (10 C,): the taps', then the bias's."""
     grad, x = grad.contiguous(), x.contiguous()
     tile = tile or (4, 7, channel_block(x.shape[-1], 64), 4)
     num_columns, num_blocks, programs, channel_blocks = plan(x, tile, 4)
@@ -182,4 +182,4 @@ def strided_backward(
         *(x.shape[3],),
         ROWS=tile[1], COLUMNS=tile[0], CHANNELS=tile[2], num_warps=tile[3],
     )  # fmt: skip
-    return grad_x, sum_parts(partials)
+    return grad_x, sum_parts(partials, taps=True)
