@@ -98,7 +98,7 @@ def sum_parts_kernel(
 def sum_parts(parts: torch.Tensor, *, taps: bool = False) -> torch.Tensor:
     """float32 (parts, rows, channels) summed over the first dimension, in one launch and in a fixed order: flat.
 
-    With `taps` the rows are those of a depthwise weight, then its bias: the result is (channels, taps), then (channels,).
+    With `taps` the rows are those of a depthwise weight, then its bias; the result is (channels, taps), (channels,).
     """
     num_parts, rows, channels = parts.shape
     length = rows * channels
