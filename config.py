@@ -90,7 +90,6 @@ SCHEMA: dict[str, Key] = {
     "MODEL.LINEAR_VIT.NUM_HEADS": Key([3, 6, 12, 24], at_least(1), "heads of each stage of linear_vit"),
     "MODEL.LINEAR_VIT.MLP_RATIO": Key(4.0, above(0), "hidden width of linear_vit's MLP over its input width"),
     "MODEL.LINEAR_VIT.QKV_BIAS": Key(True, YES_NO, "bias in the projections to q, k and v"),
-    "MODEL.LINEAR_VIT.KERNELS": Key("auto", one_of("auto", "torch"), "auto: Triton for the forget gate, where it can"),
     "MODEL.LINEAR_VIT.INPUT_GATE": Key(False, YES_NO, "multiply V by softplus(x W1 W2 + b)"),
     "MODEL.LINEAR_VIT.FORGET_GATE": Key(False, YES_NO, "let the state decay; tokens are read in raster order"),
     "MODEL.LINEAR_VIT.SHORTCUT": Key(False, YES_NO, "add D * V, D a learned vector"),

@@ -83,7 +83,7 @@ def build_linear_vit(config: CfgNode, num_classes: int) -> LinearViT:
         drop_path_rate=config.MODEL.DROP_PATH_RATE,
         use_checkpoint=config.TRAIN.USE_CHECKPOINT,
         switches=switches,
-        kernels=sizes.KERNELS,
+        kernels=config.MODEL.KERNELS,
     )
 
 

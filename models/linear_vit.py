@@ -87,7 +87,7 @@ class LinearViT(PyramidClassifier):
         drop_path_rate: stochastic depth of the last block; rises linearly from 0 over the blocks.
         use_checkpoint: recompute each block in the backward pass, to save memory.
         switches: what differs from the baseline.
-        kernels: "auto" for Triton kernels of the forget gate where they can run, or "torch".
+        kernels: "torch"; "auto" for Triton kernels of the forget gate where they can run; "triton".
 
     Raises:
         ValueError: depths and num_heads differ in length, a stage's heads do not divide its width, or rotary embedding

@@ -33,7 +33,7 @@ def step_scan(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor) -> Tens
     return torch.stack(outputs, dim=2)  # (B, heads, N, e)
 
 
-def gated_scan(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor, *, use_kernels: bool = False) -> Tensor:
+def gated_scan(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor, *, kernels: str = "torch") -> Tensor:
     """The recurrence in chunks of tokens: time linear in N, memory for one chunk of states and one state a chunk.
 
     Every exponent is a sum of a * delta over a stretch of tokens, so never positive: nothing overflows, whatever the
@@ -44,21 +44,32 @@ def gated_scan(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor, *, use
         v: (B, heads, N, e).
         delta: (B, heads, N, e), not negative.
         a: (heads, d, e), not positive.
-        use_kernels: compute with Triton where it can, in place of plain PyTorch.
+        kernels: "torch"; "auto" for Triton where it can; "triton".
 
     Returns:
         (B, heads, N, e), in float32 under autocast, else in the dtype of v.
+
+    Raises:
+        ValueError: `kernels` is "triton", and it cannot.
     """
     with without_autocast(v.device):
         if v.dtype in (torch.float16, torch.bfloat16):
             q, k, v, delta, a = (x.float() for x in (q, k, v, delta, a))
-        return chunked_scan(q, k, v, delta, a, use_kernels and kernels_take(v, a))[0]
+        return chunked_scan(q, k, v, delta, a, kernels_take(kernels, v, a))[0]
 
 
-def kernels_take(v: Tensor, a: Tensor) -> bool:
+def kernels_take(choice: str, v: Tensor, a: Tensor) -> bool:
     """Whether the Triton kernels compute this: float32 on a GPU, with a state that fits the registers."""
-    is_theirs = v.device.type == "cuda" and v.dtype == torch.float32 and a.shape[1] <= LARGEST_STATE
-    return is_theirs and importlib.util.find_spec("triton") is not None
+    if choice == "torch" or v.device.type == "meta":
+        return False
+    can = v.device.type == "cuda" and v.dtype == torch.float32 and a.shape[1] <= LARGEST_STATE
+    can = can and importlib.util.find_spec("triton") is not None
+    if choice == "triton" and not can:
+        raise ValueError(
+            f"MODEL.KERNELS triton: the forget gate's kernels need CUDA, Triton and a state of {LARGEST_STATE} at most; "
+            "use auto or torch"
+        )
+    return can
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -31,7 +31,7 @@ Layer = Callable[[Sequence[Tensor]], Tensor]
 LAYERS: dict[str, Layer] = {
     "linear attention": lambda x: unified_attention(*x[:3], normalise=False),
     "forget gate, in chunks": lambda x: gated_scan(*x),
-    "forget gate, Triton": lambda x: gated_scan(*x, use_kernels=True),
+    "forget gate, Triton": lambda x: gated_scan(*x, kernels="triton"),
     "forget gate, step by step": lambda x: step_scan(*x),
 }
 STEPWISE, TRITON = "forget gate, step by step", "forget gate, Triton"

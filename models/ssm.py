@@ -27,7 +27,7 @@ def unified_attention(
     normalise: bool = True,
     causal: bool = False,
     rotated: tuple[Tensor, Tensor] | None = None,
-    use_kernels: bool = False,
+    kernels: str = "torch",
 ) -> Tensor:
     """S_t = A_t * S_(t-1) + k_t^T (gate_t * v_t), Z_t = Z_(t-1) + k_t; y_t = q_t S_t / (q_t Z_t) + D * v_t.
 
@@ -45,7 +45,7 @@ def unified_attention(
         normalise: divide by q_t Z_t.
         causal: a token sees itself and earlier ones only.
         rotated: q and k for the numerator where they differ from those for the normaliser.
-        use_kernels: compute the recurrence with Triton where it can.
+        kernels: what computes the recurrence, see `gated_scan`.
 
     Returns:
         (B, heads, N, e) in the dtype of v; what float16 cannot hold is its largest number.
@@ -59,7 +59,7 @@ def unified_attention(
         causal = causal or forget_gate is not None
         if causal:
             delta, a = forget_gate or remember_everything(k, v)
-            out = gated_scan(q_turned, k_turned, values, delta, a, use_kernels=use_kernels)  # (B, heads, N, e)
+            out = gated_scan(q_turned, k_turned, values, delta, a, kernels=kernels)  # (B, heads, N, e)
         else:
             scale = v.shape[2] ** -0.5
             out = q_turned @ ((k_turned * scale).transpose(-2, -1) @ (values * scale))  # (B, heads, N, e)

@@ -89,14 +89,14 @@ class UnifiedAttention(nn.Module):
         head_dim: width d of a head.
         switches: what is on.
         qkv_bias: whether the projection to q and k has a bias.
-        kernels: "auto" for Triton kernels where they can run, or "torch".
+        kernels: "torch"; "auto" for Triton kernels of the forget gate where they can run; "triton".
     """
 
     def __init__(
         self, dim: int, num_heads: int, head_dim: int, switches: Switches, qkv_bias: bool = True, kernels: str = "torch"
     ) -> None:
         super().__init__()
-        self.use_kernels = kernels == "auto"
+        self.kernels = kernels
         self.num_heads = 1 if switches.single_head else num_heads
         self.switches = switches
         self.qk = nn.Linear(dim, 2 * self.num_heads * head_dim, bias=qkv_bias)
@@ -129,7 +129,7 @@ class UnifiedAttention(nn.Module):
             shortcut=None if shortcut is None else shortcut.unflatten(0, (self.num_heads, 1, -1)),
             normalise=self.switches.normalise,
             rotated=rotated,
-            use_kernels=self.use_kernels,
+            kernels=self.kernels,
         )
         return out.transpose(1, 2).reshape(v.shape)  # (B, H, W, C)
 

@@ -141,6 +141,14 @@ def test_kernels_interpreted() -> None:
     assert "kernels agree" in done.stdout, done.stderr
 
 
+def test_kernels_that_cannot_run_are_refused_or_replaced() -> None:
+    inputs = [torch.rand(1, 1, 4, 3) for _ in range(4)]
+    a = -torch.rand(1, 3, 3)
+    torch.testing.assert_close(gated_scan(*inputs, a, kernels="auto"), gated_scan(*inputs, a))
+    with pytest.raises(ValueError, match=r"MODEL\.KERNELS triton: .* use auto or torch"):
+        gated_scan(*inputs, a, kernels="triton")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("shape", [(2, 2, 100, 32, 32), (1, 1, 70, 32, 96), (3, 2, 33, 16, 16), (1, 1, 5, 3, 5)])
 def test_kernels_on_a_gpu(shape: tuple[int, ...]) -> None:
@@ -148,12 +156,12 @@ def test_kernels_on_a_gpu(shape: tuple[int, ...]) -> None:
     q, k = (torch.rand(batch, heads, num_tokens, d, device="cuda") for _ in range(2))
     v, delta = torch.randn(batch, heads, num_tokens, e, device="cuda"), torch.rand(batch, heads, num_tokens, e).cuda()
     inputs = [x.requires_grad_() for x in (q, k, v, delta, -torch.rand(heads, d, e, device="cuda"))]
-    assert scan.kernels_take(v, inputs[4])
+    assert scan.kernels_take("triton", v, inputs[4])
     exact = step_scan(*(x.double() for x in inputs))
     grad = torch.randn_like(v)
     expected = torch.autograd.grad(exact, inputs, grad.double())
-    for use_kernels in (True, False):
-        out = gated_scan(*inputs, use_kernels=use_kernels)
+    for kernels in ("triton", "torch"):
+        out = gated_scan(*inputs, kernels=kernels)
         torch.testing.assert_close(out, exact.float(), rtol=1e-4, atol=1e-4)
         for found, wanted in zip(torch.autograd.grad(out, inputs, grad), expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
