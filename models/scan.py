@@ -66,7 +66,7 @@ def kernels_take(choice: str, v: Tensor, a: Tensor) -> bool:
     can = can and importlib.util.find_spec("triton") is not None
     if choice == "triton" and not can:
         raise ValueError(
-            f"MODEL.KERNELS triton: the forget gate's kernels need CUDA, Triton and a state of {LARGEST_STATE} at most; "
+            f"MODEL.KERNELS triton: the forget gate's kernels need CUDA, Triton, states up to {LARGEST_STATE}; "
             "use auto or torch"
         )
     return can
