@@ -15,11 +15,11 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-import downstream.detection.config
-import downstream.segmentation.config
 from config import SCHEMA, load_config
 from data import build_data
 from downstream.build import build_backbone
+from downstream.detection import config as detection
+from downstream.segmentation import config as segmentation
 from models import MLLA, build_model, input_channels
 from utils.amp import Precision
 from utils.build import build_precision
@@ -48,8 +48,8 @@ TOLERANCE = 1e-4  # of the largest value
 # Of each task: what reads its configuration.
 TASKS = (
     (SCHEMA, load_config),
-    (downstream.detection.config.SCHEMA, downstream.detection.config.load_config),
-    (downstream.segmentation.config.SCHEMA, downstream.segmentation.config.load_config),
+    (detection.SCHEMA, detection.load_config),
+    (segmentation.SCHEMA, segmentation.load_config),
 )
 
 
