@@ -1,0 +1,333 @@
+"""Every command and every piece of Python in the documentation: run at small scale, or where that takes long parsed."""
+
+import argparse
+import contextlib
+import importlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import documentation
+import pytest
+import torch
+from conftest import ROOT
+from documentation import SMALL, SMALL_TIMM, Block
+from torch.distributed import launch
+from torch.distributed import run as torchrun
+
+import config as classification
+import main
+from downstream.detection import config as detection
+from downstream.segmentation import config as segmentation
+from downstream.segmentation.main import SWITCHES
+from models import variants
+from utils import command_line, convert
+from utils.settings import checked, parse_text
+
+TASKS = {"main": classification, "downstream.detection.main": detection, "downstream.segmentation.main": segmentation}
+
+
+class Rule(NamedTuple):
+    """How the commands are checked that a pattern fits.
+
+    Attributes:
+        pattern: of the whole command.
+        check: called with the command's words.
+        swap: words in place of others, to make less work of it.
+    """
+
+    pattern: str
+    check: Callable[[list[str]], None]
+    swap: dict[str, str] = {}  # noqa: RUF012, a default that nothing changes
+
+
+class Parsed(BaseException):
+    """Raised once a command has understood its command line, in place of its work."""
+
+
+def entry_of(words: list[str]) -> tuple[str, list[str]]:
+    """The module that a command line starts, by Python or a launcher, and the words that it gets."""
+    if words[0] == "torchrun" or words[:3] == ["python", "-m", "torch.distributed.launch"]:
+        is_torchrun = words[0] == "torchrun"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.distributed.launch is deprecated, and works
+            parsed = torchrun.parse_args(words[1:]) if is_torchrun else launch.parse_args(words[3:])
+        name, rest = parsed.training_script, parsed.training_script_args
+        if not parsed.module:
+            assert (ROOT / name).is_file()
+        return name.removesuffix(".py"), rest if is_torchrun else ["--local-rank=0", *rest]
+    assert words[0] == "python"
+    name, rest = (words[2], words[3:]) if words[1] == "-m" else (words[1].removesuffix(".py"), words[2:])
+    name = name.removeprefix("mlla.")  # the name of the installed package
+    assert (ROOT / name.replace(".", "/")).with_suffix(".py").is_file(), f"there is no {name}"
+    return name, rest
+
+
+def call(name: str, words: list[str]) -> None:
+    """Run a module's main, which must succeed."""
+    code = 0
+    try:
+        code = importlib.import_module(name).main(words)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    assert code == 0, f"exit code {code}"
+
+
+def runs(words: list[str]) -> None:
+    """Settings are right as they stand; what is run has those of SMALL after them."""
+    name, words = entry_of(words)
+    words = [path for word in words for path in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
+    if name in TASKS:
+        check_settings(name, words)
+    small = ["--opts", *SMALL[name].split()] if name in SMALL else []
+    if name == "utils.export" and "--opts" in words:
+        small = small[1:]
+    call(name, [*words, *small])
+
+
+def check_settings(name: str, words: list[str]) -> None:
+    schema = TASKS[name].SCHEMA
+    switches = SWITCHES if TASKS[name] is segmentation else None
+    TASKS[name].load_config(*command_line.parse_command_line("", words, keys=schema, switches=switches))
+
+
+def parses(words: list[str]) -> None:
+    """For what takes long: the command itself reads the words, and stops there."""
+    name, words = entry_of(words)
+    with parsing_only(), contextlib.suppress(Parsed):
+        call(name, words)
+        pytest.fail(f"{name} parsed nothing")
+
+
+@contextlib.contextmanager
+def parsing_only() -> Iterator[None]:
+    """No command gets beyond its command line: Parsed has its parser."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(self: argparse.ArgumentParser, words: Any = None, namespace: Any = None) -> NoReturn:
+        parse(self, words, namespace)
+        raise Parsed(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        yield
+
+
+def helps(words: list[str]) -> None:
+    """A command is named without its words, or with `...` for them."""
+    name, words = entry_of(words)
+    assert words in ([], ["..."], ["--local-rank=0", "..."])
+    call(name, ["--help"])
+
+
+def makes(words: list[str]) -> None:
+    done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.replace("\\\n", " ").splitlines():  # what it runs is there
+        for name in re.findall(r"python -m ((?:data|models|utils|downstream)[\w.]+)", line):
+            assert (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()
+        assert all((ROOT / path).is_file() for path in re.findall(r"[\w/]+\.yaml", line))
+
+
+def installs(words: list[str]) -> None:
+    """tests/test_package_build.py installs; here: that extras and packages are those of the project."""
+    name = words[2]
+    extra = re.fullmatch(r"\.\[(\w+)\]", name)
+    file = "pyproject.toml" if extra else "requirements.txt"
+    assert name == "." or re.search(rf"^{extra[1] if extra else name}\b", (ROOT / file).read_text(), re.M)
+
+
+def shows(words: list[str]) -> None:
+    from tensorboard.program import TensorBoard
+
+    TensorBoard(plugins=[]).configure(words)
+
+
+def converts(words: list[str]) -> None:
+    """The synopsis: every form, bare and with all that stands in brackets."""
+    name, (source, target, to, forms, *options) = entry_of(words)
+    assert forms.strip("{}").split(",") == sorted(convert.FORMS)
+    for form in convert.FORMS:
+        path = target + (".safetensors" if form == "safetensors" else ".pth")
+        call(name, [source, path, to, form])
+        typed = re.sub(r"[][]", "", " ".join(options)).replace("H W", "64 64")
+        if form != "official":
+            typed = typed.replace("--size 64 64", "")
+        call(name, [source, path, to, form, *typed.split()])
+
+
+def both(words: list[str]) -> None:
+    """With and without the word in brackets."""
+    runs([word for word in words if word[0] != "["])
+    runs([word.strip("[]") for word in words])
+
+
+def fine_tunes(words: list[str]) -> None:
+    """The program of the page that names it."""
+    (block,) = [block for block in documentation.blocks() if "sys.argv" in block.text]
+    assert len(block.text.splitlines()) <= 60
+    run_python_block(block, words[1:])
+
+
+RULES = [
+    Rule(r"make [\w-]+( ABLATION=.*)?", makes),
+    Rule(r"pip install \S+", installs),
+    Rule(r"tensorboard .*", shows),
+    Rule(r"(python|torchrun) .*\.\.\.", helps),
+    Rule(r"torchrun --max-restarts 3", helps, {"3": "3 main.py"}),
+    Rule(r"python -m (utils|mlla)\.\w+", helps),
+    Rule(r"python -m models\.\w+", parses),
+    Rule(r"python -m [\w.]+\.benchmark .*", parses),
+    Rule(r"python -m utils\.convert IN OUT --to .*", converts),
+    Rule(r"python -m data\.verify PATH( \[--zip\])?", both),
+    Rule(r"python -m data\.make_zip IMAGENET_DIR OUT_DIR", runs),
+    Rule(r"python main\.py .*<row>\.yaml --profile", runs, {"cfgs/ablation/<row>.yaml": "cfgs/ablation/lepe.yaml"}),
+    Rule(r"python main\.py .* --throughput .*", runs, {"256": "2"}),
+    Rule(r"(python|torchrun) .*main.*", runs),
+    # ONNX and dynamic sizes take long, and tests/test_export.py has them.
+    Rule(r"python -m utils\.export mlla_t\.onnx .*", runs, {"224": "32"}),
+    Rule(r"python -m utils\.export backbone\.onnx .*", runs, {"backbone.onnx": "b.safetensors", "onnx": "safetensors"}),
+    Rule(r"python -m utils\.(predict|visualize) .*", runs),
+    Rule(r"python -m downstream\.\w+\.predict .*", runs),
+    Rule(r"python finetune\.py photos", fine_tunes),
+]
+# Indented blocks that nobody types: trees of folders, and what is printed. They begin like this.
+NO_COMMANDS = ("COCO/annotations/", "garden/classes.txt", "error: ", "the GPU's memory")
+COMMANDS = documentation.commands()
+
+
+def rule_for(command: str) -> Rule | None:
+    return next((rule for rule in RULES if re.fullmatch(rule.pattern, command)), None)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return documentation.make_folder(tmp_path_factory.mktemp("documented") / "folder")
+
+
+@pytest.fixture
+def folder(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: it has what documented commands name, released weights are where downloads are kept, and
+    mlla_tiny is small.
+    """
+    root = shutil.copytree(prepared, tmp_path / "folder", symlinks=True)
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("TORCH_HOME", str(root))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setitem(variants.SIZES, "tiny", SMALL_TIMM)
+    monkeypatch.setattr(main, "measure_throughput", partial(main.measure_throughput, rounds=1, round_seconds=0.01))
+    return root
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command: str, folder: Path) -> None:  # noqa: ARG001
+    rule = rule_for(command)
+    assert rule is not None, f"no rule in RULES for what {COMMANDS[command]} documents: {command}"
+    words = [part for word in shlex.split(command) for part in rule.swap.get(word, word).split(" ")]
+    rule.check(words if rule.swap else shlex.split(command))
+
+
+def test_rules_and_blocks_are_all_accounted_for() -> None:
+    unused = [rule.pattern for rule in RULES if not any(rule_for(command) == rule for command in COMMANDS)]
+    assert not unused
+    others = [b for b in documentation.blocks() if b.language in ("", "bash", "sh")]
+    others = [b for b in others if " ".join(b.text.split("\n")[0].rstrip("\\").split()) not in " ".join(COMMANDS)]
+    assert {b.text for b in others if not b.text.startswith(NO_COMMANDS)} == set()
+    assert {b.language for b in documentation.blocks()} <= {"", "bash", "python", "bibtex", "yaml"}
+
+
+def run_python_block(block: Block, argv: list[str]) -> dict[str, Any]:
+    """Run Python as it stands but for the sizes in the example of fine-tuning; gives its variables."""
+    text = block.text.replace("sys.argv[1], 224, 64, 30, 3", "sys.argv[1], 32, 4, 2, 1")
+    text = text.replace('"num_workers": 4', '"num_workers": 1')
+    assert (text != block.text) == ("sys.argv" in text)
+    variables: dict[str, Any] = {"__name__": "documented"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["documented.py", *argv])
+        exec(compile(text, block.page, "exec"), variables)
+    return variables
+
+
+def shapes_of(value: Any) -> list[tuple[int, ...]]:
+    return [tuple(value.shape)] if isinstance(value, torch.Tensor) else [tuple(item.shape) for item in value]
+
+
+PYTHON = [block for block in documentation.blocks() if block.language == "python"]
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=lambda block: f"{block.page}: {block.text.splitlines()[0]}")
+def test_python(
+    block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes = dict(re.findall(r"^(\w+) = .*# (\(\d.*\))", block.text, re.M))
+    if shapes:
+        monkeypatch.undo()  # the sizes are those of the real model
+        monkeypatch.chdir(folder)
+    variables = run_python_block(block, ["my_images"])
+    for name, written in shapes.items():
+        assert shapes_of(variables[name]) == [
+            tuple(map(int, shape.split(","))) for shape in re.findall(r"\(([\d, ]+)\)", written)
+        ]
+    if "sys.argv" in block.text:
+        assert len(re.findall(r"epoch \d: loss \d+\.\d+, top-1 \d+\.\d+%", capsys.readouterr().out)) == 2
+        assert torch.load(folder / "best.pth")["classes"] == ["cat", "dog"]
+
+
+@pytest.fixture(scope="module")
+def flags() -> set[str]:
+    """Every flag of every command, and of torchrun."""
+    found = {flag for action in torchrun.get_args_parser()._actions for flag in action.option_strings}
+    for path in ROOT.glob("*/**/*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if name.startswith((".", "tests")) or 'if __name__ == "__main__"' not in path.read_text():
+            continue
+        words = ["--help"]
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Parsed):
+            patch.setattr(argparse.ArgumentParser, "parse_args", raise_parsed)
+            try:
+                importlib.import_module(name).main(words)
+            except Parsed as stop:
+                found |= {flag for action in stop.args[0]._actions for flag in action.option_strings}
+    return found
+
+
+def raise_parsed(self: argparse.ArgumentParser, *_: Any) -> NoReturn:
+    raise Parsed(self)
+
+
+def test_flags_within_sentences(flags: set[str]) -> None:
+    for page, text in documentation.code_spans():
+        named = set(re.findall(r"(?<!\S)--[\w-]+(?=[ =\]]|$)", text)) - {"--no-"}
+        unknown = named - flags if text.startswith("--") else set()
+        assert not unknown, f"{page}: no command has {unknown}"
+
+
+def test_settings_within_sentences() -> None:
+    """KEY, or KEY VALUE, once or several times: keys that a task has, with values that it takes."""
+    schemas = [task.SCHEMA for task in TASKS.values()]
+    known = set().union(*schemas)
+    spans = [(page, text.removeprefix("--opts ")) for page, text in documentation.code_spans()]
+    checks = 0
+    for page, text in spans:
+        if not re.match(r"(BASE|[A-Z]+\.[A-Z_.*]+)( |$)", text):
+            continue
+        key, *rest = shlex.split(text)
+        stem = key.rstrip(".*")
+        assert key in known or any(name.startswith(f"{stem}.") for name in known), f"{page}: {text}"
+        for name, value in zip([key, *rest[1::2]], rest[::2], strict=False):
+            takers = [schema for schema in schemas if name in schema and "<" not in value and value != "N"]
+            for schema in takers:
+                with contextlib.suppress(ValueError):
+                    checked(schema, name, parse_text(schema, name, value), page)
+                    break
+            else:
+                assert not takers, f"{page}: {name} does not take {value}"
+            checks += 1
+    assert checks > 10
