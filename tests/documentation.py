@@ -143,11 +143,12 @@ def make_weights(root: Path) -> None:
     """Files of small models under the names that the pages use; the released ones where downloads are kept."""
     config = small_config(classification, "cfgs/mlla_t.yaml", "main")
     facts = {"classes": ["cat", "dog"], "config": config.dump()}
-    for name in ("mlla_t.pth", "mlla_b.pth", "IN", "max_acc.pth", "best.pth"):
+    for name in ("mlla_t.pth", "mlla_b.pth", "best.pth"):
         save_weights(root / name, build_model(config, 2), **facts)
     trained = build_model(config, 2)
     facts["state_dict_ema"] = trained.state_dict()
-    save_weights(root / "output/mlla_tiny/default/max_ema_acc.pth", trained, **facts)
+    for name in ("IN", "output/mlla_tiny/default/max_ema_acc.pth"):
+        save_weights(root / name, trained, **facts)
     for size in ("tiny", "small", "base"):
         save_weights(root / "hub" / "checkpoints" / RELEASED[size][1], build_model(config, 1000))
     gated = small_config(classification, "cfgs/ablation/forget_gate.yaml", "main")
