@@ -38,6 +38,8 @@ SMALL = {
     "downstream.segmentation.main": f"{SMALL_MLLA} MODEL.HEAD.CHANNELS 8 MODEL.HEAD.AUXILIARY_CHANNELS 4 "
     "DATA.SCALE [64,64] DATA.NUM_WORKERS 0 AUG.CROP_SIZE 64 TRAIN.STEPS 2 TRAIN.EVAL_STEPS 2 TRAIN.WARMUP_STEPS 1",
 }
+# What reads a configuration, by command.
+TASKS = {"main": classification, "downstream.detection.main": detection, "downstream.segmentation.main": segmentation}
 DETECTION_CFG = "downstream/detection/cfgs/mlla_t_mrcnn_1x.yaml"
 
 

@@ -18,20 +18,14 @@ import documentation
 import pytest
 import torch
 from conftest import ROOT
-from documentation import SMALL, SMALL_TIMM, Block
+from documentation import SMALL, SMALL_TIMM, TASKS, Block
 from torch.distributed import launch
 from torch.distributed import run as torchrun
 
-import config as classification
 import main
-from downstream.detection import config as detection
-from downstream.segmentation import config as segmentation
 from downstream.segmentation.main import SWITCHES
 from models import variants
 from utils import command_line, convert
-from utils.settings import checked, parse_text
-
-TASKS = {"main": classification, "downstream.detection.main": detection, "downstream.segmentation.main": segmentation}
 
 
 class Rule(NamedTuple):
@@ -94,7 +88,7 @@ def runs(words: list[str]) -> None:
 
 def check_settings(name: str, words: list[str]) -> None:
     schema = TASKS[name].SCHEMA
-    switches = SWITCHES if TASKS[name] is segmentation else None
+    switches = SWITCHES if name == "downstream.segmentation.main" else None
     TASKS[name].load_config(*command_line.parse_command_line("", words, keys=schema, switches=switches))
 
 
@@ -278,56 +272,3 @@ def test_python(
     if "sys.argv" in block.text:
         assert len(re.findall(r"epoch \d: loss \d+\.\d+, top-1 \d+\.\d+%", capsys.readouterr().out)) == 2
         assert torch.load(folder / "best.pth")["classes"] == ["cat", "dog"]
-
-
-@pytest.fixture(scope="module")
-def flags() -> set[str]:
-    """Every flag of every command, and of torchrun."""
-    found = {flag for action in torchrun.get_args_parser()._actions for flag in action.option_strings}
-    for path in [ROOT / "main.py", *ROOT.glob("[!.]*/**/*.py")]:
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        if name.startswith((".", "tests")) or 'if __name__ == "__main__"' not in path.read_text():
-            continue
-        words = ["--help"]
-        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Parsed):
-            patch.setattr(argparse.ArgumentParser, "parse_args", raise_parsed)
-            try:
-                importlib.import_module(name).main(words)
-            except Parsed as stop:
-                found |= {flag for action in stop.args[0]._actions for flag in action.option_strings}
-    return found
-
-
-def raise_parsed(self: argparse.ArgumentParser, *_: Any) -> NoReturn:
-    raise Parsed(self)
-
-
-def test_flags_within_sentences(flags: set[str]) -> None:
-    for page, text in documentation.code_spans():
-        named = set(re.findall(r"(?<!\S)--[\w-]+(?=[ =\]]|$)", text)) - {"--no-"}
-        unknown = named - flags if text.startswith("--") else set()
-        assert not unknown, f"{page}: no command has {unknown}"
-
-
-def test_settings_within_sentences() -> None:
-    """KEY, or KEY VALUE, once or several times: keys that a task has, with values that it takes."""
-    schemas = [task.SCHEMA for task in TASKS.values()]
-    known = set().union(*schemas)
-    spans = [(page, text.removeprefix("--opts ")) for page, text in documentation.code_spans()]
-    checks = 0
-    for page, text in spans:
-        if not re.match(r"(BASE|[A-Z]+\.[A-Z_.*]+)( |$)", text):
-            continue
-        key, *rest = shlex.split(text)
-        stem = key.rstrip(".*")
-        assert key in known or any(name.startswith(f"{stem}.") for name in known), f"{page}: {text}"
-        for name, value in zip([key, *rest[1::2]], rest[::2], strict=False):
-            takers = [schema for schema in schemas if name in schema and "<" not in value and value != "N"]
-            for schema in takers:
-                with contextlib.suppress(ValueError):
-                    checked(schema, name, parse_text(schema, name, value), page)
-                    break
-            else:
-                assert not takers, f"{page}: {name} does not take {value}"
-            checks += 1
-    assert checks > 10
