@@ -170,6 +170,7 @@ def fine_tunes(words: list[str]) -> None:
     run_python_block(block, words[2:])
 
 
+SAFETENSORS = {"onnx": "safetensors", "maps.onnx": "m.safetensors", "backbone.onnx": "b.safetensors"}
 RULES = [
     Rule(r"make [\w-]+( ABLATION=.*)?", makes),
     Rule(r"pip install \S+", installs),
@@ -187,7 +188,7 @@ RULES = [
     Rule(r"(python|torchrun) .*main.*", runs),
     # ONNX and dynamic sizes take long, and tests/test_export.py has them.
     Rule(r"python -m utils\.export mlla_t\.onnx .*", runs, {"224": "32"}),
-    Rule(r"python -m utils\.export backbone\.onnx .*", runs, {"backbone.onnx": "b.safetensors", "onnx": "safetensors"}),
+    Rule(r"python -m utils\.export (maps|backbone)\.onnx .*", runs, SAFETENSORS),
     Rule(r"python -m utils\.(predict|visualize) .*", runs),
     Rule(r"python -m downstream\.\w+\.predict .*", runs),
     Rule(r"python finetune\.py photos", fine_tunes),

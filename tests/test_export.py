@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors
+import safetensors.torch
 import torch
 from conftest import ROOT, fill_weights, random_values
 from torch import nn
@@ -96,6 +96,16 @@ def test_backbone_of_a_dense_predictor(
         found = onnx_runner(target)(images) if name == "m.onnx" else torch.jit.load(target)(images)
         for one, other in zip(found, backbone(images), strict=True):
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_of_a_backbone_alone(tmp_path: Path, detector: Any) -> None:
+    source, backbone = detector
+    target = tmp_path / "b.safetensors"
+    words = ["--cfg", SHAPES["detection"], "--resume", str(source), "--part", "backbone", "--opts", *OPTS]
+    assert export.main([str(target), "--to", "safetensors", *words]) == 0
+    found = safetensors.torch.load_file(target)
+    assert set(found) == set(backbone.state_dict())
+    assert all(found[name].equal(value) for name, value in backbone.state_dict().items())
 
 
 def test_backbone_of_timm(tmp_path: Path) -> None:

@@ -58,11 +58,11 @@ class Maps(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model = model
+        self.wrapped = model
         self.indices = model.prune_intermediate_layers(len(model.layers), prune_norm=True)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.model.forward_intermediates(images, self.indices, intermediates_only=True))
+        return tuple(self.wrapped.forward_intermediates(images, self.indices, intermediates_only=True))
 
 
 class Backbone(nn.Module):
@@ -70,10 +70,10 @@ class Backbone(nn.Module):
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.wrapped = backbone
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.backbone(images))
+        return tuple(self.wrapped(images))
 
 
 def read_config(path: str, opts: Sequence[str], part: str) -> CfgNode:

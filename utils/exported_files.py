@@ -71,7 +71,7 @@ def write(form: str, model: nn.Module, target: Path, *, size: Size, channels: in
     """Write one form in float32; gives what there is to say of it."""
     images = torch.randn(2, channels, size.height, size.width)
     if form == "safetensors":
-        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, target)
+        save_file({name: value.contiguous() for name, value in named(model).state_dict().items()}, target)
         return ""
     if form == "torchscript":
         torch.jit.trace(model, images, check_trace=False).save(str(target))
@@ -95,8 +95,13 @@ def open_runner(form: str, path: Path, model: nn.Module) -> Runner:
             loaded = torch.export.load(file).module()
     else:
         loaded = model
-        model.load_state_dict(load_checkpoint(path)["model"])
+        named(model).load_state_dict(load_checkpoint(path)["model"])
     return lambda images: as_list(loaded(images))
+
+
+def named(model: nn.Module) -> nn.Module:
+    """The module by whose names weights are kept: the model, or what it wraps."""
+    return getattr(model, "wrapped", model)
 
 
 def as_list(outputs: Any) -> list[Tensor]:
