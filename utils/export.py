@@ -222,7 +222,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m utils.export", description=__doc__, allow_abbrev=False)
     parser.add_argument("target", metavar="OUT", type=Path, help="the file to write")
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file, such as cfgs/mlla_t.yaml")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="settings over the file's")
+    parser.add_argument(
+        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="settings over the file's"
+    )
     parser.add_argument("--resume", required=True, metavar="WEIGHTS", help="a path, a URL, or mlla-t, mlla-s, mlla-b")
     parser.add_argument("--to", required=True, choices=sorted(SUFFIXES), dest="form")
     parser.add_argument("--size", default="224", help="side in pixels, HxW, or dynamic: multiples of 32 from 64 on")
