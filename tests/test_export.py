@@ -20,6 +20,7 @@ from utils.onnx_file import check_plain, onnx_runner, write_smaller
 CFG = str(ROOT / "cfgs" / "digits.yaml")
 OPTS = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.DEPTHS", "[1,1,1,1]", "MODEL.MLLA.NUM_HEADS", "[1,1,1,1]"]
 CLASSES = list("abcdefghij")
+LINEAR_VIT = ["--to", "torchscript", "--opts", "MODEL.TYPE", "linear_vit"]
 SHAPES = {task: str(ROOT / "downstream" / task / "cfgs" / "shapes.yaml") for task in ("detection", "segmentation")}
 
 
@@ -193,6 +194,7 @@ def test_a_file_that_computes_something_else_is_not_kept(
         ("there.pt", ["--to", "torchscript"], "is there already; name another file"),
         ("m.pt", ["--to", "torchscript", "--resume", "none.pth"], "no such checkpoint file"),
         ("m.pt", ["--to", "torchscript", "--part", "backbone"], "w.pth: has no backbone with norms of its maps"),
+        ("m.pt", [*LINEAR_VIT, "--part", "backbone"], "MODEL.TYPE mlla or timm:NAME, not linear_vit"),
     ],
 )
 def test_mistakes(

@@ -118,11 +118,11 @@ def make_backbone(config: CfgNode, weights: dict[str, Tensor], source: str) -> n
     Raises:
         ExportError: the weights are a classifier's, or the configuration another model's.
     """
+    if config.MODEL.TYPE == "linear_vit":
+        raise ExportError("--part backbone works with MODEL.TYPE mlla or timm:NAME, not linear_vit")
     weights = {n.removeprefix("backbone."): v for n, v in weights.items() if n.startswith("backbone.")} or weights
     if "norm0.weight" not in weights:
         raise ExportError(f"{source}: has no backbone with norms of its maps; for a classifier's use --part maps")
-    if config.MODEL.TYPE == "linear_vit":
-        raise ExportError("--part backbone works with MODEL.TYPE mlla or timm:NAME, not linear_vit")
     backbone = build_backbone(config)
     load_weights(backbone, weights, source)
     return backbone
