@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import documentation
 import pytest
+import timm
 import torch
 from conftest import ROOT
 from documentation import SMALL, SMALL_TIMM, TASKS, Block
@@ -265,3 +266,6 @@ def test_python(
     if "sys.argv" in block.text:
         assert len(re.findall(r"epoch \d: loss \d+\.\d+, top-1 \d+\.\d+%", capsys.readouterr().out)) == 2
         assert torch.load(folder / "best.pth")["classes"] == ["cat", "dog"]
+        timm.create_model("mlla_tiny", num_classes=2, checkpoint_path="best.pth")
+        call("utils.predict", ["new_photos", "--model", "mlla_tiny", "--weights", "best.pth"])
+        assert re.search(r"c\.jpg +(cat|dog) \d+\.\d%  (cat|dog) \d+\.\d%\n$", capsys.readouterr().out)
