@@ -9,7 +9,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -22,7 +21,6 @@ from documentation import SMALL, SMALL_TIMM, TASKS, Block
 from torch.distributed import launch
 from torch.distributed import run as torchrun
 
-import main
 from downstream.segmentation.main import SWITCHES
 from models import variants
 from utils import command_line, convert
@@ -85,6 +83,12 @@ def runs(words: list[str]) -> None:
         check_settings(name, words)
     small = ["--opts", *SMALL[name].split()] if name in SMALL else []
     call(name, [*words, *small])
+
+
+def settles(words: list[str]) -> None:
+    """The flags are known, and the configuration with them and with what is typed after --opts is right."""
+    name, words = entry_of(words)
+    check_settings(name, words)
 
 
 def check_settings(name: str, words: list[str]) -> None:
@@ -178,7 +182,8 @@ RULES = [
     Rule(r"python -m data\.verify PATH( \[--zip\])?", both),
     Rule(r"python -m data\.make_zip IMAGENET_DIR OUT_DIR", runs),
     Rule(r"python main\.py .*<row>\.yaml --profile", runs, {"cfgs/ablation/<row>.yaml": "cfgs/ablation/lepe.yaml"}),
-    Rule(r"python main\.py .* --throughput .*", runs, {"256": "2"}),
+    # Measuring takes long, and tests/test_main.py does it.
+    Rule(r"(python|torchrun) .* --throughput .*", settles),
     Rule(r"(python|torchrun) .*main.*", runs),
     # ONNX and dynamic sizes take long, and tests/test_export.py has them.
     Rule(r"python -m utils\.export mlla_t\.onnx .*", runs, {"224": "32"}),
@@ -211,7 +216,6 @@ def folder(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.setenv("TORCH_HOME", str(root))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setitem(variants.SIZES, "tiny", SMALL_TIMM)
-    monkeypatch.setattr(main, "measure_throughput", partial(main.measure_throughput, rounds=1, round_seconds=0.01))
     return root
 
 
