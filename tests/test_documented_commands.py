@@ -184,7 +184,7 @@ RULES = [
     Rule(r"python main\.py .*<row>\.yaml --profile", runs, {"cfgs/ablation/<row>.yaml": "cfgs/ablation/lepe.yaml"}),
     # Measuring takes long, and tests/test_main.py does it.
     Rule(r"(python|torchrun) .* --throughput .*", settles),
-    Rule(r"(python|torchrun) .*main.*", runs),
+    Rule(r"(python|torchrun) .*\bmain(\.py)? .*", runs),
     # ONNX and dynamic sizes take long, and tests/test_export.py has them.
     Rule(r"python -m utils\.export mlla_t\.onnx .*", runs, {"224": "32"}),
     Rule(r"python -m utils\.export (maps|backbone)\.onnx .*", runs, SAFETENSORS),
