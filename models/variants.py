@@ -62,7 +62,7 @@ def pretrained_cfg(size: str) -> dict[str, Any]:
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.conv1.conv",
         "classifier": "head",
-        "license": "mit",
+        "license": "other",  # we know of no licence that the released files state
         "origin_url": "https://github.com/LeapLabTHU/MLLA",
         "paper_ids": "arXiv:2405.16605",
         "paper_name": "Demystify Mamba in Vision: A Linear Attention Perspective",

@@ -1,23 +1,27 @@
 """Exported files compute what the model does; what cannot be exported says so in one line."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors
+import safetensors.torch
 import torch
 from conftest import ROOT, fill_weights, random_values
-from torch import Tensor, nn
+from torch import nn
 
 from config import load_config
+from downstream.backbone import MLLABackbone, TimmBackbone
 from models import build_model
-from utils import export
+from utils import export, exported_files
 from utils.onnx_file import check_plain, onnx_runner, write_smaller
 
 CFG = str(ROOT / "cfgs" / "digits.yaml")
 OPTS = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.DEPTHS", "[1,1,1,1]", "MODEL.MLLA.NUM_HEADS", "[1,1,1,1]"]
 CLASSES = list("abcdefghij")
+LINEAR_VIT = ["--to", "torchscript", "--opts", "MODEL.TYPE", "linear_vit"]
+SHAPES = {task: str(ROOT / "downstream" / task / "cfgs" / "shapes.yaml") for task in ("detection", "segmentation")}
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +65,75 @@ def test_onnx_of_one_size(tmp_path: Path, weights: Path, model: nn.Module, capsy
         assert smaller.stat().st_size < 0.9 * target.stat().st_size
 
 
-def test_onnx_of_any_size_as_a_backbone(tmp_path: Path, weights: Path, model: Any) -> None:
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, MLLABackbone]:
+    """A file as OpenMMLab writes a whole detector's, and its backbone, of the sizes in OPTS."""
+    backbone = MLLABackbone(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1)).eval()
+    fill_weights(backbone)
+    path = tmp_path_factory.mktemp("detector") / "d.pth"
+    weights = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
+    torch.save({"state_dict": {**weights, "neck.fpn_convs.0.conv.bias": torch.zeros(3)}, "meta": {}}, path)
+    return path, backbone
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("task", "name", "words", "sizes"),
+    [
+        ("detection", "m.onnx", ["--to", "onnx", "--size", "dynamic"], [(64, 96), (160, 128)]),
+        ("segmentation", "m.pt", ["--to", "torchscript", "--size", "50x72"], [(50, 72)]),
+    ],
+)
+def test_backbone_of_a_dense_predictor(
+    tmp_path: Path, detector: Any, task: str, name: str, words: list[str], sizes: list[tuple[int, int]]
+) -> None:
     pytest.importorskip("onnx")
-    target = tmp_path / "m.onnx"
-    assert run(target, weights, "onnx", "--size", "dynamic", "--part", "maps") == 0
-    for size in ((64, 64), (96, 224)):
-        images = random_values(1, 2, 3, *size)
+    source, backbone = detector
+    target = tmp_path / name
+    words += ["--cfg", SHAPES[task], "--resume", str(source), "--part", "backbone", "--opts", *OPTS]
+    assert export.main([str(target), *words]) == 0
+    for size in sizes:
+        images = random_values(2, 2, 3, *size)
+        found = onnx_runner(target)(images) if name == "m.onnx" else torch.jit.load(target)(images)
+        for one, other in zip(found, backbone(images), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_of_a_backbone_alone(tmp_path: Path, detector: Any) -> None:
+    source, backbone = detector
+    target = tmp_path / "b.safetensors"
+    words = ["--cfg", SHAPES["detection"], "--resume", str(source), "--part", "backbone", "--opts", *OPTS]
+    assert export.main([str(target), "--to", "safetensors", *words]) == 0
+    found = safetensors.torch.load_file(target)
+    assert set(found) == set(backbone.state_dict())
+    assert all(found[name].equal(value) for name, value in backbone.state_dict().items())
+
+
+def test_backbone_of_timm(tmp_path: Path) -> None:
+    backbone = TimmBackbone("test_convnext")
+    torch.save({f"backbone.{name}": value for name, value in backbone.state_dict().items()}, tmp_path / "d.pth")
+    words = ["--resume", str(tmp_path / "d.pth"), "--to", "exported_program", "--part", "backbone", "--size", "64"]
+    target = tmp_path / "m.pt2"
+    assert (
+        export.main([str(target), "--cfg", SHAPES["detection"], *words, "--opts", "MODEL.TYPE", "timm:test_convnext"])
+        == 0
+    )
+    images = random_values(2, 2, 3, 64, 64)
+    for found, expected in zip(torch.export.load(target).module()(images), backbone.eval()(images), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_maps_of_any_size(tmp_path: Path, weights: Path, model: Any) -> None:
+    target = tmp_path / "m.pt2"
+    assert run(target, weights, "exported_program", "--size", "dynamic", "--part", "maps") == 0
+    program = torch.export.load(target).module()
+    for shape in ((1, 3, 64, 64), (4, 3, 96, 224), (2, 3, 224, 64)):
+        images = random_values(1, *shape)
         maps = model.forward_intermediates(images, intermediates_only=True)
-        for found, expected in zip(onnx_runner(target)(images), maps, strict=True):
-            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        for found, expected in zip(program(images), maps, strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(AssertionError, match="Guard failed"):  # not a multiple of 32
+        program(random_values(1, 1, 3, 80, 96))
 
 
 def test_custom_operators_and_complex_numbers_are_refused() -> None:
@@ -129,6 +193,8 @@ def test_a_file_that_computes_something_else_is_not_kept(
         ("no/m.pt", ["--to", "torchscript"], "there is no folder"),
         ("there.pt", ["--to", "torchscript"], "is there already; name another file"),
         ("m.pt", ["--to", "torchscript", "--resume", "none.pth"], "no such checkpoint file"),
+        ("m.pt", ["--to", "torchscript", "--part", "backbone"], "w.pth: has no backbone with norms of its maps"),
+        ("m.pt", [*LINEAR_VIT, "--part", "backbone"], "MODEL.TYPE mlla or timm:NAME, not linear_vit"),
     ],
 )
 def test_mistakes(
@@ -143,8 +209,21 @@ def test_mistakes(
     assert (tmp_path / "there.pt").read_text() == "mine"
 
 
-def test_times() -> None:
-    images = torch.zeros(1, 3, 8, 8)
-    calls: list[Tensor] = []
-    assert export.milliseconds(calls.append, images) >= 0
-    assert len(calls) == export.ROUNDS + 1  # the first is not counted
+def test_times_are_medians_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    ticks = iter([0, 9] * 2 + [0, 0.003, 0, 0.5] * 8 + [0, 8, 0, 9] * 7)  # the first of each is not counted
+    monkeypatch.setattr(exported_files.time, "perf_counter", lambda: next(ticks))
+    runners = {name: lambda _, name=name: calls.append(name) for name in "ab"}
+    medians = exported_files.milliseconds(runners, torch.zeros(1, 3, 8, 8))
+    assert medians == pytest.approx({"a": 3, "b": 500})
+    assert calls == ["a", "b"] * (exported_files.ROUNDS + 1)
+
+
+def test_benchmark(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(exported_files.torch, "compile", lambda model: model)  # which takes long
+    assert run(tmp_path / "m.pt", weights, "torchscript", "--size", "32", "--benchmark") == 0
+    out = capsys.readouterr().out
+    assert "one image of 32x32, 1 thread(s), median of 15 by turns" in out
+    assert all(re.search(rf"^{name} +\d+\.\d ms$", out, re.M) for name in ("PyTorch", "torch.compile", "torchscript"))

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from conftest import fill_weights, random_values
+from timm.layers import DropPath
 from timm.models import get_notrace_functions, get_notrace_modules, group_parameters, save_for_hf
 from timm.models._manipulate import adapt_input_conv
 from timm.optim import create_optimizer_v2
@@ -259,6 +260,14 @@ def test_channels_and_sizes() -> None:
     assert model.absolute_pos_embed.shape == (1, 16 * 24, 8)
     assert model(random_values(0, 1, 5, 64, 96)).shape == (1, 1000)
     assert model(random_values(0, 1, 5, 97, 33)).shape == (1, 1000)
+
+
+def test_dropout_and_stochastic_depth() -> None:
+    model = thin(drop_rate=0.3, drop_path_rate=0.2)
+    assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.3}
+    assert [m.drop_prob for m in model.modules() if isinstance(m, DropPath)] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+    assert model(IMAGES).equal(model(IMAGES))
+    assert not model.train()(IMAGES).equal(model(IMAGES))
 
 
 def test_layers_for_layer_wise_rates() -> None:

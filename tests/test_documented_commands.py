@@ -1,0 +1,275 @@
+"""Every command and every piece of Python in the documentation: run at small scale, or where that takes long parsed."""
+
+import argparse
+import importlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import documentation
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from documentation import SMALL, SMALL_TIMM, TASKS, Block
+from torch.distributed import launch
+from torch.distributed import run as torchrun
+
+from downstream.segmentation.main import SWITCHES
+from models import variants
+from utils import command_line, convert
+
+
+class Rule(NamedTuple):
+    """How the commands are checked that a pattern fits.
+
+    Attributes:
+        pattern: of the whole command.
+        check: called with the command's words.
+        swap: words in place of others, to make less work of it.
+    """
+
+    pattern: str
+    check: Callable[[list[str]], None]
+    swap: dict[str, str] = {}  # noqa: RUF012, a default that nothing changes
+
+
+class Parsed(BaseException):
+    """Raised once a command has understood its command line, in place of its work."""
+
+
+def entry_of(words: list[str]) -> tuple[str, list[str]]:
+    """The module that a command line starts, by Python or a launcher, and the words that it gets."""
+    if words[0] == "torchrun" or words[:3] == ["python", "-m", "torch.distributed.launch"]:
+        is_torchrun = words[0] == "torchrun"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.distributed.launch is deprecated, and works
+            parsed = torchrun.parse_args(words[1:]) if is_torchrun else launch.parse_args(words[3:])
+        name, rest = parsed.training_script, parsed.training_script_args
+        if not parsed.module:
+            assert (ROOT / name).is_file()
+        return name.removesuffix(".py"), rest if is_torchrun else ["--local-rank=0", *rest]
+    assert words[0] == "python"
+    name, rest = (words[2], words[3:]) if words[1] == "-m" else (words[1].removesuffix(".py"), words[2:])
+    name = name.removeprefix("mlla.")  # the name of the installed package
+    assert (ROOT / name.replace(".", "/")).with_suffix(".py").is_file(), f"there is no {name}"
+    return name, rest
+
+
+def call(name: str, words: list[str]) -> None:
+    """Run a module's main, which must succeed."""
+    code = 0
+    try:
+        code = importlib.import_module(name).main(words)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    assert code == 0, f"exit code {code}"
+
+
+def runs(words: list[str]) -> None:
+    """Settings are right as they stand; what is run, in this process, has those of SMALL after them.
+
+    tests/test_distributed.py and others start real launchers.
+    """
+    name, words = entry_of(words)
+    words = [path for word in words for path in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
+    if name in TASKS:
+        check_settings(name, words)
+    small = ["--opts", *SMALL[name].split()] if name in SMALL else []
+    call(name, [*words, *small])
+
+
+def settles(words: list[str]) -> None:
+    """The flags are known, and the configuration with them and with what is typed after --opts is right."""
+    name, words = entry_of(words)
+    check_settings(name, words)
+
+
+def check_settings(name: str, words: list[str]) -> None:
+    schema = TASKS[name].SCHEMA
+    switches = SWITCHES if name == "downstream.segmentation.main" else None
+    TASKS[name].load_config(*command_line.parse_command_line("", words, keys=schema, switches=switches))
+
+
+def parses(words: list[str]) -> None:
+    """For what takes long: the command itself reads the words, and stops there."""
+    name, words = entry_of(words)
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(self: argparse.ArgumentParser, words: Any = None, namespace: Any = None) -> NoReturn:
+        parse(self, words, namespace)
+        raise Parsed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        with pytest.raises(Parsed):
+            call(name, words)
+
+
+def helps(words: list[str]) -> None:
+    """A command is named without its words, or with `...` for them."""
+    name, words = entry_of(words)
+    assert words in ([], ["..."], ["--local-rank=0", "..."])
+    call(name, ["--help"])
+
+
+def makes(words: list[str]) -> None:
+    done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.replace("\\\n", " ").splitlines():  # what it runs is there
+        for name in re.findall(r"python -m ((?:data|models|utils|downstream)[\w.]+)", line):
+            assert (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()
+        assert all((ROOT / path).is_file() for path in re.findall(r"[\w/]+\.yaml", line))
+
+
+def installs(words: list[str]) -> None:
+    """tests/test_package_build.py installs; here: that extras and packages are those of the project."""
+    name = words[2]
+    extra = re.fullmatch(r"\.\[(\w+)\]", name)
+    file = "pyproject.toml" if extra else "requirements.txt"
+    assert name == "." or re.search(rf"\b{extra[1] if extra else name}\b", (ROOT / file).read_text())
+
+
+def shows(words: list[str]) -> None:
+    from tensorboard.program import TensorBoard
+
+    TensorBoard().configure(words)
+
+
+def converts(words: list[str]) -> None:
+    """The synopsis: every form, bare and with all that stands in brackets."""
+    name, (source, target, to, forms, *options) = entry_of(words)
+    assert forms.strip("{}").split(",") == sorted(convert.FORMS)
+    for form in convert.FORMS:
+        path = f"{target}_{form}" + (".safetensors" if form == "safetensors" else ".pth")
+        call(name, [source, path, to, form])
+        typed = re.sub(r"[][]", "", " ".join(options)).replace("H W", "64 64")
+        if form != "official":
+            typed = typed.replace("--size 64 64", "")
+        call(name, [source, path, to, form, *typed.split()])
+
+
+def both(words: list[str]) -> None:
+    """With and without the word in brackets."""
+    runs([word for word in words if word[0] != "["])
+    runs([word.strip("[]") for word in words])
+
+
+def fine_tunes(words: list[str]) -> None:
+    """The program of the page that names it."""
+    (block,) = [block for block in documentation.blocks() if "sys.argv" in block.text]
+    assert len(block.text.splitlines()) <= 60
+    run_python_block(block, words[2:])
+
+
+SAFETENSORS = {"onnx": "safetensors", "maps.onnx": "m.safetensors", "backbone.onnx": "b.safetensors"}
+RULES = [
+    Rule(r"make [\w-]+( ABLATION=.*)?", makes),
+    Rule(r"pip install \S+", installs),
+    Rule(r"tensorboard .*", shows),
+    Rule(r"(python|torchrun) .*\.\.\.", helps),
+    Rule(r"torchrun --max-restarts 3", lambda words: helps([*words, "main.py"])),
+    Rule(r"python -m (utils|mlla)\.\w+", helps),
+    Rule(r"python -m models\.\w+", parses),
+    Rule(r"python -m [\w.]+\.benchmark .*", parses),
+    Rule(r"python -m utils\.convert IN OUT --to .*", converts),
+    Rule(r"python -m data\.verify PATH( \[--zip\])?", both),
+    Rule(r"python -m data\.make_zip IMAGENET_DIR OUT_DIR", runs),
+    Rule(r"python main\.py .*<row>\.yaml --profile", runs, {"cfgs/ablation/<row>.yaml": "cfgs/ablation/lepe.yaml"}),
+    # Measuring takes long, and tests/test_main.py does it.
+    Rule(r"(python|torchrun) .* --throughput .*", settles),
+    Rule(r"(python|torchrun) .*\bmain(\.py)? .*", runs),
+    # ONNX and dynamic sizes take long, and tests/test_export.py has them.
+    Rule(r"python -m utils\.export mlla_t\.onnx .*", runs, {"224": "32"}),
+    Rule(r"python -m utils\.export (maps|backbone)\.onnx .*", runs, SAFETENSORS),
+    Rule(r"python -m utils\.(predict|visualize) .*", runs),
+    Rule(r"python -m downstream\.\w+\.predict .*", runs),
+    Rule(r"python finetune\.py photos", fine_tunes),
+]
+# Indented blocks that nobody types: trees of folders, and what is printed. They begin like this.
+NO_COMMANDS = ("COCO/annotations/", "garden/classes.txt", "error: ", "the GPU's memory")
+COMMANDS = documentation.commands()
+
+
+def rule_for(command: str) -> Rule | None:
+    return next((rule for rule in RULES if re.fullmatch(rule.pattern, command)), None)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return documentation.make_folder(tmp_path_factory.mktemp("documented") / "folder")
+
+
+@pytest.fixture
+def folder(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: it has what documented commands name, released weights are where downloads are kept, and
+    mlla_tiny is small.
+    """
+    root = shutil.copytree(prepared, tmp_path / "folder", symlinks=True)
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("TORCH_HOME", str(root))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setitem(variants.SIZES, "tiny", SMALL_TIMM)
+    return root
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.replace("/", "|"))
+def test_command(command: str, folder: Path) -> None:  # noqa: ARG001
+    rule = rule_for(command)
+    assert rule is not None, f"no rule in RULES for what {COMMANDS[command]} documents: {command}"
+    rule.check([rule.swap.get(word, word) for word in shlex.split(command)])
+
+
+def test_rules_and_blocks_are_all_accounted_for() -> None:
+    unused = [rule.pattern for rule in RULES if not any(rule_for(command) == rule for command in COMMANDS)]
+    assert not unused
+    others = [b for b in documentation.blocks() if b.language in ("", "bash", "sh")]
+    others = [b for b in others if " ".join(b.text.split("\n")[0].rstrip("\\").split()) not in " ".join(COMMANDS)]
+    assert {b.text for b in others if not b.text.startswith(NO_COMMANDS)} == set()
+    assert {b.language for b in documentation.blocks()} <= {"", "bash", "python", "bibtex", "yaml"}
+
+
+def run_python_block(block: Block, argv: list[str]) -> dict[str, Any]:
+    """Run Python as it stands but for the sizes in the example of fine-tuning; gives its variables."""
+    text = block.text.replace("sys.argv[1], 224, 64, 30, 3", "sys.argv[1], 32, 4, 2, 1")
+    text = text.replace('"num_workers": 4', '"num_workers": 1')
+    assert (text != block.text) == ("sys.argv" in text)
+    variables: dict[str, Any] = {"__name__": "documented"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["documented.py", *argv])
+        exec(compile(text, block.page, "exec"), variables)
+    return variables
+
+
+def shapes_of(value: Any) -> list[tuple[int, ...]]:
+    return [tuple(value.shape)] if isinstance(value, torch.Tensor) else [tuple(item.shape) for item in value]
+
+
+PYTHON = [block for block in documentation.blocks() if block.language == "python"]
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=lambda block: f"{block.page}: {block.text.splitlines()[0]}")
+def test_python(
+    block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes = dict(re.findall(r"^(\w+) = .*# (\(\d.*\))", block.text, re.M))
+    if shapes:
+        monkeypatch.undo()  # the sizes are those of the real model
+        monkeypatch.chdir(folder)
+    variables = run_python_block(block, ["my_images"])
+    for name, written in shapes.items():
+        assert shapes_of(variables[name]) == [
+            tuple(map(int, shape.split(","))) for shape in re.findall(r"\(([\d, ]+)\)", written)
+        ]
+    if "sys.argv" in block.text:
+        assert len(re.findall(r"epoch \d: loss \d+\.\d+, top-1 \d+\.\d+%", capsys.readouterr().out)) == 2
+        assert torch.load(folder / "best.pth")["classes"] == ["cat", "dog"]
+        timm.create_model("mlla_tiny", num_classes=2, checkpoint_path="best.pth")
+        call("utils.predict", ["new_photos", "--model", "mlla_tiny", "--weights", "best.pth"])
+        assert re.search(r"c\.jpg +(cat|dog) \d+\.\d%  (cat|dog) \d+\.\d%\n$", capsys.readouterr().out)
