@@ -35,6 +35,7 @@ from utils.checkpoint import Progress
 from utils.command_line import parse_command_line
 from utils.distributed import Process, distribute
 from utils.engine import evaluate
+from utils.environment import note_environment
 from utils.launch import mistakes_in_one_line, run_process
 from utils.logger import append_records, logger
 from utils.plots import CLASSIFIER_PANELS, plot_predictions
@@ -160,6 +161,7 @@ def set_up(config: CfgNode, process: Process, folder: Path) -> Run:
     if process.is_main and state.progress.epochs < derived.total_epochs:
         write_config(folder, config.dump())
         set_aside_checkpoints(folder, state.progress, continues=continues)
+        note_environment(folder, process, epoch=state.progress.epochs)
     return Run(config, process, folder, data, derived, precision, state)
 
 

@@ -18,6 +18,7 @@ from utils.amp import Precision, make_precision
 from utils.distributed import Process, distribute
 from utils.ema import ModelEma
 from utils.engine import TrainStep
+from utils.environment import note_environment
 from utils.launch import mistakes_in_one_line
 from utils.logger import logger
 from utils.optimizer import make_optimizer
@@ -183,6 +184,7 @@ def set_up(
     if process.is_main and state.progress.epochs < epochs:
         write_config(folder, config.dump())
         set_aside_checkpoints(folder, state.progress, continues=continues)
+        note_environment(folder, process, epoch=state.progress.epochs)
         log_plan(run, state, schedule, epochs, steps_per_epoch)
     plan = plan_of(task, config, schedule, epochs, steps_per_epoch)
 
