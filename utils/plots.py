@@ -11,7 +11,6 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-
 BRIGHT = ("#6cb6ff", "#ffb066", "#7ee787", "#ff8f8f", "#d2a8ff", "#e0b08a", "#ffa6d8", "#c0c0c0")  # on dark pages
 
 
