@@ -30,13 +30,14 @@ figcaption { padding-bottom: 0.5rem; }
 .wide img { min-width: 44rem; border-radius: 0.25rem; }
 table { border-collapse: collapse; font-size: 0.9rem; min-width: min(100%, 32rem); }
 th { white-space: nowrap; }
-td { min-width: 4rem; }
+td { min-width: 6rem; }
+td:nth-child(4) { min-width: 16rem; }
 caption { text-align: left; padding-bottom: 0.5rem; }
 th, td { text-align: left; vertical-align: top; padding: 0.3rem 1rem 0.3rem 0; border-bottom: 1px solid var(--line); }
 thead th { color: var(--soft); font-weight: 600; }
 tbody th { font-weight: 600; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.key th:first-child, pre { font-family: ui-monospace, monospace; font-size: 0.85rem; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; min-width: 0; }
+.key tbody th, pre { font-family: ui-monospace, monospace; font-size: 0.85rem; }
 pre { white-space: pre-wrap; background: var(--card); border-radius: 0.5rem; padding: 0.75rem; margin: 0.5rem 0; }
 summary { cursor: pointer; padding: 0.5rem 0; }
 a:focus-visible, summary:focus-visible, .wide:focus-visible { outline: 2px solid currentColor; outline-offset: 2px; }
@@ -100,19 +101,24 @@ def cards(facts: Iterable[tuple[str, str, str]]) -> str:
     return '<div class="cards">' + "".join(parts) + "</div>"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str, numbers: bool = False) -> str:
-    """A table whose first column names the rows; `numbers` sets the others to the right, else the names are code."""
-    kind = ' class="number"' if numbers else ""
-    headings = "".join(f'<th scope="col"{kind if i else ""}>{escape(text)}</th>' for i, text in enumerate(head))
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str, kind: str = "text") -> str:
+    """A table whose first column names the rows.
+
+    Args:
+        kind: "number" sets other columns to the right, "key" the names in the letters of code.
+    """
+    cell = ' class="number"' if kind == "number" else ""
+    headings = "".join(f'<th scope="col"{cell if i else ""}>{escape(text)}</th>' for i, text in enumerate(head))
     lines = [
-        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td{kind}>{escape(x)}</td>" for x in row[1:]) + "</tr>"
+        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td{cell}>{escape(x)}</td>" for x in row[1:]) + "</tr>"
         for row in rows
     ]
-    return (
-        f'<div class="wide" tabindex="0" role="group" aria-label="{escape(caption)}">'
-        f"<table{'' if numbers else ' class=key'}><caption>{escape(caption)}</caption>"
-        f"<thead><tr>{headings}</tr></thead><tbody>" + "\n".join(lines) + "</tbody></table></div>"
+    body = "\n".join(lines)
+    whole = (
+        f'<table class="{kind}"><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{headings}</tr></thead><tbody>{body}</tbody></table>"
     )
+    return scrolling(whole, caption)
 
 
 def figure(light: Picture, *, caption: str, alt: str, dark: Picture | None = None) -> str:

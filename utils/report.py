@@ -108,7 +108,7 @@ def results(run: RunFigures) -> str:
         if found and found.best is not None:
             rows.append([name, f"{found.best:.5g}", str(found.best_epoch), f"{found.last:.5g}"])
     caption = "Best and last value of each figure, by its name in metrics.jsonl. Epochs count from 1."
-    return table(["figure", "best", "epoch", "last"], rows, caption=caption, numbers=True)
+    return table(["figure", "best", "epoch", "last"], rows, caption=caption, kind="number")
 
 
 def predictions(folder: Path) -> Iterator[str]:
@@ -130,11 +130,13 @@ def settings(config: Mapping[str, Any]) -> Iterator[str]:
     ]
     if changed:
         rows = [(*row, *[""] * (4 - len(row))) for row in changed]
-        yield table(["key", "value", "default", "meaning"], rows, caption="Settings that differ from the defaults")
+        yield table(
+            ["key", "value", "default", "meaning"], rows, caption="Settings that differ from the defaults", kind="key"
+        )
     else:
         yield paragraph("All settings are the defaults.")
     everything = [(name, str(value)) for name, value in config.items()]
-    yield folded(f"All {len(config)} settings", table(["key", "value"], everything, caption="All settings"))
+    yield folded(f"All {len(config)} settings", table(["key", "value"], everything, caption="All settings", kind="key"))
 
 
 def surroundings(folder: Path) -> Iterator[str]:
