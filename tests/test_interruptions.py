@@ -5,6 +5,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,35 @@ def test_a_worker_that_is_killed_is_started_again(tmp_path: Path, two_processes_
     os.kill(pid, signal.SIGKILL)
     assert process.wait(200) == 0, run.printed()
     assert "resumed from" in run.printed()
+    assert differing(two_processes_alone, run.result()) == []
+
+
+def test_a_machine_that_goes_and_comes_back(
+    tmp_path: Path, two_processes_alone: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two launchers that meet on this host stand for two machines, one process each; the second is killed with all that
+    it started, and started again. The result is that of two processes of one launcher.
+    """
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # or torchrun waits for ever
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = probe.getsockname()
+    run = Run(tmp_path, processes=2, epochs=2, save_steps=3, amp=False)
+    run.command[3:6] = [
+        *("--nnodes=2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv-id=test", "--rdzv-backend=c10d"),
+        *(f"--rdzv-endpoint={address[0]}:{address[1]}", "--rdzv-conf=keep_alive_interval=1,keep_alive_max_attempt=3"),
+    ]
+    first = run.start()
+    wait_for(lambda: socket.socket().connect_ex(address) == 0)  # the meeting point is with the first
+    second = run.start()
+    wait_for(lambda: list(run.folder.glob("ckpt_epoch_0_step_*.pth")))
+    for pid in [second.pid, *descendants(second.pid)]:
+        os.kill(pid, signal.SIGKILL)
+    second.wait()
+    second = run.start()
+    assert (first.wait(200), second.wait(200)) == (0, 0), run.printed()
+    assert run.printed().count("2 process(es) on cpu") == 2
+    assert re.search(r"resumed from \S+ckpt_epoch_\d_step_\d+.pth", run.printed())
     assert differing(two_processes_alone, run.result()) == []
 
 
