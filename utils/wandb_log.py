@@ -1,8 +1,11 @@
 """Figures of a run at Weights & Biases, if the configuration names a project. Training never waits for its network."""
 
+import contextlib
 import importlib
+import os
 import secrets
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,8 @@ class WandbLog:
             "config": dict(config),
         }
         try:
-            self.run = self.wandb.init(**wanted, settings=self.settings())
+            with no_questions():
+                self.run = self.wandb.init(**wanted, settings=self.settings())
         except self.wandb.errors.UsageError as error:
             raise WandbError(
                 f"LOG.WANDB {project!r}: {one_line(error)} (or keep the figures on this disk: WANDB_MODE=offline)"
@@ -54,11 +58,13 @@ class WandbLog:
                 "Weights & Biases cannot be reached (%s); its figures are kept in %s, for `wandb sync`",
                 *(one_line(error), folder / "wandb"),
             )
+            self.wandb.teardown()  # else the run counts as in use
             self.run = self.wandb.init(**wanted, mode="offline", settings=self.settings())
         self.has_failed = False
         # An epoch that was interrupted after it was logged is logged again: not a step of W&B's own counting.
         self.guarded(lambda: (self.run.define_metric("epoch"), self.run.define_metric("*", step_metric="epoch")))
-        logger.info("Weights & Biases: %s", getattr(self.run, "url", None) or f"offline, in {folder / 'wandb'}")
+        place = f"offline, in {folder / 'wandb'}" if self.run.offline else self.run.url
+        logger.info("Weights & Biases: %s", place)
 
     def settings(self) -> Any:
         """Quiet, without a copy of the terminal, and with the time limits that this version of wandb knows."""
@@ -67,7 +73,6 @@ class WandbLog:
             "silent": True,
             "init_timeout": INIT_SECONDS,
             "finish_timeout": FINISH_SECONDS,
-            "login_timeout": 1.0,  # nobody answers a question in the middle of a launcher's output
         }
         known = getattr(self.wandb.Settings, "model_fields", wanted)
         return self.wandb.Settings(**{name: value for name, value in wanted.items() if name in known})
@@ -92,6 +97,17 @@ class WandbLog:
         except Exception as error:  # whatever it is: the figures are in the run's folder, and training goes on
             self.has_failed = True
             logger.warning("Weights & Biases failed and is left alone from now on (%s)", one_line(error))
+
+
+@contextlib.contextmanager
+def no_questions() -> Iterator[None]:
+    """Within: nothing can be typed. Without a key wandb would ask for one, amid the output of several processes."""
+    with Path(os.devnull).open() as nothing:
+        stdin, sys.stdin = sys.stdin, nothing
+        try:
+            yield
+        finally:
+            sys.stdin = stdin
 
 
 def import_wandb() -> Any:
