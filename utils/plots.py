@@ -36,9 +36,8 @@ def plot_curves(records: list[dict[str, Any]], panels: Sequence[Panel], picture:
     """Draw figures by epoch from the records of metrics.jsonl, two panels a row; curves without values are left out."""
     figure, axes = grid_of(len(panels), height=3.5)
     for axis, panel in zip(axes, panels, strict=True):
-        draw_panel(axis, records, panel)
         axis.set_title(panel.title)
-        if len(panel.curves) > 1:
+        if draw_panel(axis, records, panel) and len(panel.curves) > 1:
             axis.legend()
     figure.savefig(picture, dpi=110, bbox_inches="tight")
     plt.close(figure)
@@ -84,8 +83,7 @@ def panel_svg(records: Sequence[Mapping[str, Any]], panel: Panel, *, dark: bool)
     }
     with plt.rc_context(settings | dict.fromkeys(parts, ink)):
         figure, axis = plt.subplots(figsize=(5.2, 3), layout="constrained")
-        draw_panel(axis, records, panel)
-        if len(panel.curves) > 1:
+        if draw_panel(axis, records, panel) and len(panel.curves) > 1:
             axis.legend()
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
