@@ -47,13 +47,13 @@ def test_when_pictures_are_due(
     monkeypatch.setattr("utils.trainer.PICTURE_SECONDS", seconds)
     drawn = []
     recorder = SimpleNamespace(
-        errors_logged=nullcontext, add_details=lambda epoch, weights, picture: drawn.append((epoch, picture))
+        errors_logged=nullcontext, add_details=lambda epoch, _, picture: drawn.append((epoch, picture))
     )
     trainer: Any = SimpleNamespace(
         recorder=recorder,
         plan=SimpleNamespace(total_epochs=5, picture_epochs=every),
         state=SimpleNamespace(ema=None, model=nn.Linear(1, 1)),
-        illustrate=lambda model: Path("picture.png"),
+        illustrate=lambda _: Path("picture.png"),
         last_picture=time.monotonic(),
     )
     for epoch in range(5):
