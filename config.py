@@ -145,7 +145,7 @@ SCHEMA: dict[str, Key] = {
     "SAVE_FREQ": Key(1, at_least(1), "epochs between checkpoints"),
     "PRINT_FREQ": Key(10, at_least(1), "steps between lines in the log"),
     "LOG.PICTURE_EPOCHS": Key(
-        10, at_least(0), "epochs between pictures of predictions, five minutes apart; 0: only last"
+        10, at_least(0), "epochs (and 5 minutes) between pictures of predictions; 0: only at the end"
     ),
     "LOG.WANDB": Key("", ANY, "project at Weights & Biases to log to besides TensorBoard; '': none"),
     "SEED": Key(0, between(0, 2**31), "of weights, order and augmentation"),
