@@ -67,7 +67,8 @@ def test_chosen_figures(run_compare: Compare, tmp_path: Path) -> None:
     code, out, _ = run_compare(a, "--keys", "grad_norm", "loss", "--output", "out.svg")
     assert code == 0
     assert "grad_norm, last" in out
-    assert "loss, best (epoch)" in out
+    assert "| loss, best (epoch) | loss, last |" in out
+    assert "| 2 (1)              | 3          |" in out  # the lower one
     assert "acc1" not in out
     assert (tmp_path / "out.svg").read_text().lstrip().startswith("<?xml")
     assert run_compare(a, "--keys", "los") == (

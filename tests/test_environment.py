@@ -36,7 +36,8 @@ def test_each_start_adds_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_codes_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert commit(tmp_path) is None
     git(tmp_path, "init", "-q")
-    assert commit(tmp_path) is None  # a tree that does not hold the code, such as that of a project that installs it
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "another project, which installs this one")
+    assert commit(tmp_path) is None
     (tmp_path / "main.py").write_text("a")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "a")
