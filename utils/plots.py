@@ -64,7 +64,7 @@ def draw_panel(
             style = {"label": label, "marker": "o" if len(epochs) < 3 else None, **(styles[i] if styles else {})}
             lines += axis.plot(epochs, values, **style)
     axis.set_xlabel("epoch")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axis.grid(alpha=0.3)
     return lines
 
