@@ -3,18 +3,18 @@
 import io
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from soak import SETTINGS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from utils.logger import PICTURE_SIDE, picture_summary
+from utils.logger import PICTURE_SIDE, logger, picture_summary
 from utils.trainer import Trainer
 
 
@@ -45,20 +45,36 @@ def test_when_pictures_are_due(
 ) -> None:
     """Each few of five epochs, and after the last; in between not where they take less than five minutes."""
     monkeypatch.setattr("utils.trainer.PICTURE_SECONDS", seconds)
-    drawn = []
-    recorder = SimpleNamespace(
-        errors_logged=nullcontext, add_details=lambda epoch, _, picture: drawn.append((epoch, picture))
-    )
-    trainer: Any = SimpleNamespace(
+    trainer = trainer_of_five_epochs(every, lambda _: Path("picture.png"))
+    for epoch in range(5):
+        Trainer.add_details(trainer, epoch)
+    assert trainer.drawn == [(epoch, Path("picture.png")) for epoch in expected]
+
+
+def test_a_picture_that_fails_does_not_end_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(_: nn.Module) -> Path:
+        raise torch.OutOfMemoryError("no\nmemory")
+
+    logger.addHandler(caplog.handler)
+    trainer = trainer_of_five_epochs(0, fail)
+    Trainer.add_details(trainer, 4)
+    logger.removeHandler(caplog.handler)
+    assert trainer.drawn == [(4, None)]
+    assert "predictions could not be drawn (no memory)" in caplog.text
+
+
+def trainer_of_five_epochs(every: int, illustrate: Callable[[nn.Module], Path]) -> Any:
+    """What Trainer.add_details looks at; `drawn` is what it hands on."""
+    drawn: list[tuple[int, Path | None]] = []
+    recorder = SimpleNamespace(add_details=lambda epoch, _, picture: drawn.append((epoch, picture)))
+    return SimpleNamespace(
+        drawn=drawn,
         recorder=recorder,
         plan=SimpleNamespace(total_epochs=5, picture_epochs=every),
         state=SimpleNamespace(ema=None, model=nn.Linear(1, 1)),
-        illustrate=lambda _: Path("picture.png"),
+        illustrate=illustrate,
         last_picture=time.monotonic(),
     )
-    for epoch in range(5):
-        Trainer.add_details(trainer, epoch)
-    assert drawn == [(epoch, Path("picture.png")) for epoch in expected]
 
 
 def test_large_pictures_are_made_smaller(tmp_path: Path) -> None:

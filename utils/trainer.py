@@ -19,7 +19,7 @@ from utils.plots import Panel
 from utils.run_state import RunState
 from utils.stopping import Cause, StopRequest
 
-PICTURE_SECONDS = 300.0  # between pictures at least, which take a second or two
+PICTURE_SECONDS = 300.0  # between pictures at least, which take a few seconds
 
 
 @dataclass(frozen=True)
@@ -261,9 +261,9 @@ class Trainer:
         self.sums = EpochSums(process.device, {})
         if self.recorder is not None:
             self.recorder.add(metrics, speed)
-            self.add_details(epoch)
         self.save(self.names_due(scores, average))
         if self.recorder is not None:
+            self.add_details(epoch)
             self.recorder.draw_curves(is_last=epoch + 1 == plan.total_epochs)
 
     def add_details(self, epoch: int) -> None:
@@ -277,10 +277,13 @@ class Trainer:
         if epoch + 1 < plan.total_epochs and not (is_due and is_rare):
             return
         self.last_picture = time.monotonic()
-        with self.recorder.errors_logged():
-            model = state.ema.on(self.process.device) if state.ema else state.model.eval()
-            picture = self.illustrate(model) if self.illustrate else None
-            self.recorder.add_details(epoch, weight_samples(state.model), picture)
+        picture = None
+        try:
+            if self.illustrate is not None:
+                picture = self.illustrate(state.ema.on(self.process.device) if state.ema else state.model.eval())
+        except (OSError, RuntimeError, ValueError) as error:  # such as a GPU's memory: a picture is not worth a run
+            logger.error("predictions could not be drawn (%s)", " ".join(str(error).split()))
+        self.recorder.add_details(epoch, weight_samples(state.model), picture)
 
     def names_due(self, scores: Mapping[str, float], average: Mapping[str, float]) -> list[str]:
         """What to call the checkpoint of an epoch's end, if anything; notes the best figures."""
