@@ -51,7 +51,7 @@ def schema_of(config: Mapping[str, Any]) -> Schema:
 def overview(run: RunFigures, name: str) -> str:
     """The title, and how far the run is."""
     done, planned = run.records[-1]["epoch"] + 1, run.planned_epochs
-    progress = f"{done} epochs" if planned is None else f"{done} of {planned} epochs"
+    progress = f"epoch {done}" if planned is None else f"{done} of {planned} epochs"
     figures = []
     for key in names_in(run.records):
         kind = key.removeprefix("ema_")
