@@ -164,6 +164,10 @@ SCHEMA: dict[str, Key] = {
     "TAG": Key("default", Rule("not empty", bool), "tells runs of one model apart"),
     "SAVE_FREQ": Key(1, at_least(1), "epochs between checkpoints"),
     "PRINT_FREQ": Key(10, at_least(1), "steps between lines in the log"),
+    "LOG.PICTURE_EPOCHS": Key(
+        10, at_least(0), "epochs (and 5 minutes) between pictures of predictions; 0: only at the end"
+    ),
+    "LOG.WANDB": Key("", ANY, "project at Weights & Biases to log to besides TensorBoard; '': none"),
     "SEED": Key(0, between(0, 2**31), "of weights, order and augmentation"),
     "EVAL_MODE": Key(False, YES_NO, "only evaluate"),
     "THROUGHPUT_MODE": Key(False, YES_NO, "only measure speed, on synthetic images"),

@@ -27,6 +27,7 @@ from utils.build import (
     build_optimizer,
     build_plan,
     build_precision,
+    build_tracker,
     build_train_step,
     describe_out_of_memory,
 )
@@ -35,8 +36,9 @@ from utils.command_line import parse_command_line
 from utils.compiling import prepared_for_inference, resolve_mode
 from utils.distributed import Process, distribute
 from utils.engine import evaluate
+from utils.environment import note_environment
 from utils.launch import mistakes_in_one_line, run_process
-from utils.logger import logger
+from utils.logger import Tracker, logger
 from utils.plots import CLASSIFIER_PANELS, plot_predictions
 from utils.profiling import profile, profile_table
 from utils.run_folder import RunLock, open_run_folder, set_aside_checkpoints, write_config
@@ -120,6 +122,7 @@ class Run:
     derived: Derived
     precision: Precision
     state: RunState
+    tracker: Tracker | None
 
     @property
     def uses_mesa(self) -> bool:
@@ -138,8 +141,8 @@ def run_training(config: CfgNode, process: Process) -> int:
             logger.info("this run is complete; for more raise TRAIN.EPOCHS, for another run name another --tag")
         elif not train(run):
             return 0
-        if process.is_main and not (is_complete and (folder / "predictions.png").exists()):
-            draw_predictions(run)
+        if process.is_main and not (folder / "predictions.png").exists():
+            draw_predictions(run, run.state.ema.on(process.device) if run.state.ema else run.state.model.eval())
         log_results(run)
     return 0
 
@@ -157,10 +160,13 @@ def set_up(config: CfgNode, process: Process, folder: Path) -> Run:
     state = RunState(model, ema, optimizer, precision.scaler, process, images_per_step=derived.global_batch)
     state.progress, state.classes = Progress(config.TRAIN.START_EPOCH), data.classes
     continues = state.resume(folder, explicit=config.MODEL.RESUME, auto=config.TRAIN.AUTO_RESUME)
+    tracker = None
     if process.is_main and state.progress.epochs < derived.total_epochs:
         write_config(folder, config.dump())
         set_aside_checkpoints(folder, state.progress, continues=continues)
-    return Run(config, process, folder, data, derived, precision, state)
+        note_environment(folder, process, epoch=state.progress.epochs)
+        tracker = build_tracker(config, folder, continues=continues)
+    return Run(config, process, folder, data, derived, precision, state, tracker)
 
 
 def train(run: Run) -> bool:
@@ -190,6 +196,8 @@ def train(run: Run) -> bool:
         batches=batches,
         evaluate=evaluate_and_log,
         facts={"config": config.dump(), "classes": run.data.classes},
+        illustrate=lambda candidate: draw_predictions(run, candidate),
+        tracker=run.tracker,
     )
     return trainer.run()
 
@@ -237,10 +245,9 @@ def log_results(run: Run) -> None:
     logger.info("results are in %s: metrics.jsonl, curves.png, predictions.png, checkpoints", run.folder)
 
 
-def draw_predictions(run: Run) -> None:
-    """predictions.png: validation images with their true and predicted classes, by the EMA model if there is one."""
-    state, device, classes = run.state, run.process.device, run.data.classes
-    model = state.ema.on(device) if state.ema else state.model.eval()
+def draw_predictions(run: Run, model: nn.Module) -> Path:
+    """predictions.png: validation images with their true and predicted classes."""
+    device, classes, picture = run.process.device, run.data.classes, run.folder / "predictions.png"
     images, labels = run.data.preview(count=40)
     with torch.no_grad(), run.precision.autocast():
         probabilities = model(images.to(device)).float().softmax(dim=1).cpu()  # (N, classes)
@@ -250,8 +257,9 @@ def draw_predictions(run: Run) -> None:
         labels=[classes[label] for label in labels],
         predictions=[classes[label] for label in predictions.tolist()],
         confidences=confidences.tolist(),
-        picture=run.folder / "predictions.png",
+        picture=picture,
     )
+    return picture
 
 
 if __name__ == "__main__":

@@ -15,11 +15,13 @@ from torch.utils.data import DataLoader
 from downstream.recipe import WarmupSchedule, parameter_groups
 from downstream.settings import IMAGES_PER_STEP
 from utils.amp import Precision, make_precision
+from utils.build import build_tracker
 from utils.distributed import Process, distribute
 from utils.ema import ModelEma
 from utils.engine import TrainStep
+from utils.environment import note_environment
 from utils.launch import mistakes_in_one_line
-from utils.logger import logger
+from utils.logger import Tracker, logger
 from utils.optimizer import make_optimizer
 from utils.plots import Panel
 from utils.run_folder import RunLock, open_run_folder, set_aside_checkpoints, write_config
@@ -55,6 +57,7 @@ class Run:
     data: Any
     model: nn.Module
     precision: Precision
+    tracker: Tracker | None = None
 
 
 class Task(ABC):
@@ -97,8 +100,8 @@ class Task(ABC):
         """Figures of a model over the validation set, the same on all processes; logs them under `name`."""
 
     @abstractmethod
-    def illustrate(self, run: Run, model: nn.Module) -> None:
-        """Pictures of what the model finds in validation images, into the run's folder; on the first process."""
+    def illustrate(self, run: Run, model: nn.Module) -> Path:
+        """A picture of what the model finds in validation images, in the run's folder; on the first process."""
 
 
 def run_evaluation(task: Task, config: Any, process: Process) -> int:
@@ -143,9 +146,10 @@ def run_training(task: Task, config: Any, process: Process) -> int:
             batches=lambda epoch, first: batches_of(task, run, epoch, first),
             evaluate=lambda model, name: task.evaluate(run, model, name),
             facts={"config": config.dump(), "classes": run.data.classes},
+            illustrate=lambda model: task.illustrate(run, model),
+            tracker=run.tracker,
         )
         if trainer.run() and process.is_main:
-            task.illustrate(run, state.ema.on(process.device) if state.ema else run.model)
             average = f", EMA {state.best_ema:.2f}" if state.ema else ""
             logger.info("best %s: model %.2f%s; results are in %s", task.metric, state.best, average, folder)
     return 0
@@ -183,6 +187,8 @@ def set_up(
     if process.is_main and state.progress.epochs < epochs:
         write_config(folder, config.dump())
         set_aside_checkpoints(folder, state.progress, continues=continues)
+        note_environment(folder, process, epoch=state.progress.epochs)
+        run.tracker = build_tracker(config, folder, continues=continues)
         log_plan(run, state, schedule, epochs, steps_per_epoch)
     plan = plan_of(task, config, schedule, epochs, steps_per_epoch)
 
@@ -214,6 +220,7 @@ def plan_of(task: Task, config: Any, schedule: WarmupSchedule, epochs: int, step
         print_freq=config.PRINT_FREQ,
         stop_on_save_error=config.TRAIN.ON_SAVE_ERROR == "stop",
         save_in_background=config.TRAIN.SAVE_IN_BACKGROUND,
+        picture_epochs=config.LOG.PICTURE_EPOCHS,
     )
 
 

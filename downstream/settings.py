@@ -16,7 +16,7 @@ TAKEN_OVER = (  # from classification, default, rule and meaning
     *("TRAIN.OPTIMIZER.NAME", "TRAIN.OPTIMIZER.EPS", "TRAIN.OPTIMIZER.BETAS", "TRAIN.OPTIMIZER.MOMENTUM"),
     *("TRAIN.SAVE_STEPS", "TRAIN.ON_SAVE_ERROR", "TRAIN.SAVE_IN_BACKGROUND"),
     *("AMP", "AMP_DTYPE", "OUTPUT", "TAG", "SAVE_FREQ", "PRINT_FREQ", "SEED"),
-    *("EVAL_MODE", "PROFILE_MODE", "LOCAL_RANK"),
+    *("LOG.PICTURE_EPOCHS", "LOG.WANDB", "EVAL_MODE", "PROFILE_MODE", "LOCAL_RANK"),
 )
 DENSE_KEYS: dict[str, Key] = {name: SCHEMA[name] for name in TAKEN_OVER} | {
     "DATA.BATCH_SIZE": Key(2, at_least(1), "images per process and forward pass"),

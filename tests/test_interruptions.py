@@ -5,6 +5,8 @@ import re
 import resource
 import shutil
 import signal
+import socket
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_python
+from conftest import ROOT, run_python
 from soak import SETTINGS, STARTED, Run, descendants, differing
 
 import data.digits
@@ -69,6 +71,54 @@ def test_a_worker_that_is_killed_is_started_again(tmp_path: Path, two_processes_
     os.kill(pid, signal.SIGKILL)
     assert process.wait(200) == 0, run.printed()
     assert "resumed from" in run.printed()
+    assert differing(two_processes_alone, run.result()) == []
+
+
+def documented_launcher(port: int) -> tuple[list[str], dict[str, str]]:
+    """Words and environment of the launcher that utils/README.md has for SLURM, for two machines that are this one."""
+    page = (ROOT / "utils" / "README.md").read_text()
+    script = page[page.index("#!/bin/bash") :].split("```")[0]
+    words = script[script.index("srun torchrun") + len("srun") : script.index("main.py")]
+    settings = "SLURM_NNODES=2 SLURM_JOB_ID=1 head=127.0.0.1"
+    shell = subprocess.run(["bash", "-ec", f"{settings}\nprintf '%s\n' {words}"], capture_output=True, check=True)
+    program, *options = shell.stdout.decode().split()
+    assert program == "torchrun"
+    here = {
+        "--nproc_per_node=8": "--nproc_per_node=1",
+        "--rdzv-endpoint=127.0.0.1:29500": f"--rdzv-endpoint=127.0.0.1:{port}",
+    }
+    assert here.keys() < set(options)
+    return [here.get(word, word) for word in options], dict(re.findall(r"^export (\w+)=(\w+)", script, re.MULTILINE))
+
+
+def test_a_machine_that_goes_and_comes_back(
+    tmp_path: Path, two_processes_alone: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two launchers that meet on this host stand for two machines, one process each; the second is killed with all that
+    it started, and started again. The result is that of two processes of one launcher.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = probe.getsockname()
+    options, environment = documented_launcher(address[1])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    run = Run(tmp_path, processes=2, epochs=2, save_steps=3, amp=False)
+    run.command[3 : run.command.index("main.py")] = [
+        *options,
+        "--rdzv-conf=keep_alive_interval=1,keep_alive_max_attempt=3",  # 3 s, not 15, until a machine counts as lost
+    ]
+    first = run.start()
+    wait_for(lambda: socket.socket().connect_ex(address) == 0)  # the meeting point is with the first
+    second = run.start()
+    wait_for(lambda: list(run.folder.glob("ckpt_epoch_0_step_*.pth")))
+    for pid in [second.pid, *descendants(second.pid)]:
+        os.kill(pid, signal.SIGKILL)
+    second.wait()
+    second = run.start()
+    assert (first.wait(200), second.wait(200)) == (0, 0), run.printed()
+    assert run.printed().count("2 process(es) on cpu") == 2
+    assert re.search(r"resumed from \S+ckpt_epoch_\d_step_\d+.pth", run.printed())
     assert differing(two_processes_alone, run.result()) == []
 
 

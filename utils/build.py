@@ -1,6 +1,7 @@
 """From a configuration to the parts of training."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from utils.optimizer import make_optimizer, parameter_groups
 from utils.plots import Panel
 from utils.step_graph import GraphedTrainStep, why_not_captured
 from utils.trainer import Plan
+from utils.wandb_log import WandbLog
+from utils.yaml_file import flatten
 
 
 def build_precision(config: CfgNode, device: torch.device) -> Precision:
@@ -115,4 +118,16 @@ def build_plan(config: CfgNode, derived: Any, *, metric: str, panels: Sequence[P
         print_freq=config.PRINT_FREQ,
         stop_on_save_error=config.TRAIN.ON_SAVE_ERROR == "stop",
         save_in_background=config.TRAIN.SAVE_IN_BACKGROUND,
+        picture_epochs=config.LOG.PICTURE_EPOCHS,
     )
+
+
+def build_tracker(config: CfgNode, folder: Path, *, continues: bool) -> WandbLog | None:
+    """The run at Weights & Biases, where LOG.WANDB names a project; on the first process.
+
+    Raises:
+        WandbError: it cannot be used as it is set up.
+    """
+    if not config.LOG.WANDB:
+        return None
+    return WandbLog(config.LOG.WANDB, folder, config=dict(flatten(config)), continues=continues)

@@ -53,14 +53,16 @@ def start_process(local_rank: int = 0) -> Process:
 
 
 def join_processes(backend: str) -> None:
-    """Meet the other processes, in a place of its own for each of torchrun's restarts.
+    """Meet the other processes.
 
-    Without that, some versions of torch find the addresses of processes that are dead. Hosts talk through gloo also
-    where GPUs do through NCCL: about stopping, without waiting for the device.
+    Hosts talk through gloo also where GPUs do through NCCL: about stopping, without waiting for the device. Where
+    a launcher's store outlives its restarts, each meets in a place of its own; some versions of torch would find the
+    addresses of dead processes. Else the store is new, and a node that came back has counted fewer restarts.
     """
     store, rank, num_processes = next(dist.rendezvous("env://"))
-    place = f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-    dist.init_process_group(backend, store=dist.PrefixStore(place, store), rank=rank, world_size=num_processes)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_processes)
 
 
 def stop_process() -> None:

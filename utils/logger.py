@@ -1,6 +1,7 @@
 """The log, the progress bar, and the files of figures that a run leaves behind."""
 
 import contextlib
+import io
 import json
 import logging
 import sys
@@ -9,14 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+from PIL import Image
 from termcolor import colored
 from tqdm import tqdm
 
 from utils.plots import Panel, plot_curves
 
 CURVES_SECONDS = 60.0
+HISTOGRAM_BINS = 64
+PICTURE_SIDE = 1024  # pixels
 COLOURS = {logging.WARNING: "yellow", logging.ERROR: "red"}
 
 logger = logging.getLogger("mlla")
@@ -104,18 +109,35 @@ class ProgressBar:
         )
 
 
+class Tracker(Protocol):
+    """A service that keeps figures besides the run's folder; it never raises."""
+
+    def add(self, figures: Mapping[str, Any]) -> None: ...
+
+    def add_picture(self, name: str, picture: Path, epoch: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class RunRecorder:
     """Figures of a run by epoch. metrics.jsonl holds what the run's settings determine, to the last bit, however often
     it was interrupted; speed.jsonl what depends on the machine; TensorBoard both.
 
     Where they cannot be written, the log says so, and the run goes on.
+
+    Args:
+        folder: the run's.
+        start_epoch: lines of this epoch and later ones are to be written anew.
+        panels: what curves.png shows.
+        tracker: where figures and pictures go besides.
     """
 
-    def __init__(self, folder: Path, start_epoch: int, panels: Sequence[Panel]) -> None:
+    def __init__(self, folder: Path, start_epoch: int, panels: Sequence[Panel], tracker: Tracker | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second, and only the first process writes
 
         self.path = folder / "metrics.jsonl"
         self.panels = panels
+        self.tracker = tracker
         self.drop_from(start_epoch)
         self.tensorboard = SummaryWriter(str(folder), purge_step=start_epoch)
         self.last_drawn = 0.0
@@ -140,6 +162,20 @@ class RunRecorder:
                 if name != "epoch" and value is not None:
                     self.tensorboard.add_scalar(name, value, metrics["epoch"])
             self.tensorboard.flush()
+        if self.tracker is not None:
+            self.tracker.add({**metrics, **speed})
+
+    def add_details(self, epoch: int, weights: Mapping[str, np.ndarray], picture: Path | None) -> None:
+        """Histograms of weights by part, and a picture, made smaller where it is large."""
+        with self.errors_logged():
+            for name, values in weights.items():
+                self.tensorboard.add_histogram(f"weights/{name}", values, epoch, bins=HISTOGRAM_BINS)
+            if picture is not None:
+                writer: Any = self.tensorboard.file_writer  # add_image writes PNG, several times as large
+                writer.add_summary(picture_summary(picture), epoch)
+            self.tensorboard.flush()
+        if self.tracker is not None and picture is not None:
+            self.tracker.add_picture("predictions", picture, epoch)
 
     def draw_curves(self, *, is_last: bool) -> None:
         """Bring curves.png up to date; but for the last epoch, at most once a minute."""
@@ -158,6 +194,23 @@ class RunRecorder:
     def close(self) -> None:
         with self.errors_logged():
             self.tensorboard.close()
+        if self.tracker is not None:
+            self.tracker.close()
+
+
+def picture_summary(picture: Path) -> Any:
+    """TensorBoard's record of a picture, its longer side PICTURE_SIDE at most."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    buffer = io.BytesIO()
+    with Image.open(picture) as image:
+        small = image.convert("RGB")
+    small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    small.save(buffer, "JPEG", quality=80)
+    content = Summary.Image(
+        height=small.height, width=small.width, colorspace=3, encoded_image_string=buffer.getvalue()
+    )
+    return Summary(value=[Summary.Value(tag="predictions", image=content)])
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

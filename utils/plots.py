@@ -1,5 +1,6 @@
 """Pictures of a run: its curves, and what it predicts."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,8 @@ import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+BRIGHT = ("#6cb6ff", "#ffb066", "#7ee787", "#ff8f8f", "#d2a8ff", "#e0b08a", "#ffa6d8", "#c0c0c0")  # on dark pages
 
 
 class Panel(NamedTuple):
@@ -31,23 +34,95 @@ CLASSIFIER_PANELS = (
 
 def plot_curves(records: list[dict[str, Any]], panels: Sequence[Panel], picture: Path) -> None:
     """Draw figures by epoch from the records of metrics.jsonl, two panels a row; curves without values are left out."""
-    epochs = [record["epoch"] + 1 for record in records]
-    rows = -(-len(panels) // 2)
-    figure, axes = plt.subplots(rows, 2, figsize=(11, 3.5 * rows), squeeze=False, layout="constrained")
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        for name, label in panel.curves.items():
-            values = [np.nan if record.get(name) is None else record[name] for record in records]
-            if not np.all(np.isnan(values)):
-                axis.plot(epochs, values, label=label, marker="o" if len(epochs) < 3 else None)
+    figure, axes = grid_of(len(panels), height=3.5)
+    for axis, panel in zip(axes, panels, strict=True):
         axis.set_title(panel.title)
-        axis.set_xlabel("epoch")
-        axis.grid(alpha=0.3)
-        if len(panel.curves) > 1:
+        if draw_panel(axis, records, panel) and len(panel.curves) > 1:
             axis.legend()
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
     figure.savefig(picture, dpi=110, bbox_inches="tight")
     plt.close(figure)
+
+
+def grid_of(count: int, *, height: float) -> tuple[Any, list[Any]]:
+    """A figure with `count` diagrams, two a row, `height` inches each."""
+    rows = -(-count // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(11, height * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[count:]:
+        axis.axis("off")
+    return figure, list(axes.flat[:count])
+
+
+def draw_panel(
+    axis: Any, records: Sequence[Mapping[str, Any]], panel: Panel, styles: Sequence[Mapping[str, Any]] = ()
+) -> list[Any]:
+    """Draw a panel's curves by epoch, each in its own of `styles`, if there are any; the lines drawn."""
+    epochs = [record["epoch"] + 1 for record in records]
+    lines = []
+    for i, (name, label) in enumerate(panel.curves.items()):
+        values = [np.nan if record.get(name) is None else record[name] for record in records]
+        if not np.all(np.isnan(values)):
+            style = {"label": label, "marker": "o" if len(epochs) < 3 else None, **(styles[i] if styles else {})}
+            lines += axis.plot(epochs, values, **style)
+    axis.set_xlabel("epoch")
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axis.grid(alpha=0.3)
+    return lines
+
+
+def panel_svg(records: Sequence[Mapping[str, Any]], panel: Panel, *, dark: bool) -> bytes:
+    """One diagram as an SVG picture without a background, for light or dark pages; its title is left to the page."""
+    ink = "#e6e6e6" if dark else "#1a1a1a"
+    parts = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    # Text stays text; fixed identifiers, so that the same figures give the same bytes.
+    colours = plt.cycler(color=BRIGHT) if dark else plt.rcParams["axes.prop_cycle"]
+    settings: dict[Any, Any] = {
+        "axes.prop_cycle": colours,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "mlla",
+        "legend.framealpha": 0,
+    }
+    with plt.rc_context(settings | dict.fromkeys(parts, ink)):
+        figure, axis = plt.subplots(figsize=(5.2, 3), layout="constrained")
+        if draw_panel(axis, records, panel) and len(panel.curves) > 1:
+            axis.legend()
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        plt.close(figure)
+    return buffer.getvalue()
+
+
+def comparison_picture(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], panels: Sequence[Panel], form: str, *, creator: str
+) -> bytes:
+    """Several runs drawn into each panel: a colour a run, a panel's first curve solid, others dashed.
+
+    Args:
+        runs: records by the run's name.
+        form: png, svg or pdf.
+        creator: written into the file as the program that made it.
+    """
+    figure, axes = grid_of(len(panels), height=3.2)
+    colours = plt.get_cmap("tab10" if len(runs) <= 10 else "turbo")
+    handles = {}
+    for i, (name, records) in enumerate(runs.items()):
+        colour = colours(i if len(runs) <= 10 else i / (len(runs) - 1))
+        for axis, panel in zip(axes, panels, strict=True):
+            styles = [{"color": colour, "linestyle": "--" if j else "-"} for j in range(len(panel.curves))]
+            for line in draw_panel(axis, records, panel, styles)[:1]:
+                handles[name] = line
+    for axis, panel in zip(axes, panels, strict=True):
+        labels = list(panel.curves.values())
+        axis.set_title(panel.title + (f" ({labels[0]}; dashed: {labels[1]})" if len(labels) > 1 else ""), fontsize=11)
+    columns = max(1, 120 // (max(map(len, handles), default=0) + 6))
+    names = [name.replace("$", r"\$") for name in handles]
+    figure.legend(
+        handles.values(), names, loc="outside lower center", ncols=max(1, min(columns, len(names))), frameon=False
+    )
+    buffer = io.BytesIO()
+    metadata = {"Software" if form == "png" else "Creator": creator}
+    figure.savefig(buffer, format=form, dpi=110, bbox_inches="tight", metadata=metadata)
+    plt.close(figure)
+    return buffer.getvalue()
 
 
 def plot_predictions(

@@ -12,11 +12,14 @@ from torch import nn
 from utils.checkpoint import CheckpointWriter, Progress
 from utils.distributed import Process, sum_over_processes
 from utils.engine import NonFiniteLossError, StepResult, TrainStep
-from utils.logger import ProgressBar, RunRecorder, logger
+from utils.histograms import weight_samples
+from utils.logger import ProgressBar, RunRecorder, Tracker, logger
 from utils.memory import peak_memory_mib
 from utils.plots import Panel
 from utils.run_state import RunState
 from utils.stopping import Cause, StopRequest
+
+PICTURE_SECONDS = 300.0  # between pictures at least, which take a few seconds
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Plan:
         print_freq: steps between lines in the log.
         stop_on_save_error: whether the run ends where a checkpoint cannot be written.
         save_in_background: whether training goes on while one is written.
+        picture_epochs: epochs between pictures of what the model predicts, beside the one at the end; 0: none.
     """
 
     total_epochs: int
@@ -50,6 +54,7 @@ class Plan:
     print_freq: int = 10
     stop_on_save_error: bool = False
     save_in_background: bool = True
+    picture_epochs: int = 0
 
 
 class EpochSums:
@@ -91,6 +96,8 @@ class Trainer:
             `train_step`; what they hold depends on nothing but seed, epoch and number.
         evaluate: (model, "model" or "EMA") to figures by name, the same on all processes; logs them.
         facts: kept in checkpoints beside the state, such as the configuration's text and the names of classes.
+        illustrate: draws what a model predicts into the folder, and names the file; called on the first process.
+        tracker: where figures go besides; on the first process.
     """
 
     def __init__(
@@ -103,6 +110,8 @@ class Trainer:
         batches: Callable[[int, int], Iterator[Any]],
         evaluate: Callable[[nn.Module, str], Mapping[str, float]],
         facts: Mapping[str, Any],
+        illustrate: Callable[[nn.Module], Path] | None = None,
+        tracker: Tracker | None = None,
     ) -> None:
         self.plan = plan
         self.state = state
@@ -111,6 +120,9 @@ class Trainer:
         self.batches = batches
         self.evaluate = evaluate
         self.facts = facts
+        self.illustrate = illustrate
+        self.tracker = tracker
+        self.last_picture = time.monotonic()
         self.folder = folder
         self.writer = CheckpointWriter(folder, in_background=plan.save_in_background)
         self.recorder: RunRecorder | None = None
@@ -131,7 +143,7 @@ class Trainer:
         try:
             with self.stop:
                 if self.process.is_main:
-                    self.recorder = RunRecorder(self.folder, state.progress.epochs, self.plan.panels)
+                    self.recorder = RunRecorder(self.folder, state.progress.epochs, self.plan.panels, self.tracker)
                 while state.progress.epochs < self.plan.total_epochs and self.train_epoch():
                     self.finish_epoch()
         finally:
@@ -251,7 +263,27 @@ class Trainer:
             self.recorder.add(metrics, speed)
         self.save(self.names_due(scores, average))
         if self.recorder is not None:
+            self.add_details(epoch)
             self.recorder.draw_curves(is_last=epoch + 1 == plan.total_epochs)
+
+    def add_details(self, epoch: int) -> None:
+        """A picture and histograms, each few epochs and at the end; in between not where epochs are so short that
+        drawing would take a share of them that matters.
+        """
+        assert self.recorder is not None
+        plan, state = self.plan, self.state
+        is_due = plan.picture_epochs and (epoch + 1) % plan.picture_epochs == 0
+        is_rare = time.monotonic() - self.last_picture > PICTURE_SECONDS
+        if epoch + 1 < plan.total_epochs and not (is_due and is_rare):
+            return
+        self.last_picture = time.monotonic()
+        picture = None
+        try:
+            if self.illustrate is not None:
+                picture = self.illustrate(state.ema.on(self.process.device) if state.ema else state.model.eval())
+        except (OSError, RuntimeError, ValueError) as error:  # such as a GPU's memory: a picture is not worth a run
+            logger.error("predictions could not be drawn (%s)", " ".join(str(error).split()))
+        self.recorder.add_details(epoch, weight_samples(state.model), picture)
 
     def names_due(self, scores: Mapping[str, float], average: Mapping[str, float]) -> list[str]:
         """What to call the checkpoint of an epoch's end, if anything; notes the best figures."""

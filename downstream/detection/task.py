@@ -1,6 +1,7 @@
 """Detection as a task of downstream/run.py."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,7 +105,7 @@ class Detection(Task):
                 yield results_of(own, image_id=image_id, size=frame.original, category_ids=images.category_ids)
         model.train(was_training)
 
-    def illustrate(self, run: Run, model: nn.Module) -> None:
+    def illustrate(self, run: Run, model: nn.Module) -> Path:
         """predictions.jpg: validation images, the truth on the left and what the model finds on the right."""
         images = run.data.val_images
         indices = np.linspace(0, len(images) - 1, min(PREVIEWS, len(images))).astype(int)
@@ -115,7 +116,9 @@ class Detection(Task):
             pairs.append(
                 (images.read_image(record), truth_of(record, images.classes), found_of(results, images.categories))
             )
-        save_comparison(pairs, run.folder / "predictions.jpg")
+        picture = run.folder / "predictions.jpg"
+        save_comparison(pairs, picture)
+        return picture
 
 
 def truth_of(record: Record, classes: Sequence[str]) -> Found:

@@ -97,7 +97,7 @@ class Segmentation(Task):
             "pixel_accuracy": scores.pixel_accuracy,
         }
 
-    def illustrate(self, run: Run, model: nn.Module) -> None:
+    def illustrate(self, run: Run, model: nn.Module) -> Path:
         """predictions.png: evenly spaced validation images, the truth, and what the model predicts."""
         images = run.data.val_images
         chosen = np.linspace(0, len(images) - 1, min(NUM_PREVIEWS, len(images))).astype(int)
@@ -110,7 +110,9 @@ class Segmentation(Task):
             classes = Inference().predict(model, inputs, truth.shape, run.precision)
             for kept, item in zip(shown, (image, truth, classes.cpu().numpy()), strict=True):
                 kept.append(item)
-        plot_segmentations(*shown, classes=run.data.classes, picture=run.folder / "predictions.png")
+        picture = run.folder / "predictions.png"
+        plot_segmentations(*shown, classes=run.data.classes, picture=picture)
+        return picture
 
 
 def evaluate(run: Run, model: nn.Module, folder: Path | None = None) -> SegmentationScores:
