@@ -1,5 +1,6 @@
 """What the Markdown pages say to type, and a folder in which it can be typed."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -116,6 +117,7 @@ def make_folder(root: Path) -> Path:
     photo(80, 60, seed=1).save(root / "pictures" / "d.jpg")
     make_dense_data(root)
     make_weights(root)
+    make_runs(root)
     return root
 
 
@@ -139,6 +141,19 @@ def make_dense_data(root: Path) -> None:
             photo(64, 64, seed=i).save(str(name).format("images") + ".jpg")
             labels = np.add.outer(np.arange(64) // 20, np.arange(64) // 20).astype(np.uint8)
             Image.fromarray(labels).save(str(name).format("annotations") + ".png")
+
+
+def make_runs(root: Path) -> None:
+    """Folders of two runs of three epochs."""
+    for name, seed in (("default", 0), ("seed1", 1)):
+        folder = root / "output" / "mlla_digits" / name
+        folder.mkdir(parents=True)
+        config = classification.load_config(ROOT / "cfgs/digits.yaml", ["SEED", str(seed)])
+        (folder / "config.yaml").write_text(config.dump())
+        lines = [{"epoch": epoch, "loss": 2.0 - epoch / 2, "acc1": 50.0 + 9 * epoch + seed} for epoch in range(3)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, run in (("RUN", "default"), ("<folder>", "default"), ("OTHER_RUN", "seed1")):
+        (root / name).symlink_to(f"output/mlla_digits/{run}")
 
 
 def make_weights(root: Path) -> None:

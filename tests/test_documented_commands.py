@@ -184,16 +184,20 @@ RULES = [
     Rule(r"python main\.py .*<row>\.yaml --profile", runs, {"cfgs/ablation/<row>.yaml": "cfgs/ablation/lepe.yaml"}),
     # Measuring takes long, and tests/test_main.py does it.
     Rule(r"(python|torchrun) .* --throughput .*", settles),
+    # It needs their package, and tests/test_wandb_log.py has a stand-in.
+    Rule(r"(python|torchrun) .* LOG\.WANDB .*", settles),
     Rule(r"(python|torchrun) .*\bmain(\.py)? .*", runs),
     # ONNX and dynamic sizes take long, and tests/test_export.py has them.
     Rule(r"python -m utils\.export mlla_t\.onnx .*", runs, {"224": "32"}),
     Rule(r"python -m utils\.export (maps|backbone)\.onnx .*", runs, SAFETENSORS),
-    Rule(r"python -m utils\.(predict|visualize) .*", runs),
+    Rule(r"python -m utils\.(predict|visualize|compare|report) .*", runs),
     Rule(r"python -m downstream\.\w+\.predict .*", runs),
     Rule(r"python finetune\.py photos", fine_tunes),
 ]
 # Indented blocks that nobody types: trees of folders, and what is printed. They begin like this.
-NO_COMMANDS = ("COCO/annotations/", "garden/classes.txt", "error: ", "the GPU's memory")
+NO_COMMANDS: tuple[str, ...] = ("COCO/annotations/", "garden/classes.txt", "error: ", "the GPU's memory")
+# For SLURM; tests/test_interruptions.py runs its launcher.
+NO_COMMANDS += ("#!/bin/bash\n#SBATCH",)
 COMMANDS = documentation.commands()
 
 
