@@ -1,8 +1,7 @@
 """Training and evaluation of dense tasks: what their main commands share beside the run loop of utils/trainer.py."""
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,14 @@ from downstream.recipe import WarmupSchedule, parameter_groups
 from downstream.settings import IMAGES_PER_STEP
 from utils.amp import Precision, make_precision
 from utils.build import build_tracker
+from utils.compiling import compile_regions
 from utils.distributed import Process, distribute
 from utils.ema import ModelEma
 from utils.engine import TrainStep
 from utils.environment import note_environment
 from utils.launch import mistakes_in_one_line
 from utils.logger import Tracker, logger
+from utils.memory import out_of_memory_message
 from utils.optimizer import make_optimizer
 from utils.plots import Panel
 from utils.run_folder import RunLock, open_run_folder, set_aside_checkpoints, write_config
@@ -134,14 +135,14 @@ def run_training(task: Task, config: Any, process: Process) -> int:
         lock = RunLock(folder) if process.is_main else nullcontext()
     with lock:
         with mistakes_in_one_line():
-            run, state, plan, make_step = set_up(task, config, process, folder)
+            run, state, plan = set_up(task, config, process, folder)
         if state.progress.epochs >= plan.total_epochs:
             logger.info("this run is complete; for more raise the length of training, or name another --tag")
             return 0
         trainer = Trainer(
             plan,
             state,
-            make_step(),
+            build_step(task, run, state),
             folder=folder,
             batches=lambda epoch, first: batches_of(task, run, epoch, first),
             evaluate=lambda model, name: task.evaluate(run, model, name),
@@ -155,9 +156,7 @@ def run_training(task: Task, config: Any, process: Process) -> int:
     return 0
 
 
-def set_up(
-    task: Task, config: Any, process: Process, folder: Path
-) -> tuple[Run, RunState, Plan, Callable[[], TrainStep]]:
+def set_up(task: Task, config: Any, process: Process, folder: Path) -> tuple[Run, RunState, Plan]:
     """Open the data, make the model, and go on from a checkpoint where there is one."""
     data = task.open_data(config, process)
     images_per_step = config.DATA.BATCH_SIZE * process.num_processes * config.TRAIN.ACCUMULATION_STEPS
@@ -178,8 +177,6 @@ def set_up(
         betas=settings.BETAS,
         momentum=settings.MOMENTUM,
     )
-    if config.TRAIN.COMPILE:
-        model.backbone.compile(dynamic=True)  # type: ignore[operator, union-attr]
     state = RunState(model, ema, optimizer, precision.scaler, process, images_per_step=images_per_step)
     state.classes = data.classes
     continues = state.resume(folder, explicit=config.MODEL.RESUME, auto=config.TRAIN.AUTO_RESUME)
@@ -190,20 +187,22 @@ def set_up(
         note_environment(folder, process, epoch=state.progress.epochs)
         run.tracker = build_tracker(config, folder, continues=continues)
         log_plan(run, state, schedule, epochs, steps_per_epoch)
-    plan = plan_of(task, config, schedule, epochs, steps_per_epoch)
+    return run, state, plan_of(task, config, schedule, epochs, steps_per_epoch)
 
-    def make_step() -> TrainStep:
-        network = distribute(model, process, find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS)
-        return TrainStep(
-            network,
-            optimizer,
-            precision,
-            compute_losses=lambda batch, _: task.losses(network, batch),
-            clip_grad=config.TRAIN.CLIP_GRAD,
-            ema=ema,
-        )
 
-    return run, state, plan, make_step
+def build_step(task: Task, run: Run, state: RunState) -> TrainStep:
+    """The training step; compiles the backbone's blocks where TRAIN.COMPILE says so."""
+    config = run.config
+    compile_regions(run.model.backbone, config.TRAIN.COMPILE)  # type: ignore[arg-type]
+    network = distribute(run.model, run.process, find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS)
+    return TrainStep(
+        network,
+        state.optimizer,
+        run.precision,
+        compute_losses=lambda batch, _: task.losses(network, batch),
+        clip_grad=config.TRAIN.CLIP_GRAD,
+        ema=state.ema,
+    )
 
 
 def plan_of(task: Task, config: Any, schedule: WarmupSchedule, epochs: int, steps_per_epoch: int) -> Plan:
@@ -238,22 +237,16 @@ def precision_of(config: Any, process: Process) -> Precision:
 
 
 def describe_out_of_memory(config: Any, error: torch.OutOfMemoryError) -> str:
-    """One line with the batch that did not fit on the GPU, and what asks for less, the mildest remedy first."""
-    capacity = re.search(r"total capacity of ([\d.]+ \w+)", str(error))
-    batch_size, steps = config.DATA.BATCH_SIZE, config.TRAIN.ACCUMULATION_STEPS
-    remedies = [] if config.AMP else ["add --amp"]
-    if not config.EVAL_MODE:
-        can_recompute = config.MODEL.TYPE == "mlla" and not config.TRAIN.USE_CHECKPOINT
-        remedies += ["add --use-checkpoint, which recomputes the blocks"] if can_recompute else []
-        if batch_size > 1:
-            same_step = f"TRAIN.ACCUMULATION_STEPS {2 * steps}"
-            remedies.append(
-                f"lower --batch-size (to {batch_size // 2}, say; with {same_step} a step has as many images)"
-            )
-    remedies.append("lower the sizes of images, AUG.* and TEST.*")
-    return (
-        f"the GPU's memory{f' of {capacity[1]}' if capacity else ''} does not suffice for "
-        f"{'evaluation' if config.EVAL_MODE else f'DATA.BATCH_SIZE {batch_size}'}: {', or '.join(remedies)}"
+    """One line with the batch that did not fit on the GPU and what to lower."""
+    is_training = not config.EVAL_MODE  # which takes one image at a time
+    return out_of_memory_message(
+        error,
+        work=f"DATA.BATCH_SIZE {config.DATA.BATCH_SIZE}" if is_training else "evaluation",
+        batch_size=config.DATA.BATCH_SIZE if is_training else 1,
+        accumulation_steps=config.TRAIN.ACCUMULATION_STEPS if is_training else None,
+        amp=config.AMP,
+        can_recompute=config.MODEL.TYPE == "mlla" and not config.TRAIN.USE_CHECKPOINT,
+        smaller="lower the sizes of images, AUG.* and TEST.*",
     )
 
 

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from config import SCHEMA
-from utils.settings import ANY, FRACTION, YES_NO, ConfigError, Key, Rule, above, at_least
+from utils.settings import ANY, FRACTION, YES_NO, ConfigError, Key, Rule, above, at_least, one_of
 
 IMAGES_PER_STEP = 16  # that published learning rates are for: 2 on each of 8 GPUs
 BACKBONE = Rule("mlla or timm:NAME", lambda value: value == "mlla" or value.startswith("timm:"))
 TAKEN_OVER = (  # from classification, default, rule and meaning
-    *("BASE", "DATA.PIN_MEMORY", "MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE"),
+    *("BASE", "DATA.PIN_MEMORY", "MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "MODEL.KERNELS"),
     *("MODEL.MLLA.PATCH_SIZE", "MODEL.MLLA.IN_CHANS", "MODEL.MLLA.EMBED_DIM", "MODEL.MLLA.DEPTHS"),
     *("MODEL.MLLA.NUM_HEADS", "MODEL.MLLA.MLP_RATIO", "MODEL.MLLA.QKV_BIAS", "MODEL.MLLA.APE"),
     *("TRAIN.AUTO_RESUME", "TRAIN.ACCUMULATION_STEPS", "TRAIN.USE_CHECKPOINT", "TRAIN.FIND_UNUSED_PARAMS"),
@@ -29,7 +29,7 @@ DENSE_KEYS: dict[str, Key] = {name: SCHEMA[name] for name in TAKEN_OVER} | {
     "TRAIN.BASE_LR": Key(1e-4, above(0), "learning rate after warm-up, per 16 images a step"),
     "TRAIN.WARMUP_STEPS": Key(500, at_least(0), "steps of linear warm-up"),
     "TRAIN.WARMUP_FACTOR": Key(0.001, FRACTION, "share of the learning rate that warm-up starts from"),
-    "TRAIN.COMPILE": Key(False, YES_NO, "torch.compile the backbone, for any size of images"),
+    "TRAIN.COMPILE": Key("off", one_of("off", "default"), "torch.compile of the backbone's blocks, for any image size"),
     "TRAIN.WEIGHT_DECAY": Key(0.05, at_least(0), "but on names with norm or absolute_pos_embed"),
     "TRAIN.CLIP_GRAD": Key(0.0, at_least(0), "largest L2 norm of all gradients together; 0: no clipping"),
     "EMA.ENABLED": Key(False, YES_NO, "keep an exponential moving average of the weights"),

@@ -34,7 +34,7 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
 
 def build_mlla(config: CfgNode, num_classes: int) -> MLLA:
     sizes = mlla_sizes(config)
-    return MLLA(img_size=config.DATA.IMG_SIZE, num_classes=num_classes, kernels=config.MODEL.KERNELS, **sizes)
+    return MLLA(img_size=config.DATA.IMG_SIZE, num_classes=num_classes, **sizes)
 
 
 def mlla_sizes(config: CfgNode) -> dict[str, Any]:
@@ -52,6 +52,7 @@ def mlla_sizes(config: CfgNode) -> dict[str, Any]:
         "drop_rate": config.MODEL.DROP_RATE,
         "drop_path_rate": config.MODEL.DROP_PATH_RATE,
         "use_checkpoint": config.TRAIN.USE_CHECKPOINT,
+        "kernels": config.MODEL.KERNELS,
     }
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,13 @@ def run_python(*words: str | Path, timeout: float = 300, **environment: str) -> 
 
 
 @pytest.fixture
-def run_main(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def run_main(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
     """Call main.py's main in this process: (exit code, standard output, standard error)."""
     import main
+    from utils.benchmark import Conditions
+
+    # No test asserts times: --throughput may be quick.
+    monkeypatch.setattr("utils.throughput.build.Conditions", partial(Conditions, rounds=2, round_seconds=0.01))
 
     def run(*words: Any) -> tuple[int, str, str]:
         try:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_python
+from torch import nn
 
 from downstream.detection import main as detection
 from downstream.detection import predict
@@ -205,6 +206,16 @@ def test_too_little_memory_on_a_gpu_is_explained(run: Run, monkeypatch: pytest.M
     code, out, _ = run()
     assert code == 1
     assert "the GPU's memory of 79.10 GiB does not suffice for DATA.BATCH_SIZE 2: add --amp, or add --use-" in out
+
+
+def test_the_backbone_is_compiled_by_blocks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **_: compiled.append(type(module).__name__))
+    assert run(TRAIN__COMPILE="default", TRAIN__EPOCHS="1", TRAIN__DECAY_EPOCHS="[1]")[0] == 0
+    assert set(compiled) == {"Stem", "MLLABlock", "Downsample"}
+    compiled.clear()
+    assert run("--tag", "plain", TRAIN__EPOCHS="1", TRAIN__DECAY_EPOCHS="[1]")[0] == 0
+    assert not compiled
 
 
 def test_profile(run: Run, capfd: pytest.CaptureFixture[str]) -> None:

@@ -15,10 +15,16 @@ ERROR = torch.OutOfMemoryError(
 
 def test_what_is_proposed() -> None:
     message = out_of_memory_message(
-        ERROR, batch_size=128, image_size=224, accumulation_steps=2, amp=False, use_checkpoint=False
+        ERROR,
+        work="DATA.BATCH_SIZE 128",
+        batch_size=128,
+        accumulation_steps=2,
+        amp=False,
+        can_recompute=True,
+        smaller="lower DATA.IMG_SIZE",
     )
     assert message == (
-        "the GPU's memory of 23.65 GiB does not suffice for DATA.BATCH_SIZE 128 images of 224x224 per process: "
+        "the GPU's memory of 23.65 GiB does not suffice for DATA.BATCH_SIZE 128: "
         "add --amp, or add --use-checkpoint, which recomputes the blocks, or lower --batch-size (to 64, say; with "
         "--opts TRAIN.ACCUMULATION_STEPS 4 a step has as many images), or lower DATA.IMG_SIZE"
     )
@@ -27,15 +33,13 @@ def test_what_is_proposed() -> None:
 def test_what_is_in_use_is_not_proposed_again() -> None:
     error = torch.OutOfMemoryError("out of memory")
     message = out_of_memory_message(
-        error, batch_size=1, image_size=1024, accumulation_steps=1, amp=True, use_checkpoint=True
+        error, work="it", batch_size=1, accumulation_steps=1, amp=True, can_recompute=False, smaller="use less"
     )
-    assert message == (
-        "the GPU's memory does not suffice for DATA.BATCH_SIZE 1 images of 1024x1024 per process: lower DATA.IMG_SIZE"
-    )
+    assert message == "the GPU's memory does not suffice for it: use less"
     message = out_of_memory_message(
-        error, batch_size=8, image_size=64, accumulation_steps=None, amp=True, use_checkpoint=False
+        error, work="it", batch_size=8, accumulation_steps=None, amp=True, can_recompute=True, smaller="use less"
     )
-    assert message.endswith("per process: lower --batch-size (to 4, say), or lower DATA.IMG_SIZE")
+    assert message.endswith("for it: lower --batch-size (to 4, say), or use less")
 
 
 @pytest.mark.parametrize("words", [[], ["--throughput"]])

@@ -62,13 +62,15 @@ def build_ema(config: CfgNode, model: nn.Module, derived: Any) -> ModelEma | Non
 def describe_out_of_memory(config: CfgNode, error: torch.OutOfMemoryError) -> str:
     """One line with the batch that did not fit on the GPU and what to lower."""
     is_training = not (config.EVAL_MODE or config.THROUGHPUT_MODE or config.PROFILE_MODE)
+    size = config.DATA.IMG_SIZE
     return out_of_memory_message(
         error,
+        work=f"DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} images of {size}x{size} per process",
         batch_size=config.DATA.BATCH_SIZE,
-        image_size=config.DATA.IMG_SIZE,
         accumulation_steps=config.TRAIN.ACCUMULATION_STEPS if is_training else None,
         amp=config.AMP,
-        use_checkpoint=config.TRAIN.USE_CHECKPOINT,
+        can_recompute=not config.TRAIN.USE_CHECKPOINT,
+        smaller="lower DATA.IMG_SIZE",
     )
 
 

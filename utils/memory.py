@@ -12,20 +12,23 @@ USAGE = re.compile(r"total capacity of ([\d.]+ \w+)")
 def out_of_memory_message(
     error: BaseException,
     *,
+    work: str,
     batch_size: int,
-    image_size: int,
     accumulation_steps: int | None,
     amp: bool,
-    use_checkpoint: bool,
+    can_recompute: bool,
+    smaller: str,
 ) -> str:
     """One line with what was asked of the GPU, and what asks less of it, the mildest remedy first.
 
     Args:
         error: torch.OutOfMemoryError.
+        work: what did not fit.
         batch_size: images per process and forward pass.
-        image_size: side of the images in pixels.
         accumulation_steps: forward passes per step; None where nothing is trained.
-        amp, use_checkpoint: remedies that are in use already and are not proposed again.
+        amp: 16-bit autocast is on already.
+        can_recompute: --use-checkpoint would help.
+        smaller: the last remedy, which is smaller images.
     """
     capacity = USAGE.search(str(error))
     remedies = [] if amp else ["add --amp"]
@@ -33,14 +36,13 @@ def out_of_memory_message(
     if accumulation_steps is None:
         remedies += [f"lower --batch-size (to {half}, say)"] if batch_size > 1 else []
     else:
-        remedies += [] if use_checkpoint else ["add --use-checkpoint, which recomputes the blocks"]
+        remedies += ["add --use-checkpoint, which recomputes the blocks"] if can_recompute else []
         if batch_size > 1:
             same_step = f"TRAIN.ACCUMULATION_STEPS {accumulation_steps * 2}"
             remedies.append(f"lower --batch-size (to {half}, say; with --opts {same_step} a step has as many images)")
-    remedies.append("lower DATA.IMG_SIZE")
     return (
-        f"the GPU's memory{f' of {capacity[1]}' if capacity else ''} does not suffice for DATA.BATCH_SIZE {batch_size} "
-        f"images of {image_size}x{image_size} per process: {', or '.join(remedies)}"
+        f"the GPU's memory{f' of {capacity[1]}' if capacity else ''} does not suffice for {work}: "
+        f"{', or '.join([*remedies, smaller])}"
     )
 
 
