@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from downstream.run import batches_of, set_up
+from downstream.run import batches_of, build_step, set_up
 from downstream.segmentation.config import load_config
 from downstream.segmentation.make_shapes import main as make_shapes
 from downstream.segmentation.task import Segmentation, evaluate
@@ -50,14 +50,14 @@ def run(process: Process, data: Path, output: Path, batch_size: int) -> dict[str
     flags = {"TRAIN.OPTIMIZER.NAME": "sgd", "TRAIN.BASE_LR": 0.5, "MODEL.HEAD.DROPOUT": 0.0}
     config = small_config(data, output, **{**flags, "DATA.BATCH_SIZE": batch_size})
     task = Segmentation(config, process)
-    this_run, _, plan, make_step = set_up(task, config, process, output)
+    this_run, state, plan = set_up(task, config, process, output)
     model = this_run.model
     scores = evaluate(this_run, model)
     model.train()
     for module in model.backbone.modules():  # type: ignore[union-attr]
         if isinstance(module, nn.BatchNorm2d):
             module.eval()  # of a process's own images by design
-    step = make_step()
+    step = build_step(task, this_run, state)
     norms = []
     for i, batch in enumerate(islice(batches_of(task, this_run, 0, 0), STEPS)):
         norms.append(step([batch], step=i, learning_rate=plan.rate_of_step(i + 2)).grad_norm.item())

@@ -11,13 +11,13 @@ import pytest
 import timm
 import torch
 from conftest import fill_weights, random_values
-from timm.layers import DropPath
 from timm.models import get_notrace_functions, get_notrace_modules, group_parameters, save_for_hf
 from timm.models._manipulate import adapt_input_conv
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
+from models.layers import DropPath
 from models.timm_interface import checkpoint_filter_fn
 from models.variants import RELEASED
 from utils import download
