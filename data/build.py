@@ -9,7 +9,6 @@ import torch
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from torch import Tensor
-from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from data.archive_cache import cache_archives
@@ -21,7 +20,7 @@ from data.image_folder import ImageFolder
 from data.samplers import EvalSampler, SampleKey, TrainSampler
 from data.transforms import EvalTransform, TrainTransform
 from data.webdataset_shards import WebDatasetShards
-from data.workers import leave_process_group
+from data.workers import WatchfulDataLoader
 from data.zip_folder import ZipFolder
 
 TargetMaker = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -144,7 +143,7 @@ def make_loader(
     *,
     drop_last: bool,
 ) -> DeviceLoader:
-    loader = DataLoader(
+    loader = WatchfulDataLoader(
         dataset,
         batch_size=config.DATA.BATCH_SIZE,
         sampler=sampler,
@@ -153,7 +152,6 @@ def make_loader(
         pin_memory=config.DATA.PIN_MEMORY and device.type == "cuda",
         drop_last=drop_last,
         persistent_workers=config.DATA.NUM_WORKERS > 0,
-        worker_init_fn=leave_process_group,
         generator=torch.Generator(),  # else each start of an epoch draws from the one that dropout draws from
     )
     return DeviceLoader(

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from yacs.config import CfgNode
 
 from data.samplers import EvalSampler
+from data.workers import WatchfulDataLoader
 from downstream.build import build_backbone
 from downstream.detection.coco import CocoImages
 from downstream.detection.dataset import EvalImages, TrainImages, collate
@@ -109,13 +110,13 @@ def build_transform(config: CfgNode) -> TrainTransform:
 
 
 def make_loader(config: CfgNode, dataset: Dataset[Any], batches: AspectBatches | Sequence[Any]) -> DataLoader[Any]:
-    return DataLoader(
+    return WatchfulDataLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=config.DATA.NUM_WORKERS,
         pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
         persistent_workers=config.DATA.NUM_WORKERS > 0,
-        worker_init_fn=set_up_worker,
+        set_up_worker=set_up_worker,
         generator=torch.Generator(),  # else each start of an epoch draws from the one that sampling draws from
     )

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
+from data.workers import WatchfulDataLoader
 from downstream.build import build_backbone
 from downstream.segmentation.datasets import MaskedImages
 from downstream.segmentation.inference import Inference
@@ -88,7 +89,7 @@ def train_loader(config: CfgNode, images: MaskedImages, process: Process) -> Dat
         num_processes=process.num_processes,
         seed=config.SEED,
     )
-    return DataLoader(
+    return WatchfulDataLoader(
         TrainSamples(images, transform, config.SEED),
         batch_sampler=batches,
         persistent_workers=config.DATA.NUM_WORKERS > 0,
@@ -101,14 +102,14 @@ def val_loader(config: CfgNode, images: MaskedImages, process: Process) -> DataL
     factors = tuple(config.TEST.FACTORS) if config.TEST.MULTI_SCALE else (1.0,)
     samples = EvalSamples(images, EvalTransform(tuple(config.DATA.SCALE), factors))
     numbers = range(process.rank, len(images), process.num_processes)
-    return DataLoader(samples, sampler=numbers, batch_size=None, **shared_options(config))
+    return WatchfulDataLoader(samples, sampler=numbers, batch_size=None, **shared_options(config))
 
 
 def shared_options(config: CfgNode) -> dict[str, Any]:
     return {
         "num_workers": config.DATA.NUM_WORKERS,
         "pin_memory": config.DATA.PIN_MEMORY and torch.cuda.is_available(),
-        "worker_init_fn": set_up_worker,
+        "set_up_worker": set_up_worker,
         "generator": torch.Generator(),  # else each start of an epoch draws from the one that dropout draws from
     }
 
