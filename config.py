@@ -155,9 +155,7 @@ SCHEMA: dict[str, Key] = {
     "AUG.MIXUP_MODE": Key("batch", one_of("batch", "pair", "elem"), "what shares one mixing ratio"),
     "AUG.MESA": Key(0.0, at_least(0), "weight of the EMA model's output as a second target; 0: off"),
     "TEST.CROP": Key(True, YES_NO, "resize the short side to 256/224 of the size and crop; else resize both sides"),
-    "TEST.COMPILE": Key(
-        "off", COMPILE_MODE, "as TRAIN.COMPILE, in --eval and --throughput; auto also prepares weights"
-    ),
+    "TEST.COMPILE": Key("off", COMPILE_MODE, "as TRAIN.COMPILE, in --eval and --throughput; also prepares weights"),
     "AMP": Key(False, YES_NO, "16-bit autocast"),
     "AMP_DTYPE": Key("auto", one_of("auto", "float16", "bfloat16"), "auto: bfloat16 where the device has it"),
     "OUTPUT": Key("output", Rule("not empty", bool), "results go to OUTPUT/MODEL.NAME/TAG"),

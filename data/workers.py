@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-START_SECONDS = 60.0  # a worker takes milliseconds, on a machine that is short of memory perhaps seconds
+START_SECONDS = 180.0  # a fork takes milliseconds; other ways to start import everything anew
 MOST_STARTS = 3
 
 logger = logging.getLogger("mlla.data")
@@ -38,8 +38,9 @@ def begin(started: "Synchronized[int]", set_up: Callable[[int], None], number: i
 class WatchfulDataLoader(DataLoader):
     """A DataLoader that starts its workers anew if one of them does not come to life.
 
-    A fork copies the locks of all threads, but only one thread. Before Python 3.12 a worker that is forked while
-    another thread holds the interpreter's list of threads waits for it forever, and so would the DataLoader.
+    A fork copies the locks of all threads, but only one thread. In older releases of Python 3.11
+    and before, a worker forked while another thread held the interpreter's list of threads waits for it forever, and so
+    would the DataLoader.
 
     Args:
         set_up_worker: called with its number in each worker.

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.kernels import choice
-from models.layers import TokenConv
+from models.layers import TokenConv, needs_gradient
 from models.rope import rotate_pairs, spread_over_grid
 
 NORMALISER_EPS = 1e-6
@@ -44,8 +44,8 @@ class LinearAttention(nn.Module):
             from models.kernels import ops
 
             qk = self.qk(v)
-            keep = torch.is_grad_enabled() and (qk.requires_grad or v.requires_grad or gate.requires_grad)
             weight, bias = self.lepe.weight, self.lepe.bias
+            keep = needs_gradient(qk, v, gate, weight, bias)
             return ops.linear_attention(qk, v, gate, weight, bias, *rotary, self.num_heads, keep)[0]
         return (self.attend(v, rotary) + self.lepe(v)) * F.silu(gate)
 

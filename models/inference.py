@@ -17,7 +17,7 @@ def prepare_for_inference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     Args:
         model: an MLLA, or a network that holds one.
         dtype: of the weights of linear layers and convolutions; norms and the kernels' depthwise weights, which are
-            small, stay as they are. Run it under autocast of this dtype; with float32 only batch norms are folded.
+            small, stay as they are. Run it under autocast of this dtype; with float32 nothing is cast.
     """
     model = deepcopy(model).eval().requires_grad_(False)
     for module in model.modules():

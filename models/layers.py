@@ -50,6 +50,11 @@ class TokenConv(DepthwiseConv):
         return super().forward(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask what computes with these for a gradient."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def conv_norm(x: Tensor, conv: TokenConv, norm: nn.Module, kernels: str = "auto") -> tuple[Tensor, Tensor]:
     """x + conv(x) and its norm, both (B, H, W, C); in one pass over x where the kernels can."""
     if isinstance(norm, nn.LayerNorm) and choice.takes(kernels, x, "conv_norm", channels=conv.in_channels, norm=norm):
@@ -61,7 +66,7 @@ def conv_norm(x: Tensor, conv: TokenConv, norm: nn.Module, kernels: str = "auto"
 def conv_silu(x: Tensor, conv: TokenConv, kernels: str = "auto") -> Tensor:
     """SiLU(conv(x)), (B, H, W, C); in one pass over x where the kernels can."""
     if choice.takes(kernels, x, "conv_silu", channels=conv.in_channels):
-        keep = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
+        keep = needs_gradient(x, conv.weight, conv.bias)
         return ops().conv_silu(x, conv.weight, conv.bias, keep)[0]
     return F.silu(conv(x))
 
@@ -86,8 +91,9 @@ def mlp_residual(x: Tensor, y: Tensor, mlp: Mlp, drop_path: nn.Module, kernels: 
     if is_inference and width <= WIDEST_FUSED_MLP and choice.takes(kernels, x, "mlp", channels=width):
         return ops().mlp(y.to(x.dtype), mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, x)
     if isinstance(mlp.fc2, AddedLinear):
-        is_fused = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
-        hidden = linear_gelu(y, mlp.fc1.weight, mlp.fc1.bias) if is_fused else mlp.act(mlp.fc1(y))  # (B, H, W, 4 C)
+        is_fused = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and mlp.fc1.weight.dtype == x.dtype
+        # In the plain path autocast has left y, a norm's result, in float32.
+        hidden = linear_gelu(y.to(x.dtype), mlp.fc1.weight, mlp.fc1.bias) if is_fused else mlp.act(mlp.fc1(y))
         return mlp.fc2(x, hidden)
     return x + drop_path(mlp(y))
 

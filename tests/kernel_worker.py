@@ -38,7 +38,8 @@ def check_against_float64() -> None:
             if kernel == "mlp" and channels > WIDEST_FUSED_MLP:
                 continue
             for dtype in dtypes:
-                device, batch = torch.device(DEVICE), trial.FULL_BATCH if channels == 512 else 2
+                device = torch.device(DEVICE)
+                batch = trial.full_batch(device, channels) if channels == 512 else 2
                 error = trial.largest_error(kernel, device, dtype, channels, head_width, rows=rows, batch=batch)
                 assert error < EPSILON[dtype], (kernel, channels, head_width, rows, dtype, error)
 
@@ -79,6 +80,8 @@ def check_prepared_model() -> None:
     model = MLLA(**config, num_classes=10, kernels="triton").eval()
     fill_weights(model)
     model.to(DEVICE)
+    without = MLLA(**config, num_classes=10, kernels="torch").eval().to(DEVICE)
+    without.load_state_dict(model.state_dict())
     plain = MLLA(**config, num_classes=10, kernels="torch").eval().to(DEVICE)
     plain.load_state_dict(model.state_dict())
     side = 64 if DEVICE == "cuda" else 32  # the interpreter is slow
@@ -86,12 +89,31 @@ def check_prepared_model() -> None:
     with torch.no_grad():
         expected = plain.double()(images.double())
         plain.float()
-        for dtype in (torch.float32, *([torch.bfloat16, torch.float16] if DEVICE == "cuda" else [])):
+        for dtype in (torch.float32, *([torch.bfloat16] if DEVICE == "cuda" else [])):
             with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
-                logits = prepare_for_inference(model, dtype)(images), plain(images)
+                prepared = [prepare_for_inference(m, dtype)(images) for m in (model, without)]
+                logits = [*prepared, plain(images)]
             errors = [((x.double() - expected).norm() / expected.norm()).item() for x in logits]
-            print(f"{dtype}, relative error of logits: prepared {errors[0]:.2e}, plain {errors[1]:.2e}")
-            assert errors[0] < 1.3 * errors[1] + 1e-6
+            words = "{}, relative error of logits: kernels {:.2e}, plain path {:.2e}, as it was {:.2e}"
+            print(words.format(dtype, *errors))
+            assert max(errors[:2]) < 1.3 * errors[2] + 1e-6
+
+
+def check_gradients_of_some() -> None:
+    """Where only some parameters are trained, what their gradients need is kept."""
+    choice.remembered_trial = lambda *_: ""  # check_trial has its turn
+    for trained in ("lepe.weight", "lepe.bias", "dwc.bias", "dwc.weight"):
+        gradients = []
+        for kernels in ("triton", "torch"):
+            torch.manual_seed(0)
+            model = MLLA(img_size=32, embed_dim=16, depths=(1,), num_heads=(1,), kernels=kernels, drop_path_rate=0.0)
+            model.to(DEVICE).requires_grad_(False)
+            (parameter,) = [p for name, p in model.named_parameters() if name.endswith(trained)]
+            parameter.requires_grad_()
+            model(torch.ones(1, 3, 16, 24, device=DEVICE)).square().sum().backward()
+            assert parameter.grad is not None
+            gradients.append(parameter.grad)
+        torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
 
 
 def check_operators() -> None:
@@ -138,7 +160,7 @@ def check_compiled() -> None:
 def check_trial() -> None:
     """A kernel that does its small problem right is taken; one that computes something else, or fails, is not."""
     state = torch.get_rng_state()
-    assert choice.failed_trial("conv_silu", DEVICE, torch.float32, 32, 32, 6) == ""
+    assert choice.failed_trial("conv_silu", torch.device(DEVICE), torch.float32, 32, 32, 6) == ""
     assert torch.equal(torch.get_rng_state(), state)
     right = ops.conv_silu
 
@@ -151,7 +173,7 @@ def check_trial() -> None:
 
     for replacement, words in ((wrong, "is off by"), (failing, "in two lines")):
         ops.conv_silu = replacement  # type: ignore[assignment]
-        assert words in trial.run("conv_silu", DEVICE, torch.float32, 32, 32, rows=6, batch=2)
+        assert words in trial.run("conv_silu", torch.device(DEVICE), torch.float32, 32, 32, rows=6, batch=2)
     ops.conv_silu = right
 
 
@@ -160,7 +182,8 @@ if __name__ == "__main__":
         choice.missing_triton = lambda device_type: ""  # noqa: ARG005
     checks = (check_against_float64, check_golden_logits, check_golden_gradients)
     torch.backends.cudnn.allow_tf32 = False
-    for check in (*checks, check_prepared_model, check_operators, check_trial, check_compiled):
+    checks += (check_prepared_model, check_operators, check_trial, check_gradients_of_some, check_compiled)
+    for check in checks:
         start = time.perf_counter()
         check()
         print(f"{check.__name__} on {DEVICE}: {time.perf_counter() - start:.1f} s", flush=True)

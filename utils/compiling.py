@@ -94,6 +94,7 @@ class CapturedModel(nn.Module):
         self.model = model
         self.most_shapes = most_shapes
         self.captures: dict[tuple[int, ...], tuple[Tensor, Capture]] = {}
+        self.eval()
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

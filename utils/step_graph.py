@@ -77,6 +77,8 @@ def why_not_captured(train_step: TrainStep, num_processes: int) -> str:
         return "float16's scaler chooses its way by the gradients; bfloat16 needs none"
     if train_step.ema is not None and train_step.ema.averages[0].device != train_step.is_halted.device:
         return "the average is kept on the CPU"
+    if any(getattr(module, "use_checkpoint", False) for module in train_step.model.modules()):
+        return "recomputed blocks read the random numbers' state; TRAIN.ACTIVATION_BUDGET saves memory in a graph"
     if not hasattr(train_step.compute_losses, "variant"):
         return "the loss may depend on the step"
     return ""

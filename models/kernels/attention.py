@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.kernels.depthwise import conv_gate_forward
 from models.kernels.functions import positive, positive_gradient, reciprocal, sigmoid
-from models.kernels.launch import num_multiprocessors, precision_of
+from models.kernels.launch import num_multiprocessors, on_its_device, precision_of
 
 NORMALISER_EPS = tl.constexpr(1e-6)
 
@@ -228,6 +228,7 @@ def num_parts(num_tokens: int, head_count: int, device: torch.device) -> int:
     return max(1, min(wanted, triton.cdiv(num_tokens, 256), 8))
 
 
+@on_its_device
 def attention_forward(
     qk: Tensor, v: Tensor, gate: Tensor, lepe_weight: Tensor, lepe_bias: Tensor, cos: Tensor, sin: Tensor,
     heads: int, *, keep: bool, parts: int | None = None, tiles: tuple[Tile, Tile] = (Tile(32, 2, 1), Tile(64, 4, 1)),
@@ -259,6 +260,7 @@ def attention_forward(
     return out, ungated, matrix, mean
 
 
+@on_its_device
 def attention_backward(
     grad: Tensor, qk: Tensor, v: Tensor, gate: Tensor, ungated: Tensor, cos: Tensor, sin: Tensor,
     matrix: Tensor, mean: Tensor, heads: int, *, tiles: tuple[Tile, Tile] = (Tile(32, 2, 1), Tile(64, 4, 1)),

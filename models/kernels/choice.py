@@ -36,7 +36,7 @@ def takes(
     reason = missing_triton(x.device.type) or misfit(x.dtype, channels, head_width, norm)
     if not reason and choice == "auto":
         rows = 6 if x.shape[1] <= GRIDS[0] else 12 if x.shape[1] <= GRIDS[1] else 17
-        reason = failed_trial(kernel, x.device.type, x.dtype, channels, head_width, rows)
+        reason = failed_trial(kernel, x.device, x.dtype, channels, head_width, rows)
     if not reason:
         return True
     if choice == "triton":
@@ -55,6 +55,8 @@ def misfit(dtype: torch.dtype, channels: int, head_width: int, norm: nn.Module |
         return f"heads of {head_width} channels; they know {', '.join(map(str, HEAD_WIDTHS))}"
     if norm is not None and type(norm) is not nn.LayerNorm:
         return f"they know LayerNorm, not {type(norm).__name__}"
+    if norm is not None and (norm.weight is None or norm.bias is None):
+        return "they know no LayerNorm without weight and bias"
     return ""
 
 
@@ -73,19 +75,20 @@ def missing_triton(device_type: str) -> str:
 
 
 @torch.compiler.assume_constant_result
-def failed_trial(kernel: str, device_type: str, dtype: torch.dtype, channels: int, head_width: int, rows: int) -> str:
+def failed_trial(
+    kernel: str, device: torch.device, dtype: torch.dtype, channels: int, head_width: int, rows: int
+) -> str:
     """Why a kernel is not to be trusted here, or an empty string; found out once."""
-    return remembered_trial(kernel, device_type, dtype, int(channels), int(head_width), rows)
+    return remembered_trial(kernel, device, dtype, int(channels), int(head_width), rows)
 
 
 @lru_cache
 def remembered_trial(
-    kernel: str, device_type: str, dtype: torch.dtype, channels: int, head_width: int, rows: int
+    kernel: str, device: torch.device, dtype: torch.dtype, channels: int, head_width: int, rows: int
 ) -> str:
     from models.kernels import trial
 
-    batch = trial.FULL_BATCH if device_type == "cuda" else 2
-    return trial.run(kernel, device_type, dtype, channels, head_width, rows=rows, batch=batch)
+    return trial.run(kernel, device, dtype, channels, head_width, rows=rows, batch=trial.full_batch(device, channels))
 
 
 @torch.compiler.assume_constant_result

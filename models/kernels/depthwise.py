@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from models.kernels.functions import as_tile, sigmoid
-from models.kernels.launch import channel_block, num_multiprocessors, token_stride
+from models.kernels.launch import channel_block, num_multiprocessors, on_its_device, token_stride
 from models.kernels.rows import load_opening, load_row, load_taps, to_float
 
 
@@ -153,6 +153,7 @@ class Tile(NamedTuple):
     unroll: int = 2
 
 
+@on_its_device
 def conv_forward(
     x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, second_out: Tensor, tile: Tile,
     *, norm: tuple[Tensor, Tensor, float] | None = None, later_bias: Tensor | None = None,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from models.kernels.depthwise import Tile
 from models.kernels.functions import as_tile, sum_parts
-from models.kernels.launch import channel_block, num_multiprocessors, token_stride
+from models.kernels.launch import channel_block, num_multiprocessors, on_its_device, token_stride
 from models.kernels.rows import load_pair, load_row, load_taps, to_float
 
 
@@ -112,6 +112,7 @@ def conv_backward_kernel(
     tl.store(target + 9 * channels, tl.sum(total, 0, keep_dims=True), mask=channel_ok)
 
 
+@on_its_device
 def conv_backward(
     grad: Tensor,
     x: Tensor,

@@ -1,12 +1,29 @@
 """What the kernels' launches share."""
 
-from functools import lru_cache
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
+P = ParamSpec("P")
+R = TypeVar("R")
 INTERPRETED_MULTIPROCESSORS = 2  # on a CPU, where Triton's interpreter runs the kernels one program at a time
+
+
+def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
+    """Triton launches on the current device: make that the first argument's."""
+
+    @wraps(launch)
+    def call(*args: P.args, **options: P.kwargs) -> R:
+        device = args[0].device  # type: ignore[attr-defined]
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return launch(*args, **options)
+
+    return call
 
 
 def token_stride(x: Tensor) -> tuple[Tensor, int]:

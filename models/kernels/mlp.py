@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from models.kernels.functions import gelu
-from models.kernels.launch import precision_of
+from models.kernels.launch import on_its_device, precision_of
 
 
 @triton.jit
@@ -41,6 +41,7 @@ def mlp_kernel(
     tl.store(out + place, total.to(out.dtype.element_ty), mask=ok)
 
 
+@on_its_device
 def mlp_forward(
     x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, residual: Tensor,
     *, tile: tuple[int, int, int, int] | None = None,

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from models.kernels.functions import sum_parts
-from models.kernels.launch import num_multiprocessors
+from models.kernels.launch import num_multiprocessors, on_its_device
 
 
 @triton.jit
@@ -52,6 +52,7 @@ def norm_backward_kernel(
     tl.store(target + channels, tl.sum(shift_sum, 0, keep_dims=True), mask=channel_ok)
 
 
+@on_its_device
 def norm_backward(
     grad: Tensor,
     x: Tensor,

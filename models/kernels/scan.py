@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from models.kernels.launch import on_its_device
+
 BLOCK = 32  # channels of a program: with 32 state rows, a column of the state for each thread of a warp
 
 
@@ -132,6 +134,7 @@ def scan_backward_kernel(
     tl.store(grad_a + pair.to(tl.int64) * rows * columns + place, by_rates, mask=ok)
 
 
+@on_its_device
 def scan(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """As `models.scan.chunked_scan`."""
     q, k, v, delta, a = (x.contiguous() for x in (q, k, v, delta, a))
@@ -151,6 +154,7 @@ def scan(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor, chunk: int) 
     return out, states
 
 
+@on_its_device
 def scan_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor, states: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from models.kernels.functions import as_tile, sum_parts
-from models.kernels.launch import channel_block, num_multiprocessors
+from models.kernels.launch import channel_block, num_multiprocessors, on_its_device
 from models.kernels.rows import load_taps
 
 
@@ -152,6 +152,7 @@ def plan(x: Tensor, tile: tuple[int, int, int, int], programs_a_multiprocessor: 
     return num_columns, num_blocks, min(num_blocks, limit), channel_blocks
 
 
+@on_its_device
 def strided_forward(
     x: Tensor, weight: Tensor, bias: Tensor, *, tile: tuple[int, int, int, int] | None = None
 ) -> Tensor:
@@ -168,6 +169,7 @@ def strided_forward(
     return out
 
 
+@on_its_device
 def strided_backward(
     grad: Tensor, x: Tensor, weight: Tensor, out: Tensor, *, tile: tuple[int, int, int, int] | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -12,22 +12,26 @@ from models.rope import position_tables, rotate_pairs, spread_over_grid
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the norm of each result
 COLUMNS = 6
-FULL_BATCH = 384  # from there on a GPU is busy, and the kernels take the tiles that training takes
+FULL_SIZE = 2**15 + 2**14  # images times channels that keep a GPU busy: kernels take the tiles that training takes
 Outputs = tuple[Tensor, ...]
 
 
+def full_batch(device: torch.device, channels: int) -> int:
+    return max(2, FULL_SIZE // channels) if device.type == "cuda" else 2
+
+
 def run(
-    kernel: str, device_type: str, dtype: torch.dtype, channels: int, head_width: int, *, rows: int, batch: int
+    kernel: str, device: torch.device, dtype: torch.dtype, channels: int, head_width: int, *, rows: int, batch: int
 ) -> str:
     """What is wrong with a kernel at (batch, rows, 6, channels), forward or backward; an empty string if nothing is.
 
-    It never raises, and leaves the random number generators as they are.
+    It raises nothing but torch.OutOfMemoryError, and leaves the random number generators as they are.
     """
     try:
-        with _disable_current_modes(), torch.inference_mode(False), torch.autocast(device_type, enabled=False):
-            worst = largest_error(
-                kernel, torch.device(device_type), dtype, channels, head_width, rows=rows, batch=batch
-            )
+        with _disable_current_modes(), torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+            worst = largest_error(kernel, device, dtype, channels, head_width, rows=rows, batch=batch)
+    except torch.OutOfMemoryError:  # not the kernel's fault
+        raise
     except Exception as error:  # whatever a compiler may say
         return f"the {kernel} kernel fails here, {type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
     tolerance = TOLERANCES[dtype]
