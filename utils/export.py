@@ -182,7 +182,7 @@ def export(words: Any) -> None:
     """Do what the command line says.
 
     Raises:
-        ExportError: --size is wrong, or another than --evaluate's images have; or what was written computes something else than the model.
+        ExportError: --size is wrong, or not that of --evaluate's images; or the file computes something else.
     """
     config = read_config(words.cfg, words.opts, words.part)
     size = read_size(words.size or str(config.DATA.get("IMG_SIZE", 224)))
@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", required=True, metavar="WEIGHTS", help="a path, a URL, or mlla-t, mlla-s, mlla-b")
     parser.add_argument("--to", required=True, choices=sorted(SUFFIXES), dest="form")
     parser.add_argument(
-        "--size", help="side in pixels (DATA.IMG_SIZE by default), HxW, or dynamic: multiples of 32 from 64 on"
+        "--size", help="side in pixels (default DATA.IMG_SIZE), HxW, or dynamic: multiples of 32, at least 64"
     )
     parser.add_argument("--part", default="classifier", choices=PARTS, help="logits, one vector, or maps; README.md")
     parser.add_argument("--precision", default="float32", choices=PRECISIONS, help="of an ONNX file")
