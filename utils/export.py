@@ -231,9 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--resume", required=True, metavar="WEIGHTS", help="a path, a URL, or mlla-t, mlla-s, mlla-b")
     parser.add_argument("--to", required=True, choices=sorted(SUFFIXES), dest="form")
-    parser.add_argument(
-        "--size", help="side in pixels (default DATA.IMG_SIZE), HxW, or dynamic: multiples of 32, at least 64"
-    )
+    parser.add_argument("--size", help="a side (default DATA.IMG_SIZE), HxW, or dynamic: multiples of 32, at least 64")
     parser.add_argument("--part", default="classifier", choices=PARTS, help="logits, one vector, or maps; README.md")
     parser.add_argument("--precision", default="float32", choices=PRECISIONS, help="of an ONNX file")
     parser.add_argument("--no-ema", dest="ema", action="store_false", help="the model's weights, not the average's")
