@@ -108,6 +108,11 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.clip(smooth + edges + noise, 0, 255).astype(np.uint8))
 
 
+def deep_grey(height: int = 40, width: int = 30) -> Image.Image:
+    """A ramp from black to white in 16 bits: its mean is 127.5 in 8."""
+    return Image.fromarray(np.linspace(0, 65535, height * width).astype(np.uint16).reshape(height, width))
+
+
 def encoded(image: Image.Image, kind: str = "JPEG", **settings: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **settings)
