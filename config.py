@@ -3,7 +3,7 @@
 Later wins: defaults, the files under BASE, the file itself, --opts, flags that were typed. The result is frozen.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,8 +184,20 @@ def load_config(path: str | Path, opts: Sequence[str] = (), flags: Mapping[str, 
         ConfigError: a missing file, an unknown key, a wrong type, a value out of range, or values that contradict.
     """
     values = merge_settings(SCHEMA, path, opts, flags)
+    refuse_idle_benchmark(values, {*opts[::2], *(flags or {})})
     check_together(values)
     return frozen_node(values)
+
+
+def refuse_idle_benchmark(values: Mapping[str, Any], typed: Set[str]) -> None:
+    """Raise ConfigError where what to measure was typed, but not --throughput: it would be ignored.
+
+    Files may hold it, as the configuration that a measurement leaves behind does.
+    """
+    for name in sorted(typed):
+        if name.startswith("BENCHMARK.") and values[name] and not values["THROUGHPUT_MODE"]:
+            flag = {"TRAIN": "--train", "BASELINES": "--baseline", "SIZES": "--sizes"}[name.removeprefix("BENCHMARK.")]
+            raise ConfigError(f"{name} {values[name]!r}: {flag} says what --throughput measures; add --throughput")
 
 
 def check_together(values: Mapping[str, Any]) -> None:

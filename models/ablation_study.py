@@ -41,6 +41,7 @@ class Trained(NamedTuple):
     scale: str
     acc1: float
     seconds: float
+    amp: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,7 +140,7 @@ def train(options: argparse.Namespace, row: Ablation, seed: int, *, deadline: fl
     start, epochs = time.monotonic(), epochs_of(options)
     if start > deadline:
         return None
-    tag = f"seed{seed}_epochs{epochs}"
+    tag = f"seed{seed}_epochs{epochs}{'_amp' if options.amp else ''}"
     folder = options.output / "runs" / row.model / tag
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "main.py", "--cfg", options.output.resolve() / "cfgs" / f"{row.name}.yaml"]
@@ -153,19 +154,19 @@ def train(options: argparse.Namespace, row: Ablation, seed: int, *, deadline: fl
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     if last["epoch"] + 1 < epochs:  # it was told to stop, and saved what it had
         return None
-    return Trained(row.name, seed, epochs, options.scale.stem, last["acc1"], time.monotonic() - start)
+    return Trained(row.name, seed, epochs, options.scale.stem, last["acc1"], time.monotonic() - start, options.amp)
 
 
 def read_results(options: argparse.Namespace) -> list[Trained]:
-    """What results.jsonl holds of this scale, number of epochs, and of the rows and seeds that were asked for."""
+    """What results.jsonl holds of this scale, epochs and precision, and of the rows and seeds that were asked for."""
     path = options.output / "results.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     runs = [Trained(**json.loads(line)) for line in lines]
-    wanted = epochs_of(options), options.scale.stem
+    wanted = epochs_of(options), options.scale.stem, options.amp
     return [
         run
         for run in runs
-        if (run.epochs, run.scale) == wanted and run.row in options.rows and run.seed in options.seeds
+        if (run.epochs, run.scale, run.amp) == wanted and run.row in options.rows and run.seed in options.seeds
     ]
 
 

@@ -4,7 +4,9 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests' tensors are too small to share out
 
+import contextlib
 import io
+import signal
 import subprocess
 import sys
 import zlib
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from soak import descendants
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parent.parent
@@ -72,10 +75,22 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_python(*words: str | Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run this Python with the given words in the project's folder, on the CPU, one thread."""
+    """Run this Python with the given words in the project's folder, on the CPU, one thread.
+
+    Where it takes too long it is ended, and all that it has started with it: a launcher's workers do not notice.
+    """
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            for pid in [process.pid, *descendants(process.pid)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 @pytest.fixture
@@ -106,6 +121,11 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     edges = (np.add.outer(np.arange(height) // 23, np.arange(width) // 31) % 2 * 60)[..., None]
     noise = rng.integers(-12, 13, size=(height, width, 3))
     return Image.fromarray(np.clip(smooth + edges + noise, 0, 255).astype(np.uint8))
+
+
+def deep_grey(height: int = 40, width: int = 30) -> Image.Image:
+    """A ramp from black to white in 16 bits: its mean is 127.5 in 8."""
+    return Image.fromarray(np.linspace(0, 65535, height * width).astype(np.uint16).reshape(height, width))
 
 
 def encoded(image: Image.Image, kind: str = "JPEG", **settings: Any) -> bytes:

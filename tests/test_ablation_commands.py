@@ -116,6 +116,23 @@ def test_a_stopped_run_is_not_a_result(tmp_path: Path, scale: Path, trained: lis
     assert len(trained) == 2
 
 
+def test_precisions_have_results_of_their_own(
+    tmp_path: Path, scale: Path, trained: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lines that do not say theirs are of float32."""
+    old = {"row": "rope", "seed": 0, "epochs": 1, "scale": "tiny", "acc1": 50.0, "seconds": 1.0}
+    (tmp_path / "results.jsonl").write_text(json.dumps(old) + "\n")
+    words = ["--output", str(tmp_path), "--scale", str(scale), "--rows", "rope", "--seeds", "0"]
+    assert ablation_study.main(words) == 0
+    assert not trained
+    assert "50.00" in capsys.readouterr().out
+    assert ablation_study.main([*words, "--amp"]) == 0
+    assert trained[0][trained[0].index("--tag") + 1] == "seed0_epochs1_amp"
+    assert "95.00" in capsys.readouterr().out
+    assert ablation_study.main([*words, "--amp"]) == 0
+    assert len(trained) == 1
+
+
 def test_a_run_of_main(tmp_path: Path, scale: Path, run_main: RunMain, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the study asks of main.py, main.py does, at the row's switches and the scale's sizes."""
     monkeypatch.setattr(subprocess, "call", lambda command, **_: run_main(*command[2:])[0])
@@ -123,7 +140,7 @@ def test_a_run_of_main(tmp_path: Path, scale: Path, run_main: RunMain, monkeypat
     words = ["--output", str(tmp_path), "--scale", str(scale), "--rows", "cpe", "--seeds", "7", "--amp"]
     assert ablation_study.main(words) == 0
     (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
-    folder = tmp_path / "runs/linear_vit_cpe/seed7_epochs1"
+    folder = tmp_path / "runs/linear_vit_cpe/seed7_epochs1_amp"
     assert json.loads(line)["acc1"] == json.loads((folder / "metrics.jsonl").read_text())["acc1"]
     config = load_config(folder / "config.yaml")
     assert config.MODEL.LINEAR_VIT.CPE

@@ -33,6 +33,14 @@ def test_dump_can_be_used_again(tmp_path: Path, name: str) -> None:
     assert again.TAG == "12"
 
 
+def test_dump_of_a_measurement_can_be_used_again(tmp_path: Path) -> None:
+    """What it measured stays in the file, and is in the way of nothing else."""
+    flags = {"THROUGHPUT_MODE": True, "BENCHMARK.TRAIN": True, "BENCHMARK.SIZES": "32"}
+    path = write(tmp_path, "config.yaml", load_config("cfgs/digits.yaml", flags=flags).dump())
+    assert load_config(path, flags={"THROUGHPUT_MODE": False}).BENCHMARK.TRAIN
+    assert not load_config(path, flags={"THROUGHPUT_MODE": False, "BENCHMARK.TRAIN": False}).BENCHMARK.TRAIN
+
+
 def test_shipped_values() -> None:
     t, s, b = (load_config(f"cfgs/mlla_{size}.yaml") for size in "tsb")
     assert [c.AUG.MESA for c in (t, s, b)] == [1.0, 1.5, 2.0]

@@ -1,3 +1,4 @@
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,21 @@ def alone() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return launch(2, tmp_path_factory.mktemp("two") / "out.pt", 4, 1)
+
+
+def test_nothing_outlives_a_launcher_that_takes_too_long(tmp_path: Path) -> None:
+    """Launchers put their workers into sessions of their own."""
+    script = tmp_path / "launcher.py"
+    script.write_text(
+        "import pathlib, subprocess, sys, time\n"
+        "worker = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
+        "pathlib.Path(sys.argv[1]).write_text(str(worker.pid))\n"
+        "time.sleep(60)\n"
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_python(script, tmp_path / "pid", timeout=3)
+    status = Path("/proc") / (tmp_path / "pid").read_text() / "stat"
+    assert not status.exists() or status.read_text().split()[2] == "Z"  # nobody may be there to fetch its exit code
 
 
 def same_training(one: dict[str, Any], other: dict[str, Any]) -> None:

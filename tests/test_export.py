@@ -65,6 +65,14 @@ def test_onnx_of_one_size(tmp_path: Path, weights: Path, model: nn.Module, capsy
         assert smaller.stat().st_size < 0.9 * target.stat().st_size
 
 
+def test_the_size_is_the_configurations(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "m.pt", weights, "torchscript", "--evaluate") == 0
+    assert capsys.readouterr().out.count(" on 360 images") == 2
+    assert run(tmp_path / "n.pt", weights, "torchscript", "--evaluate", "--size", "64") == 2
+    assert "--size 64: --evaluate scores images of DATA.IMG_SIZE 32; leave out --size" in capsys.readouterr().err
+    assert not (tmp_path / "n.pt").exists()
+
+
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, MLLABackbone]:
     """A file as OpenMMLab writes a whole detector's, and its backbone, of the sizes in OPTS."""

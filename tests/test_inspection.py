@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import MICRO
+from conftest import MICRO, deep_grey
 from PIL import Image
 from torch import nn
 
@@ -130,6 +131,13 @@ def test_pictures(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all(Image.open(tmp_path / "out" / name).width > 400 for name in names)
 
 
+def test_sixteen_bits_keep_their_upper_eight(tmp_path: Path) -> None:
+    deep_grey().save(tmp_path / "deep.png")
+    options = visualize.parse(["--resume", "x", "--images", str(tmp_path / "deep.png")])
+    (image,) = visualize.open_images(options, 32)
+    assert np.asarray(image).mean() == pytest.approx(127.5, abs=1)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -137,6 +145,7 @@ def test_pictures(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--resume", "{bare}"], "holds no configuration; name the model's with --cfg FILE"),
         (["--resume", "{bare}", "--cfg", "cfgs/mlla_t.yaml"], "does not fit the model"),
         (["--resume", "{good}", "--images", "missing.jpg"], "missing.jpg"),
+        (["--resume", "{good}", "--images", "LICENSE"], "LICENSE: not an image, or of an unknown format"),
     ],
 )
 def test_mistakes(

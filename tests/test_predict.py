@@ -4,9 +4,10 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fill_weights
+from conftest import ROOT, deep_grey, fill_weights
 from PIL import Image
 from torch import nn
 
@@ -94,6 +95,20 @@ def test_models_of_timm_name_imagenets_classes(
     image = str(image_folder / "val" / "dog" / "0.jpg")
     assert predict.main([image, "--model", "mlla_tiny", "--weights", str(path), "--topk", "2"]) == 0
     assert "goldfish 100.0%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
+def test_sixteen_bits_keep_their_upper_eight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, name: str
+) -> None:
+    deep_grey().save(tmp_path / name)
+    _, image, _ = predict.ImageFiles([tmp_path / name], np.asarray)[0]
+    assert np.mean(image) == pytest.approx(127.5, abs=1)  # type: ignore[arg-type]
+    drawn: list[np.ndarray] = []
+    monkeypatch.setattr(predict, "plot_grid", lambda images, *_, **__: drawn.extend(images))
+    words = [str(tmp_path / name), "--weights", str(checkpoint), "--picture", str(tmp_path / "p.png")]
+    assert predict.main(words) == 0
+    assert drawn[0].mean() == pytest.approx(127.5, abs=1)
 
 
 @pytest.mark.parametrize(

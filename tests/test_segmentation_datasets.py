@@ -2,9 +2,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import deep_grey
 from PIL import Image
 
-from downstream.segmentation.datasets import ADE20K_CLASSES, DataError, MaskedImages, read_classes, read_mask
+from downstream.segmentation.datasets import (
+    ADE20K_CLASSES,
+    DataError,
+    MaskedImages,
+    read_classes,
+    read_image,
+    read_mask,
+)
 
 
 def write_pair(
@@ -39,6 +47,11 @@ def test_folder_layout(folder: Path) -> None:
     assert image.shape == (6, 8, 3)
     assert mask.dtype == np.uint8
     assert mask[0].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_sixteen_bits_keep_their_upper_eight(tmp_path: Path) -> None:
+    deep_grey().save(tmp_path / "deep.png")
+    assert read_image(tmp_path / "deep.png").mean() == pytest.approx(127.5, abs=1)
 
 
 def test_zero_is_no_class_where_it_is_reduced(folder: Path) -> None:

@@ -62,6 +62,7 @@ def build_ema(config: CfgNode, model: nn.Module, derived: Any) -> ModelEma | Non
 def describe_out_of_memory(config: CfgNode, error: torch.OutOfMemoryError) -> str:
     """One line with the batch that did not fit on the GPU and what to lower."""
     is_training = not (config.EVAL_MODE or config.THROUGHPUT_MODE or config.PROFILE_MODE)
+    is_training |= config.THROUGHPUT_MODE and config.BENCHMARK.TRAIN
     size = config.DATA.IMG_SIZE
     return out_of_memory_message(
         error,

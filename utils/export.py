@@ -182,10 +182,14 @@ def export(words: Any) -> None:
     """Do what the command line says.
 
     Raises:
-        ExportError: what was written computes something else than the model.
+        ExportError: --size is wrong, or not that of --evaluate's images; or the file computes something else.
     """
-    size = read_size(words.size)
     config = read_config(words.cfg, words.opts, words.part)
+    size = read_size(words.size or str(config.DATA.get("IMG_SIZE", 224)))
+    if words.evaluate and (size.height, size.width) != (config.DATA.IMG_SIZE, config.DATA.IMG_SIZE):
+        raise ExportError(
+            f"--size {words.size}: --evaluate scores images of DATA.IMG_SIZE {config.DATA.IMG_SIZE}; leave out --size"
+        )
     model = make_part(config, words.resume, words.part, average=words.ema)
     channels = 3 if config.MODEL.TYPE.startswith("timm:") else input_channels(config)
     classes = read_weights(words.resume, tolerant=True).classes
@@ -227,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--resume", required=True, metavar="WEIGHTS", help="a path, a URL, or mlla-t, mlla-s, mlla-b")
     parser.add_argument("--to", required=True, choices=sorted(SUFFIXES), dest="form")
-    parser.add_argument("--size", default="224", help="side in pixels, HxW, or dynamic: multiples of 32 from 64 on")
+    parser.add_argument("--size", help="a side (default DATA.IMG_SIZE), HxW, or dynamic: multiples of 32, at least 64")
     parser.add_argument("--part", default="classifier", choices=PARTS, help="logits, one vector, or maps; README.md")
     parser.add_argument("--precision", default="float32", choices=PRECISIONS, help="of an ONNX file")
     parser.add_argument("--no-ema", dest="ema", action="store_false", help="the model's weights, not the average's")

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from config import load_config
+from data.decoding import decode_plain
 from models import build_model
 from utils.command_line import Parser
 from utils.plots import plot_grid
@@ -62,9 +63,8 @@ class ImageFiles(Dataset):
     def __getitem__(self, index: int) -> tuple[Path, Tensor | None, str]:
         path = self.paths[index]
         try:
-            with Image.open(path) as image:
-                return path, self.transform(image.convert("RGB")), ""
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, by kind of damage
+            return path, self.transform(decode_plain(path.read_bytes())), ""
+        except OSError as error:
             return path, None, " ".join(str(error).split())
 
 
@@ -210,10 +210,9 @@ def draw(path: Path, predictions: Sequence[Prediction]) -> None:
     """The first images, as they are in their files, with their likeliest classes."""
     images, captions = [], []
     for prediction in predictions[:MAX_PICTURES]:
-        with Image.open(prediction.file) as image:
-            image = image.convert("RGB")
-            image.thumbnail((256, 256))
-            images.append(np.asarray(image))
+        image = decode_plain(Path(prediction.file).read_bytes())
+        image.thumbnail((256, 256))
+        images.append(np.asarray(image))
         name = prediction.classes[0].split(",")[0]
         captions.append(f"{name[:20]}\n{100 * prediction.probabilities[0]:.1f}%")
     plot_grid(images, captions, picture=path)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from config import ConfigError, load_config
+from data.decoding import BrokenImageError, decode_plain
 from data.device import Normaliser
 from data.digits import Digits
 from data.transforms import EvalTransform, denormalise
@@ -94,7 +95,7 @@ def trained_model(config: CfgNode, checkpoint: str) -> nn.Module:
 
 def open_images(options: argparse.Namespace, size: int) -> list[Image.Image]:
     if options.images:
-        return [Image.open(path).convert("RGB") for path in options.images]
+        return [read_image(path) for path in options.images]
     if options.photographs:
         from sklearn.datasets import load_sample_images  # takes a second, which other images need not wait for
 
@@ -102,6 +103,18 @@ def open_images(options: argparse.Namespace, size: int) -> list[Image.Image]:
     digits = Digits("val", size)
     indices = np.linspace(0, len(digits) - 1, min(options.digits, len(digits))).astype(int)
     return [digits.read(int(index)) for index in indices]
+
+
+def read_image(path: Path) -> Image.Image:
+    """RGB pixels, as the training code reads them.
+
+    Raises:
+        OSError: no such file, or no image.
+    """
+    try:
+        return decode_plain(path.read_bytes())
+    except BrokenImageError as error:
+        raise BrokenImageError(f"{path}: {error}") from None
 
 
 def to_tensor(config: CfgNode, image: Image.Image, size: int) -> Tensor:
