@@ -25,7 +25,7 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
     builders = {"mlla": build_mlla, "linear_vit": build_linear_vit}
     if config.MODEL.TYPE not in builders:
         raise ValueError(f"MODEL.TYPE {config.MODEL.TYPE!r}: known are {', '.join(builders)}")
-    num_classes = num_classes or config.MODEL.NUM_CLASSES or KNOWN_CLASSES[config.DATA.DATASET]
+    num_classes = num_classes or config.MODEL.NUM_CLASSES or KNOWN_CLASSES.get(config.DATA.DATASET, 1000)
     model = builders[config.MODEL.TYPE](config, num_classes)
     if config.TRAIN.FREEZE:
         model.freeze_backbone()

@@ -3,13 +3,16 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from config import load_config
 from utils.amp import make_precision
 from utils.benchmark import Conditions, measure_inference, run_rounds
+from utils.throughput.build import baseline_factory
 from utils.throughput.report import pixel_table, throughput_table
 
 RunMain = Callable[..., tuple[int, str, str]]
@@ -48,6 +51,13 @@ def test_training_step_and_baseline(run_main: RunMain, tmp_path: Path) -> None:
     assert len(out.splitlines()) >= 5
     with Image.open(tmp_path / "mlla_digits" / "default" / "throughput.png") as picture:
         assert picture.width > 500
+
+
+# The first is made for one size of images, the last knows no stochastic depth.
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "test_convnext", "ghostnet_050"])
+def test_baselines_take_the_runs_images(name: str) -> None:
+    model: Any = baseline_factory(f"timm:{name}", load_config("cfgs/digits.yaml"), CPU)()
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, model.num_classes)
 
 
 def test_sizes_keep_the_number_of_pixels(run_main: RunMain, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 import torch
 from conftest import MICRO, ROOT, make_image_folder, run_python
 
-from models import MLLA
+from config import load_config
+from models import MLLA, build_model
 from utils import losses
 from utils.trainer import Trainer
 from utils.weights_file import load_checkpoint
@@ -310,6 +311,32 @@ def test_profile(run_main: RunMain) -> None:
     assert code == 0
     assert re.search(r"total +24,392,200 +4.13", out)
     assert re.search(r"paper +25 M +4.2", out)
+
+
+@pytest.mark.parametrize("data_set", ["wds/foo", "hfds/foo"])
+def test_profile_needs_no_data(run_main: RunMain, data_set: str) -> None:
+    code, out, err = run_main("--cfg", "cfgs/mlla_t.yaml", "--profile", "--opts", "DATA.DATASET", data_set)
+    assert (code, err) == (0, "")
+    assert re.search(r"total +24,392,200 ", out)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on a GPU")
+@pytest.mark.parametrize("mode", [[], ["--eval"]])
+def test_kernels_that_cannot_run(run_main: RunMain, tmp_path: Path, mode: list[str]) -> None:
+    words = ["--cfg", "cfgs/digits.yaml", "--output", tmp_path, *(["--resume", tmp_path / "w.pth"] if mode else [])]
+    torch.save(build_model(load_config("cfgs/digits.yaml")).state_dict(), tmp_path / "w.pth")
+    code, out, err = run_main(*words, *mode, "--opts", "MODEL.KERNELS", "triton", "DATA.NUM_WORKERS", "0")
+    assert code == 1
+    assert "Traceback" not in out + err
+    assert "use auto or torch" in (out + err).splitlines()[-1]
+
+
+def test_workers_that_do_not_start(run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.workers.WatchfulDataLoader.are_alive", lambda *_: False)
+    code, out, err = run_main("--cfg", "cfgs/digits.yaml", "--output", tmp_path, "--opts", "DATA.NUM_WORKERS", "1")
+    assert code == 1
+    assert "Traceback" not in out + err
+    assert "lower DATA.NUM_WORKERS, 0 loads without them" in (out + err).splitlines()[-1]
 
 
 def mistake(run_main: RunMain, *words: str | Path) -> str:

@@ -111,6 +111,11 @@ def test_sixteen_bits_keep_their_upper_eight(
     assert drawn[0].mean() == pytest.approx(127.5, abs=1)
 
 
+@pytest.mark.parametrize("name", ["mlla_small", "mila_small", "mlla_small.in1k"])
+def test_released_weights_by_timms_names(name: str) -> None:
+    assert predict.released_weights(name) == "mlla_small"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -119,7 +124,16 @@ def test_sixteen_bits_keep_their_upper_eight(
         (["empty/x.jpg", "--weights", "W"], "none of 1 files could be read"),
         (["empty/x.jpg"], "which model?"),
         (["empty/x.jpg", "--weights", "bare.pth"], "does not say which model it is for; add --model or --cfg"),
-        (["empty/x.jpg", "--model", "mlla_huge", "--weights", "W"], "timm has no such model"),
+        (
+            ["empty/x.jpg", "--model", "mlla_tinny"],
+            "mlla_tinny: timm has no such model; did you mean mlla_tiny?",
+        ),
+        (["empty/x.jpg", "--model", "42", "--weights", "W"], "timm has no such model; there are mlla_tiny"),
+        (["empty/x.jpg", "--model", "resnet18"], "--model resnet18: no weights of it come with this project; name a"),
+        (
+            ["empty/x.jpg", "--model", "mlla_tiny", "--cfg", "a.yaml"],
+            "--cfg a.yaml and --model mlla_tiny both name",
+        ),
         (["empty/x.jpg", "--weights", "W", "--output", "x.txt"], "must end in .json or .csv"),
         (["empty/x.jpg", "--weights", "W", "--picture", "there.png"], "is there already"),
     ],

@@ -16,6 +16,9 @@ from utils.logger import logger
 SECOND_VOICE_SECONDS = 5.0
 LOST_CONTACT = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
+# What begins like this is for users to mend, though it is known only once the work has begun.
+MENDABLE = ("MODEL.KERNELS ", "loader workers did not start")
+
 
 @contextmanager
 def mistakes_in_one_line() -> Iterator[None]:
@@ -87,7 +90,7 @@ def report(
             "DATA.NUM_WORKERS or DATA.BATCH_SIZE, or raise the limit of shared memory (/dev/shm)",
             *(who, text),
         )
-    elif isinstance(error, OSError):
+    elif isinstance(error, OSError) or text.startswith(MENDABLE):
         logger.error("%s%s", who, text)
     else:
         logger.error("%s%s: %s\n%s", who, type(error).__name__, text, "".join(traceback.format_exception(error)))

@@ -1,9 +1,10 @@
 """Classify images: python -m utils.predict IMAGES... --model mlla_tiny [--weights FILE] [--topk 5]
 
-IMAGES are files or folders. Without --weights the released ones are taken; a checkpoint of a run needs no --model.
+IMAGES are files or folders. Without --weights MLLA's released ones are taken; a checkpoint of a run needs no --model.
 """
 
 import csv
+import difflib
 import json
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from config import load_config
 from data.decoding import decode_plain
 from models import build_model
 from utils.command_line import Parser
+from utils.download import LONG_NAMES
 from utils.plots import plot_grid
 from utils.weights import classes_in, load_weights, read_state_dict
 from utils.weights_file import load_checkpoint
@@ -99,10 +101,10 @@ def open_classifier(words: Any) -> Classifier:
     """The classifier of the command line: by --cfg, by the configuration in the weights file, or by timm's name.
 
     Raises:
-        PredictionError: none of them, or a name that timm does not know.
+        PredictionError: none of them, or a model without released weights.
         CheckpointError, DownloadError: the weights cannot be read, or do not fit.
     """
-    source = words.weights or words.model
+    source = words.weights or released_weights(words.model)
     if not source:
         raise PredictionError("which model? name one with --model mlla_tiny, or a run's checkpoint with --weights FILE")
     content = load_checkpoint(source)
@@ -111,10 +113,6 @@ def open_classifier(words: Any) -> Classifier:
     size, crop, interpolation = 224, True, "bicubic"
     model: nn.Module
     if words.model:
-        if not timm.is_model(words.model):
-            raise PredictionError(
-                f"--model {words.model}: timm has no such model; there are mlla_tiny, _small and _base"
-            )
         model = timm.create_model(words.model, num_classes=num_classes or 1000)
     else:
         config = load_config(words.cfg, flags=ONLY_EVALUATION) if words.cfg else config_in(content, source)
@@ -123,6 +121,28 @@ def open_classifier(words: Any) -> Classifier:
     load_weights(model, weights, source)
     transform = preparation(words.size or size, crop=crop, interpolation=interpolation)
     return Classifier(model.eval(), class_names(classes_in(content), num_classes or 1000), transform)
+
+
+def released_weights(model: str) -> str:
+    """The released weights of one of timm's names for this project's models; none for no name.
+
+    Raises:
+        PredictionError: another model, which needs --weights.
+    """
+    name = model.split(".")[0].replace("mila_", "mlla_")
+    if model and name.replace("_", "-") not in LONG_NAMES:
+        raise PredictionError(f"--model {model}: no weights of it come with this project; name a file with --weights")
+    return name
+
+
+def check_model(words: Any) -> None:
+    """Raise PredictionError where the model's name is none, or something else names the model too."""
+    if words.model and not timm.is_model(words.model):
+        near = difflib.get_close_matches(words.model, timm.list_models(), n=1)
+        hint = f"did you mean {near[0]}?" if near else "there are mlla_tiny, mlla_small and mlla_base"
+        raise PredictionError(f"--model {words.model}: timm has no such model; {hint}")
+    if words.model and words.cfg:
+        raise PredictionError(f"--cfg {words.cfg} and --model {words.model} both name the model; leave one of them out")
 
 
 def config_in(content: dict[str, Any], source: str) -> CfgNode:
@@ -239,6 +259,7 @@ def run(words: Any) -> None:
         PredictionError: no images, or none that can be read.
     """
     check_targets(words)
+    check_model(words)
     paths = find_images(words.images)
     results = predict(
         open_classifier(words),

@@ -66,16 +66,23 @@ def run_benchmark(
 
 
 def baseline_factory(name: str, config: CfgNode, device: torch.device) -> MakeModel:
-    """Makes timm's model `timm:<name>`, with the run's stochastic depth and in its memory layout.
+    """Makes timm's model `timm:<name>`, in the run's memory layout; with its stochastic depth and image size, where the
+    model has such.
 
     Raises:
         ValueError: timm has no such model.
     """
-    if not timm.is_model(name.removeprefix("timm:")):
+    model_name = name.removeprefix("timm:")
+    if not timm.is_model(model_name):
         raise ValueError(f"BENCHMARK.BASELINES {name!r}: timm has no such model; timm.list_models() names them")
 
     def make() -> nn.Module:
-        model = timm.create_model(name.removeprefix("timm:"), drop_path_rate=config.MODEL.DROP_PATH_RATE)
+        weights = timm.get_pretrained_cfg(model_name)
+        size = {"img_size": config.DATA.IMG_SIZE} if weights is not None and weights.fixed_input_size else {}
+        try:
+            model = timm.create_model(model_name, drop_path_rate=config.MODEL.DROP_PATH_RATE, **size)
+        except TypeError:  # it knows no stochastic depth
+            model = timm.create_model(model_name, **size)
         return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     return make
