@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.kernels.functions import as_tile, sigmoid
 from models.kernels.launch import channel_block, num_multiprocessors, on_its_device, token_stride
-from models.kernels.rows import load_opening, load_row, load_taps, to_float
+from models.kernels.rows import load_opening, load_row, load_stencil, to_float
 
 
 @triton.jit
@@ -56,9 +56,7 @@ def conv_forward_kernel(
     """
     channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     channel_ok = channel < channels
-    top0, top1, top2 = load_taps(weight, channel, channel_ok, 0)
-    mid0, mid1, mid2 = load_taps(weight, channel, channel_ok, 1)
-    low0, low1, low2 = load_taps(weight, channel, channel_ok, 2)
+    top0, top1, top2, mid0, mid1, mid2, low0, low1, low2 = load_stencil(weight, channel, channel_ok)
     start = tl.load(bias + channel, mask=channel_ok, other=0.0).to(tl.float32)
     scale, shift = start, start
     if NORM:

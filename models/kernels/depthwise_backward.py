@@ -8,7 +8,7 @@ from torch import Tensor
 from models.kernels.depthwise import Tile
 from models.kernels.functions import as_tile, sum_parts
 from models.kernels.launch import channel_block, num_multiprocessors, on_its_device, token_stride
-from models.kernels.rows import load_pair, load_row, load_taps, to_float
+from models.kernels.rows import load_pair, load_row, load_stencil, store_sums, to_float
 
 
 @triton.jit
@@ -23,9 +23,7 @@ def conv_backward_kernel(
     """
     channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     channel_ok = channel < channels
-    top0, top1, top2 = load_taps(weight, channel, channel_ok, 0)
-    mid0, mid1, mid2 = load_taps(weight, channel, channel_ok, 1)
-    low0, low1, low2 = load_taps(weight, channel, channel_ok, 2)
+    top0, top1, top2, mid0, mid1, mid2, low0, low1, low2 = load_stencil(weight, channel, channel_ok)
     zeros = tl.zeros((PAIRS, CHANNELS), dtype=tl.float32)
     t0, t1, t2, m0, m1, m2, l0, l1, l2, total = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
     pairs_a_row = (width + 1) // 2
@@ -100,16 +98,7 @@ def conv_backward_kernel(
             x_above1, x_above2 = x_here1, x_here2
             x_here1, x_here2 = x_below1, x_below2
     target = partials + tl.program_id(0) * 10 * channels + channel
-    tl.store(target, tl.sum(t0, 0, keep_dims=True), mask=channel_ok)
-    tl.store(target + channels, tl.sum(t1, 0, keep_dims=True), mask=channel_ok)
-    tl.store(target + 2 * channels, tl.sum(t2, 0, keep_dims=True), mask=channel_ok)
-    tl.store(target + 3 * channels, tl.sum(m0, 0, keep_dims=True), mask=channel_ok)
-    tl.store(target + 4 * channels, tl.sum(m1, 0, keep_dims=True), mask=channel_ok)
-    tl.store(target + 5 * channels, tl.sum(m2, 0, keep_dims=True), mask=channel_ok)
-    tl.store(target + 6 * channels, tl.sum(l0, 0, keep_dims=True), mask=channel_ok)
-    tl.store(target + 7 * channels, tl.sum(l1, 0, keep_dims=True), mask=channel_ok)
-    tl.store(target + 8 * channels, tl.sum(l2, 0, keep_dims=True), mask=channel_ok)
-    tl.store(target + 9 * channels, tl.sum(total, 0, keep_dims=True), mask=channel_ok)
+    store_sums(target, channels, channel_ok, t0, t1, t2, m0, m1, m2, l0, l1, l2, total)
 
 
 @on_its_device

@@ -1,4 +1,4 @@
-"""What the depthwise kernels load: a row of tokens with its neighbours, and the stencil's weights."""
+"""What the depthwise kernels load and store: rows of tokens with their neighbours, the stencil's weights, its sums."""
 
 import triton
 import triton.language as tl
@@ -49,6 +49,30 @@ def load_taps(weight, channel, channel_ok, row: tl.constexpr):
     second = tl.load(base + 1, mask=channel_ok, other=0.0).to(tl.float32)
     third = tl.load(base + 2, mask=channel_ok, other=0.0).to(tl.float32)
     return first, second, third
+
+
+@triton.jit
+def load_stencil(weight, channel, channel_ok):
+    """The nine weights, row by row, each (1, channels)."""
+    top0, top1, top2 = load_taps(weight, channel, channel_ok, 0)
+    mid0, mid1, mid2 = load_taps(weight, channel, channel_ok, 1)
+    low0, low1, low2 = load_taps(weight, channel, channel_ok, 2)
+    return top0, top1, top2, mid0, mid1, mid2, low0, low1, low2
+
+
+@triton.jit
+def store_sums(target, channels, channel_ok, t0, t1, t2, m0, m1, m2, l0, l1, l2, total):
+    """A program's sums over tokens, (10, channels) at target: the nine taps' gradients, then the bias's."""
+    tl.store(target, tl.sum(t0, 0, keep_dims=True), mask=channel_ok)
+    tl.store(target + channels, tl.sum(t1, 0, keep_dims=True), mask=channel_ok)
+    tl.store(target + 2 * channels, tl.sum(t2, 0, keep_dims=True), mask=channel_ok)
+    tl.store(target + 3 * channels, tl.sum(m0, 0, keep_dims=True), mask=channel_ok)
+    tl.store(target + 4 * channels, tl.sum(m1, 0, keep_dims=True), mask=channel_ok)
+    tl.store(target + 5 * channels, tl.sum(m2, 0, keep_dims=True), mask=channel_ok)
+    tl.store(target + 6 * channels, tl.sum(l0, 0, keep_dims=True), mask=channel_ok)
+    tl.store(target + 7 * channels, tl.sum(l1, 0, keep_dims=True), mask=channel_ok)
+    tl.store(target + 8 * channels, tl.sum(l2, 0, keep_dims=True), mask=channel_ok)
+    tl.store(target + 9 * channels, tl.sum(total, 0, keep_dims=True), mask=channel_ok)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.kernels.functions import as_tile, sum_parts
 from models.kernels.launch import channel_block, num_multiprocessors, on_its_device
-from models.kernels.rows import load_taps
+from models.kernels.rows import load_stencil, store_sums
 
 
 @triton.jit
@@ -31,9 +31,7 @@ def strided_forward_kernel(
     """out = ReLU(conv(ReLU(x)) + bias); height and width are out's, half of x's."""
     channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     channel_ok = channel < channels
-    top0, top1, top2 = load_taps(weight, channel, channel_ok, 0)
-    mid0, mid1, mid2 = load_taps(weight, channel, channel_ok, 1)
-    low0, low1, low2 = load_taps(weight, channel, channel_ok, 2)
+    top0, top1, top2, mid0, mid1, mid2, low0, low1, low2 = load_stencil(weight, channel, channel_ok)
     start = tl.load(bias + channel, mask=channel_ok, other=0.0).to(tl.float32)
     num_column_blocks = tl.cdiv(num_columns, COLUMNS)
     row_stride = 2 * width * channels
@@ -75,9 +73,7 @@ def strided_backward_kernel(
     """grad_x, and the sums over tokens for taps and bias in `partials` (programs, 10, channels)."""
     channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     channel_ok = channel < channels
-    top0, top1, top2 = load_taps(weight, channel, channel_ok, 0)
-    mid0, mid1, mid2 = load_taps(weight, channel, channel_ok, 1)
-    low0, low1, low2 = load_taps(weight, channel, channel_ok, 2)
+    top0, top1, top2, mid0, mid1, mid2, low0, low1, low2 = load_stencil(weight, channel, channel_ok)
     zeros = tl.zeros((COLUMNS, CHANNELS), dtype=tl.float32)
     t0, t1, t2, m0, m1, m2, l0, l1, l2, total = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
     num_column_blocks = tl.cdiv(num_columns, COLUMNS)
@@ -129,16 +125,7 @@ def strided_backward_kernel(
             here = below
             right = corner
     target = partials + tl.program_id(0) * 10 * channels + channel
-    tl.store(target, tl.sum(t0, 0, keep_dims=True), mask=channel_ok)
-    tl.store(target + channels, tl.sum(t1, 0, keep_dims=True), mask=channel_ok)
-    tl.store(target + 2 * channels, tl.sum(t2, 0, keep_dims=True), mask=channel_ok)
-    tl.store(target + 3 * channels, tl.sum(m0, 0, keep_dims=True), mask=channel_ok)
-    tl.store(target + 4 * channels, tl.sum(m1, 0, keep_dims=True), mask=channel_ok)
-    tl.store(target + 5 * channels, tl.sum(m2, 0, keep_dims=True), mask=channel_ok)
-    tl.store(target + 6 * channels, tl.sum(l0, 0, keep_dims=True), mask=channel_ok)
-    tl.store(target + 7 * channels, tl.sum(l1, 0, keep_dims=True), mask=channel_ok)
-    tl.store(target + 8 * channels, tl.sum(l2, 0, keep_dims=True), mask=channel_ok)
-    tl.store(target + 9 * channels, tl.sum(total, 0, keep_dims=True), mask=channel_ok)
+    store_sums(target, channels, channel_ok, t0, t1, t2, m0, m1, m2, l0, l1, l2, total)
 
 
 def plan(x: Tensor, tile: tuple[int, int, int, int], programs_a_multiprocessor: int) -> tuple[int, int, int, int]:
