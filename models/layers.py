@@ -63,39 +63,61 @@ def conv_norm(x: Tensor, conv: TokenConv, norm: nn.Module, kernels: str = "auto"
     return x if conv.later_bias is None else x + conv.later_bias.to(x.dtype), norm(x)
 
 
-def conv_silu(x: Tensor, conv: TokenConv, kernels: str = "auto") -> Tensor:
-    """SiLU(conv(x)), (B, H, W, C); in one pass over x where the kernels can."""
-    if choice.takes(kernels, x, "conv_silu", channels=conv.in_channels):
-        keep = needs_gradient(x, conv.weight, conv.bias)
-        return ops().conv_silu(x, conv.weight, conv.bias, keep)[0]
-    return F.silu(conv(x))
+def value_and_gate(
+    y: Tensor, proj: nn.Linear, conv: TokenConv, gate: nn.Module, kernels: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """SiLU(conv(proj(y))) and gate(y), (B, H, W, C) each; SiLU and convolution in one pass where the kernels can.
+
+    For inference `proj` may hold both products (see `prepare_for_inference`); then `gate` is an identity.
+    """
+    is_fused = choice.takes(kernels, y, "conv_silu", channels=conv.in_channels)
+    is_joined = isinstance(gate, nn.Identity)
+    if is_joined:
+        inner, outer = proj(y).chunk(2, dim=-1)
+    else:
+        inner, outer = project_before_kernel(y, proj) if is_fused else proj(y), gate(y)
+    if is_fused:
+        keep = needs_gradient(inner, proj.bias, conv.weight, conv.bias)
+        return ops().conv_silu(inner, conv.weight, conv.bias, None if is_joined else proj.bias, keep)[0], outer
+    return F.silu(conv(inner)), outer
 
 
-def project_twice(x: Tensor, first: nn.Linear, second: nn.Module) -> tuple[Tensor, Tensor]:
-    """first(x) and second(x), (B, H, W, C) each; one matrix product where `first` holds both, for inference."""
-    if isinstance(second, nn.Identity):
-        inner, outer = first(x).chunk(2, dim=-1)
-        return inner, outer
-    return first(x), second(x)
+def project_before_kernel(x: Tensor, proj: nn.Linear) -> Tensor:
+    """proj(x), with a bias that gets no gradient here: the kernel that comes next takes the bias too and sums it."""
+    return F.linear(x, proj.weight, proj.bias.detach())
 
 
-def add_projection(x: Tensor, y: Tensor, proj: nn.Module, drop_path: nn.Module) -> Tensor:
+def add_branch(x: Tensor, y: Tensor, proj: nn.Linear, drop_path: "DropPath", kernels: str = "auto") -> Tensor:
     """x + drop_path(proj(y)), (B, H, W, C)."""
-    return proj(x, y) if isinstance(proj, AddedLinear) else x + drop_path(proj(y))
+    if isinstance(proj, AddedLinear):
+        return proj(x, y)
+    if drop_path.training and choice.takes(kernels, x, "scaled_branch", channels=x.shape[-1]):
+        branch = project_before_kernel(y, proj)
+        return x + ops().ScaledBranch.apply(branch, drop_path.draw(branch), proj.bias)
+    return x + drop_path(proj(y))
 
 
-def mlp_residual(x: Tensor, y: Tensor, mlp: Mlp, drop_path: nn.Module, kernels: str = "auto") -> Tensor:
+def mlp_residual(x: Tensor, y: Tensor, mlp: Mlp, drop_path: "DropPath", kernels: str = "auto") -> Tensor:
     """x + drop_path(mlp(y)), (B, H, W, C); in inference and on narrow tokens in one pass where the kernels can."""
-    width = cast("int", mlp.fc1.in_features)
+    width, hidden_width = cast("int", mlp.fc1.in_features), cast("int", mlp.fc1.out_features)
     is_inference = not (torch.is_grad_enabled() or mlp.training)
     if is_inference and width <= WIDEST_FUSED_MLP and choice.takes(kernels, x, "mlp", channels=width):
         return ops().mlp(y.to(x.dtype), mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, x)
-    if isinstance(mlp.fc2, AddedLinear):
-        is_fused = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and mlp.fc1.weight.dtype == x.dtype
+    if mlp.training and mlp.drop1.p:
+        return x + drop_path(mlp(y))
+    if isinstance(mlp.fc2, AddedLinear) and is_sixteen_bit_product(x, mlp.fc1.weight):
         # In the plain path autocast has left y, a norm's result, in float32.
-        hidden = linear_gelu(y.to(x.dtype), mlp.fc1.weight, mlp.fc1.bias) if is_fused else mlp.act(mlp.fc1(y))
-        return mlp.fc2(x, hidden)
-    return x + drop_path(mlp(y))
+        hidden = linear_gelu(y.to(x.dtype), mlp.fc1.weight, mlp.fc1.bias)
+    elif choice.takes(kernels, x, "gelu", channels=hidden_width):
+        hidden = ops().gelu(project_before_kernel(y, mlp.fc1), mlp.fc1.bias)
+    else:
+        hidden = mlp.act(mlp.fc1(y))
+    return add_branch(x, hidden, cast("nn.Linear", mlp.fc2), drop_path, kernels)
+
+
+def is_sixteen_bit_product(x: Tensor, weight: Tensor) -> bool:
+    """Whether cuBLAS can compute GELU inside of the product."""
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and weight.dtype == x.dtype
 
 
 class AddedLinear(nn.Linear):
@@ -123,11 +145,13 @@ class DropPath(nn.Module):
         self.register_buffer("keep_prob", torch.tensor(1 - drop_prob), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
+        return x * self.draw(x) if self.training else x
+
+    def draw(self, x: Tensor) -> Tensor:
+        """What to multiply x (B, ...) by: 0 or 1 / keep_prob for each image, (B, 1, ...)."""
         keep = self.keep_prob
         uniform = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device)
-        return x * ((uniform < keep) / keep).to(x.dtype)
+        return ((uniform < keep) / keep).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.drop_prob:.3f}"
@@ -190,17 +214,13 @@ class Downsample(nn.Module):
         x = pad_to_multiple(tokens.permute(0, 3, 1, 2), 2)  # (B, C, H, W), both even
         widen, depthwise, narrow = (cast("ConvLayer", layer) for layer in self.conv)
         if choice.takes(self.kernels, tokens, "strided_conv", channels=widen.conv.out_channels):
-            x = pointwise(x.permute(0, 2, 3, 1), widen.conv)  # (B, H, W, 8 C)
-            # Both ReLUs are in it.
-            x = ops().strided_conv(x, depthwise.conv.weight, depthwise.conv.bias)  # (B, H / 2, W / 2, 8 C)
-            x = pointwise(x, narrow.conv)  # (B, H / 2, W / 2, 2 C)
+            x, bias = x.permute(0, 2, 3, 1), cast("Tensor", widen.conv.bias)
+            x = F.linear(x, widen.conv.weight.flatten(1), bias.detach())  # (B, H, W, 8 C)
+            # Both ReLUs are in it, and the gradient of the bias before.
+            x = ops().strided_conv(x, depthwise.conv.weight, depthwise.conv.bias, bias)  # (B, H / 2, W / 2, 8 C)
+            x = F.linear(x, narrow.conv.weight.flatten(1), narrow.conv.bias)  # (B, H / 2, W / 2, 2 C)
             return narrow.norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.conv(x).permute(0, 2, 3, 1)  # (B, H / 2, W / 2, 2 C)
-
-
-def pointwise(tokens: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A 1x1 convolution on tokens (B, H, W, C) as the matrix product that it is."""
-    return F.linear(tokens, conv.weight.flatten(1), conv.bias)
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

@@ -18,11 +18,10 @@ from models.layers import (
     DropPath,
     Stem,
     TokenConv,
-    add_projection,
+    add_branch,
     conv_norm,
-    conv_silu,
     mlp_residual,
-    project_twice,
+    value_and_gate,
 )
 from models.rope import position_tables
 from models.timm_interface import TimmInterface
@@ -60,9 +59,8 @@ class MLLABlock(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         x, y = conv_norm(x, self.cpe1, self.norm1, self.kernels)  # x + cpe1(x), and its norm
-        inner, gate = project_twice(y, self.in_proj, self.act_proj)
-        v = conv_silu(inner, self.dwc, self.kernels)
-        x = add_projection(x, self.attn(v, gate, rotary), self.out_proj, self.drop_path)
+        v, gate = value_and_gate(y, self.in_proj, self.dwc, self.act_proj, self.kernels)  # SiLU(dwc(in_proj(y)))
+        x = add_branch(x, self.attn(v, gate, rotary), self.out_proj, self.drop_path, self.kernels)
         x, y = conv_norm(x, self.cpe2, self.norm2, self.kernels)
         return mlp_residual(x, y, self.mlp, self.drop_path, self.kernels)  # x + mlp(y)
 

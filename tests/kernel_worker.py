@@ -22,7 +22,7 @@ from models import MLLA, prepare_for_inference
 from models.kernels import choice, ops, trial
 from models.layers import WIDEST_FUSED_MLP
 
-KERNELS = ("conv_norm", "conv_silu", "strided_conv", "linear_attention", "mlp")
+KERNELS = ("conv_norm", "conv_silu", "strided_conv", "linear_attention", "gelu", "scaled_branch", "mlp")
 # Triton's interpreter computes no products of bfloat16.
 DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else []))
 EPSILON = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -102,7 +102,8 @@ def check_prepared_model() -> None:
 def check_gradients_of_some() -> None:
     """Where only some parameters are trained, what their gradients need is kept."""
     choice.remembered_trial = lambda *_: ""  # check_trial has its turn
-    for trained in ("lepe.weight", "lepe.bias", "dwc.bias", "dwc.weight"):
+    biases = ("in_proj.bias", "out_proj.bias", "fc1.bias", "fc2.bias")
+    for trained in ("lepe.weight", "lepe.bias", "dwc.bias", "dwc.weight", *biases):
         gradients = []
         for kernels in ("triton", "torch"):
             torch.manual_seed(0)
@@ -128,8 +129,11 @@ def check_operators() -> None:
     x, taps = draw(1, 4, 6, 32), (draw(32, 1, 3, 3), draw(32))
     table = draw(6, 8, requires_grad=False)
     torch.library.opcheck(ops.conv_norm, (x, *taps, draw(32), draw(32), 1e-5), test_utils=tests)
-    torch.library.opcheck(ops.conv_silu, (x, *taps, True), test_utils=tests)
-    torch.library.opcheck(ops.strided_conv, (x, *taps), test_utils=tests)
+    torch.library.opcheck(ops.conv_silu, (x, *taps, draw(32), True), test_utils=tests)
+    torch.library.opcheck(ops.conv_silu, (x, *taps, None, False), test_utils=tests)
+    torch.library.opcheck(ops.strided_conv, (x, *taps, draw(32)), test_utils=tests)
+    torch.library.opcheck(ops.gelu, (x, draw(32)), test_utils=tests)
+    torch.library.opcheck(ops.scale_and_sum, (x.detach(), draw(1, 1, 1, 1, requires_grad=False)), test_utils=tests)
     attention = (draw(1, 4, 6, 64), x, draw(1, 4, 6, 32), *taps, table, table, 2, True)
     torch.library.opcheck(ops.linear_attention, attention, test_utils=tests)
     plain = x.detach()

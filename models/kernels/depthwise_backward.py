@@ -15,17 +15,19 @@ from models.kernels.rows import load_pair, load_row, load_stencil, store_sums, t
 def conv_backward_kernel(
     grad, x, weight, extra, grad_x, partials,
     num_pairs, num_blocks, height, width, channels, grad_token_stride, x_token_stride,
-    RESIDUAL: tl.constexpr, EXTRA: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, CHANNELS: tl.constexpr,
-    UNROLL: tl.constexpr,
+    RESIDUAL: tl.constexpr, EXTRA: tl.constexpr, BEFORE: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, 
+    CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the convolution: grad_x (+ grad if RESIDUAL, + extra if EXTRA); sums over tokens go to `partials`
-    (programs, 10, channels): nine taps and the bias, one part for each program, so that the order of adding is fixed.
+    (programs, 10, channels): nine taps and the bias, one part for each program, so that the order of adding is fixed;
+    if BEFORE, (programs, 11, channels): and grad_x.
     """
     channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     channel_ok = channel < channels
     top0, top1, top2, mid0, mid1, mid2, low0, low1, low2 = load_stencil(weight, channel, channel_ok)
     zeros = tl.zeros((PAIRS, CHANNELS), dtype=tl.float32)
     t0, t1, t2, m0, m1, m2, l0, l1, l2, total = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
+    before = zeros
     pairs_a_row = (width + 1) // 2
     num_pair_blocks = tl.cdiv(num_pairs, PAIRS)
     grad_row_stride = width * grad_token_stride
@@ -92,13 +94,15 @@ def conv_backward_kernel(
             if EXTRA:
                 result1 += extra1
                 result2 += extra2
+            if BEFORE:
+                before += tl.where(ok1 & done, result1, 0.0) + tl.where(ok2 & done, result2, 0.0)
             tl.store(grad_x + place, result1.to(grad_x.dtype.element_ty), mask=ok1 & done)
             tl.store(grad_x + place + channels, result2.to(grad_x.dtype.element_ty), mask=ok2 & done)
             grad_above1, grad_above2 = b, c
             x_above1, x_above2 = x_here1, x_here2
             x_here1, x_here2 = x_below1, x_below2
-    target = partials + tl.program_id(0) * 10 * channels + channel
-    store_sums(target, channels, channel_ok, t0, t1, t2, m0, m1, m2, l0, l1, l2, total)
+    target = partials + tl.program_id(0) * (11 if BEFORE else 10) * channels + channel
+    store_sums(target, channels, channel_ok, t0, t1, t2, m0, m1, m2, l0, l1, l2, total, before, BEFORE)
 
 
 @on_its_device
@@ -109,9 +113,13 @@ def conv_backward(
     extra: Tensor | None = None,
     *,
     residual: bool,
+    before: bool = False,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of conv(x) (+ x if `residual`): for x, plus `extra`, and float32 (10 C,) for taps, then bias."""
+    """Gradients of conv(x) (+ x if `residual`): for x, plus `extra`, and float32 (10 C,) for taps, then bias.
+
+    (11 C,) if `before`: and the sum over tokens of the gradient for x.
+    """
     batch, height, width, channels = x.shape
     x, x_stride = token_stride(x)
     grad, grad_stride = token_stride(grad)
@@ -122,11 +130,11 @@ def conv_backward(
     num_blocks = triton.cdiv(num_pairs, tile.pairs) * triton.cdiv(height, tile.rows)
     channel_blocks = triton.cdiv(channels, tile.channels)
     programs = min(num_blocks, max(1, 4 * num_multiprocessors(x.device) // channel_blocks))
-    partials = torch.empty(programs, 10, channels, dtype=torch.float32, device=x.device)
+    partials = torch.empty(programs, 11 if before else 10, channels, dtype=torch.float32, device=x.device)
     conv_backward_kernel[(programs, channel_blocks)](
         *(grad, x, weight, grad if extra is None else extra.contiguous(), grad_x, partials),
         *(num_pairs, num_blocks, height, width, channels, grad_stride, x_stride),
-        RESIDUAL=residual, EXTRA=extra is not None,
+        RESIDUAL=residual, EXTRA=extra is not None, BEFORE=before,
         ROWS=tile.rows, PAIRS=tile.pairs, CHANNELS=tile.channels, UNROLL=tile.unroll, num_warps=tile.warps,
     )  # fmt: skip
     return grad_x, sum_parts(partials, taps=True)

@@ -81,7 +81,7 @@ def gelu(x, EXACT: tl.constexpr):
 def sum_parts_kernel(
     parts, out, num_parts, rows, channels, PARTS: tl.constexpr, LENGTH: tl.constexpr, TAPS: tl.constexpr
 ):
-    """out = the sum over parts of (num_parts, rows, channels); with TAPS, rows but the last by channel."""
+    """out = the sum over parts of (num_parts, rows, channels); with TAPS, the first nine rows by channel."""
     length = rows * channels
     place = tl.program_id(0) * LENGTH + tl.arange(0, LENGTH)[None, :]
     total = tl.zeros((PARTS, LENGTH), dtype=tl.float32)
@@ -91,19 +91,19 @@ def sum_parts_kernel(
     target = place
     if TAPS:
         row, channel = place // channels, place % channels
-        target = tl.where(row < rows - 1, channel * (rows - 1) + row, place)
+        target = tl.where(row < 9, channel * 9 + row, place)
     tl.store(out + target, tl.sum(total, 0, keep_dims=True), mask=place < length)
 
 
 def sum_parts(parts: torch.Tensor, *, taps: bool = False) -> torch.Tensor:
     """float32 (parts, rows, channels) summed over the first dimension, in one launch and in a fixed order: flat.
 
-    With `taps` the rows are those of a depthwise weight, then its bias; the result is (channels, taps), (channels,).
+    With `taps` the first nine rows are those of a depthwise weight: (channels, taps), then the other rows.
     """
     num_parts, rows, channels = parts.shape
     length = rows * channels
     out = torch.empty(length, dtype=torch.float32, device=parts.device)
-    sum_parts_kernel[(triton.cdiv(length, 32),)](
-        parts, out, num_parts, rows, channels, PARTS=64, LENGTH=32, TAPS=taps, num_warps=4
+    sum_parts_kernel[(triton.cdiv(length, 16),)](
+        parts, out, num_parts, rows, channels, PARTS=256, LENGTH=16, TAPS=taps, num_warps=8
     )
     return out

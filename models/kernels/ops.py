@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.kernels import attention, depthwise, depthwise_backward, norm, strided
+from models.kernels import attention, attention_backward, depthwise, depthwise_backward, norm, pointwise, strided
 from models.kernels import mlp as mlp_kernels
 
 
@@ -39,15 +39,21 @@ def norm_backward(
 
 @torch.library.custom_op("mlla::conv_backward", mutates_args=())
 def conv_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, extra: Tensor | None, residual: bool
+    grad: Tensor, x: Tensor, weight: Tensor, extra: Tensor | None, residual: bool, before: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of conv(x) (+ x if residual) for x, plus extra, and (10 C,): gradients of the taps, then of the bias."""
-    return depthwise_backward.conv_backward(grad, x, weight, extra, residual=residual)
+    """Gradient of conv(x) (+ x if residual) for x, plus extra, and (10 C,): gradients of the taps, then of the bias.
+
+    (11 C,) if `before`: and of a bias that was added to x.
+    """
+    return depthwise_backward.conv_backward(grad, x, weight, extra, residual=residual, before=before)
 
 
 @torch.library.custom_op("mlla::conv_silu", mutates_args=())
-def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """SiLU(conv(x)), and conv(x) if keep (else empty), which the gradient needs."""
+def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, bias_before: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+    """SiLU(conv(x)), and conv(x) if keep (else empty), which the gradient needs.
+
+    `bias_before` (C,) is in x already, and is here to get its gradient without another pass.
+    """
     return depthwise.conv_silu_forward(x, weight, bias, keep=keep)
 
 
@@ -73,9 +79,45 @@ def linear_attention_backward(
     heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of qk, of v without lepe's part, of gate, and of attention + lepe."""
-    return attention.attention_backward(
+    return attention_backward.attention_backward(
         grad.contiguous(), qk.contiguous(), v.contiguous(), gate.contiguous(), ungated, cos, sin, matrix, mean, heads
     )
+
+
+@torch.library.custom_op("mlla::gelu", mutates_args=())
+def gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """GELU(x); `bias` (C,) is in x (..., C) already, and is here to get its gradient without another pass."""
+    return pointwise.gelu_forward(x.contiguous())
+
+
+@torch.library.custom_op("mlla::gelu_backward", mutates_args=())
+def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient through GELU(x), and its sum over tokens, (C,)."""
+    return pointwise.gelu_backward(grad.contiguous(), x.contiguous())
+
+
+@torch.library.custom_op("mlla::scale_and_sum", mutates_args=())
+def scale_and_sum(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """scale x, for x (B, ..., C) and a scale for each image, and its sum over tokens, (C,)."""
+    return pointwise.scale_and_sum(x.contiguous(), scale)
+
+
+class ScaledBranch(torch.autograd.Function):
+    """x scale; bias (C,) is in x (B, ..., C) already, and is here to get its gradient without another pass.
+
+    Plain PyTorch forward, so that torch.compile fuses it with its neighbours.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        ctx.dtype = bias.dtype
+        return x * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        grad, total = scale_and_sum(grad, ctx.saved_tensors[0])
+        return grad, None, total.to(ctx.dtype)
 
 
 @torch.library.custom_op("mlla::mlp", mutates_args=())
@@ -85,14 +127,17 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
 
 
 @torch.library.custom_op("mlla::strided_conv", mutates_args=())
-def strided_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """ReLU(conv(ReLU(x))) with stride 2, (B, H, W, C) -> (B, H / 2, W / 2, C)."""
+def strided_conv(x: Tensor, weight: Tensor, bias: Tensor, bias_before: Tensor) -> Tensor:
+    """ReLU(conv(ReLU(x))) with stride 2, (B, H, W, C) -> (B, H / 2, W / 2, C).
+
+    `bias_before` (C,) is in x already, and is here to get its gradient without another pass.
+    """
     return strided.strided_forward(x, weight, bias)
 
 
 @torch.library.custom_op("mlla::strided_conv_backward", mutates_args=())
 def strided_conv_backward(grad: Tensor, x: Tensor, weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of strided_conv, whose result is out, for x, and (10 C,): gradients of the taps, then of the bias."""
+    """Gradient of strided_conv, whose result is out, for x, and (11 C,): of the taps, the bias and the one before."""
     return strided.strided_backward(grad, x, weight, out)
 
 
@@ -111,12 +156,14 @@ def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @conv_backward.register_fake
-def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return empty(x), empty(x, 10 * x.shape[-1], dtype=torch.float32)
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, extra: Tensor | None, residual: bool, before: bool
+) -> tuple[Tensor, Tensor]:
+    return empty(x), empty(x, (11 if before else 10) * x.shape[-1], dtype=torch.float32)
 
 
 @conv_silu.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, bias: Tensor, bias_before: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
     return empty(x), empty(x) if keep else empty(x, 0)
 
 
@@ -125,7 +172,7 @@ def _(
     qk: Tensor, v: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, heads: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, height, width, channels = v.shape
-    dim, parts = channels // heads, attention.num_parts(height * width, batch * heads, v.device)
+    dim, parts = channels // heads, attention.forward_parts(height * width, batch * heads, v.device)
     return (
         empty(v),
         empty(v) if keep else empty(v, 0),
@@ -146,7 +193,22 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 @strided_conv_backward.register_fake
 def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return empty(x), empty(x, 10 * x.shape[-1], dtype=torch.float32)
+    return empty(x), empty(x, 11 * x.shape[-1], dtype=torch.float32)
+
+
+@gelu.register_fake
+def _(x: Tensor, _: Tensor) -> Tensor:
+    return empty(x)
+
+
+@gelu_backward.register_fake
+def _(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return empty(x), empty(x, x.shape[-1], dtype=torch.float32)
+
+
+@scale_and_sum.register_fake
+def _(x: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+    return empty(x), empty(x, x.shape[-1], dtype=torch.float32)
 
 
 @mlp.register_fake
@@ -154,10 +216,10 @@ def _(x: Tensor, *_: Any) -> Tensor:
     return empty(x)
 
 
-def split_sums(sums: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(10 C,) to the gradients of a depthwise weight (C, 1, 3, 3) and its bias (C,)."""
-    taps, bias = sums.split(weight.numel())
-    return taps.view(weight.shape).to(weight.dtype), bias.to(weight.dtype)
+def split_sums(sums: Tensor, weight: Tensor) -> list[Tensor]:
+    """(10 C,) to the gradients of a depthwise weight (C, 1, 3, 3) and its bias (C,); (11 C,): and of a bias before."""
+    taps, *biases = sums.to(weight.dtype).split([weight.numel()] + [len(weight)] * (len(sums) // len(weight) - 9))
+    return [taps.view(weight.shape), *biases]
 
 
 def conv_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -168,21 +230,22 @@ def conv_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 def conv_norm_grad(ctx: Any, grad_out: Tensor, grad_norm: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, norm_weight, out = ctx.saved_tensors
     grad, norm_sums = norm_backward(grad_norm, out, grad_out, norm_weight, ctx.eps)
-    grad_x, sums = conv_backward(grad, x, weight, None, True)
+    grad_x, sums = conv_backward(grad, x, weight, None, True, False)
     norm_sums = norm_sums.to(norm_weight.dtype)
     return grad_x, *split_sums(sums, weight), norm_sums[0], norm_sums[1], None, None
 
 
 def conv_silu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, _ = inputs
+    x, weight, _, bias_before, _ = inputs
+    ctx.before = bias_before is not None
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, output[1])
 
 
 def conv_silu_grad(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, weight, before = ctx.saved_tensors
-    grad_x, sums = conv_backward(torch.ops.aten.silu_backward(grad, before), x, weight, None, False)
-    return grad_x, *split_sums(sums, weight), None
+    x, weight, inactive = ctx.saved_tensors
+    grad_x, sums = conv_backward(torch.ops.aten.silu_backward(grad, inactive), x, weight, None, False, ctx.before)
+    return grad_x, *split_sums(sums, weight), *([] if ctx.before else [None]), None
 
 
 def linear_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -197,12 +260,12 @@ def linear_attention_grad(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Te
     grad_qk, grad_v, grad_gate, grad_ungated = linear_attention_backward(
         grad, qk, v, gate, ungated, cos, sin, matrix, mean, ctx.heads
     )
-    grad_v, sums = conv_backward(grad_ungated, v, weight, grad_v, False)
+    grad_v, sums = conv_backward(grad_ungated, v, weight, grad_v, False, False)
     return grad_qk, grad_v, grad_gate, *split_sums(sums, weight), None, None, None, None
 
 
 def strided_conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _ = inputs
+    x, weight, _, _ = inputs
     ctx.save_for_backward(x, weight, output)
 
 
@@ -212,6 +275,18 @@ def strided_conv_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, *split_sums(sums, weight)
 
 
+def gelu_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    x, bias = inputs
+    ctx.dtype = bias.dtype
+    ctx.save_for_backward(x)
+
+
+def gelu_grad(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    grad, total = gelu_backward(grad, *ctx.saved_tensors)
+    return grad, total.to(ctx.dtype)
+
+
+gelu.register_autograd(gelu_grad, setup_context=gelu_setup)
 strided_conv.register_autograd(strided_conv_grad, setup_context=strided_conv_setup)
 conv_norm.register_autograd(conv_norm_grad, setup_context=conv_norm_setup)
 conv_silu.register_autograd(conv_silu_grad, setup_context=conv_silu_setup)

@@ -61,8 +61,11 @@ def load_stencil(weight, channel, channel_ok):
 
 
 @triton.jit
-def store_sums(target, channels, channel_ok, t0, t1, t2, m0, m1, m2, l0, l1, l2, total):
-    """A program's sums over tokens, (10, channels) at target: the nine taps' gradients, then the bias's."""
+def store_sums(target, channels, channel_ok, t0, t1, t2, m0, m1, m2, l0, l1, l2, total, before, BEFORE: tl.constexpr):
+    """A program's sums over tokens, (10, channels) at target: the nine taps' gradients, then the bias's.
+
+    (11, channels) if BEFORE: and those of a bias before.
+    """
     tl.store(target, tl.sum(t0, 0, keep_dims=True), mask=channel_ok)
     tl.store(target + channels, tl.sum(t1, 0, keep_dims=True), mask=channel_ok)
     tl.store(target + 2 * channels, tl.sum(t2, 0, keep_dims=True), mask=channel_ok)
@@ -73,6 +76,8 @@ def store_sums(target, channels, channel_ok, t0, t1, t2, m0, m1, m2, l0, l1, l2,
     tl.store(target + 7 * channels, tl.sum(l1, 0, keep_dims=True), mask=channel_ok)
     tl.store(target + 8 * channels, tl.sum(l2, 0, keep_dims=True), mask=channel_ok)
     tl.store(target + 9 * channels, tl.sum(total, 0, keep_dims=True), mask=channel_ok)
+    if BEFORE:
+        tl.store(target + 10 * channels, tl.sum(before, 0, keep_dims=True), mask=channel_ok)
 
 
 @triton.jit

@@ -70,12 +70,13 @@ def strided_backward_kernel(
     grad, x, weight, out, grad_x, partials, num_columns, num_blocks, height, width, channels,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """grad_x, and the sums over tokens for taps and bias in `partials` (programs, 10, channels)."""
+    """grad_x, and the sums over tokens for taps, bias and grad_x in `partials` (programs, 11, channels)."""
     channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     channel_ok = channel < channels
     top0, top1, top2, mid0, mid1, mid2, low0, low1, low2 = load_stencil(weight, channel, channel_ok)
     zeros = tl.zeros((COLUMNS, CHANNELS), dtype=tl.float32)
     t0, t1, t2, m0, m1, m2, l0, l1, l2, total = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
+    before = zeros
     num_column_blocks = tl.cdiv(num_columns, COLUMNS)
     dtype = grad_x.dtype.element_ty
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
@@ -122,10 +123,11 @@ def strided_backward_kernel(
             t2 += x11 * below
             t0 += x11 * corner
             total += tl.where(inside, here, 0.0)
+            before += g00 + g01 + g10 + g11  # zeros outside, where x is
             here = below
             right = corner
-    target = partials + tl.program_id(0) * 10 * channels + channel
-    store_sums(target, channels, channel_ok, t0, t1, t2, m0, m1, m2, l0, l1, l2, total)
+    target = partials + tl.program_id(0) * 11 * channels + channel
+    store_sums(target, channels, channel_ok, t0, t1, t2, m0, m1, m2, l0, l1, l2, total, before, True)
 
 
 def plan(x: Tensor, tile: tuple[int, int, int, int], programs_a_multiprocessor: int) -> tuple[int, int, int, int]:
@@ -160,12 +162,12 @@ def strided_forward(
 def strided_backward(
     grad: Tensor, x: Tensor, weight: Tensor, out: Tensor, *, tile: tuple[int, int, int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `strided_forward`, whose result is `out`: for x, and float32 (10 C,): the taps', then the bias's."""
+    """Gradients of `strided_forward`, whose result is `out`: for x, and float32 (11 C,): taps, bias, sum over tokens."""
     grad, x = grad.contiguous(), x.contiguous()
     tile = tile or (4, 7, channel_block(x.shape[-1], 64), 4)
     num_columns, num_blocks, programs, channel_blocks = plan(x, tile, 4)
     grad_x = torch.empty_like(x)
-    partials = torch.empty(programs, 10, x.shape[-1], dtype=torch.float32, device=x.device)
+    partials = torch.empty(programs, 11, x.shape[-1], dtype=torch.float32, device=x.device)
     strided_backward_kernel[(programs, channel_blocks)](
         *(grad, x, weight, out, grad_x, partials, num_columns, num_blocks, x.shape[1] // 2, x.shape[2] // 2),
         *(x.shape[3],),

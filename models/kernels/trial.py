@@ -70,10 +70,20 @@ def problem(
     if kernel == "conv_norm":
         inputs = [draw(*tokens), *taps, draw(channels, of=full), draw(channels, of=full)]
         return lambda *a: ops.conv_norm(*a, 1e-5), plain_conv_norm, inputs
+    before = draw(channels, of=full)  # a bias that is in the input: only its gradient is the kernel's
     if kernel == "conv_silu":
-        return (lambda *a: ops.conv_silu(*a, True)[:1]), (lambda *a: (F.silu(conv(*a)),)), [draw(*tokens), *taps]
+        return (lambda *a: ops.conv_silu(*a, True)[:1]), plain_conv_silu, [draw(*tokens), *taps, before]
+    if kernel == "gelu":
+        return (lambda *a: (ops.gelu(*a),)), (lambda *a: (F.gelu(with_gradient_of(*a)),)), [draw(*tokens), before]
+    if kernel == "scaled_branch":
+        scale = ((torch.arange(batch, device=before.device) + 1) % 3).to(draw(1).dtype).view(-1, 1, 1, 1)
+        return (
+            lambda *a: (ops.ScaledBranch.apply(a[0], scale, a[1]),),
+            lambda *a: (with_gradient_of(*a) * scale,),
+            [draw(*tokens), before],
+        )
     if kernel == "strided_conv":
-        inputs = [draw(batch, rows + rows % 2, columns, channels), *taps]
+        inputs = [draw(batch, rows + rows % 2, columns, channels), *taps, before]
         return (lambda *a: (ops.strided_conv(*a),)), plain_strided_conv, inputs
     if kernel == "mlp":
         hidden = 4 * channels
@@ -100,8 +110,17 @@ def plain_conv_norm(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor
     return x, F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, 1e-5)
 
 
-def plain_strided_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Outputs:
-    return (F.relu(conv(F.relu(x), weight, bias, stride=2)),)
+def with_gradient_of(x: Tensor, bias: Tensor) -> Tensor:
+    """x, of which a bias is a part already."""
+    return x + (bias - bias.detach())
+
+
+def plain_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor) -> Outputs:
+    return (F.silu(conv(with_gradient_of(x, before), weight, bias)),)
+
+
+def plain_strided_conv(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor) -> Outputs:
+    return (F.relu(conv(F.relu(with_gradient_of(x, before)), weight, bias, stride=2)),)
 
 
 def plain_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, residual: Tensor) -> Outputs:
