@@ -22,6 +22,12 @@ def ops() -> Any:
     return ops
 
 
+def segments() -> Any:
+    from models.kernels import segments
+
+    return segments
+
+
 class DepthwiseConv(nn.Conv2d):
     """3x3 depthwise convolution with bias on (B, C, H, W)."""
 
@@ -55,64 +61,94 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def fuses_norm(x: Tensor, conv: TokenConv, norm: nn.Module, kernels: str) -> bool:
+    """Whether the kernels take x + conv(x) and its norm."""
+    return isinstance(norm, nn.LayerNorm) and choice.takes(
+        kernels, x, "conv_norm", channels=conv.in_channels, norm=norm
+    )
+
+
 def conv_norm(x: Tensor, conv: TokenConv, norm: nn.Module, kernels: str = "auto") -> tuple[Tensor, Tensor]:
-    """x + conv(x) and its norm, both (B, H, W, C); in one pass over x where the kernels can."""
-    if isinstance(norm, nn.LayerNorm) and choice.takes(kernels, x, "conv_norm", channels=conv.in_channels, norm=norm):
+    """x + conv(x) and its norm, both (B, H, W, C); without gradient in one pass over x where the kernels can."""
+    if not torch.is_grad_enabled() and fuses_norm(x, conv, norm, kernels):
         return ops().conv_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, conv.later_bias)
     x = x + conv(x)
     return x if conv.later_bias is None else x + conv.later_bias.to(x.dtype), norm(x)
 
 
-def value_and_gate(
-    y: Tensor, proj: nn.Linear, conv: TokenConv, gate: nn.Module, kernels: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    """SiLU(conv(proj(y))) and gate(y), (B, H, W, C) each; SiLU and convolution in one pass where the kernels can.
+def project_normed(
+    x: Tensor, conv: TokenConv, norm: nn.Module, inner: nn.Linear, gate: nn.Module, kernels: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With x' = x + conv(x): x', inner(norm(x')) and gate(norm(x')), (B, H, W, C) each.
 
-    For inference `proj` may hold both products (see `prepare_for_inference`); then `gate` is an identity.
+    What comes next is `conv_silu`, which sums the gradient of inner's bias. For inference `inner` may hold both
+    products (see `prepare_for_inference`); then `gate` is an identity.
     """
-    is_fused = choice.takes(kernels, y, "conv_silu", channels=conv.in_channels)
-    is_joined = isinstance(gate, nn.Identity)
-    if is_joined:
-        inner, outer = proj(y).chunk(2, dim=-1)
-    else:
-        inner, outer = project_before_kernel(y, proj) if is_fused else proj(y), gate(y)
-    if is_fused:
-        keep = needs_gradient(inner, proj.bias, conv.weight, conv.bias)
-        return ops().conv_silu(inner, conv.weight, conv.bias, None if is_joined else proj.bias, keep)[0], outer
-    return F.silu(conv(inner)), outer
+    if isinstance(gate, nn.Linear) and fuses_norm(x, conv, norm, kernels):
+        is_summed_later = choice.takes(kernels, x, "conv_silu", channels=conv.in_channels)
+        bias = inner.bias.detach() if is_summed_later else inner.bias
+        return segments().NormedProducts.apply(
+            *(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps),
+            *(inner.weight, bias, gate.weight, gate.bias),
+        )
+    x, y = conv_norm(x, conv, norm, kernels)
+    if isinstance(gate, nn.Identity):
+        first, second = inner(y).chunk(2, dim=-1)
+        return x, first, second
+    return x, inner(y), gate(y)
 
 
-def project_before_kernel(x: Tensor, proj: nn.Linear) -> Tensor:
-    """proj(x), with a bias that gets no gradient here: the kernel that comes next takes the bias too and sums it."""
-    return F.linear(x, proj.weight, proj.bias.detach())
+def conv_silu(x: Tensor, conv: TokenConv, bias_before: Tensor, kernels: str = "auto") -> Tensor:
+    """SiLU(conv(x)), (B, H, W, C), in one pass over x where the kernels can.
+
+    x comes from `project_normed`, with `bias_before` in it.
+    """
+    if choice.takes(kernels, x, "conv_silu", channels=conv.in_channels):
+        keep = needs_gradient(x, bias_before, conv.weight, conv.bias)
+        return ops().conv_silu(x, conv.weight, conv.bias, bias_before if keep else None, keep)[0]
+    return F.silu(conv(x))
 
 
 def add_branch(x: Tensor, y: Tensor, proj: nn.Linear, drop_path: "DropPath", kernels: str = "auto") -> Tensor:
     """x + drop_path(proj(y)), (B, H, W, C)."""
     if isinstance(proj, AddedLinear):
         return proj(x, y)
-    if drop_path.training and choice.takes(kernels, x, "scaled_branch", channels=x.shape[-1]):
-        branch = project_before_kernel(y, proj)
-        return x + ops().ScaledBranch.apply(branch, drop_path.draw(branch), proj.bias)
+    if torch.is_grad_enabled() and choice.takes(kernels, x, "scaled_branch", channels=x.shape[-1]):
+        branch = F.linear(y, proj.weight, proj.bias.detach())
+        return x + segments().ScaledBranch.apply(branch, drop_path.draw(branch), proj.bias)
     return x + drop_path(proj(y))
 
 
-def mlp_residual(x: Tensor, y: Tensor, mlp: Mlp, drop_path: "DropPath", kernels: str = "auto") -> Tensor:
-    """x + drop_path(mlp(y)), (B, H, W, C); in inference and on narrow tokens in one pass where the kernels can."""
-    width, hidden_width = cast("int", mlp.fc1.in_features), cast("int", mlp.fc1.out_features)
-    is_inference = not (torch.is_grad_enabled() or mlp.training)
-    if is_inference and width <= WIDEST_FUSED_MLP and choice.takes(kernels, x, "mlp", channels=width):
-        return ops().mlp(y.to(x.dtype), mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, x)
-    if mlp.training and mlp.drop1.p:
+def add_mlp(
+    x: Tensor, conv: TokenConv, norm: nn.Module, mlp: Mlp, drop_path: "DropPath", kernels: str = "auto"
+) -> Tensor:
+    """With x' = x + conv(x): x' + drop_path(mlp(norm(x'))), (B, H, W, C)."""
+    if torch.is_grad_enabled() and not (mlp.training and mlp.drop1.p) and fuses_norm(x, conv, norm, kernels):
+        fc1, fc2 = mlp.fc1, mlp.fc2
+        if choice.takes(kernels, x, "gelu_branch", channels=x.shape[-1]):
+            x, hidden = segments().NormedProducts.apply(
+                *(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias.detach())
+            )
+            return segments().GeluBranch.apply(x, hidden, fc1.bias, fc2.weight, fc2.bias, drop_path.draw(x))
+    x, y = conv_norm(x, conv, norm, kernels)
+    if torch.is_grad_enabled() or mlp.training:
         return x + drop_path(mlp(y))
+    return infer_mlp(x, y, mlp, kernels)
+
+
+def infer_mlp(x: Tensor, y: Tensor, mlp: Mlp, kernels: str) -> Tensor:
+    """x + mlp(y), (B, H, W, C), without gradient; on narrow tokens in one pass where the kernels can."""
+    width = cast("int", mlp.fc1.in_features)
+    if width <= WIDEST_FUSED_MLP and choice.takes(kernels, x, "mlp", channels=width):
+        return ops().mlp(y.to(x.dtype), mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, x)
     if isinstance(mlp.fc2, AddedLinear) and is_sixteen_bit_product(x, mlp.fc1.weight):
         # In the plain path autocast has left y, a norm's result, in float32.
         hidden = linear_gelu(y.to(x.dtype), mlp.fc1.weight, mlp.fc1.bias)
-    elif choice.takes(kernels, x, "gelu", channels=hidden_width):
-        hidden = ops().gelu(project_before_kernel(y, mlp.fc1), mlp.fc1.bias)
     else:
-        hidden = mlp.act(mlp.fc1(y))
-    return add_branch(x, hidden, cast("nn.Linear", mlp.fc2), drop_path, kernels)
+        hidden = mlp.fc1(y)
+        is_fused = choice.takes(kernels, x, "gelu_branch", channels=width)
+        hidden = ops().gelu(hidden) if is_fused else mlp.act(hidden)
+    return mlp.fc2(x, hidden) if isinstance(mlp.fc2, AddedLinear) else x + mlp.fc2(hidden)
 
 
 def is_sixteen_bit_product(x: Tensor, weight: Tensor) -> bool:
@@ -148,7 +184,9 @@ class DropPath(nn.Module):
         return x * self.draw(x) if self.training else x
 
     def draw(self, x: Tensor) -> Tensor:
-        """What to multiply x (B, ...) by: 0 or 1 / keep_prob for each image, (B, 1, ...)."""
+        """What to multiply x (B, ...) by, (B, 1, ...): 0 or 1 / keep_prob for each image in training, else 1."""
+        if not self.training:
+            return x.new_ones(x.shape[0], *[1] * (x.ndim - 1))
         keep = self.keep_prob
         uniform = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device)
         return ((uniform < keep) / keep).to(x.dtype)

@@ -19,9 +19,9 @@ from models.layers import (
     Stem,
     TokenConv,
     add_branch,
-    conv_norm,
-    mlp_residual,
-    value_and_gate,
+    add_mlp,
+    conv_silu,
+    project_normed,
 )
 from models.rope import position_tables
 from models.timm_interface import TimmInterface
@@ -58,11 +58,12 @@ class MLLABlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        x, y = conv_norm(x, self.cpe1, self.norm1, self.kernels)  # x + cpe1(x), and its norm
-        v, gate = value_and_gate(y, self.in_proj, self.dwc, self.act_proj, self.kernels)  # SiLU(dwc(in_proj(y)))
+        # x + cpe1(x), and both projections of its norm
+        x, inner, gate = project_normed(x, self.cpe1, self.norm1, self.in_proj, self.act_proj, self.kernels)
+        v = conv_silu(inner, self.dwc, self.in_proj.bias, self.kernels)
         x = add_branch(x, self.attn(v, gate, rotary), self.out_proj, self.drop_path, self.kernels)
-        x, y = conv_norm(x, self.cpe2, self.norm2, self.kernels)
-        return mlp_residual(x, y, self.mlp, self.drop_path, self.kernels)  # x + mlp(y)
+        # x + cpe2(x), plus the MLP of its norm
+        return add_mlp(x, self.cpe2, self.norm2, self.mlp, self.drop_path, self.kernels)
 
 
 class Stage(nn.Module):

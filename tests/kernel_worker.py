@@ -22,7 +22,7 @@ from models import MLLA, prepare_for_inference
 from models.kernels import choice, ops, trial
 from models.layers import WIDEST_FUSED_MLP
 
-KERNELS = ("conv_norm", "conv_silu", "strided_conv", "linear_attention", "gelu", "scaled_branch", "mlp")
+KERNELS = ("conv_norm", "conv_silu", "strided_conv", "linear_attention", "scaled_branch", "gelu_branch", "mlp")
 # Triton's interpreter computes no products of bfloat16.
 DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else []))
 EPSILON = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -128,11 +128,12 @@ def check_operators() -> None:
 
     x, taps = draw(1, 4, 6, 32), (draw(32, 1, 3, 3), draw(32))
     table = draw(6, 8, requires_grad=False)
-    torch.library.opcheck(ops.conv_norm, (x, *taps, draw(32), draw(32), 1e-5), test_utils=tests)
+    weights = [draw(*shape, requires_grad=False) for shape in ((32, 1, 3, 3), (32,), (32,), (32,))]
+    torch.library.opcheck(ops.conv_norm, (x.detach(), *weights, 1e-5), test_utils=tests)
     torch.library.opcheck(ops.conv_silu, (x, *taps, draw(32), True), test_utils=tests)
     torch.library.opcheck(ops.conv_silu, (x, *taps, None, False), test_utils=tests)
     torch.library.opcheck(ops.strided_conv, (x, *taps, draw(32)), test_utils=tests)
-    torch.library.opcheck(ops.gelu, (x, draw(32)), test_utils=tests)
+    torch.library.opcheck(ops.gelu, (x.detach(),), test_utils=tests)
     torch.library.opcheck(ops.scale_and_sum, (x.detach(), draw(1, 1, 1, 1, requires_grad=False)), test_utils=tests)
     attention = (draw(1, 4, 6, 64), x, draw(1, 4, 6, 32), *taps, table, table, 2, True)
     torch.library.opcheck(ops.linear_attention, attention, test_utils=tests)

@@ -15,7 +15,7 @@ from models.kernels.rows import load_pair, load_row, load_stencil, store_sums, t
 def conv_backward_kernel(
     grad, x, weight, extra, grad_x, partials,
     num_pairs, num_blocks, height, width, channels, grad_token_stride, x_token_stride,
-    RESIDUAL: tl.constexpr, EXTRA: tl.constexpr, BEFORE: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, 
+    RESIDUAL: tl.constexpr, EXTRA: tl.constexpr, BEFORE: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
     CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the convolution: grad_x (+ grad if RESIDUAL, + extra if EXTRA); sums over tokens go to `partials`

@@ -15,7 +15,9 @@ def norm_backward_kernel(
     x,
     residual_grad,
     norm_weight,
+    norm_bias,
     grad_x,
+    normed_out,
     partials,
     num_tokens,
     channels,
@@ -23,10 +25,13 @@ def norm_backward_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """grad_x = residual_grad + the gradient through LayerNorm(x); `partials` (programs, 2, channels) get the sums."""
+    """grad_x = residual_grad + the gradient through LayerNorm(x), and that norm once more; `partials` (programs, 2,
+    channels) get the sums.
+    """
     channel = tl.arange(0, BLOCK_CHANNELS)[None, :]
     channel_ok = channel < channels
     scale = tl.load(norm_weight + channel, mask=channel_ok, other=0.0).to(tl.float32)
+    shift = tl.load(norm_bias + channel, mask=channel_ok, other=0.0).to(tl.float32)
     scale_sum = tl.zeros((BLOCK_TOKENS, BLOCK_CHANNELS), dtype=tl.float32)
     shift_sum = tl.zeros((BLOCK_TOKENS, BLOCK_CHANNELS), dtype=tl.float32)
     for first in range(tl.program_id(0) * BLOCK_TOKENS, num_tokens, tl.num_programs(0) * BLOCK_TOKENS):
@@ -40,6 +45,7 @@ def norm_backward_kernel(
         centred = tl.where(channel_ok, value - mean, 0.0)
         inverse = tl.rsqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / channels + eps)
         normed = centred * inverse
+        tl.store(normed_out + place, (normed * scale + shift).to(normed_out.dtype.element_ty), mask=ok)
         scale_sum += upstream * normed
         shift_sum += upstream
         scaled = upstream * scale
@@ -58,11 +64,12 @@ def norm_backward(
     x: Tensor,
     residual_grad: Tensor,
     norm_weight: Tensor,
+    norm_bias: Tensor,
     eps: float,
     *,
     tile: tuple[int, int] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of (x, LayerNorm(x)): for x (B, H, W, C), and float32 (2, C) for norm weight and bias.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of (x, LayerNorm(x)) for x (B, H, W, C), float32 (2, C) for norm weight and bias; and LayerNorm(x).
 
     `tile`: tokens, warps.
     """
@@ -72,12 +79,12 @@ def norm_backward(
     block = triton.next_power_of_2(channels)
     tokens, warps = tile or (max(1, 2048 // block), 8 if block <= 128 else 4)
     programs = min(triton.cdiv(num_tokens, tokens), 4 * num_multiprocessors(x.device))
-    grad_x = torch.empty_like(x)
+    grad_x, normed = torch.empty_like(x), torch.empty_like(x)
     partials = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
     norm_backward_kernel[(programs,)](
-        *(grad, x, residual_grad, norm_weight, grad_x, partials, num_tokens, channels, eps),
+        *(grad, x, residual_grad, norm_weight, norm_bias, grad_x, normed, partials, num_tokens, channels, eps),
         BLOCK_TOKENS=tokens,
         BLOCK_CHANNELS=block,
         num_warps=warps,
     )
-    return grad_x, sum_parts(partials).view(2, channels)
+    return grad_x, sum_parts(partials).view(2, channels), normed

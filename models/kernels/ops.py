@@ -1,6 +1,6 @@
-"""The kernels as PyTorch operators with gradients, which torch.compile and fake tensors understand.
+"""The kernels as PyTorch operators, which torch.compile and fake tensors understand.
 
-Each has a plain twin in models/layers.py or models/attention.py, where what it computes can be read.
+Some have gradients of their own, the others get them in `segments.py`. Each has a plain twin in models/layers.py or models/attention.py, where what it computes can be read.
 """
 
 from typing import Any
@@ -31,10 +31,10 @@ def conv_norm(
 
 @torch.library.custom_op("mlla::norm_backward", mutates_args=())
 def norm_backward(
-    grad: Tensor, x: Tensor, residual_grad: Tensor, norm_weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """residual_grad plus the gradient through LayerNorm(x), and (2, C): gradients of norm weight and bias."""
-    return norm.norm_backward(grad, x, residual_grad, norm_weight, eps)
+    grad: Tensor, x: Tensor, residual_grad: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """residual_grad plus the gradient through LayerNorm(x); (2, C): gradients of norm weight and bias; LayerNorm(x)."""
+    return norm.norm_backward(grad, x, residual_grad, norm_weight, norm_bias, eps)
 
 
 @torch.library.custom_op("mlla::conv_backward", mutates_args=())
@@ -85,14 +85,14 @@ def linear_attention_backward(
 
 
 @torch.library.custom_op("mlla::gelu", mutates_args=())
-def gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """GELU(x); `bias` (C,) is in x (..., C) already, and is here to get its gradient without another pass."""
+def gelu(x: Tensor) -> Tensor:
+    """GELU(x)."""
     return pointwise.gelu_forward(x.contiguous())
 
 
 @torch.library.custom_op("mlla::gelu_backward", mutates_args=())
-def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient through GELU(x), and its sum over tokens, (C,)."""
+def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient through GELU(x); GELU(x) once more; and the gradient's sum over tokens, (C,)."""
     return pointwise.gelu_backward(grad.contiguous(), x.contiguous())
 
 
@@ -100,24 +100,6 @@ def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 def scale_and_sum(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """scale x, for x (B, ..., C) and a scale for each image, and its sum over tokens, (C,)."""
     return pointwise.scale_and_sum(x.contiguous(), scale)
-
-
-class ScaledBranch(torch.autograd.Function):
-    """x scale; bias (C,) is in x (B, ..., C) already, and is here to get its gradient without another pass.
-
-    Plain PyTorch forward, so that torch.compile fuses it with its neighbours.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(scale)
-        ctx.dtype = bias.dtype
-        return x * scale
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
-        grad, total = scale_and_sum(grad, ctx.saved_tensors[0])
-        return grad, None, total.to(ctx.dtype)
 
 
 @torch.library.custom_op("mlla::mlp", mutates_args=())
@@ -151,8 +133,8 @@ def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @norm_backward.register_fake
-def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return empty(x), empty(x, 2, x.shape[-1], dtype=torch.float32)
+def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return empty(x), empty(x, 2, x.shape[-1], dtype=torch.float32), empty(x)
 
 
 @conv_backward.register_fake
@@ -197,13 +179,13 @@ def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @gelu.register_fake
-def _(x: Tensor, _: Tensor) -> Tensor:
+def _(x: Tensor) -> Tensor:
     return empty(x)
 
 
 @gelu_backward.register_fake
-def _(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    return empty(x), empty(x, x.shape[-1], dtype=torch.float32)
+def _(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return empty(x), empty(x), empty(x, x.shape[-1], dtype=torch.float32)
 
 
 @scale_and_sum.register_fake
@@ -220,19 +202,6 @@ def split_sums(sums: Tensor, weight: Tensor) -> list[Tensor]:
     """(10 C,) to the gradients of a depthwise weight (C, 1, 3, 3) and its bias (C,); (11 C,): and of a bias before."""
     taps, *biases = sums.to(weight.dtype).split([weight.numel()] + [len(weight)] * (len(sums) // len(weight) - 9))
     return [taps.view(weight.shape), *biases]
-
-
-def conv_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, norm_weight, _, ctx.eps, _ = inputs
-    ctx.save_for_backward(x, weight, norm_weight, output[0])
-
-
-def conv_norm_grad(ctx: Any, grad_out: Tensor, grad_norm: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, norm_weight, out = ctx.saved_tensors
-    grad, norm_sums = norm_backward(grad_norm, out, grad_out, norm_weight, ctx.eps)
-    grad_x, sums = conv_backward(grad, x, weight, None, True, False)
-    norm_sums = norm_sums.to(norm_weight.dtype)
-    return grad_x, *split_sums(sums, weight), norm_sums[0], norm_sums[1], None, None
 
 
 def conv_silu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -275,19 +244,6 @@ def strided_conv_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, *split_sums(sums, weight)
 
 
-def gelu_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    x, bias = inputs
-    ctx.dtype = bias.dtype
-    ctx.save_for_backward(x)
-
-
-def gelu_grad(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    grad, total = gelu_backward(grad, *ctx.saved_tensors)
-    return grad, total.to(ctx.dtype)
-
-
-gelu.register_autograd(gelu_grad, setup_context=gelu_setup)
 strided_conv.register_autograd(strided_conv_grad, setup_context=strided_conv_setup)
-conv_norm.register_autograd(conv_norm_grad, setup_context=conv_norm_setup)
 conv_silu.register_autograd(conv_silu_grad, setup_context=conv_silu_setup)
 linear_attention.register_autograd(linear_attention_grad, setup_context=linear_attention_setup)

@@ -40,8 +40,10 @@ def gelu_kernel(x, out, length, LENGTH: tl.constexpr):
 
 
 @triton.jit
-def gelu_backward_kernel(grad, x, grad_x, partials, num_tokens, channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
-    """grad_x = grad GELU'(x); its sums over tokens go to `partials` (programs, channels)."""
+def gelu_backward_kernel(
+    grad, x, grad_x, out, partials, num_tokens, channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """grad_x = grad GELU'(x), whose sums over tokens go to `partials` (programs, channels); and out = GELU(x)."""
     channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     total = tl.zeros((TOKENS, CHANNELS), dtype=tl.float32)
     for first in range(tl.program_id(0) * TOKENS, num_tokens, tl.num_programs(0) * TOKENS):
@@ -51,6 +53,7 @@ def gelu_backward_kernel(grad, x, grad_x, partials, num_tokens, channels, TOKENS
         value = tl.load(x + place, mask=ok, other=0.0).to(tl.float32)
         upstream = tl.load(grad + place, mask=ok, other=0.0).to(tl.float32)
         phi, bell = normal(value)
+        tl.store(out + place, (value * phi).to(out.dtype.element_ty), mask=ok)
         result = upstream * (phi + value * bell * DENSITY_AT_ZERO)
         total += result
         tl.store(grad_x + place, result.to(grad_x.dtype.element_ty), mask=ok)
@@ -106,17 +109,17 @@ def gelu_forward(x: Tensor, *, tile: tuple[int, int] = (1024, 4)) -> Tensor:
 
 
 @on_its_device
-def gelu_backward(grad: Tensor, x: Tensor, *, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
-    """The gradient through GELU(x), like x, and its sum over tokens, float32 (C,); both (..., C) contiguous."""
+def gelu_backward(grad: Tensor, x: Tensor, *, tile: Tile | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient through GELU(x) and GELU(x), like x (..., C); the gradient's sum over tokens, float32 (C,)."""
     channels = x.shape[-1]
     tile = tile or Tile(2048 // channel_block(channels, 128), channel_block(channels, 128), 4, 8)
     num_tokens, grid, partials = plan(x, tile)
-    grad_x = torch.empty_like(x)
+    grad_x, out = torch.empty_like(x), torch.empty_like(x)
     gelu_backward_kernel[grid](
-        *(grad, x, grad_x, partials, num_tokens, channels),
+        *(grad, x, grad_x, out, partials, num_tokens, channels),
         TOKENS=tile.tokens, CHANNELS=tile.channels, num_warps=tile.warps,
     )  # fmt: skip
-    return grad_x, sum_parts(partials)
+    return grad_x, out, sum_parts(partials)
 
 
 @on_its_device

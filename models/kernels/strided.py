@@ -162,7 +162,7 @@ def strided_forward(
 def strided_backward(
     grad: Tensor, x: Tensor, weight: Tensor, out: Tensor, *, tile: tuple[int, int, int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `strided_forward`, whose result is `out`: for x, and float32 (11 C,): taps, bias, sum over tokens."""
+    """Gradients of `strided_forward`, whose result is `out`: for x, and float32 (11 C,): taps, bias and its own sum."""
     grad, x = grad.contiguous(), x.contiguous()
     tile = tile or (4, 7, channel_block(x.shape[-1], 64), 4)
     num_columns, num_blocks, programs, channel_blocks = plan(x, tile, 4)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from models.kernels import ops
+from models.kernels import ops, segments
 from models.rope import position_tables, rotate_pairs, spread_over_grid
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the norm of each result
@@ -69,18 +69,27 @@ def problem(
     taps = [draw(channels, 1, 3, 3, scale=0.3, of=full), draw(channels, of=full)]
     if kernel == "conv_norm":
         inputs = [draw(*tokens), *taps, draw(channels, of=full), draw(channels, of=full)]
-        return lambda *a: ops.conv_norm(*a, 1e-5), plain_conv_norm, inputs
+        for width in (channels, 2 * channels):
+            inputs += [draw(width, channels, scale=channels**-0.5, of=full), draw(width, of=full)]
+        return (lambda *a: segments.NormedProducts.apply(*a[:5], 1e-5, *a[5:])), plain_normed_products, inputs
     before = draw(channels, of=full)  # a bias that is in the input: only its gradient is the kernel's
     if kernel == "conv_silu":
         return (lambda *a: ops.conv_silu(*a, True)[:1]), plain_conv_silu, [draw(*tokens), *taps, before]
-    if kernel == "gelu":
-        return (lambda *a: (ops.gelu(*a),)), (lambda *a: (F.gelu(with_gradient_of(*a)),)), [draw(*tokens), before]
+    scale = ((torch.arange(batch, device=before.device) + 1) % 3).to(draw(1).dtype).view(-1, 1, 1, 1)
     if kernel == "scaled_branch":
-        scale = ((torch.arange(batch, device=before.device) + 1) % 3).to(draw(1).dtype).view(-1, 1, 1, 1)
         return (
-            lambda *a: (ops.ScaledBranch.apply(a[0], scale, a[1]),),
+            lambda *a: (segments.ScaledBranch.apply(a[0], scale, a[1]),),
             lambda *a: (with_gradient_of(*a) * scale,),
             [draw(*tokens), before],
+        )
+    if kernel == "gelu_branch":
+        hidden = 4 * channels
+        inputs = [draw(*tokens), draw(*tokens[:3], hidden), draw(hidden, of=full)]
+        inputs += [draw(channels, hidden, scale=hidden**-0.5, of=full), before]
+        return (
+            lambda *a: (segments.GeluBranch.apply(*a, scale),),
+            lambda x, h, b, *a: (x + scale * F.linear(F.gelu(with_gradient_of(h, b)), *a),),
+            inputs,
         )
     if kernel == "strided_conv":
         inputs = [draw(batch, rows + rows % 2, columns, channels), *taps, before]
@@ -105,9 +114,12 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
     return F.conv2d(x, weight, bias, stride, padding=1, groups=weight.shape[0]).permute(0, 2, 3, 1)  # (B, H, W, C)
 
 
-def plain_conv_norm(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Outputs:
+def plain_normed_products(
+    x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, *products: Tensor
+) -> Outputs:
     x = x + conv(x, weight, bias)
-    return x, F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, 1e-5)
+    y = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, 1e-5)
+    return x, F.linear(y, *products[:2]), F.linear(y, *products[2:])
 
 
 def with_gradient_of(x: Tensor, bias: Tensor) -> Tensor:
