@@ -22,7 +22,7 @@ from models import MLLA, prepare_for_inference
 from models.kernels import choice, ops, trial
 from models.layers import WIDEST_FUSED_MLP
 
-KERNELS = ("conv_norm", "conv_silu", "strided_conv", "linear_attention", "mlp")
+KERNELS = ("conv_norm", "conv_silu", "strided_conv", "linear_attention", "mlp", "stem_conv", "stem_conv_relu")
 # Triton's interpreter computes no products of bfloat16.
 DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else []))
 EPSILON = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -135,6 +135,14 @@ def check_operators() -> None:
     plain = x.detach()
     weights = [draw(*shape, requires_grad=False) for shape in ((128, 32), (128,), (32, 128), (32,))]
     torch.library.opcheck(ops.mlp, (plain, *weights, plain), test_utils=tests)
+    images, weight = draw(1, 3, 4, 8, requires_grad=False), draw(8, 3, 3, 3)
+    packed = weight.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    for parameter in (weight, packed):
+        torch.library.opcheck(ops.stem_conv, (images, parameter, torch.float16), test_utils=tests)
+        gradient = images.new_ones(1, 2, 4, 8), images, parameter.detach()
+        torch.library.opcheck(ops.stem_conv_backward, gradient, test_utils=tests)
+    folded = images, weight.detach(), draw(8, requires_grad=False), torch.float16
+    torch.library.opcheck(ops.stem_conv_relu, folded, test_utils=tests)
 
 
 def check_compiled() -> None:
