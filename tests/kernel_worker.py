@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from conftest import GOLDEN, MICRO, fill_weights, random_values
 
 from models import MLLA, prepare_for_inference
-from models.kernels import choice, ops, trial
-from models.layers import WIDEST_FUSED_MLP
+from models.kernels import choice, ops, stem, trial
+from models.layers import WIDEST_FUSED_MLP, Stem
 
 KERNELS = ("conv_norm", "conv_silu", "strided_conv", "linear_attention", "mlp", "stem_conv", "stem_conv_relu")
 # Triton's interpreter computes no products of bfloat16.
@@ -145,6 +145,43 @@ def check_operators() -> None:
     torch.library.opcheck(ops.stem_conv_relu, folded, test_utils=tests)
 
 
+def check_stem() -> None:
+    """Few programs sum over many blocks; autocast's dtype from float32 images in any memory, compiled, folded; and
+    where images need a gradient, they get it.
+    """
+    choice.remembered_trial = lambda *_: ""  # check_trial has its turn
+    torch.manual_seed(0)
+    packed = torch.randn(3, 3, 20, 24, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(24, 3, 3, 3, device=DEVICE, requires_grad=True)
+    expected = F.conv2d(packed, weight, stride=2, padding=1).permute(0, 2, 3, 1)
+    few = {"tile": (16, 4, 1), "programs_a_multiprocessor": 1}
+    torch.testing.assert_close(stem.stem_forward(packed, weight, None, torch.float32, **few), expected)
+    upstream = torch.randn_like(expected)
+    (gradient,) = torch.autograd.grad(expected, weight, upstream)
+    torch.testing.assert_close(stem.stem_backward(upstream, packed, weight, **few), gradient, atol=1e-4, rtol=1e-4)
+
+    fused, plain = Stem(3, 16, "triton").to(DEVICE).eval(), Stem(3, 16, "torch").to(DEVICE).eval()
+    plain.load_state_dict(fused.state_dict())
+    compiled = torch.compile(fused, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    strided = torch.randn(2, 40, 3, 52, device=DEVICE).permute(0, 2, 3, 1)[..., 1::2]  # (2, 3, 52, 20)
+    for images in (packed, packed.contiguous(), strided, packed[..., 1:]):
+        for dtype in (torch.float32, torch.float16):
+            with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+                outputs = [model(images) for model in (plain, fused, compiled)]
+                with torch.no_grad():
+                    outputs.append(prepare_for_inference(fused, dtype)(images))
+            gradients = [torch.autograd.grad(out.float().sum(), model.conv1.conv.weight)[0]
+                         for out, model in zip(outputs[:3], (plain, fused, fused), strict=True)]  # fmt: skip
+            close = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+            for output, found in zip(outputs[1:], [*gradients[1:], gradients[0]], strict=True):
+                torch.testing.assert_close(output, outputs[0], **close)
+                assert (found - gradients[0]).norm() < close["rtol"] * gradients[0].norm()
+    packed.requires_grad_()
+    (by_plain,) = torch.autograd.grad(plain(packed).sum(), packed)
+    (by_fused,) = torch.autograd.grad(fused(packed).sum(), packed)
+    torch.testing.assert_close(by_fused, by_plain)
+
+
 def check_compiled() -> None:
     """torch.compile sees one graph of each block, in whatever sizes, with and without gradient."""
     torch._dynamo.config.recompile_limit = 64
@@ -190,7 +227,7 @@ if __name__ == "__main__":
         choice.missing_triton = lambda device_type: ""  # noqa: ARG005
     checks = (check_against_float64, check_golden_logits, check_golden_gradients)
     torch.backends.cudnn.allow_tf32 = False
-    checks += (check_prepared_model, check_operators, check_trial, check_gradients_of_some, check_compiled)
+    checks += (check_prepared_model, check_operators, check_trial, check_gradients_of_some, check_stem, check_compiled)
     for check in checks:
         start = time.perf_counter()
         check()

@@ -98,7 +98,7 @@ def strided_conv_backward(grad: Tensor, x: Tensor, weight: Tensor, out: Tensor) 
 
 @torch.library.custom_op("mlla::stem_conv", mutates_args=())
 def stem_conv(images: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """3x3 convolution with stride 2, computed in dtype, (B, 3, H, W) -> (B, H / 2, W / 2, C); its weight has a gradient."""
+    """3x3 convolution with stride 2, in dtype, (B, 3, H, W) -> (B, H / 2, W / 2, C); only the weight has a gradient."""
     return stem.stem_forward(images, weight, None, dtype)
 
 

@@ -46,7 +46,7 @@ def load_windows(
 
 @triton.jit
 def place_weights(n, k, channels, output_stride, input_stride, column_stride):
-    """At row k and column n of the matrix of weights: which of the pair's outputs, the weight's offset, if there is one."""
+    """At row k and column n of the weights' matrix: which output of the pair, the weight's offset, if there is one."""
     output, column = n // channels, (k + 2) // 3 - 1
     column -= 2 * output
     offset = n % channels * output_stride + (k + 2) % 3 * input_stride + column * column_stride
