@@ -16,8 +16,7 @@ from models.kernels.launch import num_multiprocessors, on_its_device, precision_
 
 WINDOW = tl.constexpr(16)  # values of a pair in one row of an image; the first is there for alignment alone
 TAPS = tl.constexpr(27)
-FORWARD_TILE = (128, 4, 1)
-BACKWARD_TILE = (128, 4, 1)
+LARGEST_TILE, LARGEST_EXACT_TILE = 8192, 2048  # elements, what registers hold; in float32 products are unrolled
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 8, 4  # a multiprocessor
 
 
@@ -121,6 +120,16 @@ def stem_backward_kernel(
     tl.store(target + 2 * weight_row_stride, bottom_sum, mask=ok)
 
 
+def default_tile(channels: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Pairs of a block, warps and stages."""
+    elements = LARGEST_EXACT_TILE if dtype == torch.float32 else LARGEST_TILE
+    return max(16, min(64, elements // num_columns(channels))), 4, 1
+
+
+def num_columns(channels: int) -> int:
+    return max(16, triton.next_power_of_2(2 * channels))
+
+
 def arguments(images: Tensor, weight: Tensor, pairs: int) -> tuple[tuple[int, ...], dict[str, int | bool]]:
     """What both kernels take from the number of pairs to the strides, and their constants, for blocks of `pairs`."""
     batch, _, height, width = images.shape
@@ -128,7 +137,7 @@ def arguments(images: Tensor, weight: Tensor, pairs: int) -> tuple[tuple[int, ..
     num_pairs = batch * (height // 2) * (width // 4)
     shape = (num_pairs, triton.cdiv(num_pairs, pairs), height // 2, width // 4, weight.shape[0])
     is_packed = channel == 1 and column == 3 and row % 4 == 0 and image % 4 == 0
-    constants = {"COLUMNS": max(16, triton.next_power_of_2(2 * weight.shape[0])), "PACKED": is_packed, "PAIRS": pairs}
+    constants = {"COLUMNS": num_columns(weight.shape[0]), "PACKED": is_packed, "PAIRS": pairs}
     return (*shape, image, channel, row, column, *weight.stride()), constants
 
 
@@ -141,7 +150,7 @@ def stem_forward(
 
     Products are of values cast to `dtype`. `tile`: pairs, warps, stages.
     """
-    pairs, warps, stages = tile or FORWARD_TILE
+    pairs, warps, stages = tile or default_tile(weight.shape[0], dtype)
     batch, _, height, width = images.shape
     numbers, constants = arguments(images, weight, pairs)
     out = torch.empty(batch, height // 2, width // 2, weight.shape[0], dtype=dtype, device=images.device)
@@ -159,7 +168,7 @@ def stem_backward(
     tile: tuple[int, int, int] | None = None, programs_a_multiprocessor: int = BACKWARD_PROGRAMS,
 ) -> Tensor:  # fmt: skip
     """The weight's gradient, float32 in the weight's memory format, for that of conv(images); `tile` as above."""
-    pairs, warps, stages = tile or BACKWARD_TILE
+    pairs, warps, stages = tile or default_tile(weight.shape[0], grad.dtype)
     grad = grad.contiguous()
     like = torch.empty_like(weight, device="meta")  # dense, whatever views the weight is
     numbers, constants = arguments(images, like, pairs)
