@@ -152,7 +152,7 @@ def check_stem() -> None:
     choice.remembered_trial = lambda *_: ""  # check_trial has its turn
     torch.manual_seed(0)
     packed = torch.randn(3, 3, 20, 24, device=DEVICE).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(24, 3, 3, 3, device=DEVICE, requires_grad=True)
+    weight = torch.randn(24, 3, 3, 3, device=DEVICE).contiguous(memory_format=torch.channels_last).requires_grad_()
     expected = F.conv2d(packed, weight, stride=2, padding=1).permute(0, 2, 3, 1)
     few = {"tile": (16, 4, 1), "programs_a_multiprocessor": 1}
     torch.testing.assert_close(stem.stem_forward(packed, weight, None, torch.float32, **few), expected)
