@@ -148,9 +148,9 @@ class ConvLayer(nn.Module):
 
 
 def computed_dtype(x: Tensor) -> torch.dtype:
-    """In what a convolution of x is computed: its own dtype, or autocast's."""
+    """In what a convolution of x is computed: its own dtype, or autocast's (where a kernel might run, which asks)."""
     kind = x.device.type
-    is_cast = x.dtype in choice.DTYPES and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    is_cast = x.dtype in choice.DTYPES and kind in ("cuda", "cpu") and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if is_cast else x.dtype
 
 
