@@ -13,7 +13,7 @@ from models.kernels.products import add_product, linear_gelu
 # The official classifier stores rotary tables for its one image size; here they follow from the grid.
 DERIVED_KEY_SUFFIX = "attn.rope.rotations"
 WIDEST_FUSED_MLP = 128  # beyond, the matrix products are too large to keep a hidden layer in registers
-RGB = 3  # channels of the images that the stem's kernel reads
+RGB, WIDEST_STEM = 3, 128  # channels of the images that the stem's kernel reads, and at most of its outputs
 
 
 def ops() -> Any:
@@ -162,7 +162,7 @@ def stem_conv(images: Tensor, layer: ConvLayer, kernels: str = "auto") -> Tensor
     conv, dtype = layer.conv, computed_dtype(images)
     is_folded = conv.bias is not None  # it has taken up the batch norm, for inference
     kernel, frozen = ("stem_conv_relu", (images, conv.weight, conv.bias)) if is_folded else ("stem_conv", (images,))
-    is_known = conv.in_channels == RGB and not needs_gradient(*frozen)
+    is_known = conv.in_channels == RGB and conv.out_channels <= WIDEST_STEM and not needs_gradient(*frozen)
     if not (is_known and choice.takes(kernels, images, kernel, channels=conv.out_channels, dtype=dtype)):
         return layer(images.contiguous(memory_format=torch.channels_last))
     if is_folded:

@@ -20,7 +20,7 @@ from conftest import GOLDEN, MICRO, fill_weights, random_values
 
 from models import MLLA, prepare_for_inference
 from models.kernels import choice, ops, stem, trial
-from models.layers import WIDEST_FUSED_MLP, Stem
+from models.layers import WIDEST_FUSED_MLP, WIDEST_STEM, Stem
 
 KERNELS = ("conv_norm", "conv_silu", "strided_conv", "linear_attention", "mlp", "stem_conv", "stem_conv_relu")
 # Triton's interpreter computes no products of bfloat16.
@@ -33,9 +33,10 @@ def check_against_float64() -> None:
     shapes = {(48, 16, 6): DTYPES, (32, 32, 17): DTYPES[:1]}
     if DEVICE == "cuda":
         shapes |= {(512, 32, 7): DTYPES[2:], (256, 64, 14): DTYPES[:1], (192, 32, 56): DTYPES[2:]}
+    widest = {"mlp": WIDEST_FUSED_MLP, "stem_conv": WIDEST_STEM, "stem_conv_relu": WIDEST_STEM}
     for kernel in KERNELS:
         for (channels, head_width, rows), dtypes in shapes.items():
-            if kernel == "mlp" and channels > WIDEST_FUSED_MLP:
+            if channels > widest.get(kernel, channels):
                 continue
             for dtype in dtypes:
                 device = torch.device(DEVICE)
@@ -172,7 +173,7 @@ def check_stem() -> None:
                     outputs.append(prepare_for_inference(fused, dtype)(images))
             gradients = [torch.autograd.grad(out.float().sum(), model.conv1.conv.weight)[0]
                          for out, model in zip(outputs[:3], (plain, fused, fused), strict=True)]  # fmt: skip
-            close = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+            close = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 2e-3, "rtol": 1e-2}
             for output, found in zip(outputs[1:], [*gradients[1:], gradients[0]], strict=True):
                 torch.testing.assert_close(output, outputs[0], **close)
                 assert (found - gradients[0]).norm() < close["rtol"] * gradients[0].norm()
