@@ -13,6 +13,7 @@ from models.kernels.products import add_product, linear_gelu
 # The official classifier stores rotary tables for its one image size; here they follow from the grid.
 DERIVED_KEY_SUFFIX = "attn.rope.rotations"
 WIDEST_FUSED_MLP = 128  # beyond, the matrix products are too large to keep a hidden layer in registers
+RGB, WIDEST_STEM = 3, 128  # channels of the images that the stem's kernel reads, and at most of its outputs
 
 
 def ops() -> Any:
@@ -86,10 +87,10 @@ def project_normed(
     """
     if isinstance(gate, nn.Linear) and fuses_norm(x, conv, norm, kernels):
         is_summed_later = choice.takes(kernels, x, "conv_silu", channels=conv.in_channels)
-        bias = inner.bias.detach() if is_summed_later else inner.bias
+        bias = cast("Tensor", inner.bias)
         return segments().NormedProducts.apply(
             *(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps),
-            *(inner.weight, bias, gate.weight, gate.bias),
+            *(inner.weight, bias.detach() if is_summed_later else bias, gate.weight, gate.bias),
         )
     x, y = conv_norm(x, conv, norm, kernels)
     if isinstance(gate, nn.Identity):
@@ -208,13 +209,38 @@ class ConvLayer(nn.Module):
         return self.act(self.norm(self.conv(x)))
 
 
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """In what a convolution of x is computed: its own dtype, or autocast's (where a kernel might run, which asks)."""
+    kind = x.device.type
+    is_cast = x.dtype in choice.DTYPES and kind in ("cuda", "cpu") and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if is_cast else x.dtype
+
+
+def stem_conv(images: Tensor, layer: ConvLayer, kernels: str = "auto") -> Tensor:
+    """layer(images) for the stem's first layer, (B, in_chans, H, W) -> (B, C, H / 2, W / 2); H and W / 2 are even.
+
+    The kernel reads images of any strides and dtype, and knows no gradient for them.
+    """
+    conv, dtype = layer.conv, computed_dtype(images)
+    is_folded = conv.bias is not None  # it has taken up the batch norm, for inference
+    kernel, frozen = ("stem_conv_relu", (images, conv.weight, conv.bias)) if is_folded else ("stem_conv", (images,))
+    is_known = conv.in_channels == RGB and conv.out_channels <= WIDEST_STEM and not needs_gradient(*frozen)
+    if not (is_known and choice.takes(kernels, images, kernel, channels=conv.out_channels, dtype=dtype)):
+        return layer(images.contiguous(memory_format=torch.channels_last))
+    if is_folded:
+        return ops().stem_conv_relu(images, conv.weight, conv.bias, dtype).permute(0, 3, 1, 2)  # (B, C, H / 2, W / 2)
+    x = ops().stem_conv(images, conv.weight, dtype).permute(0, 3, 1, 2)  # (B, C, H / 2, W / 2)
+    return layer.act(layer.norm(x))
+
+
 class Stem(nn.Module):
     """Images (B, in_chans, H, W) to tokens (B, ceil(H / 4), ceil(W / 4), embed_dim)."""
 
     is_region = True  # compiled for itself
 
-    def __init__(self, in_chans: int, embed_dim: int) -> None:
+    def __init__(self, in_chans: int, embed_dim: int, kernels: str = "auto") -> None:
         super().__init__()
+        self.kernels = kernels
         half = embed_dim // 2
         self.conv1 = ConvLayer(nn.Conv2d(in_chans, half, 3, stride=2, padding=1, bias=False))
         self.conv2 = nn.Sequential(
@@ -227,8 +253,7 @@ class Stem(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        x = pad_to_multiple(images, 4).contiguous(memory_format=torch.channels_last)
-        x = self.conv1(x)  # (B, E / 2, H / 2, W / 2)
+        x = stem_conv(pad_to_multiple(images, 4), self.conv1, self.kernels)  # (B, E / 2, H / 2, W / 2)
         x = x + self.conv2(x)
         return self.conv3(x).permute(0, 2, 3, 1)  # (B, H / 4, W / 4, E)
 

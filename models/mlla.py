@@ -156,7 +156,7 @@ class MLLA(TimmInterface):
         self.in_chans = in_chans
         self.num_features = self.widths[-1]
 
-        self.patch_embed = Stem(in_chans, embed_dim)
+        self.patch_embed = Stem(in_chans, embed_dim, kernels)
         self.grid = tuple(-(-side // patch_size) for side in to_2tuple(img_size))
         self.absolute_pos_embed = nn.Parameter(torch.zeros(1, prod(self.grid), embed_dim)) if ape else None
         self.pos_drop = nn.Dropout(drop_rate)

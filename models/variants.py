@@ -15,7 +15,7 @@ from timm.models import (
 )
 from torch import nn
 
-from models.layers import Downsample, pad_to_multiple
+from models.layers import Downsample, Stem
 from models.mlla import MLLA, MLLABlock
 from models.rope import position_tables
 from models.timm_interface import checkpoint_filter_fn
@@ -75,10 +75,9 @@ default_cfgs = generate_default_cfgs(
 )
 
 # To torch.fx these are single operations, since what they do depends on sizes, devices and dtypes.
-for module in (MLLABlock, Downsample):
+for module in (Stem, MLLABlock, Downsample):
     register_notrace_module(module)
-for function in (pad_to_multiple, position_tables):
-    register_notrace_function(function)
+register_notrace_function(position_tables)
 
 
 def create_variant(

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from conftest import GOLDEN, MICRO, fill_weights, random_values
 
 from models import MLLA, prepare_for_inference
-from models.kernels import choice, ops, trial
-from models.layers import WIDEST_FUSED_MLP
+from models.kernels import choice, ops, stem, trial
+from models.layers import WIDEST_FUSED_MLP, WIDEST_STEM, Stem
 
 KERNELS = ("conv_norm", "conv_silu", "strided_conv", "linear_attention", "scaled_branch", "gelu_branch", "mlp")
+KERNELS += ("stem_conv", "stem_conv_relu")
 # Triton's interpreter computes no products of bfloat16.
 DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else []))
 EPSILON = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -33,9 +34,10 @@ def check_against_float64() -> None:
     shapes = {(48, 16, 6): DTYPES, (32, 32, 17): DTYPES[:1]}
     if DEVICE == "cuda":
         shapes |= {(512, 32, 7): DTYPES[2:], (256, 64, 14): DTYPES[:1], (192, 32, 56): DTYPES[2:]}
+    widest = {"mlp": WIDEST_FUSED_MLP, "stem_conv": WIDEST_STEM, "stem_conv_relu": WIDEST_STEM}
     for kernel in KERNELS:
         for (channels, head_width, rows), dtypes in shapes.items():
-            if kernel == "mlp" and channels > WIDEST_FUSED_MLP:
+            if channels > widest.get(kernel, channels):
                 continue
             for dtype in dtypes:
                 device = torch.device(DEVICE)
@@ -140,6 +142,51 @@ def check_operators() -> None:
     plain = x.detach()
     weights = [draw(*shape, requires_grad=False) for shape in ((128, 32), (128,), (32, 128), (32,))]
     torch.library.opcheck(ops.mlp, (plain, *weights, plain), test_utils=tests)
+    images, weight = draw(1, 3, 4, 8, requires_grad=False), draw(8, 3, 3, 3)
+    packed = weight.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    for parameter in (weight, packed):
+        torch.library.opcheck(ops.stem_conv, (images, parameter, torch.float16), test_utils=tests)
+        gradient = images.new_ones(1, 2, 4, 8), images, parameter.detach()
+        torch.library.opcheck(ops.stem_conv_backward, gradient, test_utils=tests)
+    folded = images, weight.detach(), draw(8, requires_grad=False), torch.float16
+    torch.library.opcheck(ops.stem_conv_relu, folded, test_utils=tests)
+
+
+def check_stem() -> None:
+    """Few programs sum over many blocks; autocast's dtype from float32 images in any memory, compiled, folded; and
+    where images need a gradient, they get it.
+    """
+    choice.remembered_trial = lambda *_: ""  # check_trial has its turn
+    torch.manual_seed(0)
+    packed = torch.randn(3, 3, 20, 24, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(24, 3, 3, 3, device=DEVICE).contiguous(memory_format=torch.channels_last).requires_grad_()
+    expected = F.conv2d(packed, weight, stride=2, padding=1).permute(0, 2, 3, 1)
+    few = {"tile": (16, 4, 1), "programs_a_multiprocessor": 1}
+    torch.testing.assert_close(stem.stem_forward(packed, weight, None, torch.float32, **few), expected)
+    upstream = torch.randn_like(expected)
+    (gradient,) = torch.autograd.grad(expected, weight, upstream)
+    torch.testing.assert_close(stem.stem_backward(upstream, packed, weight, **few), gradient, atol=1e-4, rtol=1e-4)
+
+    fused, plain = Stem(3, 16, "triton").to(DEVICE).eval(), Stem(3, 16, "torch").to(DEVICE).eval()
+    plain.load_state_dict(fused.state_dict())
+    compiled = torch.compile(fused, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    strided = torch.randn(2, 40, 3, 52, device=DEVICE).permute(0, 2, 3, 1)[..., 1::2]  # (2, 3, 52, 20)
+    for images in (packed, packed.contiguous(), strided, packed[..., 1:]):
+        for dtype in (torch.float32, torch.float16):
+            with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+                outputs = [model(images) for model in (plain, fused, compiled)]
+                with torch.no_grad():
+                    outputs.append(prepare_for_inference(fused, dtype)(images))
+            gradients = [torch.autograd.grad(out.float().sum(), model.conv1.conv.weight)[0]
+                         for out, model in zip(outputs[:3], (plain, fused, fused), strict=True)]  # fmt: skip
+            close = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 2e-3, "rtol": 1e-2}
+            for output, found in zip(outputs[1:], [*gradients[1:], gradients[0]], strict=True):
+                torch.testing.assert_close(output, outputs[0], **close)
+                assert (found - gradients[0]).norm() < close["rtol"] * gradients[0].norm()
+    packed.requires_grad_()
+    (by_plain,) = torch.autograd.grad(plain(packed).sum(), packed)
+    (by_fused,) = torch.autograd.grad(fused(packed).sum(), packed)
+    torch.testing.assert_close(by_fused, by_plain)
 
 
 def check_compiled() -> None:
@@ -187,7 +234,7 @@ if __name__ == "__main__":
         choice.missing_triton = lambda device_type: ""  # noqa: ARG005
     checks = (check_against_float64, check_golden_logits, check_golden_gradients)
     torch.backends.cudnn.allow_tf32 = False
-    checks += (check_prepared_model, check_operators, check_trial, check_gradients_of_some, check_compiled)
+    checks += (check_prepared_model, check_operators, check_trial, check_gradients_of_some, check_stem, check_compiled)
     for check in checks:
         start = time.perf_counter()
         check()

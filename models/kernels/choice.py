@@ -22,21 +22,24 @@ def takes(
     channels: int,
     head_width: int = 32,
     norm: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
 ) -> bool:
-    """Whether a kernel computes tokens x (B, H, W, C), for a MODEL.KERNELS of `choice`.
+    """Whether a kernel computes tokens x (B, H, W, C), or images (B, C, H, W), for a MODEL.KERNELS of `choice`.
 
     "auto" asks the kernel first to do a small problem right, forward and backward, once for each width and dtype.
-    `channels` is the width that the kernel sees: C, or a hidden layer's.
+    `channels` is the width that the kernel sees: C, or a hidden layer's; `dtype` what it computes in, if that
+    is not x's.
 
     Raises:
         ValueError: `choice` is "triton" and it cannot.
     """
     if choice == "torch" or x.device.type == "meta":
         return False
-    reason = missing_triton(x.device.type) or misfit(x.dtype, channels, head_width, norm)
+    dtype = dtype or x.dtype
+    reason = missing_triton(x.device.type) or misfit(dtype, channels, head_width, norm)
     if not reason and choice == "auto":
         rows = 6 if x.shape[1] <= GRIDS[0] else 12 if x.shape[1] <= GRIDS[1] else 17
-        reason = failed_trial(kernel, x.device, x.dtype, channels, head_width, rows)
+        reason = failed_trial(kernel, x.device, dtype, channels, head_width, rows)
     if not reason:
         return True
     if choice == "triton":

@@ -1,6 +1,7 @@
 """The kernels as PyTorch operators, which torch.compile and fake tensors understand.
 
-Some have gradients of their own, the others get them in `segments.py`. Each has a plain twin in models/layers.py or models/attention.py, where what it computes can be read.
+Some have gradients of their own, the others get them in `segments.py`. Each has a plain twin in models/layers.py or
+models/attention.py, where what it computes can be read.
 """
 
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.kernels import attention, attention_backward, depthwise, depthwise_backward, norm, pointwise, strided
+from models.kernels import attention, attention_backward, depthwise, depthwise_backward, norm, pointwise, stem, strided
 from models.kernels import mlp as mlp_kernels
 
 
@@ -123,6 +124,24 @@ def strided_conv_backward(grad: Tensor, x: Tensor, weight: Tensor, out: Tensor) 
     return strided.strided_backward(grad, x, weight, out)
 
 
+@torch.library.custom_op("mlla::stem_conv", mutates_args=())
+def stem_conv(images: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """3x3 convolution with stride 2, in dtype, (B, 3, H, W) -> (B, H / 2, W / 2, C); only the weight has a gradient."""
+    return stem.stem_forward(images, weight, None, dtype)
+
+
+@torch.library.custom_op("mlla::stem_conv_relu", mutates_args=())
+def stem_conv_relu(images: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same through bias and ReLU; for inference, it has no gradient."""
+    return stem.stem_forward(images, weight, bias, dtype)
+
+
+@torch.library.custom_op("mlla::stem_conv_backward", mutates_args=())
+def stem_conv_backward(grad: Tensor, images: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of stem_conv for its weight, float32 in the weight's memory format."""
+    return stem.stem_backward(grad, images, weight)
+
+
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(shape or like.shape, dtype=dtype or like.dtype, device=like.device)
 
@@ -193,6 +212,21 @@ def _(x: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
     return empty(x), empty(x, x.shape[-1], dtype=torch.float32)
 
 
+@stem_conv.register_fake
+def _(images: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return empty(images, images.shape[0], images.shape[2] // 2, images.shape[3] // 2, weight.shape[0], dtype=dtype)
+
+
+@stem_conv_relu.register_fake
+def _(images: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    return empty(images, images.shape[0], images.shape[2] // 2, images.shape[3] // 2, weight.shape[0], dtype=dtype)
+
+
+@stem_conv_backward.register_fake
+def _(grad: Tensor, images: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(weight, dtype=torch.float32)
+
+
 @mlp.register_fake
 def _(x: Tensor, *_: Any) -> Tensor:
     return empty(x)
@@ -244,6 +278,17 @@ def strided_conv_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, *split_sums(sums, weight)
 
 
+def stem_conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    images, weight, _ = inputs
+    ctx.save_for_backward(images, weight)
+
+
+def stem_conv_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    images, weight = ctx.saved_tensors
+    return None, stem_conv_backward(grad, images, weight).to(weight.dtype), None
+
+
+stem_conv.register_autograd(stem_conv_grad, setup_context=stem_conv_setup)
 strided_conv.register_autograd(strided_conv_grad, setup_context=strided_conv_setup)
 conv_silu.register_autograd(conv_silu_grad, setup_context=conv_silu_setup)
 linear_attention.register_autograd(linear_attention_grad, setup_context=linear_attention_setup)

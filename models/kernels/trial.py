@@ -13,6 +13,7 @@ from models.rope import position_tables, rotate_pairs, spread_over_grid
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the norm of each result
 COLUMNS = 6
 FULL_SIZE = 2**15 + 2**14  # images times channels that keep a GPU busy: kernels take the tiles that training takes
+INFERENCE_ONLY = ("mlp", "stem_conv_relu")  # without gradient
 Outputs = tuple[Tensor, ...]
 
 
@@ -46,16 +47,17 @@ def largest_error(
 
     def draw(*shape: int, scale: float = 1.0, of: torch.dtype = dtype) -> Tensor:
         values = torch.randn(*shape, generator=generator, device=device) * scale
-        return values.to(of).requires_grad_(kernel != "mlp")
+        return values.to(of).requires_grad_(kernel not in INFERENCE_ONLY)
 
     fused, plain, inputs = problem(kernel, draw, (batch, rows, COLUMNS, channels), head_width)
     doubled = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs]
-    with torch.set_grad_enabled(kernel != "mlp"):
+    trained, doubled_trained = ([tensor for tensor in t if tensor.requires_grad] for t in (inputs, doubled))
+    with torch.set_grad_enabled(bool(trained)):
         found, expected = list(fused(*inputs)), list(plain(*doubled))
-    if kernel != "mlp":
+    if trained:
         upstream = [torch.randn(o.shape, generator=generator, device=device).to(o.dtype) for o in found]
-        expected += torch.autograd.grad(expected, doubled, [u.double() for u in upstream])
-        found += torch.autograd.grad(found, inputs, upstream)
+        expected += torch.autograd.grad(expected, doubled_trained, [u.double() for u in upstream])
+        found += torch.autograd.grad(found, trained, upstream)
     errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
     return max(error if error == error else float("inf") for error in errors)
 
@@ -94,6 +96,10 @@ def problem(
     if kernel == "strided_conv":
         inputs = [draw(batch, rows + rows % 2, columns, channels), *taps, before]
         return (lambda *a: (ops.strided_conv(*a),)), plain_strided_conv, inputs
+    if kernel.startswith("stem_conv"):
+        inputs = [draw(batch, 3, 4 * rows, 4 * columns).detach(), draw(channels, 3, 3, 3, scale=0.2, of=full)]
+        inputs += [draw(channels, of=full)] if kernel == "stem_conv_relu" else []
+        return fused_stem, plain_stem, inputs
     if kernel == "mlp":
         hidden = 4 * channels
         inputs = [draw(*tokens), draw(hidden, channels, scale=channels**-0.5), draw(hidden)]
@@ -133,6 +139,18 @@ def plain_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor) -> 
 
 def plain_strided_conv(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor) -> Outputs:
     return (F.relu(conv(F.relu(with_gradient_of(x, before)), weight, bias, stride=2)),)
+
+
+def fused_stem(images: Tensor, weight: Tensor, *bias: Tensor) -> Outputs:
+    """Of images as a loader gives them, to be computed as autocast asks, and of others; ReLU where there is a bias."""
+    conv = ops.stem_conv_relu if bias else ops.stem_conv
+    loaded = images.float().contiguous(memory_format=torch.channels_last)
+    return conv(loaded, weight, *bias, images.dtype), conv(images, weight, *bias, images.dtype)
+
+
+def plain_stem(images: Tensor, weight: Tensor, *bias: Tensor) -> Outputs:
+    x = F.conv2d(images, weight, bias[0] if bias else None, stride=2, padding=1).permute(0, 2, 3, 1)
+    return (x.relu() if bias else x,) * 2  # (B, H / 2, W / 2, C) each
 
 
 def plain_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, residual: Tensor) -> Outputs:
