@@ -124,13 +124,14 @@ def add_mlp(
     x: Tensor, conv: TokenConv, norm: nn.Module, mlp: Mlp, drop_path: "DropPath", kernels: str = "auto"
 ) -> Tensor:
     """With x' = x + conv(x): x' + drop_path(mlp(norm(x'))), (B, H, W, C)."""
-    if torch.is_grad_enabled() and not (mlp.training and mlp.drop1.p) and fuses_norm(x, conv, norm, kernels):
-        fc1, fc2 = mlp.fc1, mlp.fc2
-        if choice.takes(kernels, x, "gelu_branch", channels=x.shape[-1]):
-            x, hidden = segments().NormedProducts.apply(
-                *(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias.detach())
-            )
-            return segments().GeluBranch.apply(x, hidden, fc1.bias, fc2.weight, fc2.bias, drop_path.draw(x))
+    drops_out = mlp.training and mlp.drop1.p > 0
+    is_fused = torch.is_grad_enabled() and not drops_out and fuses_norm(x, conv, norm, kernels)
+    if is_fused and choice.takes(kernels, x, "gelu_branch", channels=x.shape[-1]):
+        bias_before = cast("Tensor", mlp.fc1.bias)
+        x, hidden = segments().NormedProducts.apply(
+            *(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, mlp.fc1.weight, bias_before.detach())
+        )
+        return segments().GeluBranch.apply(x, hidden, bias_before, mlp.fc2.weight, mlp.fc2.bias, drop_path.draw(x))
     x, y = conv_norm(x, conv, norm, kernels)
     if torch.is_grad_enabled() or mlp.training:
         return x + drop_path(mlp(y))
