@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.kernels import choice
-from models.layers import TokenConv, needs_gradient
+from models.layers import TokenConv
 from models.rope import rotate_pairs, spread_over_grid
 
 NORMALISER_EPS = 1e-6
@@ -37,16 +37,17 @@ class LinearAttention(nn.Module):
     def forward(self, v: Tensor, gate: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Tokens v (B, H, W, C) to (attention + lepe) SiLU(gate), (B, H, W, C).
 
-        `gate` is like v; `rotary` holds the tables (cos, sin) of `position_tables`. The kernels compute the same, and
-        never write q, k, their rotations or the normaliser to memory.
+        `gate` is like v; `rotary` holds the tables (cos, sin) of `position_tables`. Without gradient the kernels may
+        compute it, which never write q, k, their rotations or the normaliser to memory.
         """
-        if choice.takes(self.kernels, v, "linear_attention", channels=self.dim, head_width=self.dim // self.num_heads):
+        head_width = self.dim // self.num_heads
+        if not torch.is_grad_enabled() and choice.takes(
+            self.kernels, v, "mixer", channels=self.dim, head_width=head_width
+        ):
             from models.kernels import ops
 
-            qk = self.qk(v)
             weight, bias = self.lepe.weight, self.lepe.bias
-            keep = needs_gradient(qk, v, gate, weight, bias)
-            return ops.linear_attention(qk, v, gate, weight, bias, *rotary, self.num_heads, keep)[0]
+            return ops.linear_attention(self.qk(v), v, gate, weight, bias, *rotary, self.num_heads, False)[0]
         return (self.attend(v, rotary) + self.lepe(v)) * F.silu(gate)
 
     def attend(self, v: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from models.layers import WIDEST_FUSED_MLP, AddedLinear, ConvLayer, TokenConv
+from models.fused_block import WIDEST_FUSED_MLP
+from models.layers import AddedLinear, ConvLayer, TokenConv
 from models.mlla import MLLABlock
 
 

@@ -4,15 +4,13 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from models.kernels import choice
-from models.kernels.products import add_product, linear_gelu
+from models.kernels.products import add_product
 
 # The official classifier stores rotary tables for its one image size; here they follow from the grid.
 DERIVED_KEY_SUFFIX = "attn.rope.rotations"
-WIDEST_FUSED_MLP = 128  # beyond, the matrix products are too large to keep a hidden layer in registers
 RGB, WIDEST_STEM = 3, 128  # channels of the images that the stem's kernel reads, and at most of its outputs
 
 
@@ -60,102 +58,6 @@ class TokenConv(DepthwiseConv):
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd will ask what computes with these for a gradient."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def fuses_norm(x: Tensor, conv: TokenConv, norm: nn.Module, kernels: str) -> bool:
-    """Whether the kernels take x + conv(x) and its norm."""
-    return isinstance(norm, nn.LayerNorm) and choice.takes(
-        kernels, x, "conv_norm", channels=conv.in_channels, norm=norm
-    )
-
-
-def conv_norm(x: Tensor, conv: TokenConv, norm: nn.Module, kernels: str = "auto") -> tuple[Tensor, Tensor]:
-    """x + conv(x) and its norm, both (B, H, W, C); without gradient in one pass over x where the kernels can."""
-    if not torch.is_grad_enabled() and fuses_norm(x, conv, norm, kernels):
-        return ops().conv_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, conv.later_bias)
-    x = x + conv(x)
-    return x if conv.later_bias is None else x + conv.later_bias.to(x.dtype), norm(x)
-
-
-def project_normed(
-    x: Tensor, conv: TokenConv, norm: nn.Module, inner: nn.Linear, gate: nn.Module, kernels: str = "auto"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """With x' = x + conv(x): x', inner(norm(x')) and gate(norm(x')), (B, H, W, C) each.
-
-    What comes next is `conv_silu`, which sums the gradient of inner's bias. For inference `inner` may hold both
-    products (see `prepare_for_inference`); then `gate` is an identity.
-    """
-    if isinstance(gate, nn.Linear) and fuses_norm(x, conv, norm, kernels):
-        is_summed_later = choice.takes(kernels, x, "conv_silu", channels=conv.in_channels)
-        bias = cast("Tensor", inner.bias)
-        return segments().NormedProducts.apply(
-            *(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps),
-            *(inner.weight, bias.detach() if is_summed_later else bias, gate.weight, gate.bias),
-        )
-    x, y = conv_norm(x, conv, norm, kernels)
-    if isinstance(gate, nn.Identity):
-        first, second = inner(y).chunk(2, dim=-1)
-        return x, first, second
-    return x, inner(y), gate(y)
-
-
-def conv_silu(x: Tensor, conv: TokenConv, bias_before: Tensor, kernels: str = "auto") -> Tensor:
-    """SiLU(conv(x)), (B, H, W, C), in one pass over x where the kernels can.
-
-    x comes from `project_normed`, with `bias_before` in it.
-    """
-    if choice.takes(kernels, x, "conv_silu", channels=conv.in_channels):
-        keep = needs_gradient(x, bias_before, conv.weight, conv.bias)
-        return ops().conv_silu(x, conv.weight, conv.bias, bias_before if keep else None, keep)[0]
-    return F.silu(conv(x))
-
-
-def add_branch(x: Tensor, y: Tensor, proj: nn.Linear, drop_path: "DropPath", kernels: str = "auto") -> Tensor:
-    """x + drop_path(proj(y)), (B, H, W, C)."""
-    if isinstance(proj, AddedLinear):
-        return proj(x, y)
-    if torch.is_grad_enabled() and choice.takes(kernels, x, "scaled_branch", channels=x.shape[-1]):
-        branch = F.linear(y, proj.weight, proj.bias.detach())
-        return x + segments().ScaledBranch.apply(branch, drop_path.draw(branch), proj.bias)
-    return x + drop_path(proj(y))
-
-
-def add_mlp(
-    x: Tensor, conv: TokenConv, norm: nn.Module, mlp: Mlp, drop_path: "DropPath", kernels: str = "auto"
-) -> Tensor:
-    """With x' = x + conv(x): x' + drop_path(mlp(norm(x'))), (B, H, W, C)."""
-    drops_out = mlp.training and mlp.drop1.p > 0
-    is_fused = torch.is_grad_enabled() and not drops_out and fuses_norm(x, conv, norm, kernels)
-    if is_fused and choice.takes(kernels, x, "gelu_branch", channels=x.shape[-1]):
-        bias_before = cast("Tensor", mlp.fc1.bias)
-        x, hidden = segments().NormedProducts.apply(
-            *(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, mlp.fc1.weight, bias_before.detach())
-        )
-        return segments().GeluBranch.apply(x, hidden, bias_before, mlp.fc2.weight, mlp.fc2.bias, drop_path.draw(x))
-    x, y = conv_norm(x, conv, norm, kernels)
-    if torch.is_grad_enabled() or mlp.training:
-        return x + drop_path(mlp(y))
-    return infer_mlp(x, y, mlp, kernels)
-
-
-def infer_mlp(x: Tensor, y: Tensor, mlp: Mlp, kernels: str) -> Tensor:
-    """x + mlp(y), (B, H, W, C), without gradient; on narrow tokens in one pass where the kernels can."""
-    width = cast("int", mlp.fc1.in_features)
-    if width <= WIDEST_FUSED_MLP and choice.takes(kernels, x, "mlp", channels=width):
-        return ops().mlp(y.to(x.dtype), mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, x)
-    if isinstance(mlp.fc2, AddedLinear) and is_sixteen_bit_product(x, mlp.fc1.weight):
-        # In the plain path autocast has left y, a norm's result, in float32.
-        hidden = linear_gelu(y.to(x.dtype), mlp.fc1.weight, mlp.fc1.bias)
-    else:
-        hidden = mlp.fc1(y)
-        is_fused = choice.takes(kernels, x, "gelu_branch", channels=width)
-        hidden = ops().gelu(hidden) if is_fused else mlp.act(hidden)
-    return mlp.fc2(x, hidden) if isinstance(mlp.fc2, AddedLinear) else x + mlp.fc2(hidden)
-
-
-def is_sixteen_bit_product(x: Tensor, weight: Tensor) -> bool:
-    """Whether cuBLAS can compute GELU inside of the product."""
-    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and weight.dtype == x.dtype
 
 
 class AddedLinear(nn.Linear):
@@ -229,9 +131,8 @@ def stem_conv(images: Tensor, layer: ConvLayer, kernels: str = "auto") -> Tensor
     if not (is_known and choice.takes(kernels, images, kernel, channels=conv.out_channels, dtype=dtype)):
         return layer(images.contiguous(memory_format=torch.channels_last))
     if is_folded:
-        return ops().stem_conv_relu(images, conv.weight, conv.bias, dtype).permute(0, 3, 1, 2)  # (B, C, H / 2, W / 2)
-    x = ops().stem_conv(images, conv.weight, dtype).permute(0, 3, 1, 2)  # (B, C, H / 2, W / 2)
-    return layer.act(layer.norm(x))
+        return ops().stem_conv_relu(images, conv.weight, conv.bias, dtype)  # (B, C, H / 2, W / 2)
+    return layer.act(layer.norm(ops().stem_conv(images, conv.weight, dtype)))  # (B, C, H / 2, W / 2)
 
 
 class Stem(nn.Module):
@@ -277,11 +178,11 @@ class Downsample(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = pad_to_multiple(tokens.permute(0, 3, 1, 2), 2)  # (B, C, H, W), both even
         widen, depthwise, narrow = (cast("ConvLayer", layer) for layer in self.conv)
-        if choice.takes(self.kernels, tokens, "strided_conv", channels=widen.conv.out_channels):
-            x, bias = x.permute(0, 2, 3, 1), cast("Tensor", widen.conv.bias)
-            x = F.linear(x, widen.conv.weight.flatten(1), bias.detach())  # (B, H, W, 8 C)
-            # Both ReLUs are in it, and the gradient of the bias before.
-            x = ops().strided_conv(x, depthwise.conv.weight, depthwise.conv.bias, bias)  # (B, H / 2, W / 2, 8 C)
+        if choice.takes(self.kernels, tokens, "wide_conv", channels=widen.conv.out_channels):
+            x = x.permute(0, 2, 3, 1).to(computed_dtype(x))  # (B, H, W, C)
+            x = segments().WideConv.apply(
+                *(x, widen.conv.weight.flatten(1), widen.conv.bias, depthwise.conv.weight, depthwise.conv.bias)
+            )  # (B, H / 2, W / 2, 8 C)
             x = F.linear(x, narrow.conv.weight.flatten(1), narrow.conv.bias)  # (B, H / 2, W / 2, 2 C)
             return narrow.norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.conv(x).permute(0, 2, 3, 1)  # (B, H / 2, W / 2, 2 C)

@@ -10,6 +10,7 @@ from timm.layers import Mlp, to_2tuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models import fused_block
 from models.attention import LinearAttention
 from models.classifier import initialise
 from models.layers import (
@@ -18,10 +19,6 @@ from models.layers import (
     DropPath,
     Stem,
     TokenConv,
-    add_branch,
-    add_mlp,
-    conv_silu,
-    project_normed,
 )
 from models.rope import position_tables
 from models.timm_interface import TimmInterface
@@ -58,12 +55,17 @@ class MLLABlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        # x + cpe1(x), and both projections of its norm
-        x, inner, gate = project_normed(x, self.cpe1, self.norm1, self.in_proj, self.act_proj, self.kernels)
-        v = conv_silu(inner, self.dwc, self.in_proj.bias, self.kernels)
-        x = add_branch(x, self.attn(v, gate, rotary), self.out_proj, self.drop_path, self.kernels)
-        # x + cpe2(x), plus the MLP of its norm
-        return add_mlp(x, self.cpe2, self.norm2, self.mlp, self.drop_path, self.kernels)
+        """Tokens x (B, H, W, C), rotary tables (cos, sin) of `position_tables`."""
+        if fused_block.can_train(self, x):
+            return fused_block.train(self, x, rotary)
+        if not (torch.is_grad_enabled() or self.training):
+            return fused_block.infer(self, x, rotary)
+        x = x + self.cpe1(x)
+        y = self.norm1(x)
+        v = F.silu(self.dwc(self.in_proj(y)))
+        x = x + self.drop_path(self.out_proj(self.attn(v, self.act_proj(y), rotary)))
+        x = x + self.cpe2(x)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class Stage(nn.Module):

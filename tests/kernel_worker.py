@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -19,18 +20,19 @@ import torch.nn.functional as F
 from conftest import GOLDEN, MICRO, fill_weights, random_values
 
 from models import MLLA, prepare_for_inference
+from models.fused_block import WIDEST_FUSED_MLP
 from models.kernels import choice, ops, stem, trial
-from models.layers import WIDEST_FUSED_MLP, WIDEST_STEM, Stem
+from models.layers import WIDEST_STEM, Stem
 
-KERNELS = ("conv_norm", "conv_silu", "strided_conv", "linear_attention", "scaled_branch", "gelu_branch", "mlp")
-KERNELS += ("stem_conv", "stem_conv_relu")
+KERNELS = ("mixer", "mlp_branch", "mlp", "wide_conv", "stem_conv", "stem_conv_relu")
 # Triton's interpreter computes no products of bfloat16.
 DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else []))
-EPSILON = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 def check_against_float64() -> None:
-    """Forward and backward, in odd sizes, widths that are no power of two, several head dims."""
+    """Forward and backward, in odd sizes, widths that are no power of two, several head dims; in 16 bits as near as
+    plain PyTorch under autocast.
+    """
     shapes = {(48, 16, 6): DTYPES, (32, 32, 17): DTYPES[:1]}
     if DEVICE == "cuda":
         shapes |= {(512, 32, 7): DTYPES[2:], (256, 64, 14): DTYPES[:1], (192, 32, 56): DTYPES[2:]}
@@ -42,8 +44,13 @@ def check_against_float64() -> None:
             for dtype in dtypes:
                 device = torch.device(DEVICE)
                 batch = trial.full_batch(device, channels) if channels == 512 else 2
-                error = trial.largest_error(kernel, device, dtype, channels, head_width, rows=rows, batch=batch)
-                assert error < EPSILON[dtype], (kernel, channels, head_width, rows, dtype, error)
+                case = kernel, device, dtype, channels, head_width
+                error = trial.largest_error(*case, rows=rows, batch=batch)
+                if dtype == torch.float32:
+                    bound = 1e-5
+                else:
+                    bound = 1e-3 + 1.2 * trial.largest_error(*case, rows=rows, batch=batch, eager=True)
+                assert error < bound, (*case, rows, error, bound)
 
 
 def check_golden_gradients() -> None:
@@ -125,30 +132,36 @@ def check_operators() -> None:
     device = torch.device(DEVICE)
     generator = torch.Generator(device).manual_seed(0)
 
-    def draw(*shape: int, requires_grad: bool = True) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device).requires_grad_(requires_grad)
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
 
-    x, taps = draw(1, 4, 6, 32), (draw(32, 1, 3, 3), draw(32))
-    table = draw(6, 8, requires_grad=False)
-    weights = [draw(*shape, requires_grad=False) for shape in ((32, 1, 3, 3), (32,), (32,), (32,))]
-    torch.library.opcheck(ops.conv_norm, (x.detach(), *weights, 1e-5), test_utils=tests)
-    torch.library.opcheck(ops.conv_silu, (x, *taps, draw(32), True), test_utils=tests)
-    torch.library.opcheck(ops.conv_silu, (x, *taps, None, False), test_utils=tests)
-    torch.library.opcheck(ops.strided_conv, (x, *taps, draw(32)), test_utils=tests)
-    torch.library.opcheck(ops.gelu, (x.detach(),), test_utils=tests)
-    torch.library.opcheck(ops.scale_and_sum, (x.detach(), draw(1, 1, 1, 1, requires_grad=False)), test_utils=tests)
-    attention = (draw(1, 4, 6, 64), x, draw(1, 4, 6, 32), *taps, table, table, 2, True)
-    torch.library.opcheck(ops.linear_attention, attention, test_utils=tests)
-    plain = x.detach()
-    weights = [draw(*shape, requires_grad=False) for shape in ((128, 32), (128,), (32, 128), (32,))]
-    torch.library.opcheck(ops.mlp, (plain, *weights, plain), test_utils=tests)
-    images, weight = draw(1, 3, 4, 8, requires_grad=False), draw(8, 3, 3, 3)
+    def check(operator: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        torch.library.opcheck(operator, arguments, test_utils=tests)
+        return operator(*arguments)
+
+    x, scale, taps, bias = draw(1, 4, 6, 32), draw(1, 1, 1, 1), draw(32, 1, 3, 3), draw(32)
+    table, qk = draw(6, 8), draw(1, 4, 6, 64)
+    check(ops.conv_norm, x, taps, bias, bias, bias, 1e-5)
+    check(ops.norm_backward, x, x, x, bias, bias, 1e-5)
+    check(ops.conv_silu, x, taps, bias, True)
+    check(ops.conv_silu, x, taps, bias, False)
+    check(ops.conv_backward, x, x, taps, None, True, False)
+    check(ops.conv_backward, x, x, taps, x, False, True)
+    wide = check(ops.strided_conv, x, taps, bias)
+    check(ops.strided_conv_backward, wide, x, taps, wide)
+    check(ops.gelu, x)
+    check(ops.gelu_backward, x, x)
+    check(ops.scale_and_sum, x, scale)
+    _, ungated, *state = check(ops.linear_attention, qk, x, x, taps, bias, table, table, 2, True)
+    check(ops.linear_attention_backward, x, qk, x, x, ungated, table, table, *state, 2)
+    check(ops.mlp, x, draw(128, 32), draw(128), draw(32, 128), bias, x)
+    images, weight = draw(1, 3, 4, 8), draw(8, 3, 3, 3).requires_grad_()
     packed = weight.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     for parameter in (weight, packed):
         torch.library.opcheck(ops.stem_conv, (images, parameter, torch.float16), test_utils=tests)
-        gradient = images.new_ones(1, 2, 4, 8), images, parameter.detach()
+        gradient = images.new_ones(1, 8, 2, 4), images, parameter.detach()
         torch.library.opcheck(ops.stem_conv_backward, gradient, test_utils=tests)
-    folded = images, weight.detach(), draw(8, requires_grad=False), torch.float16
+    folded = images, weight.detach(), draw(8), torch.float16
     torch.library.opcheck(ops.stem_conv_relu, folded, test_utils=tests)
 
 
@@ -160,7 +173,7 @@ def check_stem() -> None:
     torch.manual_seed(0)
     packed = torch.randn(3, 3, 20, 24, device=DEVICE).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(24, 3, 3, 3, device=DEVICE).contiguous(memory_format=torch.channels_last).requires_grad_()
-    expected = F.conv2d(packed, weight, stride=2, padding=1).permute(0, 2, 3, 1)
+    expected = F.conv2d(packed, weight, stride=2, padding=1)
     few = {"tile": (16, 4, 1), "programs_a_multiprocessor": 1}
     torch.testing.assert_close(stem.stem_forward(packed, weight, None, torch.float32, **few), expected)
     upstream = torch.randn_like(expected)
@@ -212,7 +225,7 @@ def check_compiled() -> None:
 def check_trial() -> None:
     """A kernel that does its small problem right is taken; one that computes something else, or fails, is not."""
     state = torch.get_rng_state()
-    assert choice.failed_trial("conv_silu", torch.device(DEVICE), torch.float32, 32, 32, 6) == ""
+    assert choice.failed_trial("mixer", torch.device(DEVICE), torch.float32, 32, 32, 6) == ""
     assert torch.equal(torch.get_rng_state(), state)
     right = ops.conv_silu
 
@@ -225,7 +238,7 @@ def check_trial() -> None:
 
     for replacement, words in ((wrong, "is off by"), (failing, "in two lines")):
         ops.conv_silu = replacement  # type: ignore[assignment]
-        assert words in trial.run("conv_silu", torch.device(DEVICE), torch.float32, 32, 32, rows=6, batch=2)
+        assert words in trial.run("mixer", torch.device(DEVICE), torch.float32, 32, 32, rows=6, batch=2)
     ops.conv_silu = right
 
 

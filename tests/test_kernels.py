@@ -24,11 +24,11 @@ def test_plain_path_where_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) ->
     said: list[str] = []
     monkeypatch.setattr(choice.logger, "info", lambda words, *parts: said.append(words % parts))
     choice.remember_and_say.cache_clear()
-    assert not any(choice.takes("auto", tokens, "conv_silu", channels=32) for _ in range(3))
-    assert not choice.takes("torch", tokens, "conv_silu", channels=32)
+    assert not any(choice.takes("auto", tokens, "mixer", channels=32) for _ in range(3))
+    assert not choice.takes("torch", tokens, "mixer", channels=32)
     assert said == ["plain PyTorch instead of Triton kernels: there is no Triton for the device cpu"]
     with pytest.raises(ValueError, match=r"MODEL\.KERNELS triton: there is no Triton for the device cpu; use auto"):
-        choice.takes("triton", tokens, "conv_silu", channels=32)
+        choice.takes("triton", tokens, "mixer", channels=32)
     with pytest.raises(ValueError, match=r"MODEL\.KERNELS triton"):
         MLLA(img_size=32, embed_dim=16, depths=(1,), num_heads=(1,), kernels="triton")(torch.zeros(1, 3, 32, 32))
 

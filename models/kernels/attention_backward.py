@@ -6,17 +6,21 @@ import triton.language as tl
 from torch import Tensor
 
 from models.kernels.attention import NORMALISER_EPS, Tile, load_angles, load_state, load_tokens, num_parts, turn
-from models.kernels.functions import positive, positive_gradient, reciprocal, sigmoid
+from models.kernels.functions import positive, positive_gradient, reciprocal, sigmoid, sum_parts
 from models.kernels.launch import on_its_device, precision_of
 
 
 @triton.jit
 def query_backward_kernel(
-    grad, qk, gate, ungated, cos, sin, matrix, mean, grad_qk, grad_gate, grad_ungated, grad_matrix, grad_mean,
+    grad, qk, gate, ungated, cos, sin, matrix, mean,
+    grad_qk, grad_gate, grad_ungated, gated, grad_matrix, grad_mean, sums,
     num_tokens, width, heads, parts, tokens_per_part, gate_stride,
     BLOCK: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """From grad, that of the output: gradients of gate, of what came before the gate, of q, of matrix and of mean."""
+    """From grad, that of the output: gradients of gate, of what came before the gate, of q, of matrix and of mean; the
+    output once more, gated; and the sums over tokens of q's and gate's gradients, rows 0 and 2 of `sums`
+    (parts, images, 3, channels). A product with ones sums them: its result takes fewer registers than the summands.
+    """
     head_index = tl.program_id(0)
     part = tl.program_id(1)
     image, head = head_index // heads, head_index % heads
@@ -24,7 +28,8 @@ def query_backward_kernel(
     i = tl.arange(0, DIM)
     image = image.to(tl.int64) * num_tokens
     offset = image * channels + head * DIM
-    grad, ungated, grad_gate, grad_ungated = grad + offset, ungated + offset, grad_gate + offset, grad_ungated + offset
+    grad, ungated, gated = grad + offset, ungated + offset, gated + offset
+    grad_gate, grad_ungated = grad_gate + offset, grad_ungated + offset
     qk, grad_qk = qk + image * 2 * channels + head * DIM, grad_qk + image * 2 * channels + head * DIM
     gate += image * gate_stride + head * DIM
     end = tl.minimum((part + 1) * tokens_per_part, num_tokens)
@@ -40,6 +45,9 @@ def query_backward_kernel(
     kv = kv.to(dtype)
     total = tl.zeros((DIM, DIM), dtype=tl.float32)
     mean_total = tl.zeros((BLOCK, DIM), dtype=tl.float32)
+    ones = tl.full((16, BLOCK), 1.0, dtype=dtype)
+    q_sum = tl.zeros((16, DIM), dtype=tl.float32)
+    gate_sum = tl.zeros((16, DIM), dtype=tl.float32)
     for first in range(part * tokens_per_part, end, BLOCK):
         token = first + tl.arange(0, BLOCK)
         ok = token < end
@@ -55,6 +63,8 @@ def query_backward_kernel(
         opened = sigmoid(g)
         g_gate = upstream * before * opened * (1.0 + g * (1.0 - opened))
         upstream *= g * opened
+        gate_sum = tl.dot(ones, g_gate.to(dtype), gate_sum, input_precision=PRECISION)
+        tl.store(gated + place, (before * g * opened).to(gated.dtype.element_ty), mask=mask)
         tl.store(grad_gate + place, g_gate.to(grad_gate.dtype.element_ty), mask=mask)
         tl.store(grad_ungated + place, upstream.to(grad_ungated.dtype.element_ty), mask=mask)
 
@@ -70,17 +80,21 @@ def query_backward_kernel(
         tl.store(grad_qk + token[:, None] * 2 * channels + i[None, :], g_q.to(grad_qk.dtype.element_ty), mask=mask)
         total = tl.dot(tl.trans(turned), scaled, total, input_precision=PRECISION)
         mean_total += g_normaliser * q
+        q_sum = tl.dot(ones, tl.where(mask, g_q, 0.0).to(dtype), q_sum, input_precision=PRECISION)
     base = (part * tl.num_programs(0) + head_index) * DIM
     tl.store(grad_matrix + base * DIM + i[:, None] * DIM + i[None, :], total)
     tl.store(grad_mean + base + i, tl.sum(mean_total, 0))
+    sums += (part * (tl.num_programs(0) // heads) + head_index // heads) * 3 * channels + head * DIM
+    tl.store(sums + i, tl.sum(q_sum, 0) / 16)
+    tl.store(sums + 2 * channels + i, tl.sum(gate_sum, 0) / 16)
 
 
 @triton.jit
 def key_value_backward_kernel(
-    qk, v, cos, sin, grad_matrix, grad_mean, grad_qk, grad_v, num_tokens, width, heads, parts, tokens_per_program,
+    qk, v, cos, sin, grad_matrix, grad_mean, grad_qk, grad_v, sums, num_tokens, width, heads, parts, tokens_per_program,
     BLOCK: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of k and of v, the latter without its part through lepe."""
+    """Gradients of k and of v, the latter without its part through lepe; k's sum over tokens in row 1 of `sums`."""
     head_index = tl.program_id(0)
     image, head = head_index // heads, head_index % heads
     channels = heads * DIM
@@ -98,6 +112,8 @@ def key_value_backward_kernel(
     )
     dtype = v.dtype.element_ty
     g_matrix = (g_matrix / num_tokens).to(dtype)
+    ones = tl.full((16, BLOCK), 1.0, dtype=dtype)
+    k_sum = tl.zeros((16, DIM), dtype=tl.float32)
     for first in range(start, end, BLOCK):
         token = first + tl.arange(0, BLOCK)
         ok = token < end
@@ -113,36 +129,40 @@ def key_value_backward_kernel(
         g_k = turn(tl.dot(value, tl.trans(g_matrix), input_precision=PRECISION), c, -s, BLOCK, DIM)
         g_k = (g_k + (g_mean / num_tokens)[None, :]) * positive_gradient(k_before, k)
         tl.store(grad_qk + token[:, None] * 2 * channels + i[None, :], g_k.to(grad_qk.dtype.element_ty), mask=mask)
+        k_sum = tl.dot(ones, tl.where(mask, g_k, 0.0).to(dtype), k_sum, input_precision=PRECISION)
+    sums += (tl.program_id(1) * (tl.num_programs(0) // heads) + head_index // heads) * 3 * channels + head * DIM
+    tl.store(sums + channels + i, tl.sum(k_sum, 0) / 16)
 
 
-def backward_tiles(dim: int, num_tokens: int) -> tuple[Tile, Tile]:
-    """Of the pass over q, and of that over k and v."""
-    return Tile(16, 1) if dim <= 32 and num_tokens <= 256 else Tile(32, 2), Tile(64, 4)
+TILES = Tile(32, 2), Tile(64, 4)  # of the pass over q, and of that over k and v
 
 
 @on_its_device
 def attention_backward(
     grad: Tensor, qk: Tensor, v: Tensor, gate: Tensor, ungated: Tensor, cos: Tensor, sin: Tensor,
     matrix: Tensor, mean: Tensor, heads: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of qk, of v (without lepe's part), of gate, and of the output before the gate."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of qk, of v (without lepe's part), of gate, and of the output before the gate; the output once more;
+    and float32 (3 C,): sums over tokens of the gradients of qk and of gate.
+    """
     batch, height, width, channels = v.shape
     num_tokens, dim, head_count = height * width, channels // heads, batch * heads
     parts = num_parts(num_tokens, head_count, v.device, 4)
-    grad_qk, grad_v, grad_gate, grad_ungated = (torch.empty_like(qk), *(torch.empty_like(v) for _ in range(3)))
+    grad_qk = torch.empty_like(qk)
+    grad_v, grad_gate, grad_ungated, gated = (torch.empty_like(v) for _ in range(4))
+    sums = torch.empty(parts * batch, 3, channels, dtype=torch.float32, device=v.device)
     grad_matrix = torch.empty(parts, *matrix.shape[1:], dtype=torch.float32, device=v.device)
     grad_mean = torch.empty(parts, *mean.shape[1:], dtype=torch.float32, device=v.device)
-    tiles = backward_tiles(dim, num_tokens)
     options = {"DIM": dim, "PRECISION": precision_of(v.dtype), "MIXED": heads % 2 == 1, "num_stages": 1}
     query_backward_kernel[(head_count, parts)](
         *(grad, qk, gate, ungated, cos, sin, matrix, mean),
-        *(grad_qk, grad_gate, grad_ungated, grad_matrix, grad_mean),
+        *(grad_qk, grad_gate, grad_ungated, gated, grad_matrix, grad_mean, sums),
         *(num_tokens, width, heads, matrix.shape[0], triton.cdiv(num_tokens, parts), gate.stride(2)),
-        BLOCK=tiles[0].tokens, num_warps=tiles[0].warps, **options,
+        BLOCK=TILES[0].tokens, num_warps=TILES[0].warps, **options,
     )  # fmt: skip
     key_value_backward_kernel[(head_count, parts)](
-        *(qk, v, cos, sin, grad_matrix, grad_mean, grad_qk, grad_v),
+        *(qk, v, cos, sin, grad_matrix, grad_mean, grad_qk, grad_v, sums),
         *(num_tokens, width, heads, parts, triton.cdiv(num_tokens, parts)),
-        BLOCK=tiles[1].tokens, num_warps=tiles[1].warps, **options,
+        BLOCK=TILES[1].tokens, num_warps=TILES[1].warps, **options,
     )  # fmt: skip
-    return grad_qk, grad_v, grad_gate, grad_ungated
+    return grad_qk, grad_v, grad_gate, grad_ungated, gated, sum_parts(sums)

@@ -1,7 +1,7 @@
 """The kernels as PyTorch operators, which torch.compile and fake tensors understand.
 
-Some have gradients of their own, the others get them in `segments.py`. Each has a plain twin in models/layers.py or
-models/attention.py, where what it computes can be read.
+They have no gradients of their own but for `stem_conv`: these are in `segments.py`. What they compute can be read in
+models/mlla.py, models/layers.py and models/attention.py.
 """
 
 from typing import Any
@@ -50,11 +50,8 @@ def conv_backward(
 
 
 @torch.library.custom_op("mlla::conv_silu", mutates_args=())
-def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, bias_before: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
-    """SiLU(conv(x)), and conv(x) if keep (else empty), which the gradient needs.
-
-    `bias_before` (C,) is in x already, and is here to get its gradient without another pass.
-    """
+def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """SiLU(conv(x)), and conv(x) if keep (else empty), which the gradient needs."""
     return depthwise.conv_silu_forward(x, weight, bias, keep=keep)
 
 
@@ -78,8 +75,10 @@ def linear_attention_backward(
     matrix: Tensor,
     mean: Tensor,
     heads: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of qk, of v without lepe's part, of gate, and of attention + lepe."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of qk, of v without lepe's part, of gate, and of attention + lepe; linear_attention's first result once
+    more; and (3 C,): the gradients of biases that were added to qk and to gate.
+    """
     return attention_backward.attention_backward(
         grad.contiguous(), qk.contiguous(), v.contiguous(), gate.contiguous(), ungated, cos, sin, matrix, mean, heads
     )
@@ -110,23 +109,20 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
 
 
 @torch.library.custom_op("mlla::strided_conv", mutates_args=())
-def strided_conv(x: Tensor, weight: Tensor, bias: Tensor, bias_before: Tensor) -> Tensor:
-    """ReLU(conv(ReLU(x))) with stride 2, (B, H, W, C) -> (B, H / 2, W / 2, C).
-
-    `bias_before` (C,) is in x already, and is here to get its gradient without another pass.
-    """
+def strided_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """ReLU(conv(ReLU(x))) with stride 2, (B, H, W, C) -> (B, H / 2, W / 2, C)."""
     return strided.strided_forward(x, weight, bias)
 
 
 @torch.library.custom_op("mlla::strided_conv_backward", mutates_args=())
 def strided_conv_backward(grad: Tensor, x: Tensor, weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of strided_conv, whose result is out, for x, and (11 C,): of the taps, the bias and the one before."""
+    """Gradient of strided_conv, whose result is out, for x; (11 C,): of taps, bias and a bias that was added to x."""
     return strided.strided_backward(grad, x, weight, out)
 
 
 @torch.library.custom_op("mlla::stem_conv", mutates_args=())
 def stem_conv(images: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """3x3 convolution with stride 2, in dtype, (B, 3, H, W) -> (B, H / 2, W / 2, C); only the weight has a gradient."""
+    """3x3 convolution with stride 2, in dtype, (B, 3, H, W) -> (B, C, H / 2, W / 2); only the weight has a gradient."""
     return stem.stem_forward(images, weight, None, dtype)
 
 
@@ -164,7 +160,7 @@ def _(
 
 
 @conv_silu.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, bias_before: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     return empty(x), empty(x) if keep else empty(x, 0)
 
 
@@ -183,8 +179,8 @@ def _(
 
 
 @linear_attention_backward.register_fake
-def _(grad: Tensor, qk: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return empty(qk), empty(v), empty(v), empty(v)
+def _(grad: Tensor, qk: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return empty(qk), empty(v), empty(v), empty(v), empty(v), empty(v, 3 * v.shape[-1], dtype=torch.float32)
 
 
 @strided_conv.register_fake
@@ -212,14 +208,20 @@ def _(x: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
     return empty(x), empty(x, x.shape[-1], dtype=torch.float32)
 
 
+def empty_stem(images: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, C, H / 2, W / 2), channels last: a permuted view after the operator would cost torch.compile copies."""
+    batch, _, height, width = images.shape
+    return empty(images, batch, height // 2, width // 2, weight.shape[0], dtype=dtype).permute(0, 3, 1, 2)
+
+
 @stem_conv.register_fake
 def _(images: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return empty(images, images.shape[0], images.shape[2] // 2, images.shape[3] // 2, weight.shape[0], dtype=dtype)
+    return empty_stem(images, weight, dtype)
 
 
 @stem_conv_relu.register_fake
 def _(images: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    return empty(images, images.shape[0], images.shape[2] // 2, images.shape[3] // 2, weight.shape[0], dtype=dtype)
+    return empty_stem(images, weight, dtype)
 
 
 @stem_conv_backward.register_fake
@@ -230,52 +232,6 @@ def _(grad: Tensor, images: Tensor, weight: Tensor) -> Tensor:
 @mlp.register_fake
 def _(x: Tensor, *_: Any) -> Tensor:
     return empty(x)
-
-
-def split_sums(sums: Tensor, weight: Tensor) -> list[Tensor]:
-    """(10 C,) to the gradients of a depthwise weight (C, 1, 3, 3) and its bias (C,); (11 C,): and of a bias before."""
-    taps, *biases = sums.to(weight.dtype).split([weight.numel()] + [len(weight)] * (len(sums) // len(weight) - 9))
-    return [taps.view(weight.shape), *biases]
-
-
-def conv_silu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, bias_before, _ = inputs
-    ctx.before = bias_before is not None
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, output[1])
-
-
-def conv_silu_grad(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, weight, inactive = ctx.saved_tensors
-    grad_x, sums = conv_backward(torch.ops.aten.silu_backward(grad, inactive), x, weight, None, False, ctx.before)
-    return grad_x, *split_sums(sums, weight), *([] if ctx.before else [None]), None
-
-
-def linear_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    qk, v, gate, weight, _, cos, sin, ctx.heads, _ = inputs
-    _, ungated, matrix, mean = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qk, v, gate, weight, cos, sin, ungated, matrix, mean)
-
-
-def linear_attention_grad(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    qk, v, gate, weight, cos, sin, ungated, matrix, mean = ctx.saved_tensors
-    grad_qk, grad_v, grad_gate, grad_ungated = linear_attention_backward(
-        grad, qk, v, gate, ungated, cos, sin, matrix, mean, ctx.heads
-    )
-    grad_v, sums = conv_backward(grad_ungated, v, weight, grad_v, False, False)
-    return grad_qk, grad_v, grad_gate, *split_sums(sums, weight), None, None, None, None
-
-
-def strided_conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, _ = inputs
-    ctx.save_for_backward(x, weight, output)
-
-
-def strided_conv_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, out = ctx.saved_tensors
-    grad_x, sums = strided_conv_backward(grad, x, weight, out)
-    return grad_x, *split_sums(sums, weight)
 
 
 def stem_conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -289,6 +245,3 @@ def stem_conv_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 stem_conv.register_autograd(stem_conv_grad, setup_context=stem_conv_setup)
-strided_conv.register_autograd(strided_conv_grad, setup_context=strided_conv_setup)
-conv_silu.register_autograd(conv_silu_grad, setup_context=conv_silu_setup)
-linear_attention.register_autograd(linear_attention_grad, setup_context=linear_attention_setup)

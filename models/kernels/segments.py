@@ -1,7 +1,8 @@
-"""Stretches of a block with a gradient of their own: what is cheap is computed again instead of being kept.
+"""Halves of a block, and a downsampling's wide part, with gradients of their own, written out.
 
-Their forward passes are plain PyTorch around kernels, so that torch.compile fuses what lies between these. Where two
-kernels follow each other, the gradient of a bias between them is summed by the one that writes the gradient there.
+What is cheap is computed again in the backward pass instead of being kept: norms, GELU, the gated output of attention,
+the wide tokens of a downsampling. The gradient of a bias is summed by the kernel that writes the gradient of what it
+was added to. Around the kernels this is plain PyTorch, for torch.compile to fuse.
 """
 
 from typing import Any
@@ -14,8 +15,8 @@ from models.kernels import ops
 from models.kernels.products import add_product
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -23,71 +24,120 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return (grad.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight.dtype)
 
 
-class NormedProducts(torch.autograd.Function):
-    """x + conv(x), and one or two products of its LayerNorm. The norm's result is not kept."""
+def through(grad: Tensor, weight: Tensor) -> Tensor:
+    """The gradient for x of a product x weight^T, from the product's: (..., K) and (K, C) to (..., C)."""
+    return grad @ weight.to(grad.dtype)
+
+
+class Mixer(torch.autograd.Function):
+    """The first half of an MLLA block, x' + scale out_proj((attention + lepe)(v) SiLU(gate)) with x' = x + cpe1(x)."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, taps: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
-        *weights_and_biases: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        """Tokens x (B, H, W, C); then weight (K, C) and bias (K,) of each product, whose results are (B, H, W, K)."""
-        weights, biases = weights_and_biases[::2], weights_and_biases[1::2]
-        out, normed = ops.conv_norm(x, taps, bias, norm_weight, norm_bias, eps)
-        ctx.eps = eps
-        ctx.save_for_backward(x, taps, norm_weight, norm_bias, out, *weights)
-        return out, *(linear(normed, weight, bias) for weight, bias in zip(weights, biases, strict=True))
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, taps, norm_weight, norm_bias, out, *weights = ctx.saved_tensors
-        grad_normed = grads[0] @ weights[0].to(x.dtype)
-        for grad, weight in zip(grads[1:], weights[1:], strict=True):
-            add_product(grad_normed, grad, weight.to(x.dtype).t())
-        grad, norm_sums, normed = ops.norm_backward(grad_normed, out, grad_out, norm_weight, norm_bias, ctx.eps)
-        grad_x, sums = ops.conv_backward(grad, x, taps, None, True, False)
-        of_products: list[Tensor | None] = []
-        for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
-            is_asked = ctx.needs_input_grad[7 + 2 * i]
-            of_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(weight.dtype) if is_asked else None
-            of_products += [weight_gradient(grad, normed, weight), of_bias]
-        norm_sums = norm_sums.to(norm_weight.dtype)
-        return grad_x, *ops.split_sums(sums, taps), norm_sums[0], norm_sums[1], None, *of_products
-
-
-class ScaledBranch(torch.autograd.Function):
-    """branch scale; `bias` (C,) is in branch (B, ..., C) already, and is here to get its gradient in the same pass."""
-
-    @staticmethod
-    def forward(ctx: Any, branch: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(scale)
-        ctx.dtype = bias.dtype
-        return branch * scale
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
-        grad, total = ops.scale_and_sum(grad, ctx.saved_tensors[0])
-        return grad, None, total.to(ctx.dtype)
-
-
-class GeluBranch(torch.autograd.Function):
-    """x + scale (GELU(hidden) weight^T + bias). GELU's result is not kept.
-
-    `bias_before` (K,) is in hidden (B, ..., K) already, and is here to get its gradient in the same pass.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, hidden: Tensor, bias_before: Tensor, weight: Tensor, bias: Tensor, scale: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, scale)
-        ctx.dtype = bias_before.dtype
-        return x + linear(ops.gelu(hidden), weight, bias) * scale
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor, heads: int, eps: float,
+        cpe: Tensor, cpe_bias: Tensor, norm: Tensor, norm_bias: Tensor, inner: Tensor, inner_bias: Tensor,
+        gate: Tensor, gate_bias: Tensor, dwc: Tensor, dwc_bias: Tensor, qk: Tensor, qk_bias: Tensor | None,
+        lepe: Tensor, lepe_bias: Tensor, out: Tensor, out_bias: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Tokens x (B, H, W, C), tables of angles, a scale (B, 1, 1, 1) of the branch, then weights and biases."""
+        residual, normed = ops.conv_norm(x, cpe, cpe_bias, norm, norm_bias, eps)
+        before, opening = linear(normed, inner, inner_bias), linear(normed, gate, gate_bias)
+        v, inactive = ops.conv_silu(before, dwc, dwc_bias, True)
+        queries_keys = linear(v, qk, qk_bias)
+        gated, ungated, matrix, mean = ops.linear_attention(
+            queries_keys, v, opening, lepe, lepe_bias, cos, sin, heads, True
+        )
+        ctx.heads, ctx.eps, ctx.has_qk_bias = heads, eps, qk_bias is not None
+        ctx.save_for_backward(
+            *(x, residual, before, opening, inactive, v, queries_keys, ungated, matrix, mean, cos, sin, scale),
+            *(cpe, norm, norm_bias, inner, gate, dwc, qk, lepe, out),
+        )
+        return residual + linear(gated, out, out_bias) * scale
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, scale = ctx.saved_tensors
-        branch, total = ops.scale_and_sum(grad, scale)
-        grad_hidden, active, total_before = ops.gelu_backward(branch @ weight.to(branch.dtype), hidden)
-        of_weight = weight_gradient(branch, active, weight)
-        return grad, grad_hidden, total_before.to(ctx.dtype), of_weight, total.to(ctx.dtype), None
+        x, residual, before, opening, inactive, v, queries_keys, ungated, matrix, mean, cos, sin, scale, *weights = (
+            ctx.saved_tensors
+        )
+        cpe, norm, norm_bias, inner, gate, dwc, qk, lepe, out = weights
+
+        branch, of_out_bias = ops.scale_and_sum(grad, scale)
+        of_qk, of_v, of_opening, of_ungated, gated, sums = ops.linear_attention_backward(
+            through(branch, out), queries_keys, v, opening, ungated, cos, sin, matrix, mean, ctx.heads
+        )
+        of_out = weight_gradient(branch, gated, out)
+        of_qk_bias, of_gate_bias = sums.split([len(qk), len(gate)])
+        of_v, of_lepe = ops.conv_backward(of_ungated, v, lepe, of_v, False, False)
+        add_product(of_v, of_qk, qk.to(of_v.dtype).t())
+        of_before, of_dwc = ops.conv_backward(
+            torch.ops.aten.silu_backward(of_v, inactive), before, dwc, None, False, True
+        )
+        of_normed = through(of_before, inner)
+        add_product(of_normed, of_opening, gate.to(of_normed.dtype).t())
+        of_residual, of_norm, normed = ops.norm_backward(of_normed, residual, grad, norm, norm_bias, ctx.eps)
+        of_x, of_cpe = ops.conv_backward(of_residual, x, cpe, None, True, False)
+
+        of_dwc_weight, of_dwc_bias, of_inner_bias = split_sums(of_dwc, dwc)
+        return (
+            *(of_x, None, None, None, None, None),
+            *(*split_sums(of_cpe, cpe), of_norm[0], of_norm[1]),
+            *(weight_gradient(of_before, normed, inner), of_inner_bias),
+            *(weight_gradient(of_opening, normed, gate), of_gate_bias, of_dwc_weight, of_dwc_bias),
+            *(weight_gradient(of_qk, v, qk), of_qk_bias if ctx.has_qk_bias else None),
+            *(*split_sums(of_lepe, lepe), of_out, of_out_bias),
+        )
+
+
+class MlpBranch(torch.autograd.Function):
+    """The second half of an MLLA block, x' + scale mlp(norm2(x')) with x' = x + cpe2(x)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, eps: float, cpe: Tensor, cpe_bias: Tensor, norm: Tensor, norm_bias: Tensor,
+        widen: Tensor, widen_bias: Tensor, narrow: Tensor, narrow_bias: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Tokens x (B, H, W, C), a scale (B, 1, 1, 1) of the branch, then weights and biases."""
+        residual, normed = ops.conv_norm(x, cpe, cpe_bias, norm, norm_bias, eps)
+        hidden = linear(normed, widen, widen_bias)
+        ctx.eps = eps
+        ctx.save_for_backward(x, residual, hidden, scale, cpe, norm, norm_bias, widen, narrow)
+        return residual + linear(ops.gelu(hidden), narrow, narrow_bias) * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, residual, hidden, scale, cpe, norm, norm_bias, widen, narrow = ctx.saved_tensors
+        branch, of_narrow_bias = ops.scale_and_sum(grad, scale)
+        of_hidden, active, of_widen_bias = ops.gelu_backward(through(branch, narrow), hidden)
+        of_narrow = weight_gradient(branch, active, narrow)
+        of_residual, of_norm, normed = ops.norm_backward(
+            through(of_hidden, widen), residual, grad, norm, norm_bias, ctx.eps
+        )
+        of_x, of_cpe = ops.conv_backward(of_residual, x, cpe, None, True, False)
+        return (
+            *(of_x, None, None, *split_sums(of_cpe, cpe), of_norm[0], of_norm[1]),
+            *(weight_gradient(of_hidden, normed, widen), of_widen_bias, of_narrow, of_narrow_bias),
+        )
+
+
+class WideConv(torch.autograd.Function):
+    """ReLU(conv(ReLU(x widen^T + bias))), the convolution of stride 2."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, widen: Tensor, widen_bias: Tensor, taps: Tensor, taps_bias: Tensor) -> Tensor:
+        """Tokens x (B, H, W, C), weights (K, C), (K,), (K, 1, 3, 3) and (K,), to (B, H / 2, W / 2, K)."""
+        out = ops.strided_conv(linear(x, widen, widen_bias), taps, taps_bias)
+        ctx.save_for_backward(x, widen, widen_bias, taps, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        x, widen, widen_bias, taps, out = ctx.saved_tensors
+        of_wide, sums = ops.strided_conv_backward(grad, linear(x, widen, widen_bias), taps, out)
+        of_taps, of_taps_bias, of_widen_bias = split_sums(sums, taps)
+        return through(of_wide, widen), weight_gradient(of_wide, x, widen), of_widen_bias, of_taps, of_taps_bias
+
+
+def split_sums(sums: Tensor, weight: Tensor) -> list[Tensor]:
+    """(10 C,) to the gradients of a depthwise weight (C, 1, 3, 3) and its bias (C,); (11 C,): and of a bias before."""
+    taps, *biases = sums.split([weight.numel()] + [len(weight)] * (len(sums) // len(weight) - 9))
+    return [taps.view(weight.shape), *biases]

@@ -17,7 +17,7 @@ from models.kernels.launch import num_multiprocessors, on_its_device, precision_
 WINDOW = tl.constexpr(16)  # values of a pair in one row of an image; the first is there for alignment alone
 TAPS = tl.constexpr(27)
 LARGEST_TILE, LARGEST_EXACT_TILE = 8192, 2048  # elements, what registers hold; in float32 products are unrolled
-FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 8, 4  # a multiprocessor
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 8, 2  # a multiprocessor
 
 
 @triton.jit
@@ -120,10 +120,10 @@ def stem_backward_kernel(
     tl.store(target + 2 * weight_row_stride, bottom_sum, mask=ok)
 
 
-def default_tile(channels: int, dtype: torch.dtype) -> tuple[int, int, int]:
+def default_tile(channels: int, dtype: torch.dtype, stages: int) -> tuple[int, int, int]:
     """Pairs of a block, warps and stages."""
     elements = LARGEST_EXACT_TILE if dtype == torch.float32 else LARGEST_TILE
-    return max(16, min(64, elements // num_columns(channels))), 4, 1
+    return max(16, min(128, elements // num_columns(channels))), 4, stages
 
 
 def num_columns(channels: int) -> int:
@@ -146,11 +146,11 @@ def stem_forward(
     images: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *,
     tile: tuple[int, int, int] | None = None, programs_a_multiprocessor: int = FORWARD_PROGRAMS,
 ) -> Tensor:  # fmt: skip
-    """conv(images), and with a bias ReLU(conv(images) + bias): (B, 3, H, W) -> (B, H / 2, W / 2, C) in `dtype`.
+    """conv(images), and with a bias ReLU(conv(images) + bias): (B, 3, H, W) -> (B, C, H / 2, W / 2), channels last.
 
-    Products are of values cast to `dtype`. `tile`: pairs, warps, stages.
+    The result is of `dtype`, and so are the products' factors. `tile`: pairs, warps, stages.
     """
-    pairs, warps, stages = tile or default_tile(weight.shape[0], dtype)
+    pairs, warps, stages = tile or default_tile(weight.shape[0], dtype, 2)
     batch, _, height, width = images.shape
     numbers, constants = arguments(images, weight, pairs)
     out = torch.empty(batch, height // 2, width // 2, weight.shape[0], dtype=dtype, device=images.device)
@@ -159,7 +159,7 @@ def stem_forward(
         *(images, weight, bias, out, *numbers),
         RELU=bias is not None, PRECISION=precision_of(dtype), STAGES=stages, num_warps=warps, **constants,
     )  # fmt: skip
-    return out
+    return out.permute(0, 3, 1, 2)  # (B, C, H / 2, W / 2)
 
 
 @on_its_device
@@ -168,8 +168,8 @@ def stem_backward(
     tile: tuple[int, int, int] | None = None, programs_a_multiprocessor: int = BACKWARD_PROGRAMS,
 ) -> Tensor:  # fmt: skip
     """The weight's gradient, float32 in the weight's memory format, for that of conv(images); `tile` as above."""
-    pairs, warps, stages = tile or default_tile(weight.shape[0], grad.dtype)
-    grad = grad.contiguous()
+    pairs, warps, stages = tile or default_tile(weight.shape[0], grad.dtype, 1)
+    grad = grad.permute(0, 2, 3, 1).contiguous()  # (B, H / 2, W / 2, C)
     like = torch.empty_like(weight, device="meta")  # dense, whatever views the weight is
     numbers, constants = arguments(images, like, pairs)
     programs = min(numbers[1], programs_a_multiprocessor * num_multiprocessors(images.device))

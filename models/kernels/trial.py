@@ -12,7 +12,8 @@ from models.rope import position_tables, rotate_pairs, spread_over_grid
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the norm of each result
 COLUMNS = 6
-FULL_SIZE = 2**15 + 2**14  # images times channels that keep a GPU busy: kernels take the tiles that training takes
+FULL_SIZE = 2**14 + 2**13  # images times channels that keep a GPU busy: kernels take the tiles that training takes
+EPS = 1e-5  # of the norms
 INFERENCE_ONLY = ("mlp", "stem_conv_relu")  # without gradient
 Outputs = tuple[Tensor, ...]
 
@@ -40,9 +41,20 @@ def run(
 
 
 def largest_error(
-    kernel: str, device: torch.device, dtype: torch.dtype, channels: int, head_width: int, *, rows: int, batch: int
+    kernel: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    channels: int,
+    head_width: int,
+    *,
+    rows: int,
+    batch: int,
+    eager: bool = False,
 ) -> float:
-    """The worst relative error, by norm, among results and gradients; infinite where there is a NaN."""
+    """The worst relative error, by norm, among results and gradients; infinite where there is a NaN.
+
+    `eager`: not of the kernels, but of plain PyTorch under autocast of this dtype.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int, scale: float = 1.0, of: torch.dtype = dtype) -> Tensor:
@@ -53,7 +65,9 @@ def largest_error(
     doubled = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs]
     trained, doubled_trained = ([tensor for tensor in t if tensor.requires_grad] for t in (inputs, doubled))
     with torch.set_grad_enabled(bool(trained)):
-        found, expected = list(fused(*inputs)), list(plain(*doubled))
+        with torch.autocast(device.type, dtype, enabled=eager and dtype != torch.float32):
+            found = list((plain if eager else fused)(*inputs))
+        expected = list(plain(*doubled))
     if trained:
         upstream = [torch.randn(o.shape, generator=generator, device=device).to(o.dtype) for o in found]
         expected += torch.autograd.grad(expected, doubled_trained, [u.double() for u in upstream])
@@ -65,52 +79,45 @@ def largest_error(
 def problem(
     kernel: str, draw: Callable[..., Tensor], tokens: tuple[int, int, int, int], head_width: int
 ) -> tuple[Callable[..., Outputs], Callable[..., Outputs], list[Tensor]]:
-    """(the kernel, the same in plain PyTorch, arguments of both)."""
+    """(the kernels, the same in plain PyTorch, arguments of both)."""
     batch, rows, columns, channels = tokens
-    full = torch.float32
-    taps = [draw(channels, 1, 3, 3, scale=0.3, of=full), draw(channels, of=full)]
-    if kernel == "conv_norm":
-        inputs = [draw(*tokens), *taps, draw(channels, of=full), draw(channels, of=full)]
-        for width in (channels, 2 * channels):
-            inputs += [draw(width, channels, scale=channels**-0.5, of=full), draw(width, of=full)]
-        return (lambda *a: segments.NormedProducts.apply(*a[:5], 1e-5, *a[5:])), plain_normed_products, inputs
-    before = draw(channels, of=full)  # a bias that is in the input: only its gradient is the kernel's
-    if kernel == "conv_silu":
-        return (lambda *a: ops.conv_silu(*a, True)[:1]), plain_conv_silu, [draw(*tokens), *taps, before]
-    scale = ((torch.arange(batch, device=before.device) + 1) % 3).to(draw(1).dtype).view(-1, 1, 1, 1)
-    if kernel == "scaled_branch":
+
+    def product(width: int, wide: int = channels) -> list[Tensor]:
+        return [draw(width, wide, scale=wide**-0.5, of=torch.float32), draw(width, of=torch.float32)]
+
+    def taps(width: int = channels) -> list[Tensor]:
+        return [draw(width, 1, 3, 3, scale=0.3, of=torch.float32), draw(width, of=torch.float32)]
+
+    def norm() -> list[Tensor]:
+        return [draw(channels, of=torch.float32), draw(channels, of=torch.float32)]
+
+    if kernel.startswith("stem_conv"):
+        inputs = [draw(batch, 3, 4 * rows, 4 * columns).detach(), draw(channels, 3, 3, 3, scale=0.2, of=torch.float32)]
+        inputs += [draw(channels, of=torch.float32)] if kernel == "stem_conv_relu" else []
+        return fused_stem, plain_stem, inputs
+    if kernel == "wide_conv":
+        narrow = max(1, channels // 8)
+        inputs = [draw(batch, rows + rows % 2, columns, narrow), *product(channels, narrow), *taps()]
+        return (lambda *a: (segments.WideConv.apply(*a),)), plain_wide_conv, inputs
+    x = draw(*tokens)
+    if kernel == "mlp":
+        inputs = [x, *product(4 * channels), *product(channels, 4 * channels), draw(*tokens)]
+        return (lambda *a: (ops.mlp(*a),)), plain_mlp, inputs
+    scale = ((torch.arange(batch, device=x.device) + 1) % 3).view(-1, 1, 1, 1)  # of the branch, for each image
+    if kernel == "mlp_branch":
+        inputs = [x, *taps(), *norm(), *product(4 * channels), *product(channels, 4 * channels)]
         return (
-            lambda *a: (segments.ScaledBranch.apply(a[0], scale, a[1]),),
-            lambda *a: (with_gradient_of(*a) * scale,),
-            [draw(*tokens), before],
-        )
-    if kernel == "gelu_branch":
-        hidden = 4 * channels
-        inputs = [draw(*tokens), draw(*tokens[:3], hidden), draw(hidden, of=full)]
-        inputs += [draw(channels, hidden, scale=hidden**-0.5, of=full), before]
-        return (
-            lambda *a: (segments.GeluBranch.apply(*a, scale),),
-            lambda x, h, b, *a: (x + scale * F.linear(F.gelu(with_gradient_of(h, b)), *a),),
+            lambda x, *a: (segments.MlpBranch.apply(x, scale.to(x.dtype), EPS, *a),),
+            lambda *a: (plain_mlp_branch(*a, scale=scale),),
             inputs,
         )
-    if kernel == "strided_conv":
-        inputs = [draw(batch, rows + rows % 2, columns, channels), *taps, before]
-        return (lambda *a: (ops.strided_conv(*a),)), plain_strided_conv, inputs
-    if kernel.startswith("stem_conv"):
-        inputs = [draw(batch, 3, 4 * rows, 4 * columns).detach(), draw(channels, 3, 3, 3, scale=0.2, of=full)]
-        inputs += [draw(channels, of=full)] if kernel == "stem_conv_relu" else []
-        return fused_stem, plain_stem, inputs
-    if kernel == "mlp":
-        hidden = 4 * channels
-        inputs = [draw(*tokens), draw(hidden, channels, scale=channels**-0.5), draw(hidden)]
-        inputs += [draw(channels, hidden, scale=hidden**-0.5), draw(channels), draw(*tokens)]
-        return (lambda *a: (ops.mlp(*a),)), plain_mlp, inputs
     heads = channels // head_width
-    inputs = [draw(*tokens[:3], 2 * channels), draw(*tokens), draw(*tokens), *taps]
-    rotary = position_tables(rows, columns, channels, inputs[0].device)
+    rotary = position_tables(rows, columns, channels, x.device)
+    inputs = [x, *taps(), *norm(), *product(channels), *product(channels), *taps(), *product(2 * channels)]
+    inputs += [*taps(), *product(channels)]
     return (
-        lambda *a: ops.linear_attention(*a, *rotary, heads, True)[:1],
-        lambda *a: (plain_attention(*a, rotary=rotary, heads=heads),),
+        lambda x, *a: (segments.Mixer.apply(x, *rotary, scale.to(x.dtype), heads, EPS, *a),),
+        lambda *a: (plain_mixer(*a, scale=scale, rotary=rotary, heads=heads),),
         inputs,
     )
 
@@ -120,25 +127,44 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
     return F.conv2d(x, weight, bias, stride, padding=1, groups=weight.shape[0]).permute(0, 2, 3, 1)  # (B, H, W, C)
 
 
-def plain_normed_products(
-    x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, *products: Tensor
-) -> Outputs:
-    x = x + conv(x, weight, bias)
-    y = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, 1e-5)
-    return x, F.linear(y, *products[:2]), F.linear(y, *products[2:])
+def plain_wide_conv(x: Tensor, widen: Tensor, widen_bias: Tensor, taps: Tensor, taps_bias: Tensor) -> Outputs:
+    return (F.relu(conv(F.relu(F.linear(x, widen, widen_bias)), taps, taps_bias, stride=2)),)
 
 
-def with_gradient_of(x: Tensor, bias: Tensor) -> Tensor:
-    """x, of which a bias is a part already."""
-    return x + (bias - bias.detach())
+def plain_mlp_branch(x: Tensor, *weights: Tensor, scale: Tensor) -> Tensor:
+    cpe, norm, widen, narrow = zip(weights[::2], weights[1::2], strict=True)
+    x = x + conv(x, *cpe)
+    return x + scale * F.linear(F.gelu(F.linear(layer_norm(x, *norm), *widen)), *narrow)
 
 
-def plain_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor) -> Outputs:
-    return (F.silu(conv(with_gradient_of(x, before), weight, bias)),)
+def plain_mixer(x: Tensor, *weights: Tensor, scale: Tensor, rotary: tuple[Tensor, Tensor], heads: int) -> Tensor:
+    cpe, norm, inner, gate, dwc, qk, lepe, out = zip(weights[::2], weights[1::2], strict=True)
+    x = x + conv(x, *cpe)
+    y = layer_norm(x, *norm)
+    v = F.silu(conv(F.linear(y, *inner), *dwc))
+    attended = plain_attention(F.linear(v, *qk), v, rotary, heads) + conv(v, *lepe)
+    return x + scale * F.linear(attended * F.silu(F.linear(y, *gate)), *out)
 
 
-def plain_strided_conv(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor) -> Outputs:
-    return (F.relu(conv(F.relu(with_gradient_of(x, before)), weight, bias, stride=2)),)
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
+
+
+def plain_attention(qk: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], heads: int) -> Tensor:
+    _, height, width, channels = v.shape
+    cos, sin = (spread_over_grid(table, height, width).to(v.dtype) for table in rotary)  # (H, W, C / 2)
+
+    def split(x: Tensor) -> Tensor:
+        return x.flatten(1, 2).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, N, head_dim)
+
+    q, k = (F.elu(qk) + 1).split(channels, dim=-1)
+    weights = split(rotate_pairs(q, cos, sin)) @ split(rotate_pairs(k, cos, sin)).transpose(-2, -1)  # (B, heads, N, N)
+    normaliser = (split(q) @ split(k).transpose(-2, -1)).sum(dim=-1, keepdim=True)
+    return (weights / normaliser @ split(v)).transpose(1, 2).reshape(v.shape)  # (B, H, W, C)
+
+
+def plain_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, residual: Tensor) -> Outputs:
+    return (residual + F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2),)
 
 
 def fused_stem(images: Tensor, weight: Tensor, *bias: Tensor) -> Outputs:
@@ -149,25 +175,5 @@ def fused_stem(images: Tensor, weight: Tensor, *bias: Tensor) -> Outputs:
 
 
 def plain_stem(images: Tensor, weight: Tensor, *bias: Tensor) -> Outputs:
-    x = F.conv2d(images, weight, bias[0] if bias else None, stride=2, padding=1).permute(0, 2, 3, 1)
-    return (x.relu() if bias else x,) * 2  # (B, H / 2, W / 2, C) each
-
-
-def plain_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, residual: Tensor) -> Outputs:
-    return (residual + F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2),)
-
-
-def plain_attention(
-    qk: Tensor, v: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, *, rotary: tuple[Tensor, Tensor], heads: int
-) -> Tensor:
-    _, height, width, channels = v.shape
-    cos, sin = (spread_over_grid(table, height, width).double() for table in rotary)  # (H, W, C / 2)
-
-    def split(x: Tensor) -> Tensor:
-        return x.flatten(1, 2).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, N, head_dim)
-
-    q, k = (F.elu(qk) + 1).split(channels, dim=-1)
-    weights = split(rotate_pairs(q, cos, sin)) @ split(rotate_pairs(k, cos, sin)).transpose(-2, -1)  # (B, heads, N, N)
-    normaliser = (split(q) @ split(k).transpose(-2, -1)).sum(dim=-1, keepdim=True)
-    attended = (weights / normaliser @ split(v)).transpose(1, 2).reshape(v.shape)  # (B, H, W, C)
-    return (attended + conv(v, weight, bias)) * F.silu(gate)
+    x = F.conv2d(images, weight, bias[0] if bias else None, stride=2, padding=1)
+    return (x.relu() if bias else x,) * 2  # (B, C, H / 2, W / 2) each
