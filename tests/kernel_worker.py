@@ -148,7 +148,7 @@ def check_operators() -> None:
     check(ops.conv_backward, x, x, taps, None, True, False)
     check(ops.conv_backward, x, x, taps, x, False, True)
     wide = check(ops.strided_conv, x, taps, bias)
-    check(ops.strided_conv_backward, wide, x, taps, wide)
+    check(ops.wide_conv_backward, wide, x, draw(32, 32), bias, taps, wide)
     check(ops.gelu, x)
     check(ops.gelu_backward, x, x)
     check(ops.scale_and_sum, x, scale)

@@ -77,7 +77,7 @@ def norm_backward(
     grad, x, residual_grad = grad.contiguous(), x.contiguous(), residual_grad.contiguous()
     num_tokens = x.numel() // channels
     block = triton.next_power_of_2(channels)
-    tokens, warps = tile or (max(1, 2048 // block), 8 if block <= 128 else 4)
+    tokens, warps = tile or (max(1, 2048 // block), 4)
     programs = min(triton.cdiv(num_tokens, tokens), 4 * num_multiprocessors(x.device))
     grad_x, normed = torch.empty_like(x), torch.empty_like(x)
     partials = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)

@@ -112,7 +112,7 @@ def gelu_forward(x: Tensor, *, tile: tuple[int, int] = (1024, 4)) -> Tensor:
 def gelu_backward(grad: Tensor, x: Tensor, *, tile: Tile | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient through GELU(x) and GELU(x), like x (..., C); the gradient's sum over tokens, float32 (C,)."""
     channels = x.shape[-1]
-    tile = tile or Tile(2048 // channel_block(channels, 128), channel_block(channels, 128), 4, 8)
+    tile = tile or Tile(2048 // channel_block(channels, 128), channel_block(channels, 128), 4, 4)
     num_tokens, grid, partials = plan(x, tile)
     grad_x, out = torch.empty_like(x), torch.empty_like(x)
     gelu_backward_kernel[grid](

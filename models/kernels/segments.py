@@ -8,15 +8,10 @@ was added to. Around the kernels this is plain PyTorch, for torch.compile to fus
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.kernels import ops
 from models.kernels.products import add_product
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -41,9 +36,9 @@ class Mixer(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         """Tokens x (B, H, W, C), tables of angles, a scale (B, 1, 1, 1) of the branch, then weights and biases."""
         residual, normed = ops.conv_norm(x, cpe, cpe_bias, norm, norm_bias, eps)
-        before, opening = linear(normed, inner, inner_bias), linear(normed, gate, gate_bias)
+        before, opening = ops.linear(normed, inner, inner_bias), ops.linear(normed, gate, gate_bias)
         v, inactive = ops.conv_silu(before, dwc, dwc_bias, True)
-        queries_keys = linear(v, qk, qk_bias)
+        queries_keys = ops.linear(v, qk, qk_bias)
         gated, ungated, matrix, mean = ops.linear_attention(
             queries_keys, v, opening, lepe, lepe_bias, cos, sin, heads, True
         )
@@ -52,7 +47,7 @@ class Mixer(torch.autograd.Function):
             *(x, residual, before, opening, inactive, v, queries_keys, ungated, matrix, mean, cos, sin, scale),
             *(cpe, norm, norm_bias, inner, gate, dwc, qk, lepe, out),
         )
-        return residual + linear(gated, out, out_bias) * scale
+        return residual + ops.linear(gated, out, out_bias) * scale
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -98,10 +93,10 @@ class MlpBranch(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         """Tokens x (B, H, W, C), a scale (B, 1, 1, 1) of the branch, then weights and biases."""
         residual, normed = ops.conv_norm(x, cpe, cpe_bias, norm, norm_bias, eps)
-        hidden = linear(normed, widen, widen_bias)
+        hidden = ops.linear(normed, widen, widen_bias)
         ctx.eps = eps
         ctx.save_for_backward(x, residual, hidden, scale, cpe, norm, norm_bias, widen, narrow)
-        return residual + linear(ops.gelu(hidden), narrow, narrow_bias) * scale
+        return residual + ops.linear(ops.gelu(hidden), narrow, narrow_bias) * scale
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -125,14 +120,14 @@ class WideConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, widen: Tensor, widen_bias: Tensor, taps: Tensor, taps_bias: Tensor) -> Tensor:
         """Tokens x (B, H, W, C), weights (K, C), (K,), (K, 1, 3, 3) and (K,), to (B, H / 2, W / 2, K)."""
-        out = ops.strided_conv(linear(x, widen, widen_bias), taps, taps_bias)
+        out = ops.strided_conv(ops.linear(x, widen, widen_bias), taps, taps_bias)
         ctx.save_for_backward(x, widen, widen_bias, taps, out)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         x, widen, widen_bias, taps, out = ctx.saved_tensors
-        of_wide, sums = ops.strided_conv_backward(grad, linear(x, widen, widen_bias), taps, out)
+        of_wide, sums = ops.wide_conv_backward(grad, x, widen, widen_bias, taps, out)
         of_taps, of_taps_bias, of_widen_bias = split_sums(sums, taps)
         return through(of_wide, widen), weight_gradient(of_wide, x, widen), of_widen_bias, of_taps, of_taps_bias
 
