@@ -18,6 +18,7 @@ from data.dataset import Failure, ImageSource, keep_batch
 from data.decoding import BrokenImageError, decode_fast
 from data.image_folder import ImageFolder
 from data.zip_folder import ZipFolder
+from utils.command_line import mistakes_in_one_line
 
 CHUNK = 32
 
@@ -29,16 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--output", type=Path, default=Path("bad_images.txt"), help="the list; must not be there yet")
     arguments = parser.parse_args(argv)
-    try:
+    with mistakes_in_one_line():
         if arguments.output.exists():
             raise ValueError(f"{arguments.output} is there; move it away, or name another file with --output")
         sources: list[ImageSource] = [
             ZipFolder(arguments.path, split) if arguments.zip else ImageFolder(arguments.path, split)
             for split in ("train", "val")
         ]
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     try:
         failures = [failure for source in sources for failure in broken_images(source, arguments.workers)]
     except KeyboardInterrupt:

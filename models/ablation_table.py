@@ -19,6 +19,7 @@ from models.ablations import ABLATIONS, Ablation
 from models.build import build_model, input_channels
 from utils.benchmark import measure_in_turns
 from utils.build import build_precision
+from utils.command_line import mistakes_in_one_line
 from utils.profiling import profile
 
 CONFIGS = Path(__file__).parent.parent / "cfgs/ablation"
@@ -39,12 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     speeds = measure(options.batch_size, amp=options.amp) if options.throughput else None
     text = table([count(row) for row in ABLATIONS], speeds)
     print(text, end="")
-    try:
+    with mistakes_in_one_line():
         if options.output is not None:
             options.output.write_text(text)
-    except OSError as error:
-        print(f"error: --output {options.output}: {error.strerror}", file=sys.stderr)
-        return 2
     return 0
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from models.scan import gated_scan, step_scan
 from models.ssm import unified_attention
 from utils.benchmark import synchronise
-from utils.launch import mistakes_in_one_line
+from utils.command_line import mistakes_in_one_line
 from utils.paper_plots import plot_speed
 
 HEADS, HEAD_DIM = 3, 32

@@ -1,10 +1,18 @@
-"""The command line: the official script's flags, and those of its mistakes that one line can explain."""
+"""The command line: the official script's flags, and one line for mistakes in what a command is given.
+
+Light, for commands of every kind: neither torch nor anything else that takes long to import.
+"""
 
 import argparse
 import difflib
+import os
 import sys
-from collections.abc import Container, Mapping, Sequence
+import time
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
+
+SECOND_VOICE_SECONDS = 5.0
 
 # Flags and the keys they set; a flag that is not typed sets nothing.
 TEXT_FLAGS = {
@@ -46,6 +54,21 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(words[0].split("=")[0], flags, n=1) if words[0].startswith("--") else []
         hint = f"; did you mean {near[0]}?" if near else "; see --help"
         print(f"error: {message}{hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextmanager
+def mistakes_in_one_line() -> Iterator[None]:
+    """While a command is set up, what is wrong with its inputs ends it with one line and exit code 2.
+
+    Of several processes the first speaks first; the launcher then ends the others, before they repeat it.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(SECOND_VOICE_SECONDS)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -4,35 +4,19 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 
+from utils.command_line import SECOND_VOICE_SECONDS, mistakes_in_one_line
 from utils.distributed import Process, start_process, stop_process
 from utils.engine import NonFiniteLossError
 from utils.logger import logger
 
-SECOND_VOICE_SECONDS = 5.0
 LOST_CONTACT = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 # What begins like this is for users to mend, though it is known only once the work has begun.
 MENDABLE = ("MODEL.KERNELS ", "loader workers did not start")
-
-
-@contextmanager
-def mistakes_in_one_line() -> Iterator[None]:
-    """While a run is set up, what is wrong with its inputs ends it with one line and exit code 2.
-
-    Of several processes the first speaks first; the launcher then ends the others, before they repeat it.
-    """
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(SECOND_VOICE_SECONDS)
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run_process(

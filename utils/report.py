@@ -15,7 +15,7 @@ from typing import Any
 from config import SCHEMA
 from downstream.detection import config as detection
 from downstream.segmentation import config as segmentation
-from utils.command_line import Parser
+from utils.command_line import Parser, mistakes_in_one_line
 from utils.html_page import (
     Picture,
     cards,
@@ -202,13 +202,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="replace a file that another program made")
     words = parser.parse_args(argv)
     target = words.output or words.run / "report.html"
-    try:
+    with mistakes_in_one_line():
         text = report(words.run)
         check_replaceable(target, CREATOR, force=words.force)
         write_whole(target, lambda path: path.write_text(text, encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     print(f"report: {target} ({target.stat().st_size / 1024:.0f} KiB)")
     return 0
 

@@ -26,7 +26,7 @@ from data.digits import Digits
 from data.transforms import EvalTransform, denormalise
 from models.build import build_model
 from models.inspection import Seen, attention_inputs, attention_map, gate_values, receptive_fields
-from utils.launch import mistakes_in_one_line
+from utils.command_line import mistakes_in_one_line
 from utils.paper_plots import plot_by_depth, plot_maps
 from utils.weights import load_weights, read_state_dict
 from utils.weights_file import load_checkpoint

@@ -23,7 +23,7 @@ from downstream.detection.structures import Frame, Target
 from downstream.detection.transforms import padded_size
 from utils.amp import Precision, make_precision
 from utils.benchmark import synchronise
-from utils.launch import mistakes_in_one_line
+from utils.command_line import mistakes_in_one_line
 from utils.settings import ConfigError
 
 CFGS = Path(__file__).parent / "cfgs"

@@ -14,7 +14,7 @@ import numpy as np
 
 from downstream.detection.pictures import save_picture
 from downstream.detection.shapes import CATEGORIES, annotation_of, draw_image
-from utils.launch import mistakes_in_one_line
+from utils.command_line import mistakes_in_one_line
 
 PARTS = {"train": (0.0, 0.65), "val": (0.65, 1.0)}  # of the photographs' width, so that backgrounds differ too
 

@@ -24,8 +24,7 @@ from downstream.detection.evaluation import Result, results_of
 from downstream.detection.pictures import annotated, found_of, save_picture
 from downstream.detection.transforms import normalise
 from utils.amp import make_precision
-from utils.command_line import Parser
-from utils.launch import mistakes_in_one_line
+from utils.command_line import Parser, mistakes_in_one_line
 from utils.run_folder import unused_name
 from utils.settings import ConfigError
 from utils.weights import load_weights, read_weights

@@ -23,9 +23,8 @@ from downstream.segmentation.config import load_config
 from downstream.segmentation.losses import segmentation_loss
 from utils.amp import Precision, make_precision
 from utils.benchmark import peak_memory_mib, synchronise
-from utils.command_line import Parser
+from utils.command_line import Parser, mistakes_in_one_line
 from utils.engine import TrainStep
-from utils.launch import mistakes_in_one_line
 from utils.optimizer import make_optimizer
 
 BACKBONES = ("mlla", "timm:swin_tiny_patch4_window7_224", "timm:convnext_tiny")

@@ -15,8 +15,7 @@ from PIL import Image
 
 from downstream.segmentation.pictures import save_mask
 from downstream.segmentation.shapes import SHAPES, render_scene
-from utils.command_line import Parser
-from utils.launch import mistakes_in_one_line
+from utils.command_line import Parser, mistakes_in_one_line
 
 CLASSES = ("background", *SHAPES)
 FACTS = "shapes.json"

@@ -30,8 +30,7 @@ from downstream.segmentation.inference import predict_tiles
 from downstream.segmentation.pictures import overlay, save_mask
 from downstream.segmentation.transforms import EvalTransform
 from utils.amp import make_precision
-from utils.command_line import Parser
-from utils.launch import mistakes_in_one_line
+from utils.command_line import Parser, mistakes_in_one_line
 from utils.weights import classes_in, load_weights, no_weights_error, weights_in
 from utils.weights_file import load_checkpoint
 
