@@ -6,7 +6,6 @@ Images are stored as they are, not deflated. The same command again goes on wher
 read back and compared before an archive gets its name.
 """
 
-import argparse
 import sys
 import zipfile
 import zlib
@@ -18,13 +17,13 @@ from tqdm import tqdm
 
 from data.image_folder import ImageFolder
 from data.zip_folder import LOCAL_HEADER_BYTES, ZipFolder, find_members
-from utils.command_line import mistakes_in_one_line
+from utils.command_line import Parser, mistakes_in_one_line
 
 SIGNATURE = b"PK\x03\x04"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("imagenet_dir", help="folder with train/ and val/, a folder per class in each")
     parser.add_argument("out_dir", type=Path, help="where the four files go")
     arguments = parser.parse_args(argv)

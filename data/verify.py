@@ -5,7 +5,6 @@ python -m data.verify PATH [--zip] [--workers N] [--output bad_images.txt]
 PATH is what --data-path is. A line of the list is `file<TAB>reason`. Exit code 1 where something is wrong.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -18,13 +17,13 @@ from data.dataset import Failure, ImageSource, keep_batch
 from data.decoding import BrokenImageError, decode_fast
 from data.image_folder import ImageFolder
 from data.zip_folder import ZipFolder
-from utils.command_line import mistakes_in_one_line
+from utils.command_line import Parser, mistakes_in_one_line
 
 CHUNK = 32
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("path", help="folder with train/ and val/, or with train.zip and val.zip")
     parser.add_argument("--zip", action="store_true", help="read the archives")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")

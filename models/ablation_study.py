@@ -27,7 +27,7 @@ from models.ablations import ABLATIONS, Ablation
 from models.build import build_model
 from utils.benchmark import measure_in_turns
 from utils.build import build_precision
-from utils.command_line import mistakes_in_one_line
+from utils.command_line import Parser, mistakes_in_one_line
 from utils.paper_plots import plot_ablation
 
 ROOT = Path(__file__).parent.parent
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("output/ablation"), help="folder of runs and results")
     parser.add_argument("--rows", nargs="+", default=[row.name for row in ABLATIONS], help="all of them by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

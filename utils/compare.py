@@ -132,12 +132,7 @@ def compare(words: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m utils.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__, prog="python -m utils.compare")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--keys", nargs="+", default=[], metavar="NAME", help="figures, by their names in the files")
     parser.add_argument("--output", type=Path, default=Path("comparison.png"), metavar="FILE", help=".png, .svg, .pdf")

@@ -159,7 +159,7 @@ def check_target(target: Path, form: str, *, force: bool) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m utils.convert", description=__doc__.split("\n\n")[1], allow_abbrev=False)
+    parser = Parser(__doc__.split("\n\n")[1], prog="python -m utils.convert")
     parser.add_argument("source", metavar="IN", help="a path, a URL, or mlla-t, mlla-s, mlla-b")
     parser.add_argument("target", metavar="OUT", type=Path)
     parser.add_argument("--to", required=True, choices=sorted(FORMS), dest="form")

@@ -223,7 +223,7 @@ def export(words: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m utils.export", description=__doc__, allow_abbrev=False)
+    parser = Parser(__doc__, prog="python -m utils.export")
     parser.add_argument("target", metavar="OUT", type=Path, help="the file to write")
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file, such as cfgs/mlla_t.yaml")
     parser.add_argument(

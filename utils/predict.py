@@ -291,7 +291,7 @@ def positive(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m utils.predict", description=__doc__, allow_abbrev=False)
+    parser = Parser(__doc__, prog="python -m utils.predict")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="files, or folders with images")
     parser.add_argument("--model", default="", help="timm's name of the model, such as mlla_tiny")
     parser.add_argument("--weights", default="", help="a path, a URL, or mlla-t, mlla-s, mlla-b")

@@ -4,7 +4,6 @@ RUN is the folder of a run, finished or not: <output>/<MODEL.NAME>/<tag>. The fi
 holds results, curves, predictions, settings, environment and warnings, for light and dark screens of any width.
 """
 
-import argparse
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -191,12 +190,7 @@ def report(folder: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m utils.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__, prog="python -m utils.report")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--output", type=Path, metavar="FILE", help="by default RUN/report.html")
     parser.add_argument("--force", action="store_true", help="replace a file that another program made")

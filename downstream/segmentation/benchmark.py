@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     cfg = Path(__file__).with_name("cfgs") / "mlla_t_upernet.yaml"
     parser.add_argument("--cfg", default=str(cfg), metavar="FILE", help="YAML file of MLLA and the head; MLLA-T")
     parser.add_argument(
