@@ -29,6 +29,7 @@ from utils.build import (
     build_precision,
     build_tracker,
     build_train_step,
+    compile_setting,
     describe_out_of_memory,
 )
 from utils.checkpoint import Progress
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_process(
         lambda process: work(config, process),
         config.LOCAL_RANK,
+        compile_setting=compile_setting(config),
         explain_out_of_memory=partial(describe_out_of_memory, config),
     )
 

@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_process(
         lambda process: work(Detection(), config, process),
         config.LOCAL_RANK,
+        compile_setting=f"TRAIN.COMPILE {config.TRAIN.COMPILE}",
         explain_out_of_memory=partial(describe_out_of_memory, config),
     )
 
