@@ -41,12 +41,12 @@ def two_processes_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 
 
 def check_interrupted(run: Run, expected: dict[str, Any]) -> None:
-    assert run.interrupt(signal.SIGKILL, 0.3)
-    assert run.interrupt(signal.SIGTERM, 0.0)
+    assert run.interrupt(signal.SIGKILL, 0.3), run.printed()
+    assert run.interrupt(signal.SIGTERM, 0.0), run.printed()
     assert "SIGTERM: stopped in epoch" in run.printed()
     run.finish()
     assert re.search(r"resumed from \S+ckpt_epoch_\d_step_\d+.pth", run.printed())
-    assert differing(expected, run.result()) == []
+    assert differing(expected, run.result()) == [], run.printed()
 
 
 def test_killed_and_stopped_run_ends_as_one_left_alone(tmp_path: Path) -> None:
