@@ -29,15 +29,16 @@ from utils.build import (
     build_precision,
     build_tracker,
     build_train_step,
+    compile_setting,
     describe_out_of_memory,
 )
 from utils.checkpoint import Progress
-from utils.command_line import parse_command_line
+from utils.command_line import mistakes_in_one_line, parse_command_line
 from utils.compiling import prepared_for_inference, resolve_mode
 from utils.distributed import Process, distribute
 from utils.engine import evaluate
 from utils.environment import note_environment
-from utils.launch import mistakes_in_one_line, run_process
+from utils.launch import run_process
 from utils.logger import Tracker, logger
 from utils.plots import CLASSIFIER_PANELS, plot_predictions
 from utils.profiling import profile, profile_table
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_process(
         lambda process: work(config, process),
         config.LOCAL_RANK,
+        compile_setting=compile_setting(config),
         explain_out_of_memory=partial(describe_out_of_memory, config),
     )
 

@@ -7,7 +7,6 @@ Rounds of the pipelines alternate, and figures are medians over rounds. Stages a
 work on the machine hardly changes; whole loaders, and reading, are in seconds of the clock.
 """
 
-import argparse
 import cProfile
 import io
 import os
@@ -38,13 +37,14 @@ from data.image_folder import ImageFolder
 from data.samplers import TrainSampler
 from data.transforms import CROP_FRACTION
 from data.zip_folder import ZipFolder
+from utils.command_line import Parser
 
 SIZE, FILE_BYTES = (500, 375), 72_000
 BATCH = 32
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="loader processes to try")
     parser.add_argument("--images", type=int, default=384, help="images a round")
     parser.add_argument("--rounds", type=int, default=5)

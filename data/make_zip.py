@@ -6,7 +6,6 @@ Images are stored as they are, not deflated. The same command again goes on wher
 read back and compared before an archive gets its name.
 """
 
-import argparse
 import sys
 import zipfile
 import zlib
@@ -18,26 +17,25 @@ from tqdm import tqdm
 
 from data.image_folder import ImageFolder
 from data.zip_folder import LOCAL_HEADER_BYTES, ZipFolder, find_members
+from utils.command_line import Parser, mistakes_in_one_line
 
 SIGNATURE = b"PK\x03\x04"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("imagenet_dir", help="folder with train/ and val/, a folder per class in each")
     parser.add_argument("out_dir", type=Path, help="where the four files go")
     arguments = parser.parse_args(argv)
     try:
-        folders = {split: ImageFolder(arguments.imagenet_dir, split) for split in ("train", "val")}
-        if folders["train"].classes != folders["val"].classes:
-            different = sorted(set(folders["train"].classes) ^ set(folders["val"].classes))
-            raise ValueError(f"{arguments.imagenet_dir}: train/ and val/ differ in classes, such as {different[0]}")
-        arguments.out_dir.mkdir(parents=True, exist_ok=True)
-        for split, folder in folders.items():
-            make_zip(folder, split, arguments.out_dir)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        with mistakes_in_one_line():
+            folders = {split: ImageFolder(arguments.imagenet_dir, split) for split in ("train", "val")}
+            if folders["train"].classes != folders["val"].classes:
+                different = sorted(set(folders["train"].classes) ^ set(folders["val"].classes))
+                raise ValueError(f"{arguments.imagenet_dir}: train/ and val/ differ in classes, such as {different[0]}")
+            arguments.out_dir.mkdir(parents=True, exist_ok=True)
+            for split, folder in folders.items():
+                make_zip(folder, split, arguments.out_dir)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130

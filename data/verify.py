@@ -5,7 +5,6 @@ python -m data.verify PATH [--zip] [--workers N] [--output bad_images.txt]
 PATH is what --data-path is. A line of the list is `file<TAB>reason`. Exit code 1 where something is wrong.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -18,27 +17,25 @@ from data.dataset import Failure, ImageSource, keep_batch
 from data.decoding import BrokenImageError, decode_fast
 from data.image_folder import ImageFolder
 from data.zip_folder import ZipFolder
+from utils.command_line import Parser, mistakes_in_one_line
 
 CHUNK = 32
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("path", help="folder with train/ and val/, or with train.zip and val.zip")
     parser.add_argument("--zip", action="store_true", help="read the archives")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--output", type=Path, default=Path("bad_images.txt"), help="the list; must not be there yet")
     arguments = parser.parse_args(argv)
-    try:
+    with mistakes_in_one_line():
         if arguments.output.exists():
             raise ValueError(f"{arguments.output} is there; move it away, or name another file with --output")
         sources: list[ImageSource] = [
             ZipFolder(arguments.path, split) if arguments.zip else ImageFolder(arguments.path, split)
             for split in ("train", "val")
         ]
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     try:
         failures = [failure for source in sources for failure in broken_images(source, arguments.workers)]
     except KeyboardInterrupt:

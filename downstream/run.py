@@ -15,12 +15,12 @@ from downstream.recipe import WarmupSchedule, parameter_groups
 from downstream.settings import IMAGES_PER_STEP
 from utils.amp import Precision, make_precision
 from utils.build import build_tracker
+from utils.command_line import mistakes_in_one_line
 from utils.compiling import compile_regions
 from utils.distributed import Process, distribute
 from utils.ema import ModelEma
 from utils.engine import TrainStep
 from utils.environment import note_environment
-from utils.launch import mistakes_in_one_line
 from utils.logger import Tracker, logger
 from utils.memory import out_of_memory_message
 from utils.optimizer import make_optimizer

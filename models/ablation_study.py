@@ -27,6 +27,7 @@ from models.ablations import ABLATIONS, Ablation
 from models.build import build_model
 from utils.benchmark import measure_in_turns
 from utils.build import build_precision
+from utils.command_line import Parser, mistakes_in_one_line
 from utils.paper_plots import plot_ablation
 
 ROOT = Path(__file__).parent.parent
@@ -46,14 +47,11 @@ class Trained(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    try:
+    with mistakes_in_one_line():
         rows = chosen_rows(options.rows)
         options.output.mkdir(parents=True, exist_ok=True)
         configs = {row.name: row_config(options, row) for row in rows}
         missing = train_missing(options, rows)
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     results = read_results(options)
     if missing:
         print(f"{len(results)} runs are done, {missing} are left; the same command goes on")
@@ -74,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("output/ablation"), help="folder of runs and results")
     parser.add_argument("--rows", nargs="+", default=[row.name for row in ABLATIONS], help="all of them by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -5,7 +5,6 @@ python -m models.ablation_table --output table.md            also to a file
 python -m models.ablation_table --throughput --amp           with inference speed on this machine, by turns
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from models.ablations import ABLATIONS, Ablation
 from models.build import build_model, input_channels
 from utils.benchmark import measure_in_turns
 from utils.build import build_precision
+from utils.command_line import Parser, mistakes_in_one_line
 from utils.profiling import profile
 
 CONFIGS = Path(__file__).parent.parent / "cfgs/ablation"
@@ -30,7 +30,7 @@ class Counts(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, help="Markdown file to write")
     parser.add_argument("--throughput", action="store_true", help="measure inference too")
     parser.add_argument("--batch-size", type=int, default=128, help="of --throughput")
@@ -39,12 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     speeds = measure(options.batch_size, amp=options.amp) if options.throughput else None
     text = table([count(row) for row in ABLATIONS], speeds)
     print(text, end="")
-    try:
+    with mistakes_in_one_line():
         if options.output is not None:
             options.output.write_text(text)
-    except OSError as error:
-        print(f"error: --output {options.output}: {error.strerror}", file=sys.stderr)
-        return 2
     return 0
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from models.scan import gated_scan, step_scan
 from models.ssm import unified_attention
 from utils.benchmark import synchronise
-from utils.launch import mistakes_in_one_line
+from utils.command_line import Parser, mistakes_in_one_line
 from utils.paper_plots import plot_speed
 
 HEADS, HEAD_DIM = 3, 32
@@ -38,7 +38,7 @@ STEPWISE, TRITON = "forget gate, step by step", "forget gate, Triton"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[196, 784, 3136, 12544, 65536])
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--most-steps", type=int, default=12544, help="longest step-by-step run with gradients, tokens")

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,14 @@ def run_python(*words: str | Path, timeout: float = 300, **environment: str) -> 
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
+def exit_code(main: Callable[[list[str]], int], words: Iterable[Any]) -> int:
+    """What a command's process would end with; `main` may return it, or leave with it."""
+    try:
+        return main([str(word) for word in words])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
 @pytest.fixture
 def run_main(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
     """Call main.py's main in this process: (exit code, standard output, standard error)."""
@@ -103,10 +111,7 @@ def run_main(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("utils.throughput.build.Conditions", partial(Conditions, rounds=2, round_seconds=0.01))
 
     def run(*words: Any) -> tuple[int, str, str]:
-        try:
-            code = main.main([str(word) for word in words])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
+        code = exit_code(main.main, words)
         out, err = capfd.readouterr()
         return code, out, err
 

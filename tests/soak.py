@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parent.parent
-STARTED = " step 5/"  # in the log, when training has begun
+STEPS = re.compile(r" step \d+/\d+ ")  # in the log, each five steps once training has begun
 SETTINGS = [
     *("MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.NUM_HEADS", "[1, 1, 1, 1]", "MODEL.DROP_RATE", "0.1"),
     *("MODEL.DROP_PATH_RATE", "0.2", "AUG.MIXUP", "0.5", "AUG.REPROB", "0.25", "AUG.MESA", "1.0"),
@@ -67,6 +68,9 @@ class Run:
         path = self.output / "printed.txt"
         return path.read_text() if path.exists() else ""
 
+    def step_lines(self) -> int:
+        return len(STEPS.findall(self.printed()))
+
     def finish(self, timeout: float = 600) -> None:
         process = self.start()
         if code := process.wait(timeout):
@@ -76,9 +80,9 @@ class Run:
         """Start the command, and send it a signal `delay` seconds after training began (or after the start of the
         command), SIGKILL to all its processes, others to the first; False where it ended before that.
         """
-        starts = self.printed().count(STARTED)
+        lines = self.step_lines()
         process = self.start()
-        while started and process.poll() is None and self.printed().count(STARTED) == starts:
+        while started and process.poll() is None and self.step_lines() == lines:
             time.sleep(0.02)
         time.sleep(delay)
         if process.poll() is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import exit_code
 from PIL import Image
 
 from config import load_config
@@ -39,7 +40,7 @@ def test_table_with_speeds() -> None:
 
 def test_table_to_nowhere(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(ablation_table, "count", lambda _row: ablation_table.Counts(28, 4.5))
-    assert ablation_table.main(["--output", str(tmp_path / "no" / "table.md")]) == 2
+    assert exit_code(ablation_table.main, ["--output", str(tmp_path / "no" / "table.md")]) == 2
     assert "No such file or directory" in capsys.readouterr().err
 
 
@@ -150,7 +151,7 @@ def test_a_run_of_main(tmp_path: Path, scale: Path, run_main: RunMain, monkeypat
 
 @pytest.mark.parametrize("rows", [["baseline", "softmax"], ["mamba_like"]])
 def test_unknown_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: list[str]) -> None:
-    assert ablation_study.main(["--output", str(tmp_path), "--rows", *rows]) == 2
+    assert exit_code(ablation_study.main, ["--output", str(tmp_path), "--rows", *rows]) == 2
     assert f"--rows {rows[-1]}: known are baseline, input_gate" in capsys.readouterr().err
 
 
@@ -159,7 +160,7 @@ def test_a_failed_run_says_where_to_look(
 ) -> None:
     monkeypatch.setattr(subprocess, "call", lambda *_, **__: 1)
     words = ["--output", str(tmp_path / "out"), "--scale", str(scale), "--rows", "ape", "--seeds", "3"]
-    assert ablation_study.main(words) == 2
+    assert exit_code(ablation_study.main, words) == 2
     error = capsys.readouterr().err
     assert "ape, seed 3: main.py ended with code 1; see " in error
     assert "console.txt" in error

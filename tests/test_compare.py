@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import exit_code
 from PIL import Image
 
 from utils import compare
@@ -33,8 +34,7 @@ def run_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.chdir(tmp_path)
 
     def run(*words: Any) -> tuple[int, str, str]:
-        code = compare.main([str(word) for word in words])
-        return code, *capsys.readouterr()
+        return exit_code(compare.main, words), *capsys.readouterr()
 
     return run
 

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import MICRO, run_python
+from conftest import MICRO, exit_code, run_python
 from torch import nn
 from yacs.config import CfgNode
 
@@ -191,7 +191,7 @@ def test_the_command(ours: Path, tmp_path: Path) -> None:
 def test_nothing_is_replaced_unasked(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "w.pth"
     target.write_text("mine")
-    assert main([str(ours), str(target), "--to", "ours"]) == 2
+    assert exit_code(main, [str(ours), str(target), "--to", "ours"]) == 2
     assert (
         capsys.readouterr().err == f"error: {target}: is there already; name another file, or replace it with --force\n"
     )
@@ -213,7 +213,7 @@ def test_a_failed_write_leaves_the_former_file(
 
     monkeypatch.setattr("os.fsync", fail)
     for name, form in (("w.pth", "ours"), ("w.safetensors", "safetensors")):
-        assert main([str(ours), str(tmp_path / name), "--to", form, "--force"]) == 2
+        assert exit_code(main, [str(ours), str(tmp_path / name), "--to", form, "--force"]) == 2
         assert "No space left" in capsys.readouterr().err
     assert target.read_text() == "mine"
     assert list(tmp_path.iterdir()) == [target]
@@ -235,7 +235,7 @@ def test_a_failed_write_leaves_the_former_file(
 def test_mistakes(
     ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
-    assert main([str(ours), str(tmp_path / words[0]), *words[1:]]) == 2
+    assert exit_code(main, [str(ours), str(tmp_path / words[0]), *words[1:]]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
@@ -257,6 +257,6 @@ def test_mistakes_in_the_file(ours: Path, tmp_path: Path, capsys: pytest.Capture
         (["none.pth", "out.pth", "--to", "ours"], "found epoch"),
         (["absent.pth", "out.pth", "--to", "ours"], "no such checkpoint file"),
     ):
-        assert main([str(tmp_path / words[0]), str(tmp_path / words[1]), *words[2:]]) == 2
+        assert exit_code(main, [str(tmp_path / words[0]), str(tmp_path / words[1]), *words[2:]]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out.pth").exists()

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import run_python
+from conftest import exit_code, run_python
 from torch import nn
 
 from downstream.detection import main as detection
@@ -56,10 +56,7 @@ def run(capfd: pytest.CaptureFixture[str], shapes: Path, tmp_path: Path) -> Run:
             word for pair in {**SMALL, **{k.replace("__", "."): v for k, v in opts.items()}}.items() for word in pair
         ]
         flags = ["--cfg", CFG, "--data-path", data, "--output", output, "--opts", *pairs, *words]
-        try:
-            code = detection.main([str(word) for word in flags])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
+        code = exit_code(detection.main, flags)
         out, err = capfd.readouterr()
         return code, out, err
 

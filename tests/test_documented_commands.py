@@ -16,7 +16,7 @@ import documentation
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, exit_code
 from documentation import SMALL, SMALL_TIMM, TASKS, Block
 from torch.distributed import launch
 from torch.distributed import run as torchrun
@@ -64,11 +64,7 @@ def entry_of(words: list[str]) -> tuple[str, list[str]]:
 
 def call(name: str, words: list[str]) -> None:
     """Run a module's main, which must succeed."""
-    code = 0
-    try:
-        code = importlib.import_module(name).main(words)
-    except SystemExit as stop:
-        code = int(stop.code or 0)
+    code = exit_code(importlib.import_module(name).main, words)
     assert code == 0, f"exit code {code}"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, fill_weights, random_values
+from conftest import ROOT, exit_code, fill_weights, random_values
 from torch import nn
 
 from config import load_config
@@ -40,7 +40,8 @@ def weights(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(target: Path, weights: Path, form: str, *words: str) -> int:
-    return export.main([str(target), "--cfg", CFG, "--resume", str(weights), "--to", form, *words, "--opts", *OPTS])
+    words = ("--cfg", CFG, "--resume", str(weights), "--to", form, *words, "--opts", *OPTS)
+    return exit_code(export.main, [target, *words])
 
 
 def test_onnx_of_one_size(tmp_path: Path, weights: Path, model: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,7 +211,7 @@ def test_mistakes(
 ) -> None:
     (tmp_path / "there.pt").write_text("mine")
     resume = [] if "--resume" in words else ["--resume", str(weights)]
-    assert export.main([str(tmp_path / name), "--cfg", CFG, *resume, *words, "--opts", *OPTS]) == 2
+    assert exit_code(export.main, [str(tmp_path / name), "--cfg", CFG, *resume, *words, "--opts", *OPTS]) == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1

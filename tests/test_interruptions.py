@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, run_python
-from soak import SETTINGS, STARTED, Run, descendants, differing
+from soak import SETTINGS, Run, descendants, differing
 
 import data.digits
 from utils.run_folder import RunLock
@@ -41,12 +41,12 @@ def two_processes_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 
 
 def check_interrupted(run: Run, expected: dict[str, Any]) -> None:
-    assert run.interrupt(signal.SIGKILL, 0.3)
-    assert run.interrupt(signal.SIGTERM, 0.0)
+    assert run.interrupt(signal.SIGKILL, 0.3), run.printed()
+    assert run.interrupt(signal.SIGTERM, 0.0), run.printed()
     assert "SIGTERM: stopped in epoch" in run.printed()
     run.finish()
     assert re.search(r"resumed from \S+ckpt_epoch_\d_step_\d+.pth", run.printed())
-    assert differing(expected, run.result()) == []
+    assert differing(expected, run.result()) == [], run.printed()
 
 
 def test_killed_and_stopped_run_ends_as_one_left_alone(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_machine_that_goes_and_comes_back(
 def test_workers_stop_when_their_launcher_is_gone(tmp_path: Path) -> None:
     run = Run(tmp_path, processes=2, epochs=200, save_steps=0, amp=False)
     process = run.start()
-    wait_for(lambda: STARTED in run.printed())
+    wait_for(run.step_lines)
     workers = descendants(process.pid)
     process.kill()
     process.wait()
@@ -197,7 +197,7 @@ def test_a_process_that_fails_ends_all_and_is_named(tmp_path: Path) -> None:
 def test_ctrl_c_ends_all_processes_at_once(tmp_path: Path) -> None:
     run = Run(tmp_path, processes=2, epochs=200, save_steps=0, amp=False)
     process = run.start()
-    wait_for(lambda: STARTED in run.printed())
+    wait_for(run.step_lines)
     workers = descendants(process.pid)
     for pid in [process.pid, *workers]:
         os.kill(pid, signal.SIGINT)

@@ -214,6 +214,28 @@ def test_compiled_evaluation(
     assert SCORES.findall(compiled) == SCORES.findall(plain)
 
 
+@pytest.mark.parametrize("work", ["train", "evaluate", "measure"])
+def test_no_compiler(
+    run_main: RunMain, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str
+) -> None:
+    from torch._inductor import config as inductor  # takes two seconds
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(tmp_path / "no_such_compiler"))
+    words = {
+        "train": ["--tag", "compiled", "--opts", "TRAIN.COMPILE", "default"],
+        "evaluate": ["--eval", "--resume", finished_run / "max_acc.pth", "--opts", "TEST.COMPILE", "default"],
+        "measure": ["--throughput", "--opts", "TEST.COMPILE", "max-autotune"],
+    }[work]
+    with inductor.patch({"cpp.cxx": (None, str(tmp_path / "no_such_compiler"))}):
+        code, out, err = run_main("--cfg", finished_run / "config.yaml", "--output", tmp_path, *words)
+    assert code == 2
+    line = f"{words[-2]} {words[-1]}: torch.compile needs a C++ compiler, and found none that works (CXX is {tmp_path}"
+    assert line in out
+    assert "install one, such as g++, or set it to off" in out
+    assert "Traceback" not in out + err
+
+
 def test_another_configuration_keeps_the_former_one(run_main: RunMain, tmp_path: Path) -> None:
     assert run_main(*digits(tmp_path, epochs=1))[0] == 0
     code, out, _ = run_main(*digits(tmp_path, "SEED", "3", epochs=2))

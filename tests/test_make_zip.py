@@ -2,7 +2,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import make_image_folder
+from conftest import exit_code, make_image_folder
 
 from data import make_zip
 from data.decoding import BrokenImageError
@@ -13,7 +13,7 @@ FILES = ("train.zip", "train_map.txt", "val.zip", "val_map.txt")
 
 
 def pack(images: Path, zips: Path) -> int:
-    return make_zip.main([str(images), str(zips)])
+    return exit_code(make_zip.main, [images, zips])
 
 
 @pytest.fixture

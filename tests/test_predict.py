@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, deep_grey, fill_weights
+from conftest import ROOT, deep_grey, exit_code, fill_weights
 from PIL import Image
 from torch import nn
 
@@ -152,5 +152,5 @@ def test_mistakes(
         (tmp_path / "empty" / "x.jpg").write_text("not an image")
     (tmp_path / "there.png").touch()
     torch.save({"head.weight": torch.zeros(2, 4)}, tmp_path / "bare.pth")
-    assert predict.main([str(checkpoint) if word == "W" else word for word in words]) == 2
+    assert exit_code(predict.main, [str(checkpoint) if word == "W" else word for word in words]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from conftest import exit_code
 from PIL import Image
 from test_compare import make_run
 
@@ -146,7 +147,7 @@ def test_a_bare_run_and_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert not {"Settings", "Environment", "Warnings", "Predictions"} & set(texts)
     (tmp_path / "mine.html").write_text("mine")
     for words in ([str(tmp_path)], [str(bare), "--output", str(tmp_path / "mine.html")]):
-        assert report.main(words) == 2
+        assert exit_code(report.main, words) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert (tmp_path / "mine.html").read_text() == "mine"
     written(bare)  # over its own

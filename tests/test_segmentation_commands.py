@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import exit_code
 from PIL import Image
 from segmentation_worker import CONFIG, small_config
 
@@ -42,10 +43,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def call(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    try:
-        code = predict.main([str(word) for word in words])
-    except SystemExit as stop:
-        code = int(stop.code or 0)
+    code = exit_code(predict.main, words)
     out, err = capsys.readouterr()
     return code, out, err
 

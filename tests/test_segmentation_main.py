@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import exit_code
 from PIL import Image
 from segmentation_worker import CONFIG, SMALL, make_data
 
@@ -32,10 +33,7 @@ def start(data: Path, capfd: pytest.CaptureFixture[str]) -> Runner:
 
     def run(output: Path, *words: Any, **opts: Any) -> tuple[int, str]:
         pairs = [str(x) for pair in {**SMALL, **STEPS, "DATA.DATA_PATH": data, **opts}.items() for x in pair]
-        try:
-            code = command.main(["--cfg", CONFIG, "--output", str(output), *map(str, words), "--opts", *pairs])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
+        code = exit_code(command.main, ["--cfg", CONFIG, "--output", output, *words, "--opts", *pairs])
         out, err = capfd.readouterr()
         return code, out + err
 

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import make_image_folder
+from conftest import exit_code, make_image_folder
 
 from data import decoding, make_zip, verify
 
@@ -41,7 +41,7 @@ def test_broken_images_are_listed(
     assert names == [name.replace("@", separator) for name in expected]
     assert all(reason in found for reason, (_, found) in zip(reasons, lines, strict=True))
     assert f"12 images, {len(expected)} cannot be used" in capsys.readouterr().out
-    assert verify.main(words) == 2
+    assert exit_code(verify.main, words) == 2
     assert "bad.txt is there; move it away" in capsys.readouterr().err
 
 
@@ -54,5 +54,5 @@ def test_a_good_data_set_makes_no_list(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, reason in ((["--zip"], "no train.zip in it"), ([], "no folder")):
-        assert verify.main([str(tmp_path), "--output", str(tmp_path / "bad.txt"), *words]) == 2
+        assert exit_code(verify.main, [str(tmp_path), "--output", str(tmp_path / "bad.txt"), *words]) == 2
         assert reason in capsys.readouterr().err

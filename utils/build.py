@@ -59,16 +59,29 @@ def build_ema(config: CfgNode, model: nn.Module, derived: Any) -> ModelEma | Non
     return ModelEma(model, derived.ema_decay, config.EMA.FORCE_CPU) if config.EMA.ENABLED else None
 
 
+def trains(config: CfgNode) -> bool:
+    """Whether main.py is to make training steps, if only to measure them."""
+    only_infers = config.EVAL_MODE or config.THROUGHPUT_MODE or config.PROFILE_MODE
+    return not only_infers or (config.THROUGHPUT_MODE and config.BENCHMARK.TRAIN)
+
+
+def compile_setting(config: CfgNode) -> str:
+    """The key, or keys, that have what main.py is to do compiled, with values."""
+    used = {
+        "TRAIN.COMPILE": config.TRAIN.COMPILE if trains(config) else "off",
+        "TEST.COMPILE": config.TEST.COMPILE if config.EVAL_MODE or config.THROUGHPUT_MODE else "off",
+    }
+    return " and ".join(f"{key} {mode}" for key, mode in used.items() if mode != "off")
+
+
 def describe_out_of_memory(config: CfgNode, error: torch.OutOfMemoryError) -> str:
     """One line with the batch that did not fit on the GPU and what to lower."""
-    is_training = not (config.EVAL_MODE or config.THROUGHPUT_MODE or config.PROFILE_MODE)
-    is_training |= config.THROUGHPUT_MODE and config.BENCHMARK.TRAIN
     size = config.DATA.IMG_SIZE
     return out_of_memory_message(
         error,
         work=f"DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} images of {size}x{size} per process",
         batch_size=config.DATA.BATCH_SIZE,
-        accumulation_steps=config.TRAIN.ACCUMULATION_STEPS if is_training else None,
+        accumulation_steps=config.TRAIN.ACCUMULATION_STEPS if trains(config) else None,
         amp=config.AMP,
         can_recompute=not config.TRAIN.USE_CHECKPOINT,
         smaller="lower DATA.IMG_SIZE",

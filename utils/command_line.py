@@ -1,10 +1,18 @@
-"""The command line: the official script's flags, and those of its mistakes that one line can explain."""
+"""The command line: the official script's flags, and one line for mistakes in what a command is given.
+
+Light, for commands of every kind: neither torch nor anything else that takes long to import.
+"""
 
 import argparse
 import difflib
+import os
 import sys
-from collections.abc import Container, Mapping, Sequence
+import time
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
+
+SECOND_VOICE_SECONDS = 5.0
 
 # Flags and the keys they set; a flag that is not typed sets nothing.
 TEXT_FLAGS = {
@@ -38,14 +46,41 @@ SWITCHES = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaint is one line, with the nearest flag."""
+    """An ArgumentParser whose complaint is one line, with the nearest flag; flags are written in full."""
+
+    def __init__(self, description: str | None, *, prog: str | None = None) -> None:
+        keep_lines = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=description, formatter_class=keep_lines, allow_abbrev=False)
+        self.words: list[str] = []
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        self.words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        words = message.removeprefix("unrecognized arguments: ").split()
         flags = [flag for action in self._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(words[0].split("=")[0], flags, n=1) if words[0].startswith("--") else []
+        unknown = [word for word in self.words if word.startswith("--") and word.split("=")[0] not in ("--", *flags)]
+        if unknown and message.startswith("the following arguments are required"):  # maybe it is one of them, mistyped
+            message = f"unrecognized arguments: {unknown[0]}"
+        words = message.removeprefix("unrecognized arguments: ").split()
+        near = difflib.get_close_matches(words[0].split("=")[0], flags, n=1) if words[0].startswith("-") else []
         hint = f"; did you mean {near[0]}?" if near else "; see --help"
         print(f"error: {message}{hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextmanager
+def mistakes_in_one_line() -> Iterator[None]:
+    """While a command is set up, what is wrong with its inputs ends it with one line and exit code 2.
+
+    Of several processes the first speaks first; the launcher then ends the others, before they repeat it.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(SECOND_VOICE_SECONDS)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -61,7 +96,7 @@ def parse_command_line(
     Offered are those flags that set one of `keys`, and `switches` (key and meaning by flag) beside them.
     A mistyped command line ends the process with one line and exit code 2.
     """
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file, such as cfgs/mlla_t.yaml")
     parser.add_argument(
         "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="settings over the file's"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.command_line import Parser
+from utils.command_line import Parser, mistakes_in_one_line
 from utils.plots import comparison_picture
 from utils.run_figures import (
     RunFigures,
@@ -132,21 +132,13 @@ def compare(words: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m utils.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__, prog="python -m utils.compare")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--keys", nargs="+", default=[], metavar="NAME", help="figures, by their names in the files")
     parser.add_argument("--output", type=Path, default=Path("comparison.png"), metavar="FILE", help=".png, .svg, .pdf")
     parser.add_argument("--force", action="store_true", help="replace a file that another program made")
-    try:
+    with mistakes_in_one_line():
         compare(parser.parse_args(argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return 0
 
 

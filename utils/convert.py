@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.rope import rotary_tables
-from utils.command_line import Parser
+from utils.command_line import Parser, mistakes_in_one_line
 from utils.weights import DERIVED_KEY_SUFFIX, Weights, classes_in, no_weights_error, weights_in
 from utils.weights_file import load_checkpoint
 from utils.whole_file import write_whole
@@ -159,7 +159,7 @@ def check_target(target: Path, form: str, *, force: bool) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m utils.convert", description=__doc__.split("\n\n")[1], allow_abbrev=False)
+    parser = Parser(__doc__.split("\n\n")[1], prog="python -m utils.convert")
     parser.add_argument("source", metavar="IN", help="a path, a URL, or mlla-t, mlla-s, mlla-b")
     parser.add_argument("target", metavar="OUT", type=Path)
     parser.add_argument("--to", required=True, choices=sorted(FORMS), dest="form")
@@ -167,15 +167,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="pixels, for the official rotary tables")
     parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
     words = parser.parse_args(argv)
-    try:
+    with mistakes_in_one_line():
         check_target(words.target, words.form, force=words.force)
         if words.size and words.form != "official":
             raise ConversionError("--size is of the official form only, which stores tables that depend on it")
         size = (words.size[0], words.size[1]) if words.size else None
         print(convert(words.source, words.target, form=words.form, ema=words.ema, size=size))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return 0
 
 

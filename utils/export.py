@@ -23,7 +23,7 @@ from downstream.segmentation import config as segmentation
 from models import MLLA, build_model, input_channels
 from utils.amp import Precision
 from utils.build import build_precision
-from utils.command_line import Parser
+from utils.command_line import Parser, mistakes_in_one_line
 from utils.distributed import Process
 from utils.engine import evaluate
 from utils.exported_files import (
@@ -223,7 +223,7 @@ def export(words: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m utils.export", description=__doc__, allow_abbrev=False)
+    parser = Parser(__doc__, prog="python -m utils.export")
     parser.add_argument("target", metavar="OUT", type=Path, help="the file to write")
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file, such as cfgs/mlla_t.yaml")
     parser.add_argument(
@@ -239,12 +239,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--benchmark", action="store_true", help="time it on this CPU against PyTorch")
     parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
     words = parser.parse_args(argv)
-    try:
+    with mistakes_in_one_line():
         check_request(words)
         export(words)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return 0
 
 

@@ -9,36 +9,49 @@ from contextlib import contextmanager
 
 import torch
 
+from utils.command_line import SECOND_VOICE_SECONDS, mistakes_in_one_line
 from utils.distributed import Process, start_process, stop_process
 from utils.engine import NonFiniteLossError
 from utils.logger import logger
 
-SECOND_VOICE_SECONDS = 5.0
 LOST_CONTACT = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 # What begins like this is for users to mend, though it is known only once the work has begun.
 MENDABLE = ("MODEL.KERNELS ", "loader workers did not start")
 
 
-@contextmanager
-def mistakes_in_one_line() -> Iterator[None]:
-    """While a run is set up, what is wrong with its inputs ends it with one line and exit code 2.
+class MissingCompilerError(ValueError):
+    """torch.compile needs a C++ compiler that this machine does not have."""
 
-    Of several processes the first speaks first; the launcher then ends the others, before they repeat it.
+
+@contextmanager
+def missing_compiler_explained(setting: str) -> Iterator[None]:
+    """What Inductor says where it finds no C++ compiler becomes one line; it is known only when a model first runs.
+
+    Args:
+        setting: the key that asked for torch.compile, with its value.
+
+    Raises:
+        MissingCompilerError: in place of Inductor's error; no other error is touched.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
-        if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(SECOND_VOICE_SECONDS)
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except RuntimeError as error:
+        # Inductor wraps it, by torch's version and the mode once or twice, and each time puts its name before its text.
+        if "InvalidCxxCompiler: " not in f"{type(error).__name__}: {error}":
+            raise
+        named = f"CXX is {os.environ['CXX']}" if "CXX" in os.environ else "CXX is not set"
+        raise MissingCompilerError(
+            f"{setting}: torch.compile needs a C++ compiler, and found none that works ({named}); install one, such as "
+            f"g++, or set it to off"
+        ) from error
 
 
 def run_process(
     work: Callable[[Process], int],
     local_rank: int,
     *,
+    compile_setting: str,
     explain_out_of_memory: Callable[[torch.OutOfMemoryError], str] = str,
 ) -> int:
     """Do the work as one process among all.
@@ -46,18 +59,26 @@ def run_process(
     Args:
         work: what to do; gives an exit code.
         local_rank: place on this machine, where the launcher did not put it into the environment.
+        compile_setting: the key that says how the model is compiled, with its value.
         explain_out_of_memory: what to say where a GPU's memory does not suffice.
 
     Returns:
-        The exit code: the work's own, 130 after Ctrl-C, 1 where it failed, which the log and standard error explain.
+        The exit code: the work's own, 130 after Ctrl-C, 2 where a compiler is missing, 1 where it failed otherwise,
+        which the log and standard error explain.
     """
     with mistakes_in_one_line():
         process = start_process(local_rank)
     try:
-        code = work(process)
+        with missing_compiler_explained(compile_setting):
+            code = work(process)
     except KeyboardInterrupt:
         logger.warning("interrupted; the same command goes on from the newest checkpoint, if there is one")
         code = 130
+    except MissingCompilerError as error:
+        if not process.is_main:
+            time.sleep(SECOND_VOICE_SECONDS)
+        logger.error("%s", error)
+        code = 2
     except Exception as error:
         report(error, process, explain_out_of_memory)
         code = 1

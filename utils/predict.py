@@ -28,7 +28,7 @@ from yacs.config import CfgNode
 from config import load_config
 from data.decoding import decode_plain
 from models import build_model
-from utils.command_line import Parser
+from utils.command_line import Parser, mistakes_in_one_line
 from utils.download import LONG_NAMES
 from utils.plots import plot_grid
 from utils.weights import classes_in, load_weights, read_state_dict
@@ -291,7 +291,7 @@ def positive(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m utils.predict", description=__doc__, allow_abbrev=False)
+    parser = Parser(__doc__, prog="python -m utils.predict")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="files, or folders with images")
     parser.add_argument("--model", default="", help="timm's name of the model, such as mlla_tiny")
     parser.add_argument("--weights", default="", help="a path, a URL, or mlla-t, mlla-s, mlla-b")
@@ -305,11 +305,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-ema", dest="ema", action="store_false", help="the model's weights, not the average's")
     parser.add_argument("--force", action="store_true", help="replace files that are there")
     words = parser.parse_args(argv)
-    try:
+    with mistakes_in_one_line():
         run(words)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return 0
 
 

@@ -4,7 +4,6 @@ RUN is the folder of a run, finished or not: <output>/<MODEL.NAME>/<tag>. The fi
 holds results, curves, predictions, settings, environment and warnings, for light and dark screens of any width.
 """
 
-import argparse
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 from config import SCHEMA
 from downstream.detection import config as detection
 from downstream.segmentation import config as segmentation
-from utils.command_line import Parser
+from utils.command_line import Parser, mistakes_in_one_line
 from utils.html_page import (
     Picture,
     cards,
@@ -191,24 +190,16 @@ def report(folder: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m utils.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__, prog="python -m utils.report")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--output", type=Path, metavar="FILE", help="by default RUN/report.html")
     parser.add_argument("--force", action="store_true", help="replace a file that another program made")
     words = parser.parse_args(argv)
     target = words.output or words.run / "report.html"
-    try:
+    with mistakes_in_one_line():
         text = report(words.run)
         check_replaceable(target, CREATOR, force=words.force)
         write_whole(target, lambda path: path.write_text(text, encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     print(f"report: {target} ({target.stat().st_size / 1024:.0f} KiB)")
     return 0
 

@@ -26,7 +26,7 @@ from data.digits import Digits
 from data.transforms import EvalTransform, denormalise
 from models.build import build_model
 from models.inspection import Seen, attention_inputs, attention_map, gate_values, receptive_fields
-from utils.launch import mistakes_in_one_line
+from utils.command_line import Parser, mistakes_in_one_line
 from utils.paper_plots import plot_by_depth, plot_maps
 from utils.weights import load_weights, read_state_dict
 from utils.weights_file import load_checkpoint
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--resume", required=True, help="checkpoint or weights; the EMA's are taken where it has some")
     parser.add_argument("--cfg", help="the model's configuration; without it the one that the checkpoint holds")
     source = parser.add_mutually_exclusive_group()

@@ -3,7 +3,6 @@
 python -m downstream.detection.benchmark --amp --output output/detection_speed.md
 """
 
-import argparse
 import gc
 import statistics
 import sys
@@ -23,7 +22,7 @@ from downstream.detection.structures import Frame, Target
 from downstream.detection.transforms import padded_size
 from utils.amp import Precision, make_precision
 from utils.benchmark import synchronise
-from utils.launch import mistakes_in_one_line
+from utils.command_line import Parser, mistakes_in_one_line
 from utils.settings import ConfigError
 
 CFGS = Path(__file__).parent / "cfgs"
@@ -48,7 +47,7 @@ class Row(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--models", nargs="+", default=list(MODELS), help="mlla_t, mlla_s, mlla_b, timm:NAME, torchvision"
     )

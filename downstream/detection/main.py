@@ -15,8 +15,8 @@ from downstream.detection.config import SCHEMA, load_config
 from downstream.detection.profiling import PUBLISHED, profile_detector
 from downstream.detection.task import Detection
 from downstream.run import describe_out_of_memory, run_evaluation, run_training
-from utils.command_line import parse_command_line
-from utils.launch import mistakes_in_one_line, run_process
+from utils.command_line import mistakes_in_one_line, parse_command_line
+from utils.launch import run_process
 from utils.profiling import profile_table
 
 COCO_CLASSES = 80
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_process(
         lambda process: work(Detection(), config, process),
         config.LOCAL_RANK,
+        compile_setting=f"TRAIN.COMPILE {config.TRAIN.COMPILE}",
         explain_out_of_memory=partial(describe_out_of_memory, config),
     )
 

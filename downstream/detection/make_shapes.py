@@ -3,7 +3,6 @@
 python -m downstream.detection.make_shapes output/shapes
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -14,13 +13,13 @@ import numpy as np
 
 from downstream.detection.pictures import save_picture
 from downstream.detection.shapes import CATEGORIES, annotation_of, draw_image
-from utils.launch import mistakes_in_one_line
+from utils.command_line import Parser, mistakes_in_one_line
 
 PARTS = {"train": (0.0, 0.65), "val": (0.65, 1.0)}  # of the photographs' width, so that backgrounds differ too
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, help="where to write; must be empty, or hold the same data set already")
     parser.add_argument("--train", type=int, default=1200, metavar="NUMBER", help="training images")
     parser.add_argument("--val", type=int, default=150, metavar="NUMBER", help="validation images")

@@ -4,7 +4,6 @@ python -m downstream.detection.predict street.jpg dogs/*.png --cfg downstream/de
     --resume DETECTOR.pth --output OUT
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -24,8 +23,7 @@ from downstream.detection.evaluation import Result, results_of
 from downstream.detection.pictures import annotated, found_of, save_picture
 from downstream.detection.transforms import normalise
 from utils.amp import make_precision
-from utils.command_line import Parser
-from utils.launch import mistakes_in_one_line
+from utils.command_line import Parser, mistakes_in_one_line
 from utils.run_folder import unused_name
 from utils.settings import ConfigError
 from utils.weights import load_weights, read_weights
@@ -34,7 +32,7 @@ CLASSIFIER = "roi_head.bbox_head.fc_cls.weight"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("images", nargs="+", type=Path, help="image files, of any size")
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file that the detector was trained with")
     parser.add_argument("--resume", required=True, metavar="FILE", help="the detector's weights, EMA's if there")

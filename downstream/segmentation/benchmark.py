@@ -23,9 +23,8 @@ from downstream.segmentation.config import load_config
 from downstream.segmentation.losses import segmentation_loss
 from utils.amp import Precision, make_precision
 from utils.benchmark import peak_memory_mib, synchronise
-from utils.command_line import Parser
+from utils.command_line import Parser, mistakes_in_one_line
 from utils.engine import TrainStep
-from utils.launch import mistakes_in_one_line
 from utils.optimizer import make_optimizer
 
 BACKBONES = ("mlla", "timm:swin_tiny_patch4_window7_224", "timm:convnext_tiny")
@@ -83,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     cfg = Path(__file__).with_name("cfgs") / "mlla_t_upernet.yaml"
     parser.add_argument("--cfg", default=str(cfg), metavar="FILE", help="YAML file of MLLA and the head; MLLA-T")
     parser.add_argument(

@@ -18,8 +18,8 @@ from downstream.run import describe_out_of_memory, run_evaluation, run_training
 from downstream.segmentation.build import build_model
 from downstream.segmentation.config import SCHEMA, SWITCHES, load_config
 from downstream.segmentation.task import Segmentation
-from utils.command_line import parse_command_line
-from utils.launch import mistakes_in_one_line, run_process
+from utils.command_line import mistakes_in_one_line, parse_command_line
+from utils.launch import run_process
 from utils.profiling import profile, profile_table
 
 PROFILE_SIZE = (512, 2048)  # height and width that published MACs are of
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_process(
         lambda process: work(Segmentation(config, process), config, process),
         config.LOCAL_RANK,
+        compile_setting=f"TRAIN.COMPILE {config.TRAIN.COMPILE}",
         explain_out_of_memory=partial(describe_out_of_memory, config),
     )
 

@@ -3,7 +3,6 @@
 python -m downstream.segmentation.make_shapes shapes
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -15,15 +14,14 @@ from PIL import Image
 
 from downstream.segmentation.pictures import save_mask
 from downstream.segmentation.shapes import SHAPES, render_scene
-from utils.command_line import Parser
-from utils.launch import mistakes_in_one_line
+from utils.command_line import Parser, mistakes_in_one_line
 
 CLASSES = ("background", *SHAPES)
 FACTS = "shapes.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, help="new folder for images/, masks/ and classes.txt")
     parser.add_argument("--train", type=int, default=2000, metavar="NUMBER", help="images to train on")
     parser.add_argument("--val", type=int, default=100, metavar="NUMBER", help="images to evaluate on")

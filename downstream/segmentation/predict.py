@@ -30,8 +30,7 @@ from downstream.segmentation.inference import predict_tiles
 from downstream.segmentation.pictures import overlay, save_mask
 from downstream.segmentation.transforms import EvalTransform
 from utils.amp import make_precision
-from utils.command_line import Parser
-from utils.launch import mistakes_in_one_line
+from utils.command_line import Parser, mistakes_in_one_line
 from utils.weights import classes_in, load_weights, no_weights_error, weights_in
 from utils.weights_file import load_checkpoint
 
@@ -65,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files, or folders of them")
     parser.add_argument("--weights", required=True, metavar="FILE", help="checkpoint of a run, or published weights")
     parser.add_argument(
