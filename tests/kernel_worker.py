@@ -1,4 +1,7 @@
-"""What test_kernels.py runs in a process of its own: on a GPU, or by Triton's interpreter where there is none."""
+"""What test_kernels.py runs in a process of its own: on a GPU, or by Triton's interpreter where there is none.
+
+Arguments, if any, are words of the checks' names: `python tests/kernel_worker.py stem compiled`.
+"""
 
 import os
 import sys
@@ -245,10 +248,12 @@ def check_trial() -> None:
 if __name__ == "__main__":
     if DEVICE == "cpu":
         choice.missing_triton = lambda device_type: ""  # noqa: ARG005
-    checks = (check_against_float64, check_golden_logits, check_golden_gradients)
     torch.backends.cudnn.allow_tf32 = False
-    checks += (check_prepared_model, check_operators, check_trial, check_gradients_of_some, check_stem, check_compiled)
+    checks = (check_against_float64, check_golden_logits, check_golden_gradients, check_prepared_model)
+    checks += (check_operators, check_trial, check_gradients_of_some, check_stem, check_compiled)
     for check in checks:
+        if sys.argv[1:] and not any(word in check.__name__ for word in sys.argv[1:]):
+            continue
         start = time.perf_counter()
         check()
         print(f"{check.__name__} on {DEVICE}: {time.perf_counter() - start:.1f} s", flush=True)
