@@ -63,11 +63,23 @@ def train(block: "MLLABlock", x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tenso
     )
 
 
+def is_prepared(block: "MLLABlock") -> bool:
+    """Whether the block comes from `prepare_for_inference`: its in_proj holds both products of its input."""
+    return isinstance(block.act_proj, nn.Identity)
+
+
+def can_infer(block: "MLLABlock", x: Tensor) -> bool:
+    """Whether `infer` computes the block for tokens x (B, H, W, C), without gradient."""
+    if torch.is_grad_enabled() or block.training:
+        return False
+    return is_prepared(block) or takes(block, x, "mixer") or takes(block, x, "mlp_branch")
+
+
 def infer(block: "MLLABlock", x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """The block without gradient for tokens x (B, H, W, C), with or without kernels; see `prepare_for_inference`."""
+    """The block without gradient for tokens x (B, H, W, C), by those kernels that take them, prepared or not."""
     mixes = takes(block, x, "mixer")
     x, y = conv_norm(x, block.cpe1, block.norm1, is_fused=mixes)
-    if isinstance(block.act_proj, nn.Identity):  # in_proj holds both products
+    if is_prepared(block):
         inner, gate = block.in_proj(y).chunk(2, dim=-1)
     else:
         inner, gate = block.in_proj(y), block.act_proj(y)

@@ -58,7 +58,7 @@ class MLLABlock(nn.Module):
         """Tokens x (B, H, W, C), rotary tables (cos, sin) of `position_tables`."""
         if fused_block.can_train(self, x):
             return fused_block.train(self, x, rotary)
-        if not (torch.is_grad_enabled() or self.training):
+        if fused_block.can_infer(self, x):
             return fused_block.infer(self, x, rotary)
         x = x + self.cpe1(x)
         y = self.norm1(x)
