@@ -24,7 +24,7 @@ from conftest import GOLDEN, MICRO, fill_weights, random_values
 
 from models import MLLA, prepare_for_inference
 from models.fused_block import WIDEST_FUSED_MLP
-from models.kernels import choice, ops, stem, trial
+from models.kernels import attention, choice, ops, stem, trial
 from models.layers import WIDEST_STEM, Stem
 
 KERNELS = ("mixer", "mlp_branch", "mlp", "wide_conv", "stem_conv", "stem_conv_relu")
@@ -39,13 +39,13 @@ def check_against_float64() -> None:
     shapes = {(48, 16, 6): DTYPES, (32, 32, 17): DTYPES[:1]}
     if DEVICE == "cuda":
         shapes |= {(512, 32, 7): DTYPES[2:], (256, 64, 14): DTYPES[:1], (192, 32, 56): DTYPES[2:]}
+    device = torch.device(DEVICE)
     widest = {"mlp": WIDEST_FUSED_MLP, "stem_conv": WIDEST_STEM, "stem_conv_relu": WIDEST_STEM}
     for kernel in KERNELS:
         for (channels, head_width, rows), dtypes in shapes.items():
             if channels > widest.get(kernel, channels):
                 continue
             for dtype in dtypes:
-                device = torch.device(DEVICE)
                 batch = trial.full_batch(device, channels) if channels == 512 else 2
                 case = kernel, device, dtype, channels, head_width
                 error = trial.largest_error(*case, rows=rows, batch=batch)
@@ -54,6 +54,11 @@ def check_against_float64() -> None:
                 else:
                     bound = 1e-3 + 1.2 * trial.largest_error(*case, rows=rows, batch=batch, eager=True)
                 assert error < bound, (*case, rows, error, bound)
+    tokens, multiprocessors = attention.TOKENS_A_PART, attention.num_multiprocessors
+    attention.TOKENS_A_PART, attention.num_multiprocessors = 4, lambda _: 64  # many parts of each image
+    assert attention.forward_parts(17 * trial.COLUMNS, 1, device) > attention.MOST_PARTS
+    assert trial.largest_error("mixer", device, torch.float32, 32, 32, rows=17, batch=1) < 1e-5
+    attention.TOKENS_A_PART, attention.num_multiprocessors = tokens, multiprocessors
 
 
 def check_golden_gradients() -> None:

@@ -14,10 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from models.kernels.depthwise import conv_gate_forward
-from models.kernels.functions import positive, reciprocal
+from models.kernels.functions import positive, reciprocal, sum_parts
 from models.kernels.launch import num_multiprocessors, on_its_device, precision_of
 
 NORMALISER_EPS = tl.constexpr(1e-6)
+TOKENS_A_PART = 256  # at least
+MOST_PARTS = 8  # that those who read their sums add up themselves
 
 
 @triton.jit
@@ -144,7 +146,8 @@ class Tile(NamedTuple):
 
 def num_parts(num_tokens: int, head_count: int, device: torch.device, programs: int) -> int:
     """Into how many parts an image's tokens are split, so that `programs` of them run on each multiprocessor."""
-    return max(1, min(programs * num_multiprocessors(device) // head_count, triton.cdiv(num_tokens, 256), 8))
+    parts = min(programs * num_multiprocessors(device) // head_count, triton.cdiv(num_tokens, TOKENS_A_PART))
+    return max(1, parts if parts > 2 * MOST_PARTS else min(parts, MOST_PARTS))
 
 
 def forward_parts(num_tokens: int, head_count: int, device: torch.device) -> int:
@@ -152,9 +155,17 @@ def forward_parts(num_tokens: int, head_count: int, device: torch.device) -> int
     return num_parts(num_tokens, head_count, device, 16)
 
 
-def forward_tiles(dim: int) -> tuple[Tile, Tile]:
-    """Of the pass over k and v, and of that over q, as measured on an H200 for heads of 32 channels."""
-    return (Tile(16, 1), Tile(64, 4)) if dim <= 32 else (Tile(32, 4), Tile(64, 4))
+def few_parts(parts: Tensor) -> Tensor:
+    """Sums over parts, float32 (parts, heads, ...): as they are if there are few, whose readers add them; else one."""
+    if parts.shape[0] <= MOST_PARTS:
+        return parts
+    return sum_parts(parts.flatten(2)).view(1, *parts.shape[1:])
+
+
+def forward_tiles(dim: int, programs: int, device: torch.device) -> tuple[Tile, Tile]:
+    """Of the pass over k and v in `programs`, and of that over q, as measured on an H200 for heads of 32 channels."""
+    is_small = programs < 2 * num_multiprocessors(device)  # each works alone on its multiprocessor
+    return Tile(16, 1) if dim <= 32 and not is_small else Tile(64, 4), Tile(64, 4)
 
 
 @on_its_device
@@ -173,15 +184,17 @@ def attention_forward(
     matrix = torch.empty(parts, head_count, dim, dim, dtype=torch.float32, device=v.device)
     mean = torch.empty(parts, head_count, dim, dtype=torch.float32, device=v.device)
     attended = torch.empty_like(v)
-    tiles = forward_tiles(dim)
+    tiles = forward_tiles(dim, head_count * parts, v.device)
     options = {"DIM": dim, "PRECISION": precision_of(v.dtype), "MIXED": heads % 2 == 1, "num_stages": 1}
     key_value_kernel[(head_count, parts)](
         *(qk, v, cos, sin, matrix, mean, num_tokens, width, heads, triton.cdiv(num_tokens, parts)),
         BLOCK=tiles[0].tokens, num_warps=tiles[0].warps, **options,
     )  # fmt: skip
+    matrix, mean = few_parts(matrix), few_parts(mean)
     chunks = max(1, min(triton.cdiv(num_tokens, 64), 16 * num_multiprocessors(v.device) // head_count))
     attend_kernel[(head_count, chunks)](
-        *(qk, cos, sin, matrix, mean, attended, num_tokens, width, heads, parts, triton.cdiv(num_tokens, chunks)),
+        *(qk, cos, sin, matrix, mean, attended, num_tokens, width, heads, matrix.shape[0]),
+        triton.cdiv(num_tokens, chunks),
         BLOCK=tiles[1].tokens, num_warps=tiles[1].warps, **options,
     )  # fmt: skip
     out, ungated = conv_gate_forward(v, lepe_weight, lepe_bias, attended, gate, keep=keep)

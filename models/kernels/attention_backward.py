@@ -5,7 +5,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.kernels.attention import NORMALISER_EPS, Tile, load_angles, load_state, load_tokens, num_parts, turn
+from models.kernels.attention import (
+    NORMALISER_EPS,
+    Tile,
+    few_parts,
+    load_angles,
+    load_state,
+    load_tokens,
+    num_parts,
+    turn,
+)
 from models.kernels.functions import positive, positive_gradient, reciprocal, sigmoid, sum_parts
 from models.kernels.launch import on_its_device, precision_of
 
@@ -160,9 +169,10 @@ def attention_backward(
         *(num_tokens, width, heads, matrix.shape[0], triton.cdiv(num_tokens, parts), gate.stride(2)),
         BLOCK=TILES[0].tokens, num_warps=TILES[0].warps, **options,
     )  # fmt: skip
+    grad_matrix, grad_mean = few_parts(grad_matrix), few_parts(grad_mean)
     key_value_backward_kernel[(head_count, parts)](
         *(qk, v, cos, sin, grad_matrix, grad_mean, grad_qk, grad_v, sums),
-        *(num_tokens, width, heads, parts, triton.cdiv(num_tokens, parts)),
+        *(num_tokens, width, heads, grad_matrix.shape[0], triton.cdiv(num_tokens, parts)),
         BLOCK=TILES[1].tokens, num_warps=TILES[1].warps, **options,
     )  # fmt: skip
     return grad_qk, grad_v, grad_gate, grad_ungated, gated, sum_parts(sums)

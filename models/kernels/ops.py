@@ -179,7 +179,8 @@ def _(
     qk: Tensor, v: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, heads: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, height, width, channels = v.shape
-    dim, parts = channels // heads, attention.forward_parts(height * width, batch * heads, v.device)
+    parts = attention.forward_parts(height * width, batch * heads, v.device)
+    dim, parts = channels // heads, parts if parts <= attention.MOST_PARTS else 1
     return (
         empty(v),
         empty(v) if keep else empty(v, 0),

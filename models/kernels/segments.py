@@ -1,13 +1,14 @@
 """Halves of a block, and a downsampling's wide part, with gradients of their own, written out.
 
-What is cheap is computed again in the backward pass instead of being kept: norms, GELU, the gated output of attention,
-the wide tokens of a downsampling. The gradient of a bias is summed by the kernel that writes the gradient of what it
-was added to. Around the kernels this is plain PyTorch, for torch.compile to fuse.
+What is cheap is computed again in the backward pass instead of being kept: norms, SiLU, GELU, the gated output of
+attention, the wide tokens of a downsampling. The gradient of a bias is summed by the kernel that writes the gradient of
+what it was added to. Around the kernels this is plain PyTorch, for torch.compile to fuse.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.kernels import ops
@@ -44,18 +45,19 @@ class Mixer(torch.autograd.Function):
         )
         ctx.heads, ctx.eps, ctx.has_qk_bias = heads, eps, qk_bias is not None
         ctx.save_for_backward(
-            *(x, residual, before, opening, inactive, v, queries_keys, ungated, matrix, mean, cos, sin, scale),
+            *(x, residual, before, opening, inactive, queries_keys, ungated, matrix, mean, cos, sin, scale),
             *(cpe, norm, norm_bias, inner, gate, dwc, qk, lepe, out),
         )
         return residual + ops.linear(gated, out, out_bias) * scale
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, residual, before, opening, inactive, v, queries_keys, ungated, matrix, mean, cos, sin, scale, *weights = (
+        x, residual, before, opening, inactive, queries_keys, ungated, matrix, mean, cos, sin, scale, *weights = (
             ctx.saved_tensors
         )
         cpe, norm, norm_bias, inner, gate, dwc, qk, lepe, out = weights
 
+        v = F.silu(inactive)
         branch, of_out_bias = ops.scale_and_sum(grad, scale)
         of_qk, of_v, of_opening, of_ungated, gated, sums = ops.linear_attention_backward(
             through(branch, out), queries_keys, v, opening, ungated, cos, sin, matrix, mean, ctx.heads

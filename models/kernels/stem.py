@@ -152,6 +152,8 @@ def stem_forward(
     """
     pairs, warps, stages = tile or default_tile(weight.shape[0], dtype, 2)
     batch, _, height, width = images.shape
+    while pairs > 16 and batch * (height // 2) * (width // 4) < 2 * pairs * num_multiprocessors(images.device):
+        pairs //= 2  # one image or two: rather smaller blocks than idle multiprocessors
     numbers, constants = arguments(images, weight, pairs)
     out = torch.empty(batch, height // 2, width // 2, weight.shape[0], dtype=dtype, device=images.device)
     programs = min(numbers[1], programs_a_multiprocessor * num_multiprocessors(images.device))
