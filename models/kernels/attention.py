@@ -162,10 +162,12 @@ def few_parts(parts: Tensor) -> Tensor:
     return sum_parts(parts.flatten(2)).view(1, *parts.shape[1:])
 
 
-def forward_tiles(dim: int, programs: int, device: torch.device) -> tuple[Tile, Tile]:
+def forward_tiles(v: Tensor, dim: int, programs: int) -> tuple[Tile, Tile]:
     """Of the pass over k and v in `programs`, and of that over q, as measured on an H200 for heads of 32 channels."""
-    is_small = programs < 2 * num_multiprocessors(device)  # each works alone on its multiprocessor
-    return Tile(16, 1) if dim <= 32 and not is_small else Tile(64, 4), Tile(64, 4)
+    if dim <= 32 and programs >= 2 * num_multiprocessors(v.device):
+        return Tile(16, 1), Tile(64, 4)
+    # Each program works alone on its multiprocessor. In float32 the products take more registers.
+    return Tile(32 if v.dtype == torch.float32 else 64, 4), Tile(64, 4)
 
 
 @on_its_device
@@ -184,7 +186,7 @@ def attention_forward(
     matrix = torch.empty(parts, head_count, dim, dim, dtype=torch.float32, device=v.device)
     mean = torch.empty(parts, head_count, dim, dtype=torch.float32, device=v.device)
     attended = torch.empty_like(v)
-    tiles = forward_tiles(dim, head_count * parts, v.device)
+    tiles = forward_tiles(v, dim, head_count * parts)
     options = {"DIM": dim, "PRECISION": precision_of(v.dtype), "MIXED": heads % 2 == 1, "num_stages": 1}
     key_value_kernel[(head_count, parts)](
         *(qk, v, cos, sin, matrix, mean, num_tokens, width, heads, triton.cdiv(num_tokens, parts)),
