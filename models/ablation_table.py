@@ -41,8 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(text, end="")
     with mistakes_in_one_line():
         if options.output is not None:
-            options.output.write_text(text)
+            write(options.output, text)
     return 0
+
+
+def write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise ValueError(f"--output {path}: {error.strerror}") from error
 
 
 def count(row: Ablation) -> Counts:

@@ -7,59 +7,72 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from models.attention import LinearAttention
 from models.kernels import choice
 from models.kernels.products import linear_gelu
-from models.layers import AddedLinear, TokenConv, computed_dtype
+from models.layers import AddedLinear, TokenConv, computed_dtype, ops, segments
 
 if TYPE_CHECKING:
     from models.mlla import MLLABlock
 
 WIDEST_FUSED_MLP = 128  # beyond, the matrix products are too large to keep a hidden layer in registers
 
-
-def ops() -> Any:
-    """The kernels, which need Triton: imported where they are used."""
-    from models.kernels import ops
-
-    return ops
+UNKNOWN_MLP = "they know no MLP with dropout (MODEL.DROP_RATE), with hooks, or with parts that were replaced"
 
 
-def takes(block: "MLLABlock", x: Tensor, half: str) -> bool:
-    """Whether the kernels take tokens x (B, H, W, C) through "mixer" or "mlp_branch", a half of the block."""
-    norm, attention = (block.norm1 if half == "mixer" else block.norm2), block.attn
+def takes(block: "MLLABlock", x: Tensor, kernel: str) -> bool:
+    """Whether the kernels take tokens x (B, H, W, C) through "mixer" or "mlp_branch", the block's halves, or "mlp"."""
+    attention = block.attn
+    needs: dict[str, Any] = {"mixer": {"norm": block.norm1, "head_width": attention.dim // attention.num_heads}}
+    needs["mlp_branch"] = {"norm": block.norm2}
     return choice.takes(
-        *(block.kernels, x, half),
-        channels=attention.dim,
-        head_width=attention.dim // attention.num_heads,
-        norm=norm,
-        dtype=computed_dtype(x),
+        block.kernels, x, kernel, channels=attention.dim, dtype=computed_dtype(x), **needs.get(kernel, {})
     )
+
+
+def drops_out(block: "MLLABlock") -> bool:
+    """Whether there is dropout in the MLP, which the kernels do not know."""
+    return block.mlp.drop1.training and block.mlp.drop1.p > 0
+
+
+def is_original(*modules: nn.Module) -> bool:
+    """Whether modules are those that the block was made of: none replaced, wrapped, parametrised, or with hooks.
+
+    The kernels read their weights and do not call them.
+    """
+    known = (nn.Linear, TokenConv, Mlp, LinearAttention)
+    return all(type(m) in known and not m._forward_hooks and not m._forward_pre_hooks for m in modules)
 
 
 def can_train(block: "MLLABlock", x: Tensor) -> bool:
     """Whether `train` computes the block for tokens x (B, H, W, C), with a gradient."""
-    drops_out = block.mlp.training and block.mlp.drop1.p > 0
-    return torch.is_grad_enabled() and not drops_out and takes(block, x, "mixer") and takes(block, x, "mlp_branch")
+    if not (torch.is_grad_enabled() and takes(block, x, "mixer")):
+        return False
+    parts = block.cpe1, block.in_proj, block.act_proj, block.dwc, block.attn, block.attn.qk, block.attn.lepe
+    if is_original(*parts, block.out_proj):
+        return True
+    return choice.decline(block.kernels, "a part of the block was replaced or has hooks, and must be called")
 
 
 def train(block: "MLLABlock", x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """The block for tokens x (B, H, W, C), in autocast's dtype where there is autocast."""
-    from models.kernels import segments
-
     x = x.to(computed_dtype(x))
-    norm, attention, mlp = cast("nn.LayerNorm", block.norm1), block.attn, block.mlp
-    x = segments.Mixer.apply(
+    norm, attention = cast("nn.LayerNorm", block.norm1), block.attn
+    x = segments().Mixer.apply(
         *(x, *rotary, block.drop_path.draw(x), attention.num_heads, norm.eps),
         *(block.cpe1.weight, block.cpe1.bias, norm.weight, norm.bias),
         *(block.in_proj.weight, block.in_proj.bias, block.act_proj.weight, block.act_proj.bias),
         *(block.dwc.weight, block.dwc.bias, attention.qk.weight, attention.qk.bias),
         *(attention.lepe.weight, attention.lepe.bias, block.out_proj.weight, block.out_proj.bias),
     )
-    norm = cast("nn.LayerNorm", block.norm2)
-    return segments.MlpBranch.apply(
-        *(x, block.drop_path.draw(x), norm.eps),
-        *(block.cpe2.weight, block.cpe2.bias, norm.weight, norm.bias),
-        *(mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias),
+    mlp, norm = block.mlp, cast("nn.LayerNorm", block.norm2)
+    fc1, fc2 = cast("nn.Linear", mlp.fc1), cast("nn.Linear", mlp.fc2)
+    is_known = not drops_out(block) and type(mlp.act) is nn.GELU and is_original(block.cpe2, mlp, fc1, fc2)
+    if not (takes(block, x, "mlp_branch") and (is_known or choice.decline(block.kernels, UNKNOWN_MLP))):
+        return block.add_mlp(x)
+    return segments().MlpBranch.apply(
+        *(x, block.drop_path.draw(x), norm.eps, block.cpe2.weight, block.cpe2.bias, norm.weight, norm.bias),
+        *(fc1.weight, fc1.bias, fc2.weight, fc2.bias),
     )
 
 
@@ -70,14 +83,18 @@ def is_prepared(block: "MLLABlock") -> bool:
 
 def can_infer(block: "MLLABlock", x: Tensor) -> bool:
     """Whether `infer` computes the block for tokens x (B, H, W, C), without gradient."""
-    if torch.is_grad_enabled() or block.training:
+    if is_prepared(block):
+        return True
+    if torch.is_grad_enabled() or block.training or drops_out(block):
         return False
-    return is_prepared(block) or takes(block, x, "mixer") or takes(block, x, "mlp_branch")
+    return takes(block, x, "mixer") or takes(block, x, "mlp_branch")
 
 
+@torch.no_grad()
 def infer(block: "MLLABlock", x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """The block without gradient for tokens x (B, H, W, C), by those kernels that take them, prepared or not."""
     mixes = takes(block, x, "mixer")
+    x = x.to(computed_dtype(x)) if mixes else x
     x, y = conv_norm(x, block.cpe1, block.norm1, is_fused=mixes)
     if is_prepared(block):
         inner, gate = block.in_proj(y).chunk(2, dim=-1)

@@ -22,6 +22,7 @@ def ops() -> Any:
 
 
 def segments() -> Any:
+    """Stretches of the network with gradients of their own, of these kernels."""
     from models.kernels import segments
 
     return segments
@@ -178,8 +179,9 @@ class Downsample(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = pad_to_multiple(tokens.permute(0, 3, 1, 2), 2)  # (B, C, H, W), both even
         widen, depthwise, narrow = (cast("ConvLayer", layer) for layer in self.conv)
-        if choice.takes(self.kernels, tokens, "wide_conv", channels=widen.conv.out_channels):
-            x = x.permute(0, 2, 3, 1).to(computed_dtype(x))  # (B, H, W, C)
+        dtype = computed_dtype(tokens)
+        if choice.takes(self.kernels, tokens, "wide_conv", channels=widen.conv.out_channels, dtype=dtype):
+            x = x.permute(0, 2, 3, 1).to(dtype)  # (B, H, W, C)
             x = segments().WideConv.apply(
                 *(x, widen.conv.weight.flatten(1), widen.conv.bias, depthwise.conv.weight, depthwise.conv.bias)
             )  # (B, H / 2, W / 2, 8 C)

@@ -56,14 +56,18 @@ class MLLABlock(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Tokens x (B, H, W, C), rotary tables (cos, sin) of `position_tables`."""
-        if fused_block.can_train(self, x):
-            return fused_block.train(self, x, rotary)
         if fused_block.can_infer(self, x):
             return fused_block.infer(self, x, rotary)
+        if fused_block.can_train(self, x):
+            return fused_block.train(self, x, rotary)
         x = x + self.cpe1(x)
         y = self.norm1(x)
         v = F.silu(self.dwc(self.in_proj(y)))
         x = x + self.drop_path(self.out_proj(self.attn(v, self.act_proj(y), rotary)))
+        return self.add_mlp(x)
+
+    def add_mlp(self, x: Tensor) -> Tensor:
+        """The block's second half, (B, H, W, C) -> (B, H, W, C)."""
         x = x + self.cpe2(x)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 

@@ -125,6 +125,8 @@ def test_prepared_model_computes_the_same() -> None:
     images = torch.randn(2, 3, 64, 64)
     prepared = prepare_for_inference(model, torch.float32)
     torch.testing.assert_close(prepared(images), model(images), atol=1e-5, rtol=1e-5)
+    with torch.enable_grad():
+        torch.testing.assert_close(prepared(images), model(images), atol=1e-5, rtol=1e-5)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in prepared.modules())
     assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     halved = prepare_for_inference(model, torch.bfloat16)

@@ -16,7 +16,7 @@ def test_kernels_compute_what_plain_pytorch_does() -> None:
     words = {"CUDA_VISIBLE_DEVICES": "0"} if torch.cuda.is_available() else {}
     done = run_python("tests/kernel_worker.py", timeout=290, **environment, **words)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(" s\n") == 9
+    assert done.stdout.count(" s\n") == 10
 
 
 def test_plain_path_where_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from models.kernels.launch import on_its_device, precision_of
 def query_backward_kernel(
     grad, qk, gate, ungated, cos, sin, matrix, mean,
     grad_qk, grad_gate, grad_ungated, gated, grad_matrix, grad_mean, sums,
-    num_tokens, width, heads, parts, tokens_per_part, gate_stride,
+    num_tokens, width, heads, parts, tokens_per_part,
     BLOCK: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """From grad, that of the output: gradients of gate, of what came before the gate, of q, of matrix and of mean; the
@@ -37,14 +37,13 @@ def query_backward_kernel(
     i = tl.arange(0, DIM)
     image = image.to(tl.int64) * num_tokens
     offset = image * channels + head * DIM
-    grad, ungated, gated = grad + offset, ungated + offset, gated + offset
+    grad, gate, ungated, gated = grad + offset, gate + offset, ungated + offset, gated + offset
     grad_gate, grad_ungated = grad_gate + offset, grad_ungated + offset
     qk, grad_qk = qk + image * 2 * channels + head * DIM, grad_qk + image * 2 * channels + head * DIM
-    gate += image * gate_stride + head * DIM
     end = tl.minimum((part + 1) * tokens_per_part, num_tokens)
     token = part * tokens_per_part + tl.arange(0, BLOCK)
     grad_next = load_tokens(grad, token, end, channels, i)
-    gate_next = load_tokens(gate, token, end, gate_stride, i)
+    gate_next = load_tokens(gate, token, end, channels, i)
     ungated_next = load_tokens(ungated, token, end, channels, i)
     q_next = load_tokens(qk, token, end, 2 * channels, i)
     kv, mean_k = load_state(
@@ -64,7 +63,7 @@ def query_backward_kernel(
         upstream, g, before = grad_next.to(tl.float32), gate_next.to(tl.float32), ungated_next.to(tl.float32)
         q_before = q_next.to(tl.float32)
         grad_next = load_tokens(grad, token + BLOCK, end, channels, i)
-        gate_next = load_tokens(gate, token + BLOCK, end, gate_stride, i)
+        gate_next = load_tokens(gate, token + BLOCK, end, channels, i)
         ungated_next = load_tokens(ungated, token + BLOCK, end, channels, i)
         q_next = load_tokens(qk, token + BLOCK, end, 2 * channels, i)
 
@@ -166,7 +165,7 @@ def attention_backward(
     query_backward_kernel[(head_count, parts)](
         *(grad, qk, gate, ungated, cos, sin, matrix, mean),
         *(grad_qk, grad_gate, grad_ungated, gated, grad_matrix, grad_mean, sums),
-        *(num_tokens, width, heads, matrix.shape[0], triton.cdiv(num_tokens, parts), gate.stride(2)),
+        *(num_tokens, width, heads, matrix.shape[0], triton.cdiv(num_tokens, parts)),
         BLOCK=TILES[0].tokens, num_warps=TILES[0].warps, **options,
     )  # fmt: skip
     grad_matrix, grad_mean = few_parts(grad_matrix), few_parts(grad_mean)

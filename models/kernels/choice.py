@@ -33,15 +33,22 @@ def takes(
     Raises:
         ValueError: `choice` is "triton" and it cannot.
     """
-    if choice == "torch" or x.device.type == "meta":
+    if choice == "torch" or x.device.type == "meta" or x.shape[0] == 0:
         return False
     dtype = dtype or x.dtype
     reason = missing_triton(x.device.type) or misfit(dtype, channels, head_width, norm)
     if not reason and choice == "auto":
         rows = 6 if x.shape[1] <= GRIDS[0] else 12 if x.shape[1] <= GRIDS[1] else 17
         reason = failed_trial(kernel, x.device, dtype, channels, head_width, rows)
-    if not reason:
-        return True
+    return not reason or decline(choice, reason)
+
+
+def decline(choice: str, reason: str) -> bool:
+    """False, and the reason in the log.
+
+    Raises:
+        ValueError: `choice` is "triton".
+    """
     if choice == "triton":
         raise ValueError(f"MODEL.KERNELS triton: {reason}; use auto or torch")
     say_once(reason)

@@ -1,4 +1,4 @@
-"""Matrix products that take a neighbouring operation along in cuBLAS, for inference; no Triton, no gradients."""
+"""Matrix products that take a neighbouring operation along in cuBLAS; without Triton, and without gradients."""
 
 import torch
 from torch import Tensor
