@@ -33,10 +33,12 @@ def takes(
     Raises:
         ValueError: `choice` is "triton" and it cannot.
     """
-    if choice == "torch" or x.device.type == "meta" or x.shape[0] == 0:
+    if choice == "torch" or x.device.type == "meta":
         return False
     dtype = dtype or x.dtype
     reason = missing_triton(x.device.type) or misfit(dtype, channels, head_width, norm)
+    if not reason and x.shape[0] == 0:
+        return False  # there is nothing to compute
     if not reason and choice == "auto":
         rows = 6 if x.shape[1] <= GRIDS[0] else 12 if x.shape[1] <= GRIDS[1] else 17
         reason = failed_trial(kernel, x.device, dtype, channels, head_width, rows)
