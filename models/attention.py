@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.kernels import choice
-from models.layers import TokenConv
+from models.layers import TokenConv, ops
 from models.rope import rotate_pairs, spread_over_grid
 
 NORMALISER_EPS = 1e-6
@@ -44,10 +44,8 @@ class LinearAttention(nn.Module):
         if not torch.is_grad_enabled() and choice.takes(
             self.kernels, v, "mixer", channels=self.dim, head_width=head_width
         ):
-            from models.kernels import ops
-
             weight, bias = self.lepe.weight, self.lepe.bias
-            return ops.linear_attention(self.qk(v), v, gate, weight, bias, *rotary, self.num_heads, False)[0]
+            return ops().linear_attention(self.qk(v), v, gate, weight, bias, *rotary, self.num_heads, False)[0]
         return (self.attend(v, rotary) + self.lepe(v)) * F.silu(gate)
 
     def attend(self, v: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from models.mlla import MLLABlock
 
 WIDEST_FUSED_MLP = 128  # beyond, the matrix products are too large to keep a hidden layer in registers
-
 UNKNOWN_MLP = "they know no MLP with dropout (MODEL.DROP_RATE), with hooks, or with parts that were replaced"
 
 

@@ -40,6 +40,20 @@ def gelu_kernel(x, out, length, LENGTH: tl.constexpr):
 
 
 @triton.jit
+def tile_at(first, num_tokens, channel, channels, TOKENS: tl.constexpr):
+    """The tokens from `first` on, the places of their channels, and which of these there are."""
+    token = first + tl.arange(0, TOKENS)[:, None]
+    return token, token.to(tl.int64) * channels + channel, (token < num_tokens) & (channel < channels)
+
+
+@triton.jit
+def store_total(partials, total, channel, channels):
+    """A program's sum over its tokens, its row of `partials` (programs, channels)."""
+    target = partials + tl.program_id(0) * channels + channel
+    tl.store(target, tl.sum(total, 0, keep_dims=True), mask=channel < channels)
+
+
+@triton.jit
 def gelu_backward_kernel(
     grad, x, grad_x, out, partials, num_tokens, channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr
 ):
@@ -47,9 +61,7 @@ def gelu_backward_kernel(
     channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     total = tl.zeros((TOKENS, CHANNELS), dtype=tl.float32)
     for first in range(tl.program_id(0) * TOKENS, num_tokens, tl.num_programs(0) * TOKENS):
-        token = first + tl.arange(0, TOKENS)[:, None]
-        ok = (token < num_tokens) & (channel < channels)
-        place = token.to(tl.int64) * channels + channel
+        _, place, ok = tile_at(first, num_tokens, channel, channels, TOKENS)
         value = tl.load(x + place, mask=ok, other=0.0).to(tl.float32)
         upstream = tl.load(grad + place, mask=ok, other=0.0).to(tl.float32)
         phi, bell = normal(value)
@@ -57,8 +69,7 @@ def gelu_backward_kernel(
         result = upstream * (phi + value * bell * DENSITY_AT_ZERO)
         total += result
         tl.store(grad_x + place, result.to(grad_x.dtype.element_ty), mask=ok)
-    target = partials + tl.program_id(0) * channels + channel
-    tl.store(target, tl.sum(total, 0, keep_dims=True), mask=channel < channels)
+    store_total(partials, total, channel, channels)
 
 
 @triton.jit
@@ -69,15 +80,12 @@ def scale_kernel(
     channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     total = tl.zeros((TOKENS, CHANNELS), dtype=tl.float32)
     for first in range(tl.program_id(0) * TOKENS, num_tokens, tl.num_programs(0) * TOKENS):
-        token = first + tl.arange(0, TOKENS)[:, None]
-        ok = (token < num_tokens) & (channel < channels)
-        place = token.to(tl.int64) * channels + channel
+        token, place, ok = tile_at(first, num_tokens, channel, channels, TOKENS)
         factor = tl.load(scale + token // tokens_an_image, mask=token < num_tokens, other=0.0).to(tl.float32)
         result = tl.load(x + place, mask=ok, other=0.0).to(tl.float32) * factor
         total += result
         tl.store(out + place, result.to(out.dtype.element_ty), mask=ok)
-    target = partials + tl.program_id(0) * channels + channel
-    tl.store(target, tl.sum(total, 0, keep_dims=True), mask=channel < channels)
+    store_total(partials, total, channel, channels)
 
 
 class Tile(NamedTuple):
