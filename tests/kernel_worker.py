@@ -24,7 +24,8 @@ from conftest import GOLDEN, MICRO, fill_weights, random_values
 
 from models import MLLA, prepare_for_inference
 from models.fused_block import WIDEST_FUSED_MLP
-from models.kernels import attention, choice, ops, stem, trial
+from models.kernels import attention, choice, ops, segments, stem, trial
+from models.kernels.products import linear_again
 from models.layers import WIDEST_STEM, Stem
 
 KERNELS = ("mixer", "mlp_branch", "mlp", "wide_conv", "stem_conv", "stem_conv_relu")
@@ -60,6 +61,9 @@ def check_against_float64() -> None:
     assert attention.forward_parts(17 * trial.COLUMNS, 1, device) > attention.MOST_PARTS
     assert trial.largest_error("mixer", device, torch.float32, 32, 32, rows=17, batch=1) < 1e-5
     attention.TOKENS_A_PART, attention.num_multiprocessors = tokens, multiprocessors
+    widest, segments.WIDEST_HIDDEN_AGAIN = segments.WIDEST_HIDDEN_AGAIN, 0  # the hidden layer is kept
+    assert trial.largest_error("mlp_branch", device, torch.float32, 48, 16, rows=6, batch=1) < 1e-5
+    segments.WIDEST_HIDDEN_AGAIN = widest
 
 
 def check_golden_gradients() -> None:
@@ -190,7 +194,8 @@ def check_operators() -> None:
     check(ops.conv_backward, x, x, taps, None, True, False)
     check(ops.conv_backward, x, x, taps, x, False, True)
     wide = check(ops.strided_conv, x, taps, bias)
-    check(ops.wide_conv_backward, wide, x, draw(32, 32), bias, taps, wide)
+    check(ops.wide_conv_backward, wide, x, taps, wide)
+    check(linear_again, x, draw(64, 32), draw(64))
     check(ops.gelu, x)
     check(ops.gelu_backward, x, x)
     check(ops.scale_and_sum, x, scale)

@@ -1,5 +1,6 @@
 """Speed on synthetic images that lie on the device: warm-up left out, median of rounds."""
 
+import gc
 import platform
 import statistics
 import time
@@ -128,6 +129,7 @@ def timed(
 ) -> Throughput:
     """The row for `call`, which works through one batch."""
     device = conditions.device
+    forget_peak(device)
     run_rounds(call, device, warmup)
     seconds = run_rounds(call, device, 1)
     wanted = torch.tensor(max(1, round(conditions.round_seconds / seconds)), device=device)
@@ -172,8 +174,9 @@ def synchronise(device: torch.device) -> None:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Let the next peak be that of what comes."""
+    """Let the next peak be that of what comes, without what nobody holds any longer."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -7,7 +7,6 @@ models/mlla.py, models/layers.py and models/attention.py.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.kernels import attention, attention_backward, depthwise, depthwise_backward, norm, pointwise, stem, strided
@@ -116,13 +115,11 @@ def strided_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("mlla::wide_conv_backward", mutates_args=())
-def wide_conv_backward(
-    grad: Tensor, x: Tensor, widen: Tensor, widen_bias: Tensor, taps: Tensor, out: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gradient for x' = x widen^T + widen_bias, with out = strided_conv(x', taps, bias), and (11 C,): of taps, bias
-    and widen_bias. x' is computed again in here, where torch.compile does not see that the forward pass had it.
+def wide_conv_backward(grad: Tensor, x: Tensor, weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """With out = strided_conv(x, weight, bias): the gradient for x, and (11 C,): of weight and bias, and of a bias that
+    was added to x.
     """
-    return strided.strided_backward(grad, linear(x, widen, widen_bias), taps, out)
+    return strided.strided_backward(grad, x, weight, out)
 
 
 @torch.library.custom_op("mlla::stem_conv", mutates_args=())
@@ -141,11 +138,6 @@ def stem_conv_relu(images: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dt
 def stem_conv_backward(grad: Tensor, images: Tensor, weight: Tensor) -> Tensor:
     """Gradient of stem_conv for its weight, float32 in the weight's memory format."""
     return stem.stem_backward(grad, images, weight)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x weight^T + bias in x's dtype; x (..., C), weight (K, C)."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -200,8 +192,8 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 
 @wide_conv_backward.register_fake
-def _(grad: Tensor, x: Tensor, widen: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return empty(x, *x.shape[:-1], len(widen)), empty(x, 11 * len(widen), dtype=torch.float32)
+def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return empty(x), empty(x, 11 * x.shape[-1], dtype=torch.float32)
 
 
 @gelu.register_fake

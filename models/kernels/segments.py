@@ -1,8 +1,9 @@
 """Halves of a block, and a downsampling's wide part, with gradients of their own, written out.
 
 What is cheap is computed again in the backward pass instead of being kept: norms, SiLU, GELU, the gated output of
-attention, the wide tokens of a downsampling. The gradient of a bias is summed by the kernel that writes the gradient of
-what it was added to. Around the kernels this is plain PyTorch, for torch.compile to fuse.
+attention, the wide tokens of a downsampling, and the MLP's hidden layer where channels are few. The gradient of a bias
+is summed by the kernel that writes the gradient of what it was added to. Around the kernels this is plain PyTorch, for
+torch.compile to fuse.
 """
 
 from typing import Any
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.kernels import ops
-from models.kernels.products import add_product
+from models.kernels.products import add_product, linear, linear_again
+
+WIDEST_HIDDEN_AGAIN = 96  # channels up to which a hidden layer's product costs little more than its passes over memory
 
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -37,9 +40,9 @@ class Mixer(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         """Tokens x (B, H, W, C), tables of angles, a scale (B, 1, 1, 1) of the branch, then weights and biases."""
         residual, normed = ops.conv_norm(x, cpe, cpe_bias, norm, norm_bias, eps)
-        before, opening = ops.linear(normed, inner, inner_bias), ops.linear(normed, gate, gate_bias)
+        before, opening = linear(normed, inner, inner_bias), linear(normed, gate, gate_bias)
         v, inactive = ops.conv_silu(before, dwc, dwc_bias, True)
-        queries_keys = ops.linear(v, qk, qk_bias)
+        queries_keys = linear(v, qk, qk_bias)
         gated, ungated, matrix, mean = ops.linear_attention(
             queries_keys, v, opening, lepe, lepe_bias, cos, sin, heads, True
         )
@@ -48,7 +51,7 @@ class Mixer(torch.autograd.Function):
             *(x, residual, before, opening, inactive, queries_keys, ungated, matrix, mean, cos, sin, scale),
             *(cpe, norm, norm_bias, inner, gate, dwc, qk, lepe, out),
         )
-        return residual + ops.linear(gated, out, out_bias) * scale
+        return residual + linear(gated, out, out_bias) * scale
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -95,14 +98,18 @@ class MlpBranch(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         """Tokens x (B, H, W, C), a scale (B, 1, 1, 1) of the branch, then weights and biases."""
         residual, normed = ops.conv_norm(x, cpe, cpe_bias, norm, norm_bias, eps)
-        hidden = ops.linear(normed, widen, widen_bias)
+        hidden = linear(normed, widen, widen_bias)
         ctx.eps = eps
-        ctx.save_for_backward(x, residual, hidden, scale, cpe, norm, norm_bias, widen, narrow)
-        return residual + ops.linear(ops.gelu(hidden), narrow, narrow_bias) * scale
+        kept = hidden if x.shape[-1] > WIDEST_HIDDEN_AGAIN else None
+        ctx.save_for_backward(x, residual, kept, scale, cpe, norm, norm_bias, widen, widen_bias, narrow)
+        return residual + linear(ops.gelu(hidden), narrow, narrow_bias) * scale
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, residual, hidden, scale, cpe, norm, norm_bias, widen, narrow = ctx.saved_tensors
+        x, residual, hidden, scale, cpe, norm, norm_bias, widen, widen_bias, narrow = ctx.saved_tensors
+        if hidden is None:
+            normed = F.layer_norm(residual.float(), norm.shape, norm, norm_bias, ctx.eps).to(residual.dtype)
+            hidden = linear_again(normed, widen, widen_bias)
         branch, of_narrow_bias = ops.scale_and_sum(grad, scale)
         of_hidden, active, of_widen_bias = ops.gelu_backward(through(branch, narrow), hidden)
         of_narrow = weight_gradient(branch, active, narrow)
@@ -122,14 +129,14 @@ class WideConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, widen: Tensor, widen_bias: Tensor, taps: Tensor, taps_bias: Tensor) -> Tensor:
         """Tokens x (B, H, W, C), weights (K, C), (K,), (K, 1, 3, 3) and (K,), to (B, H / 2, W / 2, K)."""
-        out = ops.strided_conv(ops.linear(x, widen, widen_bias), taps, taps_bias)
+        out = ops.strided_conv(linear(x, widen, widen_bias), taps, taps_bias)
         ctx.save_for_backward(x, widen, widen_bias, taps, out)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         x, widen, widen_bias, taps, out = ctx.saved_tensors
-        of_wide, sums = ops.wide_conv_backward(grad, x, widen, widen_bias, taps, out)
+        of_wide, sums = ops.wide_conv_backward(grad, linear_again(x, widen, widen_bias), taps, out)
         of_taps, of_taps_bias, of_widen_bias = split_sums(sums, taps)
         return through(of_wide, widen), weight_gradient(of_wide, x, widen), of_widen_bias, of_taps, of_taps_bias
 

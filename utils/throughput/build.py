@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from utils.benchmark import Conditions, Throughput, forget_peak, measure_inference, measure_training
+from utils.benchmark import Conditions, Throughput, measure_inference, measure_training
 from utils.build import build_ema, build_optimizer, build_precision, build_train_step
 from utils.compiling import prepared_for_inference, resolve_mode
 from utils.distributed import Process, distribute
@@ -104,7 +104,6 @@ def inference_rows(
     model = inference_model(config, process.device, make_model(), prepare)
     rows = []
     for batch_size in sorted({config.DATA.BATCH_SIZE, 1}, reverse=True):
-        forget_peak(process.device)
         rows.append(
             measure_inference(model, conditions, name=name, batch_size=batch_size, image_size=config.DATA.IMG_SIZE)
         )
@@ -126,7 +125,6 @@ def training_rows(
         works["training, MESA"] = derived.mesa_start_epoch * derived.steps_per_epoch
     rows = []
     for work, number in works.items():
-        forget_peak(process.device)
         rows.append(
             measure_training(
                 step,
@@ -148,7 +146,6 @@ def size_rows(
     """Inference at several image sizes; the batch shrinks with the image's area, so that the pixels are as many."""
     rows = []
     for size in sizes:
-        forget_peak(process.device)
         batch_size = max(1, round(config.DATA.BATCH_SIZE * config.DATA.IMG_SIZE**2 / size**2))
         model = inference_model(config, process.device, make_model(), prepare)
         conditions = conditions_of(config, process, config.TEST.COMPILE, in_chans)
