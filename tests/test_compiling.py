@@ -9,8 +9,9 @@ from test_engine import batch, small_step
 from torch import nn
 
 from models import MLLA, prepare_for_inference
-from utils import step_graph
+from utils import compiling, step_graph
 from utils.compiling import captures, compile_regions, resolve_mode
+from utils.launch import MissingCompilerError, missing_compiler_explained
 from utils.step_graph import STEPS_BEFORE_CAPTURE, GraphedTrainStep, why_not_captured
 
 CPU = torch.device("cpu")
@@ -22,6 +23,36 @@ def test_modes() -> None:
     assert captures("reduce-overhead", torch.device("cuda"))
     assert not captures("reduce-overhead", CPU)
     assert not captures("default", torch.device("cuda"))
+
+
+def test_auto_is_off_where_a_gpu_has_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(compiling.logger, "info", lambda words, *parts: said.append(words % parts))
+    monkeypatch.setattr(compiling, "find_spec", lambda *_: object())
+    monkeypatch.setattr(compiling.shutil, "which", lambda *_: None)
+    for compiler, mode in ((None, "off"), ("/usr/bin/cc", "reduce-overhead")):
+        monkeypatch.delenv("CC", raising=False)
+        if compiler:
+            monkeypatch.setenv("CC", compiler)
+        compiling.why_not_compiled.cache_clear()
+        assert [resolve_mode("auto", torch.device("cuda", 0)) for _ in range(2)] == [mode] * 2
+    assert said == ["nothing is compiled: Triton needs a C compiler: install gcc or clang, or let CC name one"]
+    monkeypatch.setattr(compiling, "find_spec", lambda *_: None)
+    compiling.why_not_compiled.cache_clear()
+    assert resolve_mode("auto", torch.device("cuda", 0)) == "off"
+    assert said[1:] == ["nothing is compiled: Triton is not installed"]
+    compiling.why_not_compiled.cache_clear()
+
+
+def test_missing_c_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "/no/cc")
+    line = (
+        r"TEST\.COMPILE default: torch\.compile needs a C compiler, .*CC is /no/cc.*such as gcc, or set it to off"
+    )
+    with pytest.raises(MissingCompilerError, match=line), missing_compiler_explained("TEST.COMPILE default"):
+        raise RuntimeError("RuntimeError: Failed to find C compiler. Please specify via CC environment variable")
+    with pytest.raises(RuntimeError, match="else"), missing_compiler_explained("TEST.COMPILE default"):
+        raise RuntimeError("something else")
 
 
 def test_regions_compile_alone_or_else_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,17 @@
 """torch.compile and CUDA graphs: what a compile mode means, and how a model is prepared for it."""
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from utils.logger import logger
 
 MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune")
 INDUCTOR_MODES = {"default": None, "reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
@@ -15,14 +20,25 @@ MOST_VARIANTS = 64  # graphs of one region: grid sizes, with and without gradien
 
 
 def resolve_mode(mode: str, device: torch.device) -> str:
-    """What "auto" is on this device: reduce-overhead where there is a GPU with Triton, else off."""
+    """What "auto" is on this device: reduce-overhead on a GPU for which something can be compiled, else off."""
     if mode != "auto":
         return mode
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "off"
-    return "reduce-overhead" if device.type == "cuda" else "off"
+    return "off" if why_not_compiled(device) else "reduce-overhead"
+
+
+@cache
+def why_not_compiled(device: torch.device) -> str:
+    """Why nothing can be compiled for a device, or an empty string. If it is a GPU, the log says so, once."""
+    if device.type != "cuda":
+        return "there is no GPU"
+    reason = ""
+    if find_spec("triton") is None:
+        reason = "Triton is not installed"
+    elif not ("CC" in os.environ or shutil.which("gcc") or shutil.which("clang")):
+        reason = "Triton needs a C compiler: install gcc or clang, or let CC name one"
+    if reason:
+        logger.info("nothing is compiled: %s", reason)
+    return reason
 
 
 def compile_regions(model: nn.Module, mode: str, activation_budget: float = 1.0) -> nn.Module:

@@ -21,12 +21,12 @@ MENDABLE = ("MODEL.KERNELS ", "loader workers did not start")
 
 
 class MissingCompilerError(ValueError):
-    """torch.compile needs a C++ compiler that this machine does not have."""
+    """torch.compile needs a compiler that this machine does not have."""
 
 
 @contextmanager
 def missing_compiler_explained(setting: str) -> Iterator[None]:
-    """What Inductor says where it finds no C++ compiler becomes one line; it is known only when a model first runs.
+    """What is said where there is no C++ or C compiler becomes one line; it is known only when a model first runs.
 
     Args:
         setting: the key that asked for torch.compile, with its value.
@@ -38,12 +38,17 @@ def missing_compiler_explained(setting: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         # Inductor wraps it, by torch's version and the mode once or twice, and each time puts its name before its text.
-        if "InvalidCxxCompiler: " not in f"{type(error).__name__}: {error}":
+        words = f"{type(error).__name__}: {error}"
+        if "InvalidCxxCompiler: " in words:
+            language, variable, remedy = "C++", "CXX", "g++"
+        elif "Failed to find C compiler" in words:  # Triton, for a GPU
+            language, variable, remedy = "C", "CC", "gcc"
+        else:
             raise
-        named = f"CXX is {os.environ['CXX']}" if "CXX" in os.environ else "CXX is not set"
+        named = f"{variable} is {os.environ[variable]}" if variable in os.environ else f"{variable} is not set"
         raise MissingCompilerError(
-            f"{setting}: torch.compile needs a C++ compiler, and found none that works ({named}); install one, such as "
-            f"g++, or set it to off"
+            f"{setting}: torch.compile needs a {language} compiler, and found none that works ({named}); install one, "
+            f"such as {remedy}, or set it to off"
         ) from error
 
 
