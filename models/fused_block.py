@@ -22,11 +22,12 @@ UNKNOWN_MLP = "they know no MLP with dropout (MODEL.DROP_RATE), with hooks, or w
 def takes(block: "MLLABlock", x: Tensor, kernel: str) -> bool:
     """Whether the kernels take tokens x (B, H, W, C) through "mixer" or "mlp_branch", the block's halves, or "mlp"."""
     attention = block.attn
-    needs: dict[str, Any] = {"mixer": {"norm": block.norm1, "head_width": attention.dim // attention.num_heads}}
-    needs["mlp_branch"] = {"norm": block.norm2}
-    return choice.takes(
-        block.kernels, x, kernel, channels=attention.dim, dtype=computed_dtype(x), **needs.get(kernel, {})
-    )
+    needs: dict[str, dict[str, Any]] = {
+        "mixer": {"norm": block.norm1, "head_width": attention.dim // attention.num_heads},
+        "mlp_branch": {"norm": block.norm2},
+        "mlp": {},
+    }
+    return choice.takes(block.kernels, x, kernel, channels=attention.dim, dtype=computed_dtype(x), **needs[kernel])
 
 
 def drops_out(block: "MLLABlock") -> bool:

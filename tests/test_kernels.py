@@ -1,7 +1,7 @@
 """The Triton kernels, in a process of their own: Triton decides when it is imported whether it interprets."""
 
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -20,9 +20,12 @@ def test_kernels_compute_what_plain_pytorch_does() -> None:
     """
     environment = {"CUDA_VISIBLE_DEVICES": "0"} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     shares = ("float64", "prepared", "operators", "trial", "some"), ("golden", "modes", "stem", "compiled")
+
+    def run(words: tuple[str, ...]) -> CompletedProcess[str]:
+        return run_python("tests/kernel_worker.py", *words, timeout=290, **environment)
+
     with ThreadPoolExecutor() as threads:
-        work = partial(run_python, "tests/kernel_worker.py", timeout=290, **environment)
-        ends = list(threads.map(lambda words: work(*words), shares))
+        ends = list(threads.map(run, shares))
     for done in ends:
         assert done.returncode == 0, done.stdout + done.stderr
     assert sum(done.stdout.count(" s\n") for done in ends) == 10
