@@ -37,7 +37,7 @@ from data.image_folder import ImageFolder
 from data.samplers import TrainSampler
 from data.transforms import CROP_FRACTION
 from data.zip_folder import ZipFolder
-from utils.command_line import Parser
+from utils.command_line import Parser, at_least
 
 SIZE, FILE_BYTES = (500, 375), 72_000
 BATCH = 32
@@ -45,9 +45,9 @@ BATCH = 32
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="loader processes to try")
-    parser.add_argument("--images", type=int, default=384, help="images a round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=at_least(0), nargs="+", default=[0, 1, 2], help="loader processes to try")
+    parser.add_argument("--images", type=at_least(1), default=384, help="images a round")
+    parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--profile", action="store_true", help="print the functions that take most of a core's time")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)  # one core, as a loader's worker has

@@ -17,7 +17,7 @@ from data.dataset import Failure, ImageSource, keep_batch
 from data.decoding import BrokenImageError, decode_fast
 from data.image_folder import ImageFolder
 from data.zip_folder import ZipFolder
-from utils.command_line import Parser, mistakes_in_one_line
+from utils.command_line import Parser, at_least, mistakes_in_one_line
 
 CHUNK = 32
 
@@ -26,12 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("path", help="folder with train/ and val/, or with train.zip and val.zip")
     parser.add_argument("--zip", action="store_true", help="read the archives")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--workers", type=at_least(0), default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--output", type=Path, default=Path("bad_images.txt"), help="the list; must not be there yet")
     arguments = parser.parse_args(argv)
     with mistakes_in_one_line():
         if arguments.output.exists():
             raise ValueError(f"{arguments.output} is there; move it away, or name another file with --output")
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)  # a mistake there must not cost a scan
         sources: list[ImageSource] = [
             ZipFolder(arguments.path, split) if arguments.zip else ImageFolder(arguments.path, split)
             for split in ("train", "val")

@@ -27,7 +27,7 @@ from models.ablations import ABLATIONS, Ablation
 from models.build import build_model
 from utils.benchmark import measure_in_turns
 from utils.build import build_precision
-from utils.command_line import Parser, mistakes_in_one_line
+from utils.command_line import Parser, at_least, mistakes_in_one_line
 from utils.paper_plots import plot_ablation
 
 ROOT = Path(__file__).parent.parent
@@ -75,13 +75,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("output/ablation"), help="folder of runs and results")
     parser.add_argument("--rows", nargs="+", default=[row.name for row in ABLATIONS], help="all of them by default")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--scale", type=Path, default=ROOT / "cfgs/ablation/digits.yaml", help="sizes, data and schedule"
     )
-    parser.add_argument("--epochs", type=int, help="instead of the scale's")
+    parser.add_argument("--epochs", type=at_least(1), help="instead of the scale's")
     parser.add_argument("--amp", action="store_true", help="16-bit autocast")
-    parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1))
+    parser.add_argument(
+        "--jobs", type=at_least(1), default=1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
+    )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further run after this time")
     return parser.parse_args(argv)
 

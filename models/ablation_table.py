@@ -18,7 +18,7 @@ from models.ablations import ABLATIONS, Ablation
 from models.build import build_model, input_channels
 from utils.benchmark import measure_in_turns
 from utils.build import build_precision
-from utils.command_line import Parser, mistakes_in_one_line
+from utils.command_line import Parser, at_least, mistakes_in_one_line
 from utils.profiling import profile
 
 CONFIGS = Path(__file__).parent.parent / "cfgs/ablation"
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, help="Markdown file to write")
     parser.add_argument("--throughput", action="store_true", help="measure inference too")
-    parser.add_argument("--batch-size", type=int, default=128, help="of --throughput")
+    parser.add_argument("--batch-size", type=at_least(1), default=128, help="of --throughput")
     parser.add_argument("--amp", action="store_true", help="16-bit autocast in --throughput")
     options = parser.parse_args(argv)
     speeds = measure(options.batch_size, amp=options.amp) if options.throughput else None

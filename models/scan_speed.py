@@ -20,7 +20,7 @@ from torch import Tensor
 from models.scan import gated_scan, step_scan
 from models.ssm import unified_attention
 from utils.benchmark import synchronise
-from utils.command_line import Parser, mistakes_in_one_line
+from utils.command_line import Parser, at_least, mistakes_in_one_line
 from utils.paper_plots import plot_speed
 
 HEADS, HEAD_DIM = 3, 32
@@ -39,9 +39,11 @@ STEPWISE, TRITON = "forget gate, step by step", "forget gate, Triton"
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[196, 784, 3136, 12544, 65536])
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--most-steps", type=int, default=12544, help="longest step-by-step run with gradients, tokens")
+    parser.add_argument("--tokens", type=at_least(1), nargs="+", default=[196, 784, 3136, 12544, 65536])
+    parser.add_argument("--batch-size", type=at_least(1), default=1)
+    parser.add_argument(
+        "--most-steps", type=at_least(0), default=12544, help="longest step-by-step run with gradients, tokens"
+    )
     parser.add_argument("--forward-only", action="store_true", help="leave gradients out")
     parser.add_argument(
         "--cpu-time", action="store_true", help="for a busy machine: CPU time of one thread, not the wall's"
@@ -49,8 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("output/scan_speed"))
     options = parser.parse_args(argv)
     with mistakes_in_one_line():
-        if min(*options.tokens, options.batch_size) < 1:
-            raise ValueError("--tokens and --batch-size: must be at least 1")
         if options.cpu_time and (torch.cuda.is_available() or torch.get_num_threads() > 1):
             raise ValueError("--cpu-time: is for one thread on a CPU; set OMP_NUM_THREADS=1 and CUDA_VISIBLE_DEVICES=")
         options.output.mkdir(parents=True, exist_ok=True)

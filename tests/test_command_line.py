@@ -7,7 +7,7 @@ import pytest
 from conftest import exit_code, run_python
 from test_imports import COMMANDS
 
-from utils.command_line import SECOND_VOICE_SECONDS, Parser, mistakes_in_one_line
+from utils.command_line import SECOND_VOICE_SECONDS, Parser, at_least, mistakes_in_one_line
 
 
 @pytest.mark.parametrize("error", [ValueError("KEY 3: too many; lower it"), FileNotFoundError(2, "No such file", "x")])
@@ -53,7 +53,8 @@ def test_every_command_names_a_mistyped_flag(name: str, capsys: pytest.CaptureFi
         (["x", "--image", "3"], "unrecognized arguments: --image 3; did you mean --image-size?"),
         (["x", "--zzz"], "unrecognized arguments: --zzz; see --help"),
         (["x", "y"], "unrecognized arguments: y; see --help"),
-        (["x", "--image-size", "big"], "argument --image-size: invalid int value: 'big'; see --help"),
+        (["x", "--image-size", "big"], "argument --image-size: big: must be a whole number, at least 8; see --help"),
+        (["x", "--image-size", "7"], "argument --image-size: 7: must be a whole number, at least 8; see --help"),
         ([], "the following arguments are required: path; see --help"),
         (["--", "--zzz", "y"], "unrecognized arguments: y; see --help"),
     ],
@@ -61,7 +62,8 @@ def test_every_command_names_a_mistyped_flag(name: str, capsys: pytest.CaptureFi
 def test_the_line_of_a_mistyped_command_line(words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
     parser = Parser("A command.", prog="command")
     parser.add_argument("path")
-    parser.add_argument("--image-size", type=int)
+    parser.add_argument("--image-size", type=at_least(8))
+    assert parser.parse_args(["x", "--image-size", "8"]).image_size == 8
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(words)
     assert stop.value.code == 2

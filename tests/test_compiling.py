@@ -46,7 +46,7 @@ def test_auto_is_off_where_a_gpu_has_no_compiler(monkeypatch: pytest.MonkeyPatch
 
 def test_missing_c_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "/no/cc")
-    line = r"TEST\.COMPILE default: torch\.compile needs a C compiler, .*CC is /no/cc.*such as gcc, or set it to off"
+    line = r"TEST\.COMPILE default: torch\.compile needs a C compiler, .*CC is /no/cc.*such as gcc, or leave it off"
     with pytest.raises(MissingCompilerError, match=line), missing_compiler_explained("TEST.COMPILE default"):
         raise RuntimeError("RuntimeError: Failed to find C compiler. Please specify via CC environment variable")
     with pytest.raises(RuntimeError, match="else"), missing_compiler_explained("TEST.COMPILE default"):

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from downstream.detection import benchmark
 
@@ -26,3 +27,23 @@ def test_unknown_models(capsys: pytest.CaptureFixture[str]) -> None:
         benchmark.main(["--models", "resnet", "--height", "64", "--width", "64"])
     assert stop.value.code == 2
     assert "error: --models resnet: known are mlla_t" in capsys.readouterr().err
+
+
+def test_compiling_without_a_compiler_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_regions(model: nn.Module, mode: str) -> None:
+        def fail(*_: object) -> None:
+            raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
+
+        assert mode == "default"
+        model.register_forward_pre_hook(fail)
+
+    monkeypatch.setattr(benchmark, "compile_regions", compile_regions)
+    sizes = ["--height", "64", "--width", "64", "--train-batches", "1", "--test-batches", "--seconds", "0"]
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["--models", "timm:test_convnext", "--compile", *sizes])
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert "| timm:test_convnext | train" in out
+    assert err.startswith("error: --compile: torch.compile needs a C++ compiler")

@@ -232,7 +232,7 @@ def test_no_compiler(
     assert code == 2
     line = f"{words[-2]} {words[-1]}: torch.compile needs a C++ compiler, and found none that works (CXX is {tmp_path}"
     assert line in out
-    assert "install one, such as g++, or set it to off" in out
+    assert "install one, such as g++, or leave it off" in out
     assert "Traceback" not in out + err
 
 

@@ -24,7 +24,7 @@ def images(tmp_path: Path) -> Path:
 def test_broken_images_are_listed(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str, zipped: bool
 ) -> None:
-    output = tmp_path / "bad.txt"
+    output = tmp_path / "new" / "bad.txt"
     source = images
     if zipped:
         source = tmp_path / "zips"
@@ -53,6 +53,10 @@ def test_a_good_data_set_makes_no_list(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for words, reason in ((["--zip"], "no train.zip in it"), ([], "no folder")):
+    for words, reason in (
+        (["--zip"], "no train.zip in it"),
+        ([], "no folder"),
+        (["--workers", "-1"], "argument --workers: -1: must be a whole number, at least 0"),
+    ):
         assert exit_code(verify.main, [str(tmp_path), "--output", str(tmp_path / "bad.txt"), *words]) == 2
         assert reason in capsys.readouterr().err

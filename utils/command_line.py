@@ -8,7 +8,7 @@ import difflib
 import os
 import sys
 import time
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -69,15 +69,30 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """A type for `Parser.add_argument`: a whole number, no smaller."""
+
+    def number(word: str) -> int:
+        try:
+            value = int(word)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{word}: must be a whole number, at least {least}")
+        return value
+
+    return number
+
+
 @contextmanager
-def mistakes_in_one_line() -> Iterator[None]:
+def mistakes_in_one_line(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
     """While a command is set up, what is wrong with its inputs ends it with one line and exit code 2.
 
     Of several processes the first speaks first; the launcher then ends the others, before they repeat it.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except kinds as error:
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(SECOND_VOICE_SECONDS)
         print(f"error: {error}", file=sys.stderr)

@@ -48,7 +48,7 @@ def missing_compiler_explained(setting: str) -> Iterator[None]:
         named = f"{variable} is {os.environ[variable]}" if variable in os.environ else f"{variable} is not set"
         raise MissingCompilerError(
             f"{setting}: torch.compile needs a {language} compiler, and found none that works ({named}); install one, "
-            f"such as {remedy}, or set it to off"
+            f"such as {remedy}, or leave it off"
         ) from error
 
 

@@ -26,7 +26,7 @@ from data.digits import Digits
 from data.transforms import EvalTransform, denormalise
 from models.build import build_model
 from models.inspection import Seen, attention_inputs, attention_map, gate_values, receptive_fields
-from utils.command_line import Parser, mistakes_in_one_line
+from utils.command_line import Parser, at_least, mistakes_in_one_line
 from utils.paper_plots import plot_by_depth, plot_maps
 from utils.weights import load_weights, read_state_dict
 from utils.weights_file import load_checkpoint
@@ -56,15 +56,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--images", type=Path, nargs="+", help="image files")
     source.add_argument("--photographs", action="store_true", help="the two photographs that scikit-learn brings")
-    source.add_argument("--digits", type=int, default=4, help="that many validation digits, where no images are named")
-    parser.add_argument("--size", type=int, help="side of the images in pixels, any; without it DATA.IMG_SIZE")
+    source.add_argument(
+        "--digits", type=at_least(1), default=4, help="that many validation digits, where no images are named"
+    )
+    parser.add_argument("--size", type=at_least(8), help="side of the images in pixels, any; without it DATA.IMG_SIZE")
     parser.add_argument("--query", type=float, nargs=2, default=[0.5, 0.5], metavar=("DOWN", "RIGHT"), help="0 to 1")
     parser.add_argument("--output", type=Path, default=Path("output/pictures"), help="folder for the PNG files")
     options = parser.parse_args(argv)
     if not all(0 <= share <= 1 for share in options.query):
         parser.error(f"--query {options.query}: both must be from 0 (top, left) to 1 (bottom, right)")
-    if options.digits < 1 or (options.size or 8) < 8:
-        parser.error("--digits must be at least 1, --size at least 8")
     return options
 
 

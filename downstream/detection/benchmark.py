@@ -22,7 +22,9 @@ from downstream.detection.structures import Frame, Target
 from downstream.detection.transforms import padded_size
 from utils.amp import Precision, make_precision
 from utils.benchmark import synchronise
-from utils.command_line import Parser, mistakes_in_one_line
+from utils.command_line import Parser, at_least, mistakes_in_one_line
+from utils.compiling import compile_regions
+from utils.launch import MissingCompilerError, missing_compiler_explained
 from utils.settings import ConfigError
 
 CFGS = Path(__file__).parent / "cfgs"
@@ -51,13 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--models", nargs="+", default=list(MODELS), help="mlla_t, mlla_s, mlla_b, timm:NAME, torchvision"
     )
-    parser.add_argument("--train-batches", nargs="*", type=int, default=[2, 16])
-    parser.add_argument("--test-batches", nargs="*", type=int, default=[1])
-    parser.add_argument("--height", type=int, default=800)
-    parser.add_argument("--width", type=int, default=1333)
+    parser.add_argument("--train-batches", nargs="*", type=at_least(1), default=[2, 16])
+    parser.add_argument("--test-batches", nargs="*", type=at_least(1), default=[1])
+    parser.add_argument("--height", type=at_least(1), default=800)
+    parser.add_argument("--width", type=at_least(1), default=1333)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
     parser.add_argument("--amp", action="store_true", help="16-bit autocast")
-    parser.add_argument("--compile", action="store_true", help="also each of our backbones through torch.compile")
+    parser.add_argument("--compile", action="store_true", help="also with a compiled backbone, but for torchvision's")
     parser.add_argument("--output", type=Path, help="file for the table")
     words = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 bench.compile()
             jobs = [(bench.train, n) for n in words.train_batches] + [(bench.detect, n) for n in words.test_batches]
             for job, batch in jobs:
-                lines.append(line_of(job(batch)))
+                with mistakes_in_one_line((MissingCompilerError,)), missing_compiler_explained("--compile"):
+                    lines.append(line_of(job(batch)))
                 print(lines[-1], flush=True)
     if words.output:
         words.output.parent.mkdir(parents=True, exist_ok=True)
@@ -131,8 +134,8 @@ class Bench:
         return build_detector(load_config(path, opts), CLASSES)
 
     def compile(self) -> None:
-        """Compile the backbone, for one size of images; the rest has sizes that follow from what is found."""
-        self.model.backbone.compile()  # type: ignore[union-attr, operator]
+        """Compile the backbone as TRAIN.COMPILE does; the rest has sizes that follow from what is found."""
+        compile_regions(self.model.backbone, "default")  # type: ignore[arg-type]
         self.name += ", compiled"
 
     def inputs(self, batch: int) -> tuple[Tensor, list[Frame], list[Target]]:

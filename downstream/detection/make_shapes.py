@@ -13,7 +13,7 @@ import numpy as np
 
 from downstream.detection.pictures import save_picture
 from downstream.detection.shapes import CATEGORIES, annotation_of, draw_image
-from utils.command_line import Parser, mistakes_in_one_line
+from utils.command_line import Parser, at_least, mistakes_in_one_line
 
 PARTS = {"train": (0.0, 0.65), "val": (0.65, 1.0)}  # of the photographs' width, so that backgrounds differ too
 
@@ -21,9 +21,9 @@ PARTS = {"train": (0.0, 0.65), "val": (0.65, 1.0)}  # of the photographs' width,
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, help="where to write; must be empty, or hold the same data set already")
-    parser.add_argument("--train", type=int, default=1200, metavar="NUMBER", help="training images")
-    parser.add_argument("--val", type=int, default=150, metavar="NUMBER", help="validation images")
-    parser.add_argument("--seed", type=int, default=0, metavar="NUMBER")
+    parser.add_argument("--train", type=at_least(1), default=1200, metavar="NUMBER", help="training images")
+    parser.add_argument("--val", type=at_least(1), default=150, metavar="NUMBER", help="validation images")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="NUMBER")
     words = parser.parse_args(argv)
     with mistakes_in_one_line():
         make_shapes(words.folder, {"train": words.train, "val": words.val}, words.seed)

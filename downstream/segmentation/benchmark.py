@@ -23,7 +23,7 @@ from downstream.segmentation.config import load_config
 from downstream.segmentation.losses import segmentation_loss
 from utils.amp import Precision, make_precision
 from utils.benchmark import peak_memory_mib, synchronise
-from utils.command_line import Parser, mistakes_in_one_line
+from utils.command_line import Parser, at_least, mistakes_in_one_line
 from utils.engine import TrainStep
 from utils.optimizer import make_optimizer
 
@@ -88,10 +88,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--backbones", nargs="+", default=BACKBONES, metavar="TYPE", help="mlla, timm:NAME; first: ratio 1"
     )
-    parser.add_argument("--train-batches", nargs="*", type=int, default=[2, 16], metavar="NUMBER", help="images a step")
-    parser.add_argument("--train-size", nargs=2, type=int, default=[512, 512], metavar="PIXELS", help="height, width")
-    parser.add_argument("--test-size", nargs=2, type=int, default=[512, 2048], metavar="PIXELS", help="height, width")
-    parser.add_argument("--rounds", type=int, default=5, metavar="NUMBER", help="of which the median counts")
+    parser.add_argument(
+        "--train-batches", nargs="*", type=at_least(1), default=[2, 16], metavar="NUMBER", help="images a step"
+    )
+    parser.add_argument(
+        "--train-size", nargs=2, type=at_least(1), default=[512, 512], metavar="PIXELS", help="height, width"
+    )
+    parser.add_argument(
+        "--test-size", nargs=2, type=at_least(1), default=[512, 2048], metavar="PIXELS", help="height, width"
+    )
+    parser.add_argument("--rounds", type=at_least(1), default=5, metavar="NUMBER", help="of which the median counts")
     parser.add_argument("--round-seconds", type=float, default=0.6, metavar="SECONDS", help="about, of each round")
     parser.add_argument("--amp", action="store_true", help="16-bit autocast")
     parser.add_argument("--output", type=Path, metavar="FILE", help="append the rows, one JSON object a line")

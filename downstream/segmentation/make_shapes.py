@@ -14,7 +14,7 @@ from PIL import Image
 
 from downstream.segmentation.pictures import save_mask
 from downstream.segmentation.shapes import SHAPES, render_scene
-from utils.command_line import Parser, mistakes_in_one_line
+from utils.command_line import Parser, at_least, mistakes_in_one_line
 
 CLASSES = ("background", *SHAPES)
 FACTS = "shapes.json"
@@ -23,15 +23,12 @@ FACTS = "shapes.json"
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, help="new folder for images/, masks/ and classes.txt")
-    parser.add_argument("--train", type=int, default=2000, metavar="NUMBER", help="images to train on")
-    parser.add_argument("--val", type=int, default=100, metavar="NUMBER", help="images to evaluate on")
-    parser.add_argument("--size", type=int, default=96, metavar="PIXELS", help="side of the images")
-    parser.add_argument("--seed", type=int, default=0, metavar="NUMBER", help="other images for another seed")
+    parser.add_argument("--train", type=at_least(1), default=2000, metavar="NUMBER", help="images to train on")
+    parser.add_argument("--val", type=at_least(1), default=100, metavar="NUMBER", help="images to evaluate on")
+    parser.add_argument("--size", type=at_least(1), default=96, metavar="PIXELS", help="side of the images")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="NUMBER", help="other images for another seed")
     arguments = parser.parse_args(argv)
     with mistakes_in_one_line():
-        for name in ("train", "val", "size"):
-            if getattr(arguments, name) < 1:
-                raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least 1")
         facts = {name: value for name, value in vars(arguments).items() if name != "folder"}
         if is_there(arguments.folder, facts):
             print(f"{arguments.folder} is there already")

@@ -30,7 +30,7 @@ from downstream.segmentation.inference import predict_tiles
 from downstream.segmentation.pictures import overlay, save_mask
 from downstream.segmentation.transforms import EvalTransform
 from utils.amp import make_precision
-from utils.command_line import Parser, mistakes_in_one_line
+from utils.command_line import Parser, at_least, mistakes_in_one_line
 from utils.weights import classes_in, load_weights, no_weights_error, weights_in
 from utils.weights_file import load_checkpoint
 
@@ -73,9 +73,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cfg", metavar="FILE", help="YAML file; a run's checkpoint holds its own")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="names, one a line, where the weights have none")
     parser.add_argument(
-        "--tile", type=int, default=0, metavar="PIXELS", help="look at the image's own pixels, in tiles"
+        "--tile", type=at_least(0), default=0, metavar="PIXELS", help="look at the image's own pixels, in tiles"
     )
-    parser.add_argument("--margin", type=int, default=0, metavar="PIXELS", help="of tiles, unused; an eighth of --tile")
+    parser.add_argument(
+        "--margin", type=at_least(0), default=0, metavar="PIXELS", help="of tiles, unused; an eighth of --tile"
+    )
     parser.add_argument("--multi-scale", action="store_true", help="average over six scales and mirror images")
     parser.add_argument("--slide", action="store_true", help="in overlapping windows, at the scale of testing")
     parser.add_argument("--amp", action="store_true", help="16-bit autocast")
