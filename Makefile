@@ -59,7 +59,7 @@ ablation: .venv/installed
 	$(BIN)/python -m models.ablation_study --output output/ablation $(ABLATION)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -9,8 +9,10 @@ import io
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,19 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 MICRO = {"img_size": 64, "embed_dim": 32, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8), "drop_path_rate": 0.0}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def folder_for_leftovers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What torchrun and killed processes leave among the temporary files goes when the tests end."""
+    tmp_path_factory.getbasetemp()  # not in there: what failed tests wrote stays
+    with (
+        tempfile.TemporaryDirectory(prefix="mlla-tests-", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield
 
 
 def random_array(seed: int, *shape: int) -> np.ndarray:
@@ -99,6 +114,21 @@ def exit_code(main: Callable[[list[str]], int], words: Iterable[Any]) -> int:
         return main([str(word) for word in words])
     except SystemExit as stop:
         return int(stop.code or 0)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is a process, other than one that has ended and whose exit code nobody has fetched."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
 
 
 @pytest.fixture
