@@ -8,7 +8,7 @@ from types import FrameType, TracebackType
 
 import torch
 
-from utils.distributed import Process, max_over_processes
+from utils.distributed import max_over_processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -34,10 +34,14 @@ class StopRequest:
     """While it is entered, SIGTERM and SIGUSR1 do not end the process but are noted, for the run to save and end.
 
     Workers whose torchrun was killed are nobody's any more; they stop too.
+
+    Attributes:
+        asked: why this process should stop.
+        cause: why all should, as they last agreed.
     """
 
-    def __init__(self, process: Process) -> None:
-        self.process = process
+    def __init__(self) -> None:
+        self.asked = Cause.NONE
         self.cause = Cause.NONE
         self.former: dict[int, object] = {}
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -57,7 +61,7 @@ class StopRequest:
         self.ask(Cause[signal.Signals(number).name])
 
     def ask(self, cause: Cause) -> None:
-        self.cause = max(self.cause, cause)
+        self.asked = max(self.asked, cause)
 
     def agreed(self) -> Cause:
         """Whether any process was asked to stop, the same answer on each; called by all processes at the same step.
@@ -66,6 +70,6 @@ class StopRequest:
         """
         if self.launcher is not None and os.getppid() != self.launcher:
             self.ask(Cause.LAUNCHER_ENDED)
-        if self.process.num_processes > 1:
-            self.cause = Cause(int(max_over_processes(torch.tensor(int(self.cause)))))
+        # A signal may come while they agree, too late for this answer: `asked` keeps it for the next.
+        self.cause = Cause(int(max_over_processes(torch.tensor(int(self.asked)))))
         return self.cause

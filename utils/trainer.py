@@ -126,7 +126,7 @@ class Trainer:
         self.folder = folder
         self.writer = CheckpointWriter(folder, in_background=plan.save_in_background)
         self.recorder: RunRecorder | None = None
-        self.stop = StopRequest(self.process)
+        self.stop = StopRequest()
         self.saved = state.progress  # nothing to save before the first step
 
     def run(self) -> bool:
