@@ -4,7 +4,7 @@ python tests/soak.py                                all of it, about a quarter o
 python tests/soak.py --kills 5 --processes 2 --signal KILL
 
 Each line of the table is one comparison: the last checkpoint's weights, EMA, optimizer and random number generators,
-and metrics.jsonl.
+and metrics.jsonl. A signal that training does not heed within some steps counts as a difference too.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 STEPS = re.compile(r" step \d+/\d+ ")  # in the log, each five steps once training has begun
+MOST_LINES = 4  # of steps, until a signal has reached all processes and they stop
 SETTINGS = [
     *("MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.NUM_HEADS", "[1, 1, 1, 1]", "MODEL.DROP_RATE", "0.1"),
     *("MODEL.DROP_PATH_RATE", "0.2", "AUG.MIXUP", "0.5", "AUG.REPROB", "0.25", "AUG.MESA", "1.0"),
@@ -48,6 +49,7 @@ class Run:
     ) -> None:
         self.folder = output / "mlla_digits" / "default"
         self.output = output
+        self.unheeded = 0  # signals
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         launcher += [f"--max-restarts={max_restarts}"]
         words = ["main.py", "--cfg", "cfgs/digits.yaml", "--output", str(output), *(["--amp"] if amp else [])]
@@ -87,10 +89,12 @@ class Run:
         time.sleep(delay)
         if process.poll() is not None:
             return False
+        lines = self.step_lines()
         for pid in [process.pid, *(descendants(process.pid) if number == signal.SIGKILL else ())]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
         process.wait(120)
+        self.unheeded += self.step_lines() > lines + MOST_LINES
         return True
 
     def result(self) -> dict[str, Any]:
@@ -136,7 +140,7 @@ def compare(folder: Path, *, number: int, kills: int, processes: int, amp: bool,
         done += often.interrupt(number, rng.uniform(0.5, 4) if early else rng.uniform(0, 2.5), started=not early)
     often.finish()
     name = signal.Signals(number).name
-    parts = differing(alone.result(), often.result())
+    parts = differing(alone.result(), often.result()) + [f"{often.unheeded} signals not heeded"] * bool(often.unheeded)
     verdict = "identical" if not parts else "DIFFERENT: " + ", ".join(parts)
     return (
         f"{name:8} {done:3} times  {processes} process(es)  {'bfloat16' if amp else 'float32 '}  {verdict}  "
