@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from models.mlla import MLLABlock
 
 WIDEST_FUSED_MLP = 128  # beyond, the matrix products are too large to keep a hidden layer in registers
+UNKNOWN_MIXER = "a part of the block was replaced or has hooks, and must be called"
 UNKNOWN_MLP = "they know no MLP with dropout (MODEL.DROP_RATE), with hooks, or with parts that were replaced"
 
 
@@ -40,7 +41,7 @@ def is_original(*modules: nn.Module) -> bool:
 
     The kernels read their weights and do not call them.
     """
-    known = (nn.Linear, TokenConv, Mlp, LinearAttention)
+    known = (nn.Linear, TokenConv, Mlp, LinearAttention, nn.LayerNorm, nn.GELU, nn.Dropout, nn.Identity)
     return all(type(m) in known and not m._forward_hooks and not m._forward_pre_hooks for m in modules)
 
 
@@ -48,10 +49,22 @@ def can_train(block: "MLLABlock", x: Tensor) -> bool:
     """Whether `train` computes the block for tokens x (B, H, W, C), with a gradient."""
     if not (torch.is_grad_enabled() and takes(block, x, "mixer")):
         return False
-    parts = block.cpe1, block.in_proj, block.act_proj, block.dwc, block.attn, block.attn.qk, block.attn.lepe
-    if is_original(*parts, block.out_proj):
-        return True
-    return choice.decline(block.kernels, "a part of the block was replaced or has hooks, and must be called")
+    return is_original(*mixer_parts(block)) or choice.decline(block.kernels, UNKNOWN_MIXER)
+
+
+def mixer_parts(block: "MLLABlock") -> tuple[nn.Module, ...]:
+    attention = block.attn
+    inner = block.in_proj, block.act_proj, block.dwc, attention, attention.qk, attention.lepe, block.out_proj
+    return block.cpe1, block.norm1, *inner
+
+
+def mlp_parts(block: "MLLABlock") -> tuple[nn.Module, ...]:
+    mlp = block.mlp
+    return block.cpe2, block.norm2, mlp, mlp.fc1, mlp.act, mlp.drop1, mlp.norm, mlp.fc2, mlp.drop2
+
+
+def knows_mlp(block: "MLLABlock") -> bool:
+    return not drops_out(block) and type(block.mlp.act) is nn.GELU and is_original(*mlp_parts(block))
 
 
 def train(block: "MLLABlock", x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -67,8 +80,7 @@ def train(block: "MLLABlock", x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tenso
     )
     mlp, norm = block.mlp, cast("nn.LayerNorm", block.norm2)
     fc1, fc2 = cast("nn.Linear", mlp.fc1), cast("nn.Linear", mlp.fc2)
-    is_known = not drops_out(block) and type(mlp.act) is nn.GELU and is_original(block.cpe2, mlp, fc1, fc2)
-    if not (takes(block, x, "mlp_branch") and (is_known or choice.decline(block.kernels, UNKNOWN_MLP))):
+    if not (takes(block, x, "mlp_branch") and (knows_mlp(block) or choice.decline(block.kernels, UNKNOWN_MLP))):
         return block.add_mlp(x)
     return segments().MlpBranch.apply(
         *(x, block.drop_path.draw(x), norm.eps, block.cpe2.weight, block.cpe2.bias, norm.weight, norm.bias),
@@ -87,7 +99,10 @@ def can_infer(block: "MLLABlock", x: Tensor) -> bool:
         return True
     if torch.is_grad_enabled() or block.training or drops_out(block):
         return False
-    return takes(block, x, "mixer") or takes(block, x, "mlp_branch")
+    if not (takes(block, x, "mixer") or takes(block, x, "mlp_branch")):
+        return False
+    is_known = is_original(*mixer_parts(block)) and knows_mlp(block)
+    return is_known or choice.decline(block.kernels, UNKNOWN_MIXER)
 
 
 @torch.no_grad()

@@ -120,15 +120,25 @@ def computed_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if is_cast else x.dtype
 
 
+def is_convolution(layer: nn.Module, conv: nn.Module, size: int, *, has_bias: bool) -> bool:
+    """Whether a layer's convolution, with stride 2 if it has a window, is what its kernel computes, without hooks."""
+    is_called = any(m._forward_hooks or m._forward_pre_hooks for m in layer.modules())
+    if is_called or type(conv) not in (nn.Conv2d, DepthwiseConv) or (conv.bias is not None) is not has_bias:
+        return False
+    stride, padding = (2, 2) if size > 1 else (1, 1), (size // 2, size // 2)
+    return (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((size, size), stride, padding, (1, 1))
+
+
 def stem_conv(images: Tensor, layer: ConvLayer, kernels: str = "auto") -> Tensor:
     """layer(images) for the stem's first layer, (B, in_chans, H, W) -> (B, C, H / 2, W / 2); H and W / 2 are even.
 
     The kernel reads images of any strides and dtype, and knows no gradient for them.
     """
     conv, dtype = layer.conv, computed_dtype(images)
-    is_folded = conv.bias is not None  # it has taken up the batch norm, for inference
+    is_folded = isinstance(layer.norm, nn.Identity)  # the convolution has taken up the batch norm, for inference
     kernel, frozen = ("stem_conv_relu", (images, conv.weight, conv.bias)) if is_folded else ("stem_conv", (images,))
     is_known = conv.in_channels == RGB and conv.out_channels <= WIDEST_STEM and not needs_gradient(*frozen)
+    is_known = is_known and is_convolution(layer, conv, 3, has_bias=is_folded) and type(layer.act) is nn.ReLU
     if not (is_known and choice.takes(kernels, images, kernel, channels=conv.out_channels, dtype=dtype)):
         return layer(images.contiguous(memory_format=torch.channels_last))
     if is_folded:
@@ -180,7 +190,11 @@ class Downsample(nn.Module):
         x = pad_to_multiple(tokens.permute(0, 3, 1, 2), 2)  # (B, C, H, W), both even
         widen, depthwise, narrow = (cast("ConvLayer", layer) for layer in self.conv)
         dtype = computed_dtype(tokens)
-        if choice.takes(self.kernels, tokens, "wide_conv", channels=widen.conv.out_channels, dtype=dtype):
+        is_known = all(
+            is_convolution(layer, layer.conv, size, has_bias=True) and type(layer.act) is nn.ReLU
+            for layer, size in ((widen, 1), (depthwise, 3))
+        ) and not (narrow._forward_hooks or narrow.conv._forward_hooks)
+        if is_known and choice.takes(self.kernels, tokens, "wide_conv", channels=widen.conv.out_channels, dtype=dtype):
             x = x.permute(0, 2, 3, 1).to(dtype)  # (B, H, W, C)
             x = segments().WideConv.apply(
                 *(x, widen.conv.weight.flatten(1), widen.conv.bias, depthwise.conv.weight, depthwise.conv.bias)

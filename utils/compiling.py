@@ -50,7 +50,10 @@ def compile_regions(model: nn.Module, mode: str, activation_budget: float = 1.0)
     """
     if mode == "off":
         return model
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VARIANTS)
+    limit = (
+        "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    )  # of torch 2.6
+    setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), MOST_VARIANTS))
     torch._functorch.config.activation_memory_budget = activation_budget
     regions = [module for module in model.modules() if getattr(module, "is_region", False)]
     for module in regions or [model]:
@@ -98,7 +101,8 @@ class Capture:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=side_stream(device)):
+        # A loader's thread may allocate pinned memory meanwhile, which "global", the default, forbids to all threads.
+        with torch.cuda.graph(self.graph, stream=side_stream(device), capture_error_mode="thread_local"):
             self.result = function()
 
     def __call__(self) -> Any:

@@ -116,8 +116,15 @@ def conv_forward_kernel(
             if GATE:
                 more = as_tile(i) + 1 < ROWS
                 opening0, opening1, opening2, opening3 = load_opening(
-                    *(attended + offset, gate_pointer, row + 1, height, ok1 & more, ok2 & more),
-                    *(width, channels, gate_token_stride),
+                    attended + offset,
+                    gate_pointer,
+                    row + 1,
+                    height,
+                    ok1 & more,
+                    ok2 & more,
+                    width,
+                    channels,
+                    gate_token_stride,
                 )
             result1 = current1 + low0 * a + low1 * b + low2 * c
             result2 = current2 + low0 * b + low1 * c + low2 * d

@@ -58,8 +58,15 @@ def conv_backward_kernel(
             x_below1, x_below2 = x_next1.to(tl.float32), x_next2.to(tl.float32)
             more = as_tile(i) < ROWS + 1
             next0, next1, next2, next3 = load_row(
-                *(grad_pointer, row + 1, height, ok0 & more, ok1 & more, ok2 & more, ok3 & more),
-                *(grad_row_stride, grad_token_stride),
+                grad_pointer,
+                row + 1,
+                height,
+                ok0 & more,
+                ok1 & more,
+                ok2 & more,
+                ok3 & more,
+                grad_row_stride,
+                grad_token_stride,
             )
             more = as_tile(i) + 1 < ROWS
             x_next1, x_next2 = load_pair(

@@ -108,7 +108,9 @@ class MlpBranch(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, residual, hidden, scale, cpe, norm, norm_bias, widen, widen_bias, narrow = ctx.saved_tensors
         if hidden is None:
-            normed = F.layer_norm(residual.float(), norm.shape, norm, norm_bias, ctx.eps).to(residual.dtype)
+            normed = F.layer_norm(residual.float(), norm.shape, norm.float(), norm_bias.float(), ctx.eps).to(
+                residual.dtype
+            )
             hidden = linear_again(normed, widen, widen_bias)
         branch, of_narrow_bias = ops.scale_and_sum(grad, scale)
         of_hidden, active, of_widen_bias = ops.gelu_backward(through(branch, narrow), hidden)

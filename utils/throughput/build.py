@@ -114,7 +114,7 @@ def training_rows(
     config: CfgNode, process: Process, name: str, make_model: MakeModel, derived: Any, in_chans: int
 ) -> list[Throughput]:
     """The run's own step, on all processes together, and with AUG.MESA the same once the teacher has its say."""
-    conditions = conditions_of(config, process, config.TRAIN.COMPILE, in_chans)
+    conditions = conditions_of(config, process, config.TRAIN.COMPILE, in_chans, num_processes=process.num_processes)
     model = make_model()
     num_classes = cast("int", model.num_classes)
     ema, optimizer = build_ema(config, model, derived), build_optimizer(config, model)
@@ -155,12 +155,12 @@ def size_rows(
     return rows
 
 
-def conditions_of(config: CfgNode, process: Process, mode: str, in_chans: int) -> Conditions:
+def conditions_of(config: CfgNode, process: Process, mode: str, in_chans: int, *, num_processes: int = 1) -> Conditions:
     device = process.device
     return Conditions(
         device,
         build_precision(config, device),
         resolve_mode(mode, device),
         in_chans=in_chans,
-        num_processes=process.num_processes if config.BENCHMARK.TRAIN else 1,
+        num_processes=num_processes,
     )
