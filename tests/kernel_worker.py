@@ -170,6 +170,16 @@ def check_modes() -> None:
     block.in_proj.register_forward_hook(lambda *_: called.append(1))
     model(images)
     assert called
+    with torch.no_grad():
+        model(images)
+        assert called == [1, 1]
+        for name in ("mlp.act", "norm2"):
+            for each in (model, plain):
+                each.layers[0].blocks[0].set_submodule(name, torch.nn.Tanh())
+            torch.testing.assert_close(model(images), plain(images), atol=1e-4, rtol=1e-3)
+        for each in (model, plain):
+            each.patch_embed.conv1.act = torch.nn.Tanh()
+        torch.testing.assert_close(model(images), plain(images), atol=1e-4, rtol=1e-3)
 
 
 def check_operators() -> None:
