@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from models.attention import LinearAttention
 from models.kernels import choice
 from models.kernels.products import linear_gelu
-from models.layers import AddedLinear, TokenConv, computed_dtype, ops, segments
+from models.layers import AddedLinear, TokenConv, computed_dtype, has_hooks, ops, segments
 
 if TYPE_CHECKING:
     from models.mlla import MLLABlock
@@ -42,7 +42,7 @@ def is_original(*modules: nn.Module) -> bool:
     The kernels read their weights and do not call them.
     """
     known = (nn.Linear, TokenConv, Mlp, LinearAttention, nn.LayerNorm, nn.GELU, nn.Dropout, nn.Identity)
-    return all(type(m) in known and not m._forward_hooks and not m._forward_pre_hooks for m in modules)
+    return all(type(module) in known and not has_hooks(module) for module in modules)
 
 
 def can_train(block: "MLLABlock", x: Tensor) -> bool:

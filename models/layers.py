@@ -120,10 +120,17 @@ def computed_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if is_cast else x.dtype
 
 
-def is_convolution(layer: nn.Module, conv: nn.Module, size: int, *, has_bias: bool) -> bool:
-    """Whether a layer's convolution, with stride 2 if it has a window, is what its kernel computes, without hooks."""
-    is_called = any(m._forward_hooks or m._forward_pre_hooks for m in layer.modules())
-    if is_called or type(conv) not in (nn.Conv2d, DepthwiseConv) or (conv.bias is not None) is not has_bias:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward; kernels, which read weights, would leave that out."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def is_original(layer: ConvLayer, size: int, *, has_bias: bool) -> bool:
+    """Whether a layer is what its kernel computes: a convolution, with stride 2 if it has a window, and a ReLU."""
+    conv = layer.conv
+    if any(map(has_hooks, layer.modules())) or type(layer.act) is not nn.ReLU:
+        return False
+    if type(conv) not in (nn.Conv2d, DepthwiseConv) or (conv.bias is not None) is not has_bias:
         return False
     stride, padding = (2, 2) if size > 1 else (1, 1), (size // 2, size // 2)
     return (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((size, size), stride, padding, (1, 1))
@@ -138,7 +145,7 @@ def stem_conv(images: Tensor, layer: ConvLayer, kernels: str = "auto") -> Tensor
     is_folded = isinstance(layer.norm, nn.Identity)  # the convolution has taken up the batch norm, for inference
     kernel, frozen = ("stem_conv_relu", (images, conv.weight, conv.bias)) if is_folded else ("stem_conv", (images,))
     is_known = conv.in_channels == RGB and conv.out_channels <= WIDEST_STEM and not needs_gradient(*frozen)
-    is_known = is_known and is_convolution(layer, conv, 3, has_bias=is_folded) and type(layer.act) is nn.ReLU
+    is_known = is_known and is_original(layer, 3, has_bias=is_folded)
     if not (is_known and choice.takes(kernels, images, kernel, channels=conv.out_channels, dtype=dtype)):
         return layer(images.contiguous(memory_format=torch.channels_last))
     if is_folded:
@@ -190,10 +197,8 @@ class Downsample(nn.Module):
         x = pad_to_multiple(tokens.permute(0, 3, 1, 2), 2)  # (B, C, H, W), both even
         widen, depthwise, narrow = (cast("ConvLayer", layer) for layer in self.conv)
         dtype = computed_dtype(tokens)
-        is_known = all(
-            is_convolution(layer, layer.conv, size, has_bias=True) and type(layer.act) is nn.ReLU
-            for layer, size in ((widen, 1), (depthwise, 3))
-        ) and not (narrow._forward_hooks or narrow.conv._forward_hooks)
+        is_known = is_original(widen, 1, has_bias=True) and is_original(depthwise, 3, has_bias=True)
+        is_known = is_known and not (has_hooks(narrow) or has_hooks(narrow.conv))
         if is_known and choice.takes(self.kernels, tokens, "wide_conv", channels=widen.conv.out_channels, dtype=dtype):
             x = x.permute(0, 2, 3, 1).to(dtype)  # (B, H, W, C)
             x = segments().WideConv.apply(

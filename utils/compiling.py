@@ -50,9 +50,8 @@ def compile_regions(model: nn.Module, mode: str, activation_budget: float = 1.0)
     """
     if mode == "off":
         return model
-    limit = (
-        "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-    )  # of torch 2.6
+    # Torch 2.6 has the former name.
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
     setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), MOST_VARIANTS))
     torch._functorch.config.activation_memory_budget = activation_budget
     regions = [module for module in model.modules() if getattr(module, "is_region", False)]
