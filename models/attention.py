@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.kernels import choice
-from models.layers import TokenConv, ops
+from models.layers import TokenConv, has_hooks, ops
 from models.rope import rotate_pairs, spread_over_grid
 
 NORMALISER_EPS = 1e-6
@@ -40,12 +40,11 @@ class LinearAttention(nn.Module):
         `gate` is like v; `rotary` holds the tables (cos, sin) of `position_tables`. Without gradient the kernels may
         compute it, which never write q, k, their rotations or the normaliser to memory.
         """
-        head_width = self.dim // self.num_heads
-        if not torch.is_grad_enabled() and choice.takes(
-            self.kernels, v, "mixer", channels=self.dim, head_width=head_width
-        ):
-            weight, bias = self.lepe.weight, self.lepe.bias
-            return ops().linear_attention(self.qk(v), v, gate, weight, bias, *rotary, self.num_heads, False)[0]
+        lepe, head_width = self.lepe, self.dim // self.num_heads
+        is_known = type(lepe) is TokenConv and not (torch.is_grad_enabled() or has_hooks(lepe))
+        if is_known and choice.takes(self.kernels, v, "mixer", channels=self.dim, head_width=head_width):
+            inputs = self.qk(v), v, gate, lepe.weight, lepe.bias, *rotary
+            return ops().linear_attention(*inputs, self.num_heads, False)[0]
         return (self.attend(v, rotary) + self.lepe(v)) * F.silu(gate)
 
     def attend(self, v: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

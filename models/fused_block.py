@@ -36,35 +36,44 @@ def drops_out(block: "MLLABlock") -> bool:
     return block.mlp.drop1.training and block.mlp.drop1.p > 0
 
 
-def is_original(*modules: nn.Module) -> bool:
-    """Whether modules are those that the block was made of: none replaced, wrapped, parametrised, or with hooks.
+def are(kind: type[nn.Module], *modules: nn.Module) -> bool:
+    """Whether modules are of just this type and without hooks: kernels read their weights and do not call them."""
+    return all(type(module) is kind and not has_hooks(module) for module in modules)
 
-    The kernels read their weights and do not call them.
-    """
-    known = (nn.Linear, TokenConv, Mlp, LinearAttention, nn.LayerNorm, nn.GELU, nn.Dropout, nn.Identity)
-    return all(type(module) in known and not has_hooks(module) for module in modules)
+
+def has_original_mixer(block: "MLLABlock") -> bool:
+    """Whether the parts of the block's first half are those it was made of: none replaced, parametrised or hooked."""
+    attention = block.attn
+    linears = block.in_proj, block.act_proj, block.out_proj
+    return (
+        are(nn.Linear, *linears, attention.qk)
+        and all(linear.bias is not None for linear in linears)
+        and are(TokenConv, block.cpe1, block.dwc, attention.lepe)
+        and are(nn.LayerNorm, block.norm1)
+        and are(LinearAttention, attention)
+    )
+
+
+def has_original_mlp(block: "MLLABlock") -> bool:
+    """The same of its second half."""
+    mlp = block.mlp
+    return (
+        are(TokenConv, block.cpe2)
+        and are(nn.LayerNorm, block.norm2)
+        and are(Mlp, mlp)
+        and are(nn.Linear, mlp.fc1, mlp.fc2)
+        and are(nn.GELU, mlp.act)
+        and mlp.act.approximate == "none"
+        and are(nn.Dropout, mlp.drop1, mlp.drop2)
+        and are(nn.Identity, mlp.norm)
+    )
 
 
 def can_train(block: "MLLABlock", x: Tensor) -> bool:
     """Whether `train` computes the block for tokens x (B, H, W, C), with a gradient."""
     if not (torch.is_grad_enabled() and takes(block, x, "mixer")):
         return False
-    return is_original(*mixer_parts(block)) or choice.decline(block.kernels, UNKNOWN_MIXER)
-
-
-def mixer_parts(block: "MLLABlock") -> tuple[nn.Module, ...]:
-    attention = block.attn
-    inner = block.in_proj, block.act_proj, block.dwc, attention, attention.qk, attention.lepe, block.out_proj
-    return block.cpe1, block.norm1, *inner
-
-
-def mlp_parts(block: "MLLABlock") -> tuple[nn.Module, ...]:
-    mlp = block.mlp
-    return block.cpe2, block.norm2, mlp, mlp.fc1, mlp.act, mlp.drop1, mlp.norm, mlp.fc2, mlp.drop2
-
-
-def knows_mlp(block: "MLLABlock") -> bool:
-    return not drops_out(block) and type(block.mlp.act) is nn.GELU and is_original(*mlp_parts(block))
+    return has_original_mixer(block) or choice.decline(block.kernels, UNKNOWN_MIXER)
 
 
 def train(block: "MLLABlock", x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -80,7 +89,8 @@ def train(block: "MLLABlock", x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tenso
     )
     mlp, norm = block.mlp, cast("nn.LayerNorm", block.norm2)
     fc1, fc2 = cast("nn.Linear", mlp.fc1), cast("nn.Linear", mlp.fc2)
-    if not (takes(block, x, "mlp_branch") and (knows_mlp(block) or choice.decline(block.kernels, UNKNOWN_MLP))):
+    is_known = has_original_mlp(block) and not drops_out(block)
+    if not (takes(block, x, "mlp_branch") and (is_known or choice.decline(block.kernels, UNKNOWN_MLP))):
         return block.add_mlp(x)
     return segments().MlpBranch.apply(
         *(x, block.drop_path.draw(x), norm.eps, block.cpe2.weight, block.cpe2.bias, norm.weight, norm.bias),
@@ -101,7 +111,7 @@ def can_infer(block: "MLLABlock", x: Tensor) -> bool:
         return False
     if not (takes(block, x, "mixer") or takes(block, x, "mlp_branch")):
         return False
-    is_known = is_original(*mixer_parts(block)) and knows_mlp(block)
+    is_known = has_original_mixer(block) and has_original_mlp(block)
     return is_known or choice.decline(block.kernels, UNKNOWN_MIXER)
 
 

@@ -7,30 +7,38 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from models.fused_block import WIDEST_FUSED_MLP
-from models.layers import AddedLinear, ConvLayer, TokenConv
+from models.fused_block import WIDEST_FUSED_MLP, has_original_mixer, has_original_mlp
+from models.layers import AddedLinear, ConvLayer, TokenConv, has_hooks
 from models.mlla import MLLABlock
 
 
 def prepare_for_inference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy in evaluation mode that computes the same with fewer passes over memory; it cannot be trained.
 
+    What has hooks, and blocks in which parts were replaced, stay as they are.
+
     Args:
         model: an MLLA, or a network that holds one.
-        dtype: of the weights of linear layers and convolutions; norms and the kernels' depthwise weights, which are
+        dtype: of the weights of linear layers and convolutions; norms and the blocks' depthwise weights, which are
             small, stay as they are. Run it under autocast of this dtype; with float32 nothing is cast.
     """
     model = deepcopy(model).eval().requires_grad_(False)
     for module in model.modules():
-        if isinstance(module, ConvLayer) and isinstance(module.norm, nn.BatchNorm2d):
-            module.conv = fuse_conv_bn_eval(module.conv, module.norm)
+        if isinstance(module, ConvLayer) and can_fold(module):
+            module.conv = fuse_conv_bn_eval(module.conv, cast("nn.BatchNorm2d", module.norm))
             module.norm = nn.Identity()
-        if isinstance(module, MLLABlock):
+        if isinstance(module, MLLABlock) and has_original_mixer(module) and has_original_mlp(module):
             join_products(module)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and not isinstance(module, TokenConv):
             module.to(dtype)
     return model
+
+
+def can_fold(layer: ConvLayer) -> bool:
+    """Whether the layer's norm can go into its convolution: nothing in between is watched or replaced."""
+    conv, norm = layer.conv, layer.norm
+    return type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and not (has_hooks(conv) or has_hooks(norm))
 
 
 def join_products(block: MLLABlock) -> None:

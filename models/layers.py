@@ -125,15 +125,27 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def is_original(layer: ConvLayer, size: int, *, has_bias: bool) -> bool:
-    """Whether a layer is what its kernel computes: a convolution, with stride 2 if it has a window, and a ReLU."""
+def is_original(
+    layer: ConvLayer,
+    kind: type[nn.Conv2d],
+    size: int,
+    *,
+    has_bias: bool,
+    norm: type[nn.Module] | None = nn.Identity,
+    act: type[nn.Module] = nn.ReLU,
+) -> bool:
+    """Whether a layer is what its kernel computes, and nothing in it has hooks.
+
+    That is a convolution of this kind, with stride 2 if it has a window, act, and norm (None: its own is called).
+    """
     conv = layer.conv
-    if any(map(has_hooks, layer.modules())) or type(layer.act) is not nn.ReLU:
+    if any(map(has_hooks, layer.modules())) or type(layer.act) is not act or (norm and type(layer.norm) is not norm):
         return False
-    if type(conv) not in (nn.Conv2d, DepthwiseConv) or (conv.bias is not None) is not has_bias:
+    if type(conv) is not kind or (conv.bias is not None) is not has_bias:
         return False
     stride, padding = (2, 2) if size > 1 else (1, 1), (size // 2, size // 2)
-    return (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((size, size), stride, padding, (1, 1))
+    known = (size, size), stride, padding, (1, 1), (conv.in_channels if kind is DepthwiseConv else 1)
+    return (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) == known
 
 
 def stem_conv(images: Tensor, layer: ConvLayer, kernels: str = "auto") -> Tensor:
@@ -145,7 +157,7 @@ def stem_conv(images: Tensor, layer: ConvLayer, kernels: str = "auto") -> Tensor
     is_folded = isinstance(layer.norm, nn.Identity)  # the convolution has taken up the batch norm, for inference
     kernel, frozen = ("stem_conv_relu", (images, conv.weight, conv.bias)) if is_folded else ("stem_conv", (images,))
     is_known = conv.in_channels == RGB and conv.out_channels <= WIDEST_STEM and not needs_gradient(*frozen)
-    is_known = is_known and is_original(layer, 3, has_bias=is_folded)
+    is_known = is_known and is_original(layer, nn.Conv2d, 3, has_bias=is_folded, norm=None)
     if not (is_known and choice.takes(kernels, images, kernel, channels=conv.out_channels, dtype=dtype)):
         return layer(images.contiguous(memory_format=torch.channels_last))
     if is_folded:
@@ -197,8 +209,12 @@ class Downsample(nn.Module):
         x = pad_to_multiple(tokens.permute(0, 3, 1, 2), 2)  # (B, C, H, W), both even
         widen, depthwise, narrow = (cast("ConvLayer", layer) for layer in self.conv)
         dtype = computed_dtype(tokens)
-        is_known = is_original(widen, 1, has_bias=True) and is_original(depthwise, 3, has_bias=True)
-        is_known = is_known and not (has_hooks(narrow) or has_hooks(narrow.conv))
+        is_known = (
+            not has_hooks(self.conv)
+            and is_original(widen, nn.Conv2d, 1, has_bias=True)
+            and is_original(depthwise, DepthwiseConv, 3, has_bias=True)
+            and is_original(narrow, nn.Conv2d, 1, has_bias=True, norm=None, act=nn.Identity)
+        )
         if is_known and choice.takes(self.kernels, tokens, "wide_conv", channels=widen.conv.out_channels, dtype=dtype):
             x = x.permute(0, 2, 3, 1).to(dtype)  # (B, H, W, C)
             x = segments().WideConv.apply(

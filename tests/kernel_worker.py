@@ -1,26 +1,14 @@
-"""What test_kernels.py runs in a process of its own: on a GPU, or by Triton's interpreter where there is none.
-
-Arguments, if any, are words of the checks' names: `python tests/kernel_worker.py stem compiled`.
+"""The kernels beside float64 and the golden numbers; test_kernels.py runs it, with words of the checks' names if any:
+`python tests/kernel_worker.py stem trial`.
 """
 
-import os
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import torch
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
-
 import numpy as np
+import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, MICRO, fill_weights, random_values
+from kernel_process import DEVICE, run_checks
 
 from models import MLLA, prepare_for_inference
 from models.fused_block import WIDEST_FUSED_MLP
@@ -121,67 +109,6 @@ def check_prepared_model() -> None:
             assert max(errors[:2]) < 1.3 * errors[2] + 1e-6
 
 
-def check_gradients_of_some() -> None:
-    """Where only some parameters are trained, what their gradients need is kept."""
-    choice.remembered_trial = lambda *_: ""  # check_trial has its turn
-    for trained in ("lepe.weight", "dwc.bias", "attn.qk.bias", "fc2.bias"):
-        gradients = []
-        for kernels in ("triton", "torch"):
-            torch.manual_seed(0)
-            model = MLLA(img_size=32, embed_dim=16, depths=(1,), num_heads=(1,), kernels=kernels, drop_path_rate=0.0)
-            model.to(DEVICE).requires_grad_(False)
-            (parameter,) = [p for name, p in model.named_parameters() if name.endswith(trained)]
-            parameter.requires_grad_()
-            model(torch.ones(1, 3, 16, 24, device=DEVICE)).square().sum().backward()
-            assert parameter.grad is not None
-            gradients.append(parameter.grad)
-        torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
-
-
-def check_modes() -> None:
-    """Checkpoints (with the trial inside of one), dropout, evaluation with gradients, no bias of q and k, no images,
-    parts that must be called, and a prepared model where gradients are on.
-    """
-    choice.remembered_trial.cache_clear()
-    images = torch.randn(2, 3, 12, 20, device=DEVICE)
-
-    def results(kernels: str, training: bool, **options: Any) -> tuple[list[torch.Tensor], MLLA]:
-        torch.manual_seed(0)
-        sizes = {"img_size": 32, "embed_dim": 16, "depths": (1,), "num_heads": (1,), "num_classes": 4}
-        model = MLLA(**sizes, **{"drop_path_rate": 0.0, **options}, kernels=kernels).to(DEVICE).train(training)
-        torch.manual_seed(1)
-        logits = model(images)
-        logits.square().sum().backward()
-        return [logits, *(p.grad for p in model.parameters() if p.grad is not None)], model
-
-    for training, options in (
-        *((True, {"use_checkpoint": True}), (True, {"drop_path_rate": 0.5}), (True, {"drop_rate": 0.1})),
-        *((False, {}), (False, {"qkv_bias": False, "mlp_ratio": 2.0})),
-    ):
-        found, model = results("auto", training, **options)
-        expected, plain = results("torch", training, **options)
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
-    assert model(images[:0]).shape == (0, 4)
-
-    prepared = prepare_for_inference(model, torch.float32)
-    torch.testing.assert_close(prepared(images), plain(images), atol=1e-4, rtol=1e-3)
-    block = model.layers[0].blocks[0]
-    called = []
-    block.in_proj.register_forward_hook(lambda *_: called.append(1))
-    model(images)
-    assert called
-    with torch.no_grad():
-        model(images)
-        assert called == [1, 1]
-        for name in ("mlp.act", "norm2"):
-            for each in (model, plain):
-                each.layers[0].blocks[0].set_submodule(name, torch.nn.Tanh())
-            torch.testing.assert_close(model(images), plain(images), atol=1e-4, rtol=1e-3)
-        for each in (model, plain):
-            each.patch_embed.conv1.act = torch.nn.Tanh()
-        torch.testing.assert_close(model(images), plain(images), atol=1e-4, rtol=1e-3)
-
-
 def check_operators() -> None:
     """Schemas, fake tensors and gradients' registration, as torch.compile relies on them."""
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -226,7 +153,6 @@ def check_stem() -> None:
     """Few programs sum over many blocks; autocast's dtype from float32 images in any memory, compiled, folded; and
     where images need a gradient, they get it.
     """
-    choice.remembered_trial = lambda *_: ""  # check_trial has its turn
     torch.manual_seed(0)
     packed = torch.randn(3, 3, 20, 24, device=DEVICE).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(24, 3, 3, 3, device=DEVICE).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -259,26 +185,6 @@ def check_stem() -> None:
     torch.testing.assert_close(by_fused, by_plain)
 
 
-def check_compiled() -> None:
-    """torch.compile sees one graph of each block, in whatever sizes, with and without gradient."""
-    torch._dynamo.config.recompile_limit = 64
-    choice.remembered_trial = lambda *_: ""  # check_trial has its turn
-    model = MLLA(img_size=32, embed_dim=16, depths=(1,), num_heads=(1,), drop_path_rate=0.0).to(DEVICE)
-    for block in model.layers[0].blocks:
-        block.compile(fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
-    for height, width in ((8, 16), (16, 8)):
-        images = torch.randn(2, 3, height, width, device=DEVICE)
-        gradients = []
-        for kernels in ("auto", "torch"):
-            for module in model.modules():
-                if hasattr(module, "kernels"):
-                    module.kernels = kernels
-            model.train().zero_grad()
-            model(images).square().sum().backward()
-            gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-        torch.testing.assert_close(*gradients, atol=2e-3, rtol=2e-3)
-
-
 def check_trial() -> None:
     """A kernel that does its small problem right is taken; one that computes something else, or fails, is not."""
     state = torch.get_rng_state()
@@ -300,14 +206,12 @@ def check_trial() -> None:
 
 
 if __name__ == "__main__":
-    if DEVICE == "cpu":
-        choice.missing_triton = lambda device_type: ""  # noqa: ARG005
-    torch.backends.cudnn.allow_tf32 = False
-    checks = (check_against_float64, check_golden_logits, check_golden_gradients, check_prepared_model)
-    checks += (check_modes, check_operators, check_trial, check_gradients_of_some, check_stem, check_compiled)
-    for check in checks:
-        if sys.argv[1:] and not any(word in check.__name__ for word in sys.argv[1:]):
-            continue
-        start = time.perf_counter()
-        check()
-        print(f"{check.__name__} on {DEVICE}: {time.perf_counter() - start:.1f} s", flush=True)
+    run_checks(
+        check_against_float64,
+        check_golden_logits,
+        check_golden_gradients,
+        check_prepared_model,
+        check_operators,
+        check_trial,
+        check_stem,
+    )

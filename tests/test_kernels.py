@@ -19,16 +19,15 @@ def test_kernels_compute_what_plain_pytorch_does() -> None:
     Two processes share the checks, as the interpreter is slow.
     """
     environment = {"CUDA_VISIBLE_DEVICES": "0"} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    shares = ("float64", "prepared", "operators", "trial", "some"), ("golden", "modes", "stem", "compiled")
 
-    def run(words: tuple[str, ...]) -> CompletedProcess[str]:
-        return run_python("tests/kernel_worker.py", *words, timeout=290, **environment)
+    def run(worker: str) -> CompletedProcess[str]:
+        return run_python(f"tests/{worker}", timeout=290, **environment)
 
     with ThreadPoolExecutor() as threads:
-        ends = list(threads.map(run, shares))
+        ends = list(threads.map(run, ("kernel_worker.py", "kernel_network_worker.py")))
     for done in ends:
         assert done.returncode == 0, done.stdout + done.stderr
-    assert sum(done.stdout.count(" s\n") for done in ends) == 10
+    assert sum(done.stdout.count(" s\n") for done in ends) == 11
 
 
 def test_plain_path_where_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
