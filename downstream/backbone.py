@@ -64,6 +64,8 @@ class TimmBackbone(nn.Module):
         chosen = [reductions.index(stride) for stride in STRIDES]
         self.widths = [stages[index]["num_chs"] for index in chosen]
         self.indices = body.prune_intermediate_layers(chosen, prune_norm=True, prune_head=True)
+        if hasattr(body, "head"):  # timm before 1.0.31 leaves ConvNeXt's norm in it
+            body.head = nn.Identity()
         self.body = body
         for i, width in enumerate(self.widths):
             self.add_module(f"norm{i}", nn.LayerNorm(width))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from config import load_config
 from utils.amp import make_precision
-from utils.benchmark import Conditions, measure_inference, run_rounds
+from utils.benchmark import Conditions, Throughput, measure_inference, measure_training, run_rounds
 from utils.throughput.build import baseline_factory
 from utils.throughput.report import pixel_table, throughput_table
 
@@ -51,6 +51,21 @@ def test_training_step_and_baseline(run_main: RunMain, tmp_path: Path) -> None:
     assert len(out.splitlines()) >= 5
     with Image.open(tmp_path / "mlla_digits" / "default" / "throughput.png") as picture:
         assert picture.width > 500
+
+
+def test_training_is_measured_without_the_teacher_even_where_it_begins_at_once(
+    run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def watched(step: Any, conditions: Conditions, **options: Any) -> Throughput:
+        asked.append((options["work"], step.compute_losses.variant(options["step"])))
+        return measure_training(step, conditions, **options)
+
+    monkeypatch.setattr("utils.throughput.build.measure_training", watched)
+    words = ["--cfg", "cfgs/digits.yaml", "--throughput", "--train", "--batch-size", "2", "--output", tmp_path]
+    assert run_main(*words, "--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0", "AUG.MESA", "1.0")[0] == 0
+    assert asked == [("training", False), ("training, MESA", True)]
 
 
 # The first is made for one size of images, the last knows no stochastic depth.

@@ -1,6 +1,7 @@
 """Compile modes, and the recorded training step, whose graph is played here by the function itself."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from torch import nn
 
 from models import MLLA, prepare_for_inference
 from utils import compiling, step_graph
-from utils.compiling import captures, compile_regions, resolve_mode
+from utils.compiling import captures, compile_regions, resolve_mode, used_mode
 from utils.launch import MissingCompilerError, missing_compiler_explained
+from utils.optimizer import make_optimizer, parameter_groups
 from utils.step_graph import STEPS_BEFORE_CAPTURE, GraphedTrainStep, why_not_captured
 
 CPU = torch.device("cpu")
@@ -23,6 +25,10 @@ def test_modes() -> None:
     assert captures("reduce-overhead", torch.device("cuda"))
     assert not captures("reduce-overhead", CPU)
     assert not captures("default", torch.device("cuda"))
+    assert [used_mode(mode, is_captured=False) for mode in ("off", "default", "reduce-overhead", "max-autotune")] == [
+        *("off", "default", "default", "max-autotune-no-cudagraphs")
+    ]
+    assert used_mode("reduce-overhead", is_captured=True) == "reduce-overhead"
 
 
 def test_auto_is_off_where_a_gpu_has_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,20 +74,33 @@ def test_regions_compile_alone_or_else_the_model(monkeypatch: pytest.MonkeyPatch
 
 
 class PlayedCapture:
-    """What a CUDA graph does: nothing when it is recorded, the work each time it is replayed."""
+    """What a CUDA graph does: nothing when it is recorded, and each time it is replayed the work as it was recorded,
+    with the optimizer's settings of that time.
+    """
 
     recordings = 0
 
-    def __init__(self, function: Callable[[], Any], warmup_calls: int = 3) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, function: Callable[[], Any], warmup_calls: int = 3) -> None:
         assert warmup_calls == 0
-        self.function = function
+        self.groups, self.function = optimizer.param_groups, function
+        self.recorded = [dict(group) for group in self.groups]
+        assert all(isinstance(group["lr"], torch.Tensor) for group in self.recorded)
         PlayedCapture.recordings += 1
 
     def __call__(self) -> Any:
-        return self.function()
+        present = [dict(group) for group in self.groups]
+        for settings in (self.recorded, present):
+            for group, values in zip(self.groups, settings, strict=True):
+                group["lr"] = values["lr"]
+            if settings is self.recorded:
+                result = self.function()
+        return result
 
 
-def graphed(plain: Any) -> GraphedTrainStep:
+def graphed(plain: Any, monkeypatch: pytest.MonkeyPatch | None = None) -> GraphedTrainStep:
+    """The step recorded; by PlayedCapture, if there is something to patch it in with."""
+    if monkeypatch:
+        monkeypatch.setattr(step_graph, "Capture", partial(PlayedCapture, plain.optimizer))
     return GraphedTrainStep(
         plain.model,
         plain.optimizer,
@@ -94,7 +113,6 @@ def graphed(plain: Any) -> GraphedTrainStep:
 
 def test_recorded_step_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a rate that changes, a teacher from some step on, and batches of another size: each is recorded once."""
-    monkeypatch.setattr(step_graph, "Capture", PlayedCapture)
     PlayedCapture.recordings = 0
     torch.manual_seed(1)
     batches = [batch(8) for _ in range(16)] + [batch(4) for _ in range(6)]
@@ -102,10 +120,10 @@ def test_recorded_step_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> 
     for recorded in (False, True):
         model, train_step = small_step(mesa_ratio=1.0)
         train_step.compute_losses.mesa_start_step = 8  # type: ignore[attr-defined]
-        step: Any = graphed(train_step) if recorded else train_step
+        step: Any = graphed(train_step, monkeypatch) if recorded else train_step
         losses = [step([b], step=i, learning_rate=0.01 * (i + 1)).loss.item() for i, b in enumerate(batches)]
         rates = [group["lr"] for group in train_step.optimizer.param_groups]
-        assert all(isinstance(rate, float) for rate in rates) or recorded
+        assert rates == [0.01 * len(batches)] * len(rates)
         results.append((losses, model[1].weight.detach().clone(), train_step.ema.module[1].weight.clone()))  # type: ignore
         assert step.check_finite(99) is None
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
@@ -115,9 +133,8 @@ def test_recorded_step_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_recorded_step_stops_at_a_loss_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_graph, "Capture", PlayedCapture)
     model, train_step = small_step()
-    step = graphed(train_step)
+    step = graphed(train_step, monkeypatch)
     images, targets = batch()
     for i in range(6):
         step([(images, targets)], step=i, learning_rate=0.01)
@@ -128,15 +145,14 @@ def test_recorded_step_stops_at_a_loss_that_is_not_finite(monkeypatch: pytest.Mo
     assert torch.equal(model[1].weight, before)  # type: ignore[index]
 
 
-def test_optimizer_settings_are_as_before_after_recording(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a checkpoint holds numbers, as without graphs."""
-    monkeypatch.setattr(step_graph, "Capture", PlayedCapture)
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_optimizer_settings_are_as_before_after_recording(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """So that a checkpoint holds numbers, and nothing more than without graphs."""
     _, train_step = small_step()
-    step = graphed(train_step)
-    step.record([batch()], 0)
-    for group in train_step.optimizer.param_groups:
-        assert isinstance(group["lr"], float)
-        assert not group["capturable"]
+    train_step.optimizer = make_optimizer(name, parameter_groups(train_step.model, 0.05))
+    before = [dict(group) for group in train_step.optimizer.param_groups]
+    graphed(train_step, monkeypatch).record([batch()], 0)
+    assert train_step.optimizer.param_groups == before
 
 
 def test_why_a_step_is_not_recorded() -> None:

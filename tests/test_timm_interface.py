@@ -15,6 +15,7 @@ from timm.models import get_notrace_functions, get_notrace_modules, group_parame
 from timm.models._manipulate import adapt_input_conv
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from models.layers import DropPath
@@ -281,6 +282,7 @@ def test_layers_for_layer_wise_rates() -> None:
     assert "absolute_pos_embed" in model.no_weight_decay()
 
 
+@pytest.mark.skipif(TorchVersion(timm.__version__) < (1, 0, 31), reason="timm before 1.0.31 drops the arguments")
 @pytest.mark.parametrize("kwargs", [{"num_classes": 3}, {"num_classes": 3, "global_pool": "max", "in_chans": 1}])
 def test_folders_of_the_hugging_face_hub(tmp_path: Path, kwargs: dict[str, object]) -> None:
     model = thin(**kwargs)

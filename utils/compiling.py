@@ -65,6 +65,11 @@ def captures(mode: str, device: torch.device) -> bool:
     return mode in GRAPH_MODES and device.type == "cuda"
 
 
+def used_mode(mode: str, *, is_captured: bool) -> str:
+    """What a mode came to: itself, or without a graph what is left of it."""
+    return mode if is_captured or mode not in GRAPH_MODES else INDUCTOR_MODES[mode] or "default"
+
+
 @contextmanager
 def on_side_stream(device: torch.device) -> Iterator[None]:
     """Work before a recording must not lie on the default stream, which nothing recorded may wait for."""

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,13 @@ def join_processes(backend: str) -> None:
 
 
 def stop_process() -> None:
+    """Part from the other processes.
+
+    Gloo's threads free the tensors of the last exchange, for which they need Python's lock. Up to torch 2.7 at least,
+    the group is destroyed with that lock held and waits for them for ever: they get their turn before.
+    """
     if dist.is_initialized():
+        time.sleep(0.1)
         dist.destroy_process_group()
 
 

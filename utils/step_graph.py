@@ -57,9 +57,9 @@ class GraphedTrainStep(TrainStep):
         self.inputs = [[tensor.clone(memory_format=torch.preserve_format) for tensor in b] for b in micro_batches]
         self.optimizer.zero_grad(set_to_none=True)
         groups = self.optimizer.param_groups
-        settings = [{name: group.get(name) for name in ("lr", "capturable")} for group in groups]
+        settings = [dict(group) for group in groups]
         for group, rate in zip(groups, self.rates, strict=True):
-            group["lr"], group["capturable"] = rate, True
+            group.update({"lr": rate, "capturable": True} if "capturable" in group else {"lr": rate})
         try:
             self.capture = Capture(lambda: self.run(self.inputs, step), warmup_calls=0)
         finally:

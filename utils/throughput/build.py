@@ -1,7 +1,7 @@
 """From a configuration to measurements: `main.py --throughput`."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,11 +12,13 @@ from yacs.config import CfgNode
 
 from utils.benchmark import Conditions, Throughput, measure_inference, measure_training
 from utils.build import build_ema, build_optimizer, build_precision, build_train_step
-from utils.compiling import prepared_for_inference, resolve_mode
+from utils.compiling import captures, prepared_for_inference, resolve_mode, used_mode
 from utils.distributed import Process, distribute
 from utils.logger import append_records, logger
+from utils.step_graph import GraphedTrainStep
 from utils.throughput.report import draw_bars, pixel_table, throughput_table
 
+PLAIN_STEP = -1  # before MESA, even where it begins at step 0
 MakeModel = Callable[[], nn.Module]
 Prepare = Callable[[nn.Module, torch.dtype], nn.Module]
 
@@ -120,7 +122,9 @@ def training_rows(
     ema, optimizer = build_ema(config, model, derived), build_optimizer(config, model)
     model = distribute(model, process, find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS)
     step = build_train_step(config, model, optimizer, ema, conditions.precision, derived)
-    works = {"training": 0}
+    mode = used_mode(conditions.compile, is_captured=isinstance(step, GraphedTrainStep))
+    conditions = replace(conditions, compile=mode)
+    works = {"training": PLAIN_STEP}
     if config.AUG.MESA and ema is not None:
         works["training, MESA"] = derived.mesa_start_epoch * derived.steps_per_epoch
     rows = []
@@ -156,11 +160,13 @@ def size_rows(
 
 
 def conditions_of(config: CfgNode, process: Process, mode: str, in_chans: int, *, num_processes: int = 1) -> Conditions:
+    """`mode` is TEST.COMPILE or TRAIN.COMPILE; whether a training step becomes a graph is known when it is built."""
     device = process.device
+    mode = resolve_mode(mode, device)
     return Conditions(
         device,
         build_precision(config, device),
-        resolve_mode(mode, device),
+        used_mode(mode, is_captured=captures(mode, device)),
         in_chans=in_chans,
         num_processes=num_processes,
     )
