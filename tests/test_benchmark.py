@@ -58,9 +58,9 @@ def test_training_is_measured_without_the_teacher_even_where_it_begins_at_once(
 ) -> None:
     asked: list[tuple[str, bool]] = []
 
-    def watched(step: Any, conditions: Conditions, **options: Any) -> Throughput:
-        asked.append((options["work"], step.compute_losses.variant(options["step"])))
-        return measure_training(step, conditions, **options)
+    def watched(train_step: Any, conditions: Conditions, **options: Any) -> Throughput:
+        asked.append((options["work"], train_step.compute_losses.variant(options["step"])))
+        return measure_training(train_step, conditions, **options)
 
     monkeypatch.setattr("utils.throughput.build.measure_training", watched)
     words = ["--cfg", "cfgs/digits.yaml", "--throughput", "--train", "--batch-size", "2", "--output", tmp_path]
