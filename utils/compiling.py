@@ -2,8 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -12,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from utils.logger import logger
+from utils.streams import on_side_stream, side_stream
 
 MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune")
 INDUCTOR_MODES = {"default": None, "reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
+RECORDING = "recording"  # the stream of recordings, and of what is done before: nothing recorded may wait for another
 MOST_VARIANTS = 64  # graphs of one region: grid sizes, with and without gradient, each once
 
 
@@ -70,25 +71,6 @@ def used_mode(mode: str, *, is_captured: bool) -> str:
     return mode if is_captured or mode not in GRAPH_MODES else INDUCTOR_MODES[mode] or "default"
 
 
-@contextmanager
-def on_side_stream(device: torch.device) -> Iterator[None]:
-    """Work before a recording must not lie on the default stream, which nothing recorded may wait for."""
-    if device.type != "cuda":
-        yield
-        return
-    stream = side_stream(device)
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream().wait_stream(stream)
-
-
-@cache
-def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One and the same, for recordings too: cuBLAS keeps some 60 MiB for every stream that it has seen."""
-    return torch.cuda.Stream(device)
-
-
 class Capture:
     """A function on the device as one CUDA graph, replayed at each call: no work for the host but one launch.
 
@@ -99,14 +81,14 @@ class Capture:
 
     def __init__(self, function: Callable[[], Any], warmup_calls: int = 3) -> None:
         device = torch.device("cuda", torch.cuda.current_device())
-        with on_side_stream(device):
+        with on_side_stream(device, RECORDING):
             for _ in range(warmup_calls):
                 function()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         self.graph = torch.cuda.CUDAGraph()
         # A loader's thread may allocate pinned memory meanwhile, which "global", the default, forbids to all threads.
-        with torch.cuda.graph(self.graph, stream=side_stream(device), capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, stream=side_stream(device, RECORDING), capture_error_mode="thread_local"):
             self.result = function()
 
     def __call__(self) -> Any:

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.streams import start_beside
+
 
 def training_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None, ratio: float = 0.0) -> Tensor:
     """CE(logits, targets) + ratio * CE(logits, softmax(teacher_logits)), in float32 or wider, as a scalar.
@@ -25,6 +27,8 @@ def training_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None
 
 class ClassificationLoss:
     """What a training step minimises: `training_loss` of a model, with a teacher from some step on.
+
+    On a GPU the teacher runs beside the model, on a stream of its own.
 
     Args:
         model: images (B, 3, H, W) to logits (B, classes); in DDP where there are several processes.
@@ -48,9 +52,14 @@ class ClassificationLoss:
     def __call__(self, batch: tuple[Tensor, Tensor], step: int) -> dict[str, Tensor]:
         """The loss of (images (B, 3, H, W), targets (B, classes)) in step `step` of the run."""
         images, targets = batch
-        teacher_logits = None
-        if self.variant(step):
-            assert self.teacher is not None
-            with torch.no_grad():
-                teacher_logits = self.teacher(images)  # (B, classes)
-        return {"loss": training_loss(self.model(images), targets, teacher_logits, self.mesa_ratio)}
+        if not self.variant(step):
+            return {"loss": training_loss(self.model(images), targets)}
+        wait_for_teacher = start_beside(lambda: self.ask_teacher(images), images.device, "teacher")
+        logits = self.model(images)
+        return {"loss": training_loss(logits, targets, wait_for_teacher(), self.mesa_ratio)}
+
+    @torch.no_grad()
+    def ask_teacher(self, images: Tensor) -> Tensor:
+        """Its logits (B, classes)."""
+        assert self.teacher is not None
+        return self.teacher(images)

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.compiling import Capture, on_side_stream
+from utils.compiling import RECORDING, Capture
 from utils.engine import StepResult, TrainStep
+from utils.streams import on_side_stream
 
 STEPS_BEFORE_CAPTURE = 3  # real steps of the run, in which libraries choose their algorithms and allocate workspaces
 
@@ -38,7 +39,7 @@ class GraphedTrainStep(TrainStep):
             self.key, self.steps_of_key, self.capture = key, 0, None
         self.steps_of_key += 1
         if self.steps_of_key <= STEPS_BEFORE_CAPTURE:
-            with on_side_stream(self.is_halted.device):
+            with on_side_stream(self.is_halted.device, RECORDING):
                 return super().__call__(micro_batches, step=step, learning_rate=learning_rate)
         self.set_rates(learning_rate)
         if self.capture is None:
