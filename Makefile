@@ -4,6 +4,7 @@
 # make finetune           train on five digits, then on all ten at another size, from those weights and from scratch
 # make ablation           train all rows of the paper's tables 1 and 2 on digits, three seeds each; ABLATION='--epochs 50' for more
 # make test               lint, format, types and tests
+# make test-oldest        the tests with the oldest torch, torchvision and timm that will do, in .venv-oldest
 # make soak               interrupt training many times; the results must be those of a run left alone (a quarter of an hour)
 # make bench-data         images a second that a core prepares, beside the plain pipeline
 # make clean              remove the virtual environment and what builds left; results in output/ stay
@@ -15,7 +16,7 @@ DEMO_RUN := $(DEMO_OUTPUT)/mlla_digits/default
 # One process for each GPU, two at most; two on a CPU.
 COUNT_PROCESSES := import torch; print(min(2, torch.cuda.device_count() or 2))
 
-.PHONY: demo demo-detection demo-segmentation finetune ablation test lint soak bench-data clean
+.PHONY: demo demo-detection demo-segmentation finetune ablation test test-oldest lint soak bench-data clean
 
 demo: .venv/installed
 	processes=$$($(BIN)/python -c '$(COUNT_PROCESSES)') && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
@@ -58,8 +59,13 @@ demo-detection: .venv/installed
 ablation: .venv/installed
 	$(BIN)/python -m models.ablation_study --output output/ablation $(ABLATION)
 
+TESTS := -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
 test: lint
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+	$(BIN)/python $(TESTS)
+
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python $(TESTS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -80,5 +86,13 @@ bench-data: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
+# Versions of these packages differ in what they can do; of the others the newest will do. Torch 2.6 knows NumPy up to 2.1.
+OLDEST = $(shell sed -nE 's/^(torch|torchvision|timm)>=([0-9.]+).*/"\1==\2.*"/p' requirements.txt) "numpy<2.2"
+
+.venv-oldest/installed: requirements.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt $(OLDEST)
+	touch $@
+
 clean:
-	rm -rf .venv build mlla.egg-info
+	rm -rf .venv .venv-oldest build mlla.egg-info

@@ -24,6 +24,7 @@ from torch.distributed import run as torchrun
 from downstream.segmentation.main import SWITCHES
 from models import variants
 from utils import command_line, convert
+from utils.onnx_file import has_translator
 
 
 class Rule(NamedTuple):
@@ -184,7 +185,7 @@ RULES = [
     Rule(r"(python|torchrun) .* LOG\.WANDB .*", settles),
     Rule(r"(python|torchrun) .*\bmain(\.py)? .*", runs),
     # ONNX and dynamic sizes take long, and tests/test_export.py has them.
-    Rule(r"python -m utils\.export mlla_t\.onnx .*", runs, {"224": "32"}),
+    Rule(r"python -m utils\.export mlla_t\.onnx .*", runs if has_translator() else parses, {"224": "32"}),
     Rule(r"python -m utils\.export (maps|backbone)\.onnx .*", runs, SAFETENSORS),
     Rule(r"python -m utils\.(predict|visualize|compare|report) .*", runs),
     Rule(r"python -m downstream\.\w+\.predict .*", runs),

@@ -18,6 +18,7 @@ Runner = Callable[[Tensor], list[Tensor]]
 
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "exported_program": ".pt2", "safetensors": ".safetensors"}
 STRIDE = 32  # sides of dynamic sizes are multiples of it
+MOST_IMAGES = 2**31 - 1  # at once; without a bound torch before 2.8 refuses timm's models
 ROUNDS = 15
 TIMED_SIDE = 224  # pixels, of files for any size
 
@@ -61,7 +62,7 @@ def read_size(text: str) -> Size:
 
 def program_of(model: nn.Module, images: Tensor, size: Size) -> torch.export.ExportedProgram:
     """torch.export's graph for any number of images, and for sizes that are multiples of 32 if they are dynamic."""
-    shapes: dict[int, Any] = {0: Dim("batch")}
+    shapes: dict[int, Any] = {0: Dim("batch", max=MOST_IMAGES)}
     if size.is_dynamic:
         shapes |= {2: STRIDE * Dim("rows", min=2), 3: STRIDE * Dim("columns", min=2)}
     return torch.export.export(model, (images,), dynamic_shapes=(shapes,), strict=False)

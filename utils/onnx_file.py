@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
+OLDEST_TORCH = "2.8"  # the translators of those before fail on batch norm or on sizes
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 COMPLEX = ("COMPLEX64", "COMPLEX128")
 # Of the float16 form these stay float32: sums over all tokens and divisions by them, and the angles of the rotation.
@@ -24,8 +26,14 @@ class MissingPackageError(ValueError):
     """A package that is needed for this form alone is not installed."""
 
 
+def has_translator() -> bool:
+    return TorchVersion(torch.__version__) >= OLDEST_TORCH
+
+
 def check_packages() -> None:
-    """Raise MissingPackageError with the remedy where ONNX's packages are missing."""
+    """Raise MissingPackageError with the remedy where ONNX's packages are missing, or torch is too old for them."""
+    if not has_translator():
+        raise MissingPackageError(f"--to onnx needs torch {OLDEST_TORCH} or later; this is {torch.__version__}")
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise MissingPackageError(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
