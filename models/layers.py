@@ -121,8 +121,9 @@ def computed_dtype(x: Tensor) -> torch.dtype:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward; kernels, which read weights, would leave that out."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether calling the module does more than compute; kernels, which read weights, would leave that out."""
+    forward, backward = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
+    return bool(forward or backward or module._backward_pre_hooks)
 
 
 def is_original(

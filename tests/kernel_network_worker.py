@@ -90,6 +90,13 @@ def check_replaced() -> None:
                 prepare_for_inference(module, torch.float32)(*inputs[part])
             hook.remove()
             assert called == [name] * 2 or name == "drop_path", name  # which does nothing in inference
+    block, called = made("block", "auto"), []
+    for part in (block.in_proj, block.mlp.fc1):
+        for register in (part.register_full_backward_hook, part.register_full_backward_pre_hook):
+            hook = register(lambda *_: called.append("backward"))
+            block(tokens.clone().requires_grad_(), inputs["block"][1]).sum().backward()
+            hook.remove()
+    assert called == ["backward"] * 4
     choice.remembered_trial = trial
 
 
