@@ -86,7 +86,8 @@ bench-data: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# Versions of these packages differ in what they can do; of the others the newest will do. Torch 2.6 knows NumPy up to 2.1.
+# Versions of these packages differ in what they can do; of the others the newest will do. Triton 3.2, in whose
+# interpreter the kernels are tested, fails with later NumPys.
 OLDEST = $(shell sed -nE 's/^(torch|torchvision|timm)>=([0-9.]+).*/"\1==\2.*"/p' requirements.txt) "numpy<2.2"
 
 .venv-oldest/installed: requirements.txt

@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -192,9 +193,9 @@ def test_mesa_starts_after_a_quarter_of_the_epochs(
     seen = []
     training_loss = losses.training_loss
 
-    def note(logits: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor | None, ratio: float) -> torch.Tensor:
-        seen.append(teacher is not None)
-        return training_loss(logits, targets, teacher, ratio)
+    def note(logits: torch.Tensor, targets: torch.Tensor, *of_teacher: Any) -> torch.Tensor:
+        seen.append(bool(of_teacher))
+        return training_loss(logits, targets, *of_teacher)
 
     monkeypatch.setattr(losses, "training_loss", note)
     words = digits(tmp_path, "TRAIN.COOLDOWN_EPOCHS", "1", "AUG.MESA", "1.0", epochs=4, batch_size=512)
