@@ -10,7 +10,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from utils.settings import (
+from utils.config.schema import (
     ANY,
     BELOW_ONE,
     FRACTION,

@@ -21,8 +21,19 @@ from config import SCHEMA, ConfigError, Derived, derive, load_config
 from data import Data, build_data, build_targets
 from data.transforms import denormalise
 from models import PAPER_FIGURES, build_model, input_channels, prepare_for_inference
-from utils.amp import Precision
-from utils.build import (
+from utils.benchmark.throughput import run_benchmark
+from utils.checkpoint.files import Progress
+from utils.checkpoint.weights import check_classes, load_pretrained, load_weights, read_weights
+from utils.config.command_line import mistakes_in_one_line, parse_command_line
+from utils.distributed.process import Process, distribute
+from utils.logs.environment import note_environment
+from utils.logs.logger import Tracker, logger
+from utils.logs.output_dir import RunLock, open_run_folder, set_aside_checkpoints, write_config
+from utils.logs.plots import CLASSIFIER_PANELS, plot_predictions
+from utils.speed.compile import prepared_for_inference, resolve_mode
+from utils.speed.flops import profile, profile_table
+from utils.training.amp import Precision
+from utils.training.build import (
     build_ema,
     build_optimizer,
     build_plan,
@@ -32,21 +43,10 @@ from utils.build import (
     compile_setting,
     describe_out_of_memory,
 )
-from utils.checkpoint import Progress
-from utils.command_line import mistakes_in_one_line, parse_command_line
-from utils.compiling import prepared_for_inference, resolve_mode
-from utils.distributed import Process, distribute
-from utils.engine import evaluate
-from utils.environment import note_environment
-from utils.launch import run_process
-from utils.logger import Tracker, logger
-from utils.plots import CLASSIFIER_PANELS, plot_predictions
-from utils.profiling import profile, profile_table
-from utils.run_folder import RunLock, open_run_folder, set_aside_checkpoints, write_config
-from utils.run_state import RunState, seed_everything
-from utils.throughput.build import run_benchmark
-from utils.trainer import Trainer
-from utils.weights import check_classes, load_pretrained, load_weights, read_weights
+from utils.training.launch import run_process
+from utils.training.train_state import RunState, seed_everything
+from utils.training.train_step import evaluate
+from utils.training.trainer import Trainer
 
 IMAGENET_IMAGES = 1_281_167  # of the run whose training step is measured
 

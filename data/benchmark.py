@@ -33,11 +33,11 @@ from data.augmentation import posterize
 from data.build import eval_loader, train_loader
 from data.dataset import ImageSource, seed_generators
 from data.decoding import decode_fast, decode_plain
-from data.image_folder import ImageFolder
 from data.samplers import TrainSampler
+from data.sources.image_folder import ImageFolder
+from data.sources.zip_folder import ZipFolder
 from data.transforms import CROP_FRACTION
-from data.zip_folder import ZipFolder
-from utils.command_line import Parser, at_least
+from utils.config.command_line import Parser, at_least
 
 SIZE, FILE_BYTES = (500, 375), 72_000
 BATCH = 32

@@ -11,17 +11,17 @@ from timm.data.mixup import mixup_target
 from torch import Tensor
 from yacs.config import CfgNode
 
-from data.archive_cache import cache_archives
 from data.dataset import ImageDataset, ImageSource, keep_batch
-from data.device import DeviceLoader, Normaliser
-from data.digits import Digits
-from data.hugging_face import HuggingFaceImages
-from data.image_folder import ImageFolder
+from data.prefetch import DeviceLoader, Normaliser
 from data.samplers import EvalSampler, SampleKey, TrainSampler
+from data.sources.archive_cache import cache_archives
+from data.sources.digits import Digits
+from data.sources.hugging_face import HuggingFaceImages
+from data.sources.image_folder import ImageFolder
+from data.sources.webdataset_shards import WebDatasetShards
+from data.sources.zip_folder import ZipFolder
 from data.transforms import EvalTransform, TrainTransform
-from data.webdataset_shards import WebDatasetShards
 from data.workers import WatchfulDataLoader
-from data.zip_folder import ZipFolder
 
 TargetMaker = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 

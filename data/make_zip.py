@@ -15,9 +15,9 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from data.image_folder import ImageFolder
-from data.zip_folder import LOCAL_HEADER_BYTES, ZipFolder, find_members
-from utils.command_line import Parser, mistakes_in_one_line
+from data.sources.image_folder import ImageFolder
+from data.sources.zip_folder import LOCAL_HEADER_BYTES, ZipFolder, find_members
+from utils.config.command_line import Parser, mistakes_in_one_line
 
 SIGNATURE = b"PK\x03\x04"
 

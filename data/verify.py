@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from data.dataset import Failure, ImageSource, keep_batch
 from data.decoding import BrokenImageError, decode_fast
-from data.image_folder import ImageFolder
-from data.zip_folder import ZipFolder
-from utils.command_line import Parser, at_least, mistakes_in_one_line
+from data.sources.image_folder import ImageFolder
+from data.sources.zip_folder import ZipFolder
+from utils.config.command_line import Parser, at_least, mistakes_in_one_line
 
 CHUNK = 32
 

@@ -10,7 +10,7 @@ from typing import Any
 from mmengine.registry import MODELS
 
 from downstream.backbone import MLLABackbone
-from utils.weights import load_pretrained
+from utils.checkpoint.weights import load_pretrained
 
 
 @MODELS.register_module(name="MLLA")

@@ -1,4 +1,4 @@
-"""Training and evaluation of dense tasks: what their main commands share beside the run loop of utils/trainer.py."""
+"""Training and evaluation of dense tasks: what their main commands share beside the run loop of the trainer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,25 +11,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from downstream.recipe import WarmupSchedule, parameter_groups
-from downstream.settings import IMAGES_PER_STEP
-from utils.amp import Precision, make_precision
-from utils.build import build_tracker
-from utils.command_line import mistakes_in_one_line
-from utils.compiling import compile_regions
-from utils.distributed import Process, distribute
-from utils.ema import ModelEma
-from utils.engine import TrainStep
-from utils.environment import note_environment
-from utils.logger import Tracker, logger
-from utils.memory import out_of_memory_message
-from utils.optimizer import make_optimizer
-from utils.plots import Panel
-from utils.run_folder import RunLock, open_run_folder, set_aside_checkpoints, write_config
-from utils.run_state import RunState, seed_everything
-from utils.settings import ConfigError
-from utils.trainer import Plan, Trainer
-from utils.weights import check_classes, load_pretrained, load_weights, read_weights
+from downstream.dense_config import IMAGES_PER_STEP
+from utils.checkpoint.weights import check_classes, load_pretrained, load_weights, read_weights
+from utils.config.command_line import mistakes_in_one_line
+from utils.config.schema import ConfigError
+from utils.distributed.process import Process, distribute
+from utils.logs.environment import note_environment
+from utils.logs.logger import Tracker, logger
+from utils.logs.output_dir import RunLock, open_run_folder, set_aside_checkpoints, write_config
+from utils.logs.plots import Panel
+from utils.speed.compile import compile_regions
+from utils.speed.memory import out_of_memory_message
+from utils.training.amp import Precision, make_precision
+from utils.training.build import build_tracker
+from utils.training.ema import ModelEma
+from utils.training.optimizer import make_optimizer
+from utils.training.recipe import WarmupSchedule, parameter_groups
+from utils.training.train_state import RunState, seed_everything
+from utils.training.train_step import TrainStep
+from utils.training.trainer import Plan, Trainer
 
 
 class Data(Protocol):

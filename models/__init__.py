@@ -1,11 +1,11 @@
 """MLLA and the paper's ablations; importing this registers mlla_tiny, mlla_small, mlla_base (and mila_*) in timm."""
 
-from models.ablations import ABLATIONS
 from models.build import build_model, input_channels
-from models.inference import prepare_for_inference
-from models.linear_vit import LinearViT
+from models.kernels.inference import prepare_for_inference
 from models.mlla import MLLA
-from models.unified_block import Switches
+from models.unified.block import Switches
+from models.unified.linear_vit import LinearViT
+from models.unified.paper_rows import ABLATIONS
 from models.variants import (
     MLLA_FIGURES,
     PaperFigures,

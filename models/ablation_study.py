@@ -23,12 +23,12 @@ import torch
 from yacs.config import CfgNode
 
 from config import load_config
-from models.ablations import ABLATIONS, Ablation
 from models.build import build_model
-from utils.benchmark import measure_in_turns
-from utils.build import build_precision
-from utils.command_line import Parser, at_least, mistakes_in_one_line
-from utils.paper_plots import plot_ablation
+from models.unified.paper_rows import ABLATIONS, Ablation
+from utils.benchmark.measure import measure_in_turns
+from utils.config.command_line import Parser, at_least, mistakes_in_one_line
+from utils.tools.paper_plots import plot_ablation
+from utils.training.build import build_precision
 
 ROOT = Path(__file__).parent.parent
 

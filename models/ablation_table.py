@@ -14,12 +14,12 @@ import torch
 from yacs.config import CfgNode
 
 from config import load_config
-from models.ablations import ABLATIONS, Ablation
 from models.build import build_model, input_channels
-from utils.benchmark import measure_in_turns
-from utils.build import build_precision
-from utils.command_line import Parser, at_least, mistakes_in_one_line
-from utils.profiling import profile
+from models.unified.paper_rows import ABLATIONS, Ablation
+from utils.benchmark.measure import measure_in_turns
+from utils.config.command_line import Parser, at_least, mistakes_in_one_line
+from utils.speed.flops import profile
+from utils.training.build import build_precision
 
 CONFIGS = Path(__file__).parent.parent / "cfgs/ablation"
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.kernels import choice
+from models.kernels import dispatch
 from models.layers import TokenConv, has_hooks, ops
 from models.rope import rotate_pairs, spread_over_grid
 
@@ -42,7 +42,7 @@ class LinearAttention(nn.Module):
         """
         lepe, head_width = self.lepe, self.dim // self.num_heads
         is_known = type(lepe) is TokenConv and not (torch.is_grad_enabled() or has_hooks(lepe))
-        if is_known and choice.takes(self.kernels, v, "mixer", channels=self.dim, head_width=head_width):
+        if is_known and dispatch.takes(self.kernels, v, "mixer", channels=self.dim, head_width=head_width):
             inputs = self.qk(v), v, gate, lepe.weight, lepe.bias, *rotary
             return ops().linear_attention(*inputs, self.num_heads, False)[0]
         return (self.attend(v, rotary) + self.lepe(v)) * F.silu(gate)

@@ -5,9 +5,9 @@ from typing import Any
 from torch import nn
 from yacs.config import CfgNode
 
-from models.linear_vit import LinearViT
 from models.mlla import MLLA
-from models.unified_block import Switches
+from models.unified.block import Switches
+from models.unified.linear_vit import LinearViT
 
 KNOWN_CLASSES = {"digits": 10, "imagenet": 1000, "folder": 1000}
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models.attention import NORMALISER_EPS, LinearAttention
 from models.rope import rotate_pairs, spread_over_grid
-from models.unified_block import UnifiedAttention
+from models.unified.block import UnifiedAttention
 
 
 class Seen(NamedTuple):

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.kernels import choice
-from models.kernels.products import add_product
+from models.kernels import dispatch
+from models.kernels.matmul import add_product
 
 # The official classifier stores rotary tables for its one image size; here they follow from the grid.
 DERIVED_KEY_SUFFIX = "attn.rope.rotations"
@@ -23,7 +23,6 @@ def ops() -> Any:
 
 def segments() -> Any:
     """Stretches of the network with gradients of their own, of these kernels."""
-    from models.kernels import segments
 
     return segments
 
@@ -116,7 +115,7 @@ class ConvLayer(nn.Module):
 def computed_dtype(x: Tensor) -> torch.dtype:
     """In what a convolution of x is computed: its own dtype, or autocast's (where a kernel might run, which asks)."""
     kind = x.device.type
-    is_cast = x.dtype in choice.DTYPES and kind in ("cuda", "cpu") and torch.is_autocast_enabled(kind)
+    is_cast = x.dtype in dispatch.DTYPES and kind in ("cuda", "cpu") and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if is_cast else x.dtype
 
 
@@ -159,7 +158,7 @@ def stem_conv(images: Tensor, layer: ConvLayer, kernels: str = "auto") -> Tensor
     kernel, frozen = ("stem_conv_relu", (images, conv.weight, conv.bias)) if is_folded else ("stem_conv", (images,))
     is_known = conv.in_channels == RGB and conv.out_channels <= WIDEST_STEM and not needs_gradient(*frozen)
     is_known = is_known and is_original(layer, nn.Conv2d, 3, has_bias=is_folded, norm=None)
-    if not (is_known and choice.takes(kernels, images, kernel, channels=conv.out_channels, dtype=dtype)):
+    if not (is_known and dispatch.takes(kernels, images, kernel, channels=conv.out_channels, dtype=dtype)):
         return layer(images.contiguous(memory_format=torch.channels_last))
     if is_folded:
         return ops().stem_conv_relu(images, conv.weight, conv.bias, dtype)  # (B, C, H / 2, W / 2)
@@ -216,7 +215,9 @@ class Downsample(nn.Module):
             and is_original(depthwise, DepthwiseConv, 3, has_bias=True)
             and is_original(narrow, nn.Conv2d, 1, has_bias=True, norm=None, act=nn.Identity)
         )
-        if is_known and choice.takes(self.kernels, tokens, "wide_conv", channels=widen.conv.out_channels, dtype=dtype):
+        if is_known and dispatch.takes(
+            self.kernels, tokens, "wide_conv", channels=widen.conv.out_channels, dtype=dtype
+        ):
             x = x.permute(0, 2, 3, 1).to(dtype)  # (B, H, W, C)
             x = segments().WideConv.apply(
                 *(x, widen.conv.weight.flatten(1), widen.conv.bias, depthwise.conv.weight, depthwise.conv.bias)

@@ -10,9 +10,9 @@ from timm.layers import Mlp, to_2tuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models import fused_block
 from models.attention import LinearAttention
 from models.classifier import initialise
+from models.kernels import fused_modules
 from models.layers import (
     DERIVED_KEY_SUFFIX,
     Downsample,
@@ -56,10 +56,10 @@ class MLLABlock(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Tokens x (B, H, W, C), rotary tables (cos, sin) of `position_tables`."""
-        if fused_block.can_infer(self, x):
-            return fused_block.infer(self, x, rotary)
-        if fused_block.can_train(self, x):
-            return fused_block.train(self, x, rotary)
+        if fused_modules.can_infer(self, x):
+            return fused_modules.infer(self, x, rotary)
+        if fused_modules.can_train(self, x):
+            return fused_modules.train(self, x, rotary)
         x = x + self.cpe1(x)
         y = self.norm1(x)
         v = F.silu(self.dwc(self.in_proj(y)))

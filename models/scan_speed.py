@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.scan import gated_scan, step_scan
-from models.ssm import unified_attention
-from utils.benchmark import synchronise
-from utils.command_line import Parser, at_least, mistakes_in_one_line
-from utils.paper_plots import plot_speed
+from models.unified.scan import gated_scan, step_scan
+from models.unified.ssm import unified_attention
+from utils.benchmark.measure import synchronise
+from utils.config.command_line import Parser, at_least, mistakes_in_one_line
+from utils.tools.paper_plots import plot_speed
 
 HEADS, HEAD_DIM = 3, 32
 REPEATS = 5

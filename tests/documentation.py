@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from conftest import ROOT, make_image_folder, photo
 from PIL import Image
 from torch import nn
 from yacs.config import CfgNode
@@ -23,6 +22,7 @@ from downstream.segmentation import config as segmentation
 from downstream.segmentation import make_shapes as segmentation_shapes
 from models import build_model
 from models.variants import RELEASED
+from tests.helpers import ROOT, make_image_folder, photo
 
 PROGRAMS = "python|torchrun|make|pip|tensorboard|sbatch|srun|bash|sh|git|conda|docker|export|cd|curl|wget"
 SMALL_TIMM = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "drop_path_rate": 0.0}

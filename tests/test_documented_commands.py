@@ -16,15 +16,16 @@ import documentation
 import pytest
 import timm
 import torch
-from conftest import ROOT, exit_code
-from documentation import SMALL, SMALL_TIMM, TASKS, Block
 from torch.distributed import launch
 from torch.distributed import run as torchrun
 
 from downstream.segmentation.main import SWITCHES
 from models import variants
-from utils import command_line, convert
-from utils.onnx_file import has_translator
+from tests.documentation import SMALL, SMALL_TIMM, TASKS, Block
+from tests.helpers import ROOT, exit_code
+from utils import convert
+from utils.config import command_line
+from utils.tools.onnx_export import has_translator
 
 
 class Rule(NamedTuple):
@@ -72,7 +73,7 @@ def call(name: str, words: list[str]) -> None:
 def runs(words: list[str]) -> None:
     """Settings are right as they stand; what is run, in this process, has those of SMALL after them.
 
-    tests/test_distributed.py and others start real launchers.
+    tests/utils/distributed/test_process.py and others start real launchers.
     """
     name, words = entry_of(words)
     words = [path for word in words for path in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
@@ -126,7 +127,7 @@ def makes(words: list[str]) -> None:
 
 
 def installs(words: list[str]) -> None:
-    """tests/test_package_build.py installs; here: that extras and packages are those of the project."""
+    """tests/utils/tools/test_package_build.py installs; here: that extras and packages are those of the project."""
     name = words[2]
     extra = re.fullmatch(r"\.\[(\w+)\]", name)
     file = "pyproject.toml" if extra else "requirements.txt"
@@ -181,10 +182,10 @@ RULES = [
     Rule(r"python main\.py .*<row>\.yaml --profile", runs, {"cfgs/ablation/<row>.yaml": "cfgs/ablation/lepe.yaml"}),
     # Measuring takes long, and tests/test_main.py does it.
     Rule(r"(python|torchrun) .* --throughput .*", settles),
-    # It needs their package, and tests/test_wandb_log.py has a stand-in.
+    # It needs their package, and tests/utils/logs/test_wandb_logger.py has a stand-in.
     Rule(r"(python|torchrun) .* LOG\.WANDB .*", settles),
     Rule(r"(python|torchrun) .*\bmain(\.py)? .*", runs),
-    # ONNX and dynamic sizes take long, and tests/test_export.py has them.
+    # ONNX and dynamic sizes take long, and tests/utils/test_export.py has them.
     Rule(r"python -m utils\.export mlla_t\.onnx .*", runs if has_translator() else parses, {"224": "32"}),
     Rule(r"python -m utils\.export (maps|backbone)\.onnx .*", runs, SAFETENSORS),
     Rule(r"python -m utils\.(predict|visualize|compare|report) .*", runs),

@@ -9,11 +9,11 @@ from typing import Any, NoReturn
 
 import documentation
 import pytest
-from conftest import ROOT
-from documentation import TASKS
 from torch.distributed import run as torchrun
 
-from utils.settings import ConfigError, checked, parse_text
+from tests.documentation import TASKS
+from tests.helpers import ROOT
+from utils.config.schema import ConfigError, checked, parse_text
 
 
 class Parsed(BaseException):

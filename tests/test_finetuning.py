@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_python
 from safetensors.torch import save_file
 from yacs.config import CfgNode
 
 import main
-from utils.weights_file import load_checkpoint
+from tests.helpers import run_python
+from utils.checkpoint.weights_file import load_checkpoint
 
 RunMain = Callable[..., tuple[int, str, str]]
 THIN = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.NUM_HEADS", "[1, 1, 1, 1]", "TRAIN.WARMUP_EPOCHS", "0"]
@@ -28,7 +28,7 @@ def _no_pictures() -> Iterator[None]:
     """Drawing them takes longer than these trainings."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main, "draw_predictions", lambda *_: None)  # no picture to log
-        patch.setattr("utils.logger.plot_curves", lambda *_: None)
+        patch.setattr("utils.logs.logger.plot_curves", lambda *_: None)
         yield
 
 

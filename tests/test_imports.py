@@ -4,7 +4,8 @@ import ast
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+from tests.helpers import ROOT
 
 ALLOWED = {
     "config": {"utils"},

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, is_running, run_python, wait_for
-from soak import SETTINGS, Run, descendants, differing
 
-import data.digits
-from utils.run_folder import RunLock
+import data.sources.digits
+from tests.helpers import ROOT, is_running, run_python, wait_for
+from tests.soak import SETTINGS, Run, descendants, differing
+from utils.logs.output_dir import RunLock
 
 RunMain = Callable[..., tuple[int, str, str]]
 WORDS = ["--cfg", "cfgs/digits.yaml", "--batch-size", "64", "--opts", *SETTINGS, "TRAIN.EPOCHS", "2"]
@@ -137,16 +137,16 @@ def test_sigusr1_saves_and_ends_with_a_message(
     run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within a step: the signal comes while the second image of step 3 is read."""
-    read, count = data.digits.Digits.read, 0
+    read, count = data.sources.digits.Digits.read, 0
 
-    def note(images: data.digits.Digits, index: int) -> object:
+    def note(images: data.sources.digits.Digits, index: int) -> object:
         nonlocal count
         count += 1
         if count == 2 * 64 + 2:
             os.kill(os.getpid(), signal.SIGUSR1)
         return read(images, index)
 
-    monkeypatch.setattr(data.digits.Digits, "read", note)
+    monkeypatch.setattr(data.sources.digits.Digits, "read", note)
     words = ["--output", tmp_path, *WORDS, "DATA.NUM_WORKERS", "0"]
     code, out, _ = run_main(*words)
     assert code == 0
@@ -169,7 +169,7 @@ def test_sigusr1_saves_and_ends_with_a_message(
 def test_a_second_run_in_the_same_folder_is_refused(
     run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("utils.run_folder.LOCK_SECONDS", 0.5)
+    monkeypatch.setattr("utils.logs.output_dir.LOCK_SECONDS", 0.5)
     folder = tmp_path / "mlla_digits" / "default"
     folder.mkdir(parents=True)
     with RunLock(folder):
@@ -184,7 +184,8 @@ def test_a_second_run_in_the_same_folder_is_refused(
 
 def test_a_process_that_fails_ends_all_and_is_named(tmp_path: Path) -> None:
     start = time.monotonic()
-    done = run_python(*LAUNCHER, "tests/faulty_worker.py", "1", "--output", tmp_path, *WORDS, timeout=90)
+    worker = "tests/utils/distributed/faulty_worker.py"
+    done = run_python(*LAUNCHER, worker, "1", "--output", tmp_path, *WORDS, timeout=90)
     assert done.returncode != 0
     assert time.monotonic() - start < 60
     assert "process 1 of 2: IndexError: the injected fault" in done.stdout + done.stderr
@@ -210,7 +211,7 @@ def test_a_loader_worker_that_dies(run_main: RunMain, tmp_path: Path, monkeypatc
             os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("read outside of a worker")
 
-    monkeypatch.setattr(data.digits.Digits, "read", die)
+    monkeypatch.setattr(data.sources.digits.Digits, "read", die)
     code, out, _ = run_main("--output", tmp_path, *WORDS)
     assert code == 1
     assert "a worker process that loads images has died" in out

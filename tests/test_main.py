@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MICRO, ROOT, make_image_folder, run_python
 
 from config import load_config
 from models import MLLA, build_model
-from utils import losses
-from utils.trainer import Trainer
-from utils.weights_file import load_checkpoint
+from tests.helpers import MICRO, ROOT, make_image_folder, run_python
+from utils.checkpoint.weights_file import load_checkpoint
+from utils.training import losses
+from utils.training.trainer import Trainer
 
 RunMain = Callable[..., tuple[int, str, str]]
 SMALL = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.NUM_HEADS", "[1, 1, 1, 1]", "TRAIN.WARMUP_EPOCHS", "0"]

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT
-from documentation import pages
 
 from models.variants import RELEASED
+from tests.documentation import pages
+from tests.helpers import ROOT
 
 PAGES = [ROOT / page for page in pages()]
 
@@ -33,7 +33,9 @@ def test_nothing_is_left_to_fill_in(page: Path) -> None:
 def test_tests_named_in_the_table_of_timm_exist() -> None:
     text = (ROOT / "models" / "README.md").read_text()
     rows = [line for line in text.splitlines() if "| ✓" in line or "| ✗" in line]
-    tests = "".join((ROOT / "tests" / f"test_{name}.py").read_text() for name in ("timm_interface", "export"))
+    tests = "".join(
+        (ROOT / "tests" / name).read_text() for name in ("models/test_timm_interface.py", "utils/test_export.py")
+    )
     assert len(rows) > 15
     for row in rows:
         names = re.findall(r"`(\w+)`", row.split("|")[3])

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.command_line import Parser, mistakes_in_one_line
-from utils.plots import comparison_picture
-from utils.run_figures import (
+from utils.config.command_line import Parser, mistakes_in_one_line
+from utils.logs.atomic_write import check_replaceable, write_whole
+from utils.logs.plots import comparison_picture
+from utils.tools.run_history import (
     RunFigures,
     RunFolderError,
     differing_settings,
@@ -24,7 +25,6 @@ from utils.run_figures import (
     panels_of,
     read_run,
 )
-from utils.whole_file import check_replaceable, write_whole
 
 CREATOR = "MLLA utils.compare"
 PLACE = ("BASE", "OUTPUT", "TAG", "LOCAL_RANK")  # where a run is, not what it does

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.rope import rotary_tables
-from utils.command_line import Parser, mistakes_in_one_line
-from utils.weights import DERIVED_KEY_SUFFIX, Weights, classes_in, no_weights_error, weights_in
-from utils.weights_file import load_checkpoint
-from utils.whole_file import write_whole
+from utils.checkpoint.weights import DERIVED_KEY_SUFFIX, Weights, classes_in, no_weights_error, weights_in
+from utils.checkpoint.weights_file import load_checkpoint
+from utils.config.command_line import Parser, mistakes_in_one_line
+from utils.logs.atomic_write import write_whole
 
 TOTAL_STRIDE = 32  # of the official classifier: its token grids come out even for multiples of it only
 DEFAULT_SIZE = (224, 224)

@@ -21,12 +21,12 @@ from downstream.build import build_backbone
 from downstream.detection import config as detection
 from downstream.segmentation import config as segmentation
 from models import MLLA, build_model, input_channels
-from utils.amp import Precision
-from utils.build import build_precision
-from utils.command_line import Parser, mistakes_in_one_line
-from utils.distributed import Process
-from utils.engine import evaluate
-from utils.exported_files import (
+from utils.checkpoint.weights import load_weights, read_state_dict, read_weights
+from utils.config.command_line import Parser, mistakes_in_one_line
+from utils.config.schema import read_file
+from utils.distributed.process import Process
+from utils.logs.atomic_write import write_whole
+from utils.tools.export_formats import (
     STRIDE,
     SUFFIXES,
     ExportError,
@@ -37,10 +37,10 @@ from utils.exported_files import (
     time_table,
     write,
 )
-from utils.onnx_file import check_packages, write_smaller
-from utils.settings import read_file
-from utils.weights import load_weights, read_state_dict, read_weights
-from utils.whole_file import write_whole
+from utils.tools.onnx_export import check_packages, write_smaller
+from utils.training.amp import Precision
+from utils.training.build import build_precision
+from utils.training.train_step import evaluate
 
 PARTS = ("classifier", "features", "maps", "backbone")
 PRECISIONS = ("float32", "float16", "int8")

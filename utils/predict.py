@@ -28,12 +28,12 @@ from yacs.config import CfgNode
 from config import load_config
 from data.decoding import decode_plain
 from models import build_model
-from utils.command_line import Parser, mistakes_in_one_line
-from utils.download import LONG_NAMES
-from utils.plots import plot_grid
-from utils.weights import classes_in, load_weights, read_state_dict
-from utils.weights_file import load_checkpoint
-from utils.whole_file import write_whole
+from utils.checkpoint.download import LONG_NAMES
+from utils.checkpoint.weights import classes_in, load_weights, read_state_dict
+from utils.checkpoint.weights_file import load_checkpoint
+from utils.config.command_line import Parser, mistakes_in_one_line
+from utils.logs.atomic_write import write_whole
+from utils.logs.plots import plot_grid
 
 MAX_PICTURES = 64
 MAX_NAME = 40  # characters of a file's or class's name in the table

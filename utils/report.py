@@ -14,8 +14,12 @@ from typing import Any
 from config import SCHEMA
 from downstream.detection import config as detection
 from downstream.segmentation import config as segmentation
-from utils.command_line import Parser, mistakes_in_one_line
-from utils.html_page import (
+from utils.config.command_line import Parser, mistakes_in_one_line
+from utils.config.schema import Schema
+from utils.logs.atomic_write import check_replaceable, write_whole
+from utils.logs.logger import read_records
+from utils.logs.plots import Panel, panel_svg
+from utils.tools.html_page import (
     Picture,
     cards,
     curves,
@@ -29,11 +33,7 @@ from utils.html_page import (
     section,
     table,
 )
-from utils.logger import read_records
-from utils.plots import Panel, panel_svg
-from utils.run_figures import SHOWN, RunFigures, extremes, names_in, panels_of, read_run
-from utils.settings import Schema
-from utils.whole_file import check_replaceable, write_whole
+from utils.tools.run_history import SHOWN, RunFigures, extremes, names_in, panels_of, read_run
 
 CREATOR = "MLLA utils.report"
 PICTURES = {"predictions.png": "image/png", "predictions.jpg": "image/jpeg"}

@@ -21,15 +21,15 @@ from yacs.config import CfgNode
 
 from config import ConfigError, load_config
 from data.decoding import BrokenImageError, decode_plain
-from data.device import Normaliser
-from data.digits import Digits
+from data.prefetch import Normaliser
+from data.sources.digits import Digits
 from data.transforms import EvalTransform, denormalise
 from models.build import build_model
 from models.inspection import Seen, attention_inputs, attention_map, gate_values, receptive_fields
-from utils.command_line import Parser, at_least, mistakes_in_one_line
-from utils.paper_plots import plot_by_depth, plot_maps
-from utils.weights import load_weights, read_state_dict
-from utils.weights_file import load_checkpoint
+from utils.checkpoint.weights import load_weights, read_state_dict
+from utils.checkpoint.weights_file import load_checkpoint
+from utils.config.command_line import Parser, at_least, mistakes_in_one_line
+from utils.tools.paper_plots import plot_by_depth, plot_maps
 
 
 def main(argv: Sequence[str] | None = None) -> int:

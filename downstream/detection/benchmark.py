@@ -17,15 +17,15 @@ from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 from downstream.detection.build import build_detector
 from downstream.detection.config import load_config
-from downstream.detection.masks import paste_masks
-from downstream.detection.structures import Frame, Target
-from downstream.detection.transforms import padded_size
-from utils.amp import Precision, make_precision
-from utils.benchmark import synchronise
-from utils.command_line import Parser, at_least, mistakes_in_one_line
-from utils.compiling import compile_regions
-from utils.launch import MissingCompilerError, missing_compiler_explained
-from utils.settings import ConfigError
+from downstream.detection.data.transforms import padded_size
+from downstream.detection.model.masks import paste_masks
+from downstream.detection.model.structures import Frame, Target
+from utils.benchmark.measure import synchronise
+from utils.config.command_line import Parser, at_least, mistakes_in_one_line
+from utils.config.schema import ConfigError
+from utils.speed.compile import compile_regions
+from utils.training.amp import Precision, make_precision
+from utils.training.launch import MissingCompilerError, missing_compiler_explained
 
 CFGS = Path(__file__).parent / "cfgs"
 TORCHVISION = "torchvision"

@@ -12,13 +12,13 @@ from yacs.config import CfgNode
 from data.samplers import EvalSampler
 from data.workers import WatchfulDataLoader
 from downstream.build import build_backbone
-from downstream.detection.coco import CocoImages
-from downstream.detection.dataset import EvalImages, TrainImages, collate
-from downstream.detection.mask_rcnn import MaskRCNN
-from downstream.detection.samplers import AspectBatches
-from downstream.detection.transforms import TrainTransform
+from downstream.detection.data.coco import CocoImages
+from downstream.detection.data.dataset import EvalImages, TrainImages, collate
+from downstream.detection.data.samplers import AspectBatches
+from downstream.detection.data.transforms import TrainTransform
+from downstream.detection.model.mask_rcnn import MaskRCNN
 from downstream.workers import set_up_worker
-from utils.distributed import Process
+from utils.distributed.process import Process
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from downstream.settings import DENSE_KEYS, check_dense
-from utils.settings import ANY, FRACTION, YES_NO, Key, Rule, at_least, frozen_node, merge_settings
+from downstream.dense_config import DENSE_KEYS, check_dense
+from utils.config.schema import ANY, FRACTION, YES_NO, Key, Rule, at_least, frozen_node, merge_settings
 
 NOT_EMPTY = Rule("not empty", bool)
 SCHEMA: dict[str, Key] = DENSE_KEYS | {

@@ -10,8 +10,8 @@ from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as rle
 from torch import Tensor
 
-from downstream.detection.masks import paste_masks
-from downstream.detection.structures import Detections, Size
+from downstream.detection.model.masks import paste_masks
+from downstream.detection.model.structures import Detections, Size
 
 # COCO's twelve, in its order: mean over IoU 0.50 to 0.95, at 0.50, at 0.75, by area; recall by detections and by area.
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")

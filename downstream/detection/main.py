@@ -12,12 +12,12 @@ from functools import partial
 
 from downstream.detection.build import build_detector
 from downstream.detection.config import SCHEMA, load_config
-from downstream.detection.profiling import PUBLISHED, profile_detector
+from downstream.detection.model.flops import PUBLISHED, profile_detector
 from downstream.detection.task import Detection
 from downstream.run import describe_out_of_memory, run_evaluation, run_training
-from utils.command_line import mistakes_in_one_line, parse_command_line
-from utils.launch import run_process
-from utils.profiling import profile_table
+from utils.config.command_line import mistakes_in_one_line, parse_command_line
+from utils.speed.flops import profile_table
+from utils.training.launch import run_process
 
 COCO_CLASSES = 80
 

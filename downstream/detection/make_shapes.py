@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from downstream.detection.data.shapes import CATEGORIES, annotation_of, draw_image
 from downstream.detection.pictures import save_picture
-from downstream.detection.shapes import CATEGORIES, annotation_of, draw_image
-from utils.command_line import Parser, at_least, mistakes_in_one_line
+from utils.config.command_line import Parser, at_least, mistakes_in_one_line
 
 PARTS = {"train": (0.0, 0.65), "val": (0.65, 1.0)}  # of the photographs' width, so that backgrounds differ too
 

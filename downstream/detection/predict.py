@@ -16,17 +16,17 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from yacs.config import CfgNode
 
 from downstream.detection.build import build_detector
-from downstream.detection.coco import read_image
 from downstream.detection.config import load_config
-from downstream.detection.dataset import Item, collate, eval_item
+from downstream.detection.data.coco import read_image
+from downstream.detection.data.dataset import Item, collate, eval_item
+from downstream.detection.data.transforms import normalise
 from downstream.detection.evaluation import Result, results_of
 from downstream.detection.pictures import annotated, found_of, save_picture
-from downstream.detection.transforms import normalise
-from utils.amp import make_precision
-from utils.command_line import Parser, mistakes_in_one_line
-from utils.run_folder import unused_name
-from utils.settings import ConfigError
-from utils.weights import load_weights, read_weights
+from utils.checkpoint.weights import load_weights, read_weights
+from utils.config.command_line import Parser, mistakes_in_one_line
+from utils.config.schema import ConfigError
+from utils.logs.output_dir import unused_name
+from utils.training.amp import make_precision
 
 CLASSIFIER = "roi_head.bbox_head.fc_cls.weight"
 

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from data.samplers import SampleKey
 from downstream.detection.build import DetectionData, build_data, build_detector
-from downstream.detection.coco import Record, bitmap
-from downstream.detection.dataset import Batch, collate
+from downstream.detection.data.coco import Record, bitmap
+from downstream.detection.data.dataset import Batch, collate
+from downstream.detection.data.transforms import normalise
 from downstream.detection.evaluation import CocoEvaluator, Result, results_of, table, write_results
 from downstream.detection.pictures import Found, found_of, save_comparison
-from downstream.detection.transforms import normalise
-from downstream.recipe import WarmupSchedule
 from downstream.run import Run, Task
-from utils.distributed import Process, gather_objects
-from utils.logger import logger
-from utils.plots import STEP_PANELS, Panel
-from utils.settings import ConfigError
+from utils.config.schema import ConfigError
+from utils.distributed.process import Process, gather_objects
+from utils.logs.logger import logger
+from utils.logs.plots import STEP_PANELS, Panel
+from utils.training.recipe import WarmupSchedule
 
 LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask")
 PREVIEWS = 12

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from downstream.recipe import parameter_groups
 from downstream.segmentation.build import build_model
 from downstream.segmentation.config import load_config
-from downstream.segmentation.losses import segmentation_loss
-from utils.amp import Precision, make_precision
-from utils.benchmark import peak_memory_mib, synchronise
-from utils.command_line import Parser, at_least, mistakes_in_one_line
-from utils.engine import TrainStep
-from utils.optimizer import make_optimizer
+from downstream.segmentation.model.losses import segmentation_loss
+from utils.benchmark.measure import peak_memory_mib, synchronise
+from utils.config.command_line import Parser, at_least, mistakes_in_one_line
+from utils.training.amp import Precision, make_precision
+from utils.training.optimizer import make_optimizer
+from utils.training.recipe import parameter_groups
+from utils.training.train_step import TrainStep
 
 BACKBONES = ("mlla", "timm:swin_tiny_patch4_window7_224", "timm:convnext_tiny")
 NUM_CLASSES = 150

@@ -10,14 +10,14 @@ from yacs.config import CfgNode
 
 from data.workers import WatchfulDataLoader
 from downstream.build import build_backbone
-from downstream.segmentation.datasets import MaskedImages
-from downstream.segmentation.inference import Inference
-from downstream.segmentation.loading import EndlessBatches, EvalSample, EvalSamples, TrainSamples
-from downstream.segmentation.sync_norm import synchronise_norms
-from downstream.segmentation.transforms import EvalTransform, TrainTransform
-from downstream.segmentation.upernet import UperNet
+from downstream.segmentation.data.dataset import MaskedImages
+from downstream.segmentation.data.samplers import EndlessBatches, EvalSample, EvalSamples, TrainSamples
+from downstream.segmentation.data.transforms import EvalTransform, TrainTransform
+from downstream.segmentation.model.inference import Inference
+from downstream.segmentation.model.sync_norm import synchronise_norms
+from downstream.segmentation.model.upernet import UperNet
 from downstream.workers import set_up_worker
-from utils.distributed import Process
+from utils.distributed.process import Process
 
 
 @dataclass

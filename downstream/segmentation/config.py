@@ -6,9 +6,9 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from downstream.segmentation.datasets import LAYOUTS
-from downstream.settings import DENSE_KEYS, check_dense
-from utils.settings import FRACTION, YES_NO, Key, above, at_least, between, frozen_node, merge_settings, one_of
+from downstream.dense_config import DENSE_KEYS, check_dense
+from downstream.segmentation.data.dataset import LAYOUTS
+from utils.config.schema import FRACTION, YES_NO, Key, above, at_least, between, frozen_node, merge_settings, one_of
 
 
 def with_default(name: str, default: Any) -> Key:
@@ -57,7 +57,7 @@ SWITCHES = {
 
 
 def load_config(path: str | Path, opts: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> CfgNode:
-    """A checked, frozen node; see `utils.settings.merge_settings`.
+    """A checked, frozen node; see `utils.config.schema.merge_settings`.
 
     Raises:
         ConfigError: a missing file, an unknown key, a wrong type, a value out of range, or values that contradict.

@@ -18,9 +18,9 @@ from downstream.run import describe_out_of_memory, run_evaluation, run_training
 from downstream.segmentation.build import build_model
 from downstream.segmentation.config import SCHEMA, SWITCHES, load_config
 from downstream.segmentation.task import Segmentation
-from utils.command_line import mistakes_in_one_line, parse_command_line
-from utils.launch import run_process
-from utils.profiling import profile, profile_table
+from utils.config.command_line import mistakes_in_one_line, parse_command_line
+from utils.speed.flops import profile, profile_table
+from utils.training.launch import run_process
 
 PROFILE_SIZE = (512, 2048)  # height and width that published MACs are of
 ADE20K_CLASSES = 150

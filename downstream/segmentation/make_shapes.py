@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from downstream.segmentation.data.shapes import SHAPES, render_scene
 from downstream.segmentation.pictures import save_mask
-from downstream.segmentation.shapes import SHAPES, render_scene
-from utils.command_line import Parser, at_least, mistakes_in_one_line
+from utils.config.command_line import Parser, at_least, mistakes_in_one_line
 
 CLASSES = ("background", *SHAPES)
 FACTS = "shapes.json"

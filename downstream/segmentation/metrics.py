@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from downstream.segmentation.losses import IGNORED
-from utils.distributed import sum_over_processes
+from downstream.segmentation.model.losses import IGNORED
+from utils.distributed.process import sum_over_processes
 
 
 class SegmentationScores(NamedTuple):

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from downstream.segmentation.losses import IGNORED
+from downstream.segmentation.model.losses import IGNORED
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -19,20 +19,20 @@ from yacs.config import CfgNode
 
 from downstream.segmentation.build import build_inference, build_model, reduces_zero_label
 from downstream.segmentation.config import load_config
-from downstream.segmentation.datasets import (
+from downstream.segmentation.data.dataset import (
     ADE20K_CLASSES,
     IMAGE_SUFFIXES,
     files_by_name,
     read_classes,
     read_image,
 )
-from downstream.segmentation.inference import predict_tiles
+from downstream.segmentation.data.transforms import EvalTransform
+from downstream.segmentation.model.inference import predict_tiles
 from downstream.segmentation.pictures import overlay, save_mask
-from downstream.segmentation.transforms import EvalTransform
-from utils.amp import make_precision
-from utils.command_line import Parser, at_least, mistakes_in_one_line
-from utils.weights import classes_in, load_weights, no_weights_error, weights_in
-from utils.weights_file import load_checkpoint
+from utils.checkpoint.weights import classes_in, load_weights, no_weights_error, weights_in
+from utils.checkpoint.weights_file import load_checkpoint
+from utils.config.command_line import Parser, at_least, mistakes_in_one_line
+from utils.training.amp import make_precision
 
 SMALLEST_TILE = 64
 CLASSES_SHOWN = 5

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from downstream.recipe import WarmupSchedule
 from downstream.run import Run, Task
 from downstream.segmentation.build import (
     SegmentationData,
@@ -19,17 +18,18 @@ from downstream.segmentation.build import (
     build_model,
     reduces_zero_label,
 )
-from downstream.segmentation.inference import Inference
-from downstream.segmentation.loading import batches_or_data_error
-from downstream.segmentation.losses import segmentation_loss
+from downstream.segmentation.data.samplers import batches_or_data_error
+from downstream.segmentation.data.transforms import EvalTransform
 from downstream.segmentation.metrics import ConfusionMatrix, SegmentationScores, scores_table
+from downstream.segmentation.model.inference import Inference
+from downstream.segmentation.model.losses import segmentation_loss
 from downstream.segmentation.pictures import overlay, plot_segmentations, save_mask
-from downstream.segmentation.transforms import EvalTransform
-from utils.distributed import Process, gather_objects
-from utils.logger import append_records, logger
-from utils.plots import STEP_PANELS, Panel
-from utils.run_folder import unused_name
-from utils.settings import ConfigError
+from utils.config.schema import ConfigError
+from utils.distributed.process import Process, gather_objects
+from utils.logs.logger import append_records, logger
+from utils.logs.output_dir import unused_name
+from utils.logs.plots import STEP_PANELS, Panel
+from utils.training.recipe import WarmupSchedule
 
 NUM_PREVIEWS = 8
 

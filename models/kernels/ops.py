@@ -9,8 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.kernels import attention, attention_backward, depthwise, depthwise_backward, norm, pointwise, stem, strided
-from models.kernels import mlp as mlp_kernels
+from models.kernels.triton import (
+    attention,
+    attention_backward,
+    depthwise,
+    depthwise_backward,
+    downsample,
+    elementwise,
+    norm,
+    stem,
+)
+from models.kernels.triton import mlp as mlp_kernels
 
 
 @torch.library.custom_op("mlla::conv_norm", mutates_args=())
@@ -87,19 +96,19 @@ def linear_attention_backward(
 @torch.library.custom_op("mlla::gelu", mutates_args=())
 def gelu(x: Tensor) -> Tensor:
     """GELU(x)."""
-    return pointwise.gelu_forward(x.contiguous())
+    return elementwise.gelu_forward(x.contiguous())
 
 
 @torch.library.custom_op("mlla::gelu_backward", mutates_args=())
 def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient through GELU(x); GELU(x) once more; and the gradient's sum over tokens, (C,)."""
-    return pointwise.gelu_backward(grad.contiguous(), x.contiguous())
+    return elementwise.gelu_backward(grad.contiguous(), x.contiguous())
 
 
 @torch.library.custom_op("mlla::scale_and_sum", mutates_args=())
 def scale_and_sum(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """scale x, for x (B, ..., C) and a scale for each image, and its sum over tokens, (C,)."""
-    return pointwise.scale_and_sum(x.contiguous(), scale)
+    return elementwise.scale_and_sum(x.contiguous(), scale)
 
 
 @torch.library.custom_op("mlla::mlp", mutates_args=())
@@ -111,7 +120,7 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
 @torch.library.custom_op("mlla::strided_conv", mutates_args=())
 def strided_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """ReLU(conv(ReLU(x))) with stride 2, (B, H, W, C) -> (B, H / 2, W / 2, C)."""
-    return strided.strided_forward(x, weight, bias)
+    return downsample.strided_forward(x, weight, bias)
 
 
 @torch.library.custom_op("mlla::wide_conv_backward", mutates_args=())
@@ -119,7 +128,7 @@ def wide_conv_backward(grad: Tensor, x: Tensor, weight: Tensor, out: Tensor) -> 
     """With out = strided_conv(x, weight, bias): the gradient for x, and (11 C,): of weight and bias, and of a bias that
     was added to x.
     """
-    return strided.strided_backward(grad, x, weight, out)
+    return downsample.strided_backward(grad, x, weight, out)
 
 
 @torch.library.custom_op("mlla::stem_conv", mutates_args=())

@@ -1,0 +1,1 @@
+"""Where images and labels come from: folders, archives, shards, Hugging Face datasets, digits."""

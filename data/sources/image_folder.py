@@ -1,0 +1,64 @@
+"""ImageNet-style folders: one folder per class under train/ and val/."""
+
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from data.decoding import BrokenImageError
+from data.sources.string_table import StringTable
+
+
+class ImageFolder:
+    """The images of one split as encoded bytes; classes are the folder names in order, links are followed.
+
+    Args:
+        root: holds `split`, which holds a folder per class; images may lie deeper.
+        split: "train" or "val".
+
+    Raises:
+        FileNotFoundError: the folder, its split, or images in a class are missing.
+    """
+
+    def __init__(self, root: str, split: str) -> None:
+        self.folder = split_folder(root, split)
+        self.classes = sorted(entry.name for entry in self.folder.iterdir() if entry.is_dir())
+        if not self.classes:
+            raise FileNotFoundError(
+                f"{self.folder}: no class folders in it; put the images of each class in a folder of its own"
+            )
+        indices = {name: label for label, name in enumerate(self.classes)}
+        samples = make_dataset(self.folder, indices, extensions=IMG_EXTENSIONS, allow_empty=True)
+        self.labels = np.array([label for _, label in samples], dtype=np.int32)
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        if not counts.all():
+            empty = self.folder / self.classes[int(counts.argmin())]
+            raise FileNotFoundError(
+                f"{empty}: a class folder without images ({', '.join(IMG_EXTENSIONS)}); add some or remove the folder"
+            )
+        self.paths = StringTable(path[len(str(self.folder)) + 1 :] for path, _ in samples)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        return f"{self.folder}/{self.paths[index]}"
+
+    def read(self, index: int) -> bytes:
+        try:
+            with open(self.name(index), "rb", buffering=0) as file:  # noqa: PTH123, pathlib takes as long as the reading
+                return file.read()
+        except OSError as error:
+            raise BrokenImageError(f"cannot be read: {error.strerror}") from error
+
+
+def split_folder(root: str, split: str) -> Path:
+    """<root>/<split>, once it is found to be a folder."""
+    if not root:
+        raise FileNotFoundError("DATA.DATA_PATH is empty: name the folder that holds train/ and val/ with --data-path")
+    folder = Path(root) / split
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"DATA.DATA_PATH {root!r}: no folder {folder}; it must hold train/ and val/, each with a folder per class"
+        )
+    return folder

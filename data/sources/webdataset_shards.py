@@ -1,0 +1,130 @@
+"""WebDataset shards on a local disk: tar files in which a sample is `key.jpg` beside `key.cls` or `key.json`.
+
+timm's reader streams them, shuffled by each worker for itself, so that neither the order nor a resumed epoch could be
+repeated, and processes with uneven shards would evaluate images twice or not at all. An index of the shards, made when
+they are opened, lets any image be read at any time, as with the other kinds of data set.
+"""
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from data.decoding import BrokenImageError
+from data.sources.string_table import StringTable
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "ppm")
+SPLITS = {"train": ("train",), "val": ("val", "validation")}
+
+
+class Sample(NamedTuple):
+    """Where a shard holds an image, in bytes, and its label."""
+
+    key: str
+    start: int
+    size: int
+    label: int
+
+
+class WebDatasetShards:
+    """The images of one split as encoded bytes. Classes are numbers, or the lines of classes.txt beside the shards.
+
+    Args:
+        folder: holds `<split>/*.tar` or `*<split>*.tar`, where val may be called validation.
+        split: "train" or "val".
+
+    Raises:
+        FileNotFoundError: there are no shards.
+        ValueError: a shard cannot be read, or has an image without a label.
+    """
+
+    def __init__(self, folder: str, split: str) -> None:
+        self.shards = find_shards(Path(folder), split)
+        samples = [(number, sample) for number, shard in enumerate(self.shards) for sample in read_shard(shard)]
+        if not samples:
+            raise FileNotFoundError(f"{self.shards[0]}: no images ({', '.join(IMAGES)}) in it, nor in other shards")
+        self.numbers = np.array([number for number, _ in samples], dtype=np.int32)
+        self.starts = np.array([sample.start for _, sample in samples], dtype=np.int64)
+        self.sizes = np.array([sample.size for _, sample in samples], dtype=np.int64)
+        self.labels = np.array([sample.label for _, sample in samples], dtype=np.int32)
+        self.keys = StringTable(sample.key for _, sample in samples)
+        self.classes = class_names(Path(folder), int(self.labels.max()) + 1)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        return f"{self.shards[self.numbers[index]]}: {self.keys[index]}"
+
+    def read(self, index: int) -> bytes:
+        try:
+            with self.shards[self.numbers[index]].open("rb", buffering=0) as shard:
+                return os.pread(shard.fileno(), self.sizes[index], self.starts[index])
+        except OSError as error:
+            raise BrokenImageError(f"cannot be read: {error.strerror}") from error
+
+
+def find_shards(folder: Path, split: str) -> list[Path]:
+    for name in SPLITS[split]:
+        if shards := sorted(folder.glob(f"{name}/*.tar")) or sorted(folder.glob(f"*{name}*.tar")):
+            return shards
+    raise FileNotFoundError(
+        f"DATA.DATASET wds/: no shards {folder}/{split}/*.tar or {folder}/*{split}*.tar; they must be on a local disk, "
+        "not compressed"
+    )
+
+
+def read_shard(shard: Path) -> Iterator[Sample]:
+    """The samples of a shard. Their files lie next to each other, in any order."""
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            key, image, label = "", None, None
+            for member in archive:
+                if not member.isfile():
+                    continue
+                stem, _, extension = Path(member.name).name.partition(".")
+                member_key = f"{Path(member.name).parent}/{stem}".removeprefix("./")
+                if member_key != key:
+                    yield from whole_sample(shard, key, image, label)
+                    key, image, label = member_key, None, None
+                if extension.lower() in IMAGES:
+                    image = member.offset_data, member.size
+                elif extension in ("cls", "json"):
+                    label = read_label(shard, member.name, archive.extractfile(member), label)
+            yield from whole_sample(shard, key, image, label)
+    except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{shard}: not a whole, uncompressed tar file ({error})") from error
+
+
+def read_label(shard: Path, name: str, content: IO[bytes] | None, former: int | None) -> int | None:
+    """The label in a .cls or .json file; a .json without one leaves that which another file gave."""
+    assert content is not None
+    try:
+        if name.endswith(".cls"):
+            return int(content.read())
+        return int(json.load(content)["label"])
+    except KeyError:
+        return former
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{shard}: {name} holds no label ({error})") from error
+
+
+def whole_sample(shard: Path, key: str, image: tuple[int, int] | None, label: int | None) -> Iterator[Sample]:
+    if image is not None:
+        if label is None or label < 0:
+            raise ValueError(f"{shard}: {key} has no label; it needs {key}.cls, or {key}.json with a label")
+        yield Sample(key, *image, label)
+
+
+def class_names(folder: Path, count: int) -> list[str]:
+    """The lines of classes.txt, or else numbers, as many as the labels of both splits need."""
+    if (path := folder / "classes.txt").is_file():
+        names = path.read_text().splitlines()
+        if len(names) < count:
+            raise ValueError(f"{path}: {len(names)} names for {count} classes")
+        return names
+    return [str(label) for label in range(count)]

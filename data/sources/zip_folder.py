@@ -1,0 +1,173 @@
+"""ImageNet in zip archives, in the official layout: train.zip, val.zip, and maps that give the labels.
+
+A line of train_map.txt or val_map.txt is `class/image.jpg<TAB>label`.
+"""
+
+import os
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.decoding import BrokenImageError
+from data.sources.shared_cache import SharedCache
+from data.sources.string_table import StringTable
+
+LOCAL_HEADER_BYTES = 30
+MISSING = -1
+
+
+class ZipFolder:
+    """The images of one split as encoded bytes, read from <split>.zip by <split>_map.txt.
+
+    The archive's directory is read once, into arrays; each process opens the archive for itself.
+
+    Args:
+        root: holds the archive and the map.
+        split: "train" or "val".
+        archive: another file than <split>.zip.
+
+    Raises:
+        FileNotFoundError: the archive or the map is missing.
+        ValueError: the map or the archive cannot be understood.
+    """
+
+    def __init__(self, root: str, split: str, archive: Path | None = None) -> None:
+        self.archive = archive or existing_file(root, f"{split}.zip")
+        paths, self.labels = read_map(existing_file(root, f"{split}_map.txt"))
+        self.paths = StringTable(paths)
+        self.classes = class_names(root)
+        self.headers, self.sizes, self.stored_sizes, self.checksums = find_members(self.archive, paths)
+        self.cache: SharedCache | None = None
+        self.first, self.step = 0, 1  # of the images that the cache holds
+        self.descriptor, self.owner = -1, -1
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        return f"{self.archive}: {self.paths[index]}"
+
+    def bytes_of(self, first: int, step: int) -> int:
+        """What every `step`-th image from the `first` on takes, in bytes."""
+        return int(self.sizes[first::step].sum())
+
+    def use_cache(self, first: int, step: int) -> SharedCache:
+        """Keep every `step`-th image from the `first` on in memory, once it was read."""
+        self.first, self.step = first, step
+        self.cache = SharedCache(self.sizes[first::step])
+        return self.cache
+
+    def read(self, index: int) -> bytes:
+        if self.cache is None or index % self.step != self.first:
+            return self.read_archive(index)
+        slot = index // self.step
+        data = self.cache.get(slot)
+        if data is None:
+            data = self.read_archive(index)
+            self.cache.put(slot, data)
+        return data
+
+    def read_archive(self, index: int) -> bytes:
+        """The image from the archive, with its checksum compared.
+
+        Raises:
+            BrokenImageError: it is not in the archive, or damaged.
+        """
+        if self.headers[index] == MISSING:
+            raise BrokenImageError("not in the archive, though the map names it")
+        try:
+            descriptor = self.open_archive()
+            header = os.pread(descriptor, LOCAL_HEADER_BYTES, self.headers[index])
+            lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+            stored = os.pread(descriptor, self.stored_sizes[index], self.headers[index] + LOCAL_HEADER_BYTES + lengths)
+            is_deflated = header[8:10] == b"\x08\x00"
+            data = zlib.decompress(stored, wbits=-zlib.MAX_WBITS) if is_deflated else stored
+        except (OSError, zlib.error) as error:
+            raise BrokenImageError(f"cannot be read: {error}") from error
+        if zlib.crc32(data) != self.checksums[index]:
+            raise BrokenImageError("damaged in the archive: its checksum differs")
+        return data
+
+    def open_archive(self) -> int:
+        """This process's own file descriptor of the archive: neither forked nor spawned processes share one."""
+        if self.owner != os.getpid():
+            self.descriptor, self.owner = os.open(self.archive, os.O_RDONLY), os.getpid()
+        return self.descriptor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"descriptor": -1, "owner": -1}
+
+
+def existing_file(root: str, name: str) -> Path:
+    path = Path(root) / name
+    if not root or not path.is_file():
+        raise FileNotFoundError(
+            f"DATA.DATA_PATH {root!r}: no {name} in it; --zip reads train.zip, val.zip, train_map.txt and val_map.txt, "
+            "which python -m data.make_zip makes"
+        )
+    return path
+
+
+def read_map(path: Path) -> tuple[list[str], np.ndarray]:
+    """Names and labels (N,) of a map.
+
+    Raises:
+        ValueError: a line is not `name<TAB>label`, or there is none.
+    """
+    paths, labels = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
+        name, _, label = line.rpartition("\t")
+        if not name or not label.strip().isdecimal():
+            raise ValueError(f"{path}, line {number}: {line!r} is not `class/image.jpg<TAB>label`")
+        paths.append(name)
+        labels.append(int(label))
+    if not paths:
+        raise ValueError(f"{path}: it names no images")
+    return paths, np.array(labels, dtype=np.int32)
+
+
+def class_names(root: str) -> list[str]:
+    """Names by label, of the folders in the maps; where a map names no folders, the label stands for its class."""
+    names: dict[int, set[str]] = {}
+    for split in ("val", "train"):
+        if (path := Path(root) / f"{split}_map.txt").is_file():
+            for name, label in zip(*read_map(path), strict=True):
+                names.setdefault(int(label), set()).update({name.split("/")[0]} if "/" in name else ())
+    return [
+        names[label].pop() if len(names.get(label, ())) == 1 else str(label)
+        for label in range(max(names, default=-1) + 1)
+    ]
+
+
+def find_members(archive: Path, paths: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Where the named images lie: offsets of their headers (MISSING where there is none), sizes, stored sizes and
+    checksums, each (N,). Archives made of the folder train/ as a whole have that before each name.
+
+    Raises:
+        ValueError: the archive is damaged, or holds none of the images, or some in a form that cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            members = {info.filename: info for info in opened.infolist()}
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        raise ValueError(f"{archive}: not a whole zip archive ({error}); make it again") from error
+    prefix = next((p for p in ("", f"{archive.stem}/") if any(p + path in members for path in paths)), None)
+    if prefix is None:
+        raise ValueError(
+            f"{archive}: none of the images that {archive.stem}_map.txt names is in it, such as {paths[0]}"
+        )
+    headers = np.full(len(paths), MISSING, dtype=np.int64)
+    sizes, stored_sizes, checksums = (np.zeros(len(paths), dtype=np.int64) for _ in range(3))
+    for index, path in enumerate(paths):
+        if (info := members.get(prefix + path)) is None:
+            continue
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
+            raise ValueError(
+                f"{archive}: {path} is encrypted or packed in an unusual way; python -m data.make_zip does not"
+            )
+        headers[index], sizes[index] = info.header_offset, info.file_size
+        stored_sizes[index], checksums[index] = info.compress_size, info.CRC
+    return headers, sizes, stored_sizes, checksums

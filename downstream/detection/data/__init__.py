@@ -1,0 +1,1 @@
+"""COCO annotations, transforms and samplers."""

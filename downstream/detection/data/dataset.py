@@ -1,0 +1,102 @@
+"""Images of an annotation file as the detector takes them, one by one and in batches."""
+
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.samplers import SampleKey
+from downstream.detection.data.coco import CocoImages, bitmap
+from downstream.detection.data.transforms import (
+    Sample,
+    TrainTransform,
+    fitting_size,
+    frame_of,
+    stack_images,
+)
+from downstream.detection.model.structures import Frame, Target
+
+
+class Item(NamedTuple):
+    """An image (H, W, 3) uint8, its sizes, its id in the file, and its objects if it is for training."""
+
+    image: np.ndarray
+    frame: Frame
+    image_id: int
+    target: Target | None
+
+
+class Batch(NamedTuple):
+    """Images (B, 3, H, W) uint8, padded; then what their items say."""
+
+    images: Tensor
+    frames: list[Frame]
+    image_ids: list[int]
+    targets: list[Target]
+
+    def pin_memory(self) -> "Batch":
+        return self._replace(images=self.images.pin_memory(), targets=[target.pin_memory() for target in self.targets])
+
+
+class TrainImages(Dataset[Item]):
+    """Augmented images by SampleKey; what is drawn depends on (seed, epoch, position) and nothing else."""
+
+    def __init__(self, images: CocoImages, transform: TrainTransform, seed: int) -> None:
+        self.images = images
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: SampleKey) -> Item:
+        record = self.images[key.position]
+        bitmaps = [bitmap(item, record.height, record.width) for item in record.segmentations]
+        sample = Sample(self.images.read_image(record), record.boxes, record.labels, bitmaps)
+        sample = self.transform(sample, np.random.default_rng((self.seed, key.epoch, key.position)))
+        frame = frame_of(sample.image.shape[:2], (record.height, record.width))
+        return Item(sample.image, frame, record.image_id, target_of(sample, frame))
+
+
+class EvalImages(Dataset[Item]):
+    """Images scaled for evaluation, by SampleKey."""
+
+    def __init__(self, images: CocoImages, *, short_side: int, long_side: int) -> None:
+        self.images = images
+        self.short_side = short_side
+        self.long_side = long_side
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: SampleKey) -> Item:
+        record = self.images[key.position]
+        image = self.images.read_image(record)
+        return eval_item(image, short_side=self.short_side, long_side=self.long_side, image_id=record.image_id)
+
+
+def eval_item(image: np.ndarray, *, short_side: int, long_side: int, image_id: int = 0) -> Item:
+    """An image (H, W, 3) uint8 of any size, scaled."""
+    height, width = fitting_size(image.shape[:2], short=short_side, long=long_side)
+    scaled = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    return Item(scaled, frame_of((height, width), image.shape[:2]), image_id, None)
+
+
+def target_of(sample: Sample, frame: Frame) -> Target:
+    """The objects with masks on the image's padded size, 0 in the padding."""
+    masks = torch.zeros(len(sample.bitmaps), *frame.padded, dtype=torch.uint8)
+    for own, picture in zip(masks, sample.bitmaps, strict=True):
+        own[: picture.shape[0], : picture.shape[1]] = torch.from_numpy(np.ascontiguousarray(picture))
+    return Target(torch.from_numpy(sample.boxes.astype(np.float32)), torch.from_numpy(sample.labels), masks)
+
+
+def collate(items: list[Item]) -> Batch:
+    return Batch(
+        stack_images([item.image for item in items]),
+        [item.frame for item in items],
+        [item.image_id for item in items],
+        [item.target for item in items if item.target is not None],
+    )

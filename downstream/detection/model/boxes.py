@@ -1,0 +1,78 @@
+"""Anchors, and boxes as differences from others (Faster R-CNN, arXiv 1506.01497, equation 2). Boxes are x1 y1 x2 y2."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from downstream.detection.model.structures import Size
+
+STRIDES = (4, 8, 16, 32, 64)
+ANCHOR_SCALE = 8  # side of a square anchor over the stride
+ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height over width
+MAX_LOG_RATIO = abs(math.log(16 / 1000))  # a predicted side is at most 62.5 times its reference, and at least 1/62.5
+
+RPN_STDS = (1.0, 1.0, 1.0, 1.0)
+BOX_HEAD_STDS = (0.1, 0.1, 0.2, 0.2)
+
+
+def make_anchors(grids: Sequence[Size], device: torch.device) -> list[Tensor]:
+    """Anchors of each level, (H * W * 3, 4) for a grid (H, W): by row, column, then aspect ratio.
+
+    Centres are multiples of the level's stride, whatever the image's size; nothing is rounded.
+    """
+    ratios = torch.tensor(ASPECT_RATIOS, device=device)
+    heights, widths = ratios.sqrt(), ratios.rsqrt()
+    corners = torch.stack((-widths, -heights, widths, heights), dim=1) / 2  # (3, 4)
+    levels = []
+    for stride, (height, width) in zip(STRIDES, grids, strict=True):
+        ys, xs = torch.meshgrid(
+            torch.arange(height, device=device) * stride, torch.arange(width, device=device) * stride, indexing="ij"
+        )
+        centres = torch.stack((xs, ys, xs, ys), dim=-1)  # (H, W, 4)
+        levels.append((centres[:, :, None] + corners * (ANCHOR_SCALE * stride)).reshape(-1, 4))  # (H * W * 3, 4)
+    return levels
+
+
+def anchors_within(grids: Sequence[Size], padded: Size, device: torch.device) -> Tensor:
+    """Which anchors of all levels, (sum of H * W * 3,), have their centre within an image's own padded size."""
+    parts = []
+    for stride, (height, width) in zip(STRIDES, grids, strict=True):
+        rows = torch.arange(height, device=device) * stride < padded[0]
+        columns = torch.arange(width, device=device) * stride < padded[1]
+        within = rows[:, None, None] & columns[None, :, None]  # (H, W, 1)
+        parts.append(within.expand(height, width, len(ASPECT_RATIOS)).flatten())
+    return torch.cat(parts)
+
+
+def encode(references: Tensor, boxes: Tensor, stds: Sequence[float]) -> Tensor:
+    """What turns references (..., 4) into boxes (..., 4): shifts over the reference's sides, logarithms of ratios."""
+    centres, sides = centres_and_sides(references)
+    goal_centres, goal_sides = centres_and_sides(boxes)
+    deltas = torch.cat(((goal_centres - centres) / sides, (goal_sides / sides).log()), dim=-1)
+    return deltas / deltas.new_tensor(stds)
+
+
+def decode(references: Tensor, deltas: Tensor, stds: Sequence[float], limits: Tensor | None = None) -> Tensor:
+    """The boxes that deltas (..., 4) make of references (..., 4), clipped to `limits` (..., 4) (width, height, width,
+    height) where they are given. Ratios of sides beyond 62.5, or below 1 / 62.5, are cut to that.
+    """
+    centres, sides = centres_and_sides(references)
+    shifts, logs = (deltas * deltas.new_tensor(stds)).split(2, dim=-1)
+    centres = centres + shifts * sides
+    half = sides * logs.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() / 2
+    boxes = torch.cat((centres - half, centres + half), dim=-1)
+    return boxes if limits is None else torch.minimum(boxes.clamp(min=0), limits)
+
+
+def centres_and_sides(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """(x, y) and (width, height) of boxes (..., 4), (..., 2) each."""
+    low, high = boxes.split(2, dim=-1)
+    return (low + high) / 2, high - low
+
+
+def limits_of(sizes: Sequence[Size], device: torch.device) -> Tensor:
+    """Sizes (height, width) of B images as (B, 4): width, height, width, height."""
+    limits = torch.tensor([[width, height, width, height] for height, width in sizes], dtype=torch.float32)
+    return limits.to(device, non_blocking=True)

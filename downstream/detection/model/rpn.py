@@ -1,0 +1,133 @@
+"""Region proposal network (Ren et al., arXiv 1506.01497) on the five maps of a feature pyramid."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import nms
+
+from downstream.detection.model.boxes import (
+    ASPECT_RATIOS,
+    RPN_STDS,
+    anchors_within,
+    decode,
+    encode,
+    limits_of,
+    make_anchors,
+)
+from downstream.detection.model.matching import RPN_THRESHOLDS, assign, sample
+from downstream.detection.model.structures import Frame, Size, Target, rows
+
+NMS_THRESHOLD = 0.7
+POSITIVE_FRACTION = 0.5
+
+
+class Predictions(NamedTuple):
+    """What the head says of all N anchors, level by level.
+
+    Attributes:
+        logits: (B, N) float32.
+        deltas: (B, N, 4) float32.
+        anchors: (N, 4).
+        grids: height and width of each level.
+    """
+
+    logits: Tensor
+    deltas: Tensor
+    anchors: Tensor
+    grids: list[Size]
+
+
+class Proposals(NamedTuple):
+    """P places for each of B images, best first; where there are fewer proposals, the last ones are empty.
+
+    Attributes:
+        boxes: (B, P, 4).
+        scores: (B, P), 0 in empty places.
+        is_valid: (B, P) bool.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    is_valid: Tensor
+
+
+class RPNHead(nn.Module):
+    """Scores and shifts of three anchors at each place of each map.
+
+    Args:
+        width: of the maps.
+        samples_per_image: anchors that the losses see in each image.
+        max_proposals: places for proposals in each image. As many candidates of each level are looked at before, twice
+            as many in training.
+    """
+
+    def __init__(self, width: int, *, samples_per_image: int, max_proposals: int) -> None:
+        super().__init__()
+        self.samples_per_image = samples_per_image
+        self.max_proposals = max_proposals
+        self.rpn_conv = nn.Conv2d(width, width, 3, padding=1)
+        self.rpn_cls = nn.Conv2d(width, len(ASPECT_RATIOS), 1)
+        self.rpn_reg = nn.Conv2d(width, len(ASPECT_RATIOS) * 4, 1)
+        for conv in (self.rpn_conv, self.rpn_cls, self.rpn_reg):
+            nn.init.normal_(conv.weight, std=0.01)
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+
+    def forward(self, maps: Sequence[Tensor]) -> Predictions:
+        """From maps (B, width, H, W) at strides 4 to 64."""
+        logits, deltas = [], []
+        for x in maps:
+            x = F.relu(self.rpn_conv(x))
+            logits.append(self.rpn_cls(x).permute(0, 2, 3, 1).flatten(1).float())  # (B, H * W * 3)
+            deltas.append(self.rpn_reg(x).permute(0, 2, 3, 1).reshape(len(x), -1, 4).float())  # (B, H * W * 3, 4)
+        grids = [(x.shape[2], x.shape[3]) for x in maps]
+        anchors = make_anchors(grids, maps[0].device)
+        return Predictions(torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), grids)
+
+    @torch.no_grad()
+    def propose(self, predictions: Predictions, frames: Sequence[Frame]) -> Proposals:
+        """The best boxes of each image, after non-maximum suppression within each level."""
+        limits = limits_of([frame.size for frame in frames], predictions.logits.device)[:, None]  # (B, 1, 4)
+        lengths = [height * width * len(ASPECT_RATIOS) for height, width in predictions.grids]
+        most = self.max_proposals * (2 if self.training else 1)
+        levels, chosen, start = [], [], 0
+        for level, logits in enumerate(predictions.logits.split(lengths, dim=1)):
+            indices = logits.topk(min(most, lengths[level]), dim=1).indices  # (B, K)
+            chosen.append(indices + start)
+            levels.append(torch.full_like(indices[0], level))
+            start += lengths[level]
+        indices = torch.cat(chosen, dim=1)  # (B, N)
+        scores = predictions.logits.gather(1, indices).sigmoid()
+        boxes = decode(predictions.anchors[indices], rows(predictions.deltas, indices), RPN_STDS, limits)  # (B, N, 4)
+        # Levels side by side: one call then suppresses within each of them.
+        shift = torch.cat(levels)[:, None] * (limits + 1) * limits.new_tensor([1, 0, 1, 0])  # (B, N, 4)
+        is_kept = torch.zeros_like(scores, dtype=torch.bool)
+        for image, side_by_side in enumerate(boxes + shift):
+            is_kept[image].index_fill_(0, nms(side_by_side, scores[image], NMS_THRESHOLD), True)
+        is_kept &= (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
+        # What is not kept scores below any probability.
+        best, places = torch.where(is_kept, scores, -1).topk(min(self.max_proposals, scores.shape[1]), dim=1)  # (B, P)
+        return Proposals(rows(boxes, places), best.clamp(min=0), best >= 0)
+
+    def losses(self, predictions: Predictions, frames: Sequence[Frame], targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Binary cross-entropy and L1 of sampled anchors: sums over the batch, by the number of sampled anchors."""
+        anchors, device = predictions.anchors, predictions.anchors.device
+        chosen, goals = [], []
+        for frame, target in zip(frames, targets, strict=True):
+            is_valid = anchors_within(predictions.grids, frame.padded, device)
+            matches = assign(anchors, is_valid, target.boxes, RPN_THRESHOLDS)
+            chosen.append(sample(matches, self.samples_per_image, POSITIVE_FRACTION))
+            matched = target.boxes_or_dummy()[chosen[-1].gt_indices]
+            goals.append(encode(anchors[chosen[-1].indices], matched, RPN_STDS))
+        indices, _, is_positive, is_used = (torch.stack(x) for x in zip(*chosen, strict=True))  # (B, K)
+        total = is_used.sum().clamp(min=1)
+        errors = F.binary_cross_entropy_with_logits(
+            predictions.logits.gather(1, indices), is_positive.float(), reduction="none"
+        )
+        distances = (rows(predictions.deltas, indices) - torch.stack(goals)).abs()  # (B, K, 4)
+        return {
+            "loss_rpn_cls": torch.where(is_used, errors, 0).sum() / total,
+            "loss_rpn_bbox": torch.where(is_positive[..., None], distances, 0).sum() / total,
+        }

@@ -1,0 +1,120 @@
+"""Samples in the order in which a run takes them; every one's randomness belongs to it and not to its reader."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from downstream.segmentation.data.dataset import DataError, MaskedImages
+from downstream.segmentation.data.transforms import EvalTransform, TrainTransform
+
+
+class Draw(NamedTuple):
+    """An image, and how often it was drawn before: its augmentation follows from both."""
+
+    turn: int
+    image: int
+
+
+class EndlessBatches(Sampler[list[Draw]]):
+    """A process's share of an order without end: permutation after permutation of all images, fixed by (seed, turn).
+
+    Process r of P takes every P-th draw from the r-th on, so that the images of one step are the same for any number
+    of processes and accumulation steps with the same global batch. Any point of the order can be the start: nothing
+    before it is computed but the permutation that it lies in.
+
+    Args:
+        num_images: of the data set.
+        batch_size: draws in a batch.
+        batches_per_epoch: of this process; an epoch is the stretch between two evaluations.
+    """
+
+    def __init__(
+        self, num_images: int, *, batch_size: int, batches_per_epoch: int, rank: int, num_processes: int, seed: int
+    ) -> None:
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.batches_per_epoch = batches_per_epoch
+        self.rank = rank
+        self.num_processes = num_processes
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Choose the epoch that the next iteration gives, less its first `start_batch` batches of this process.
+
+        Raises:
+            ValueError: an epoch has fewer batches.
+        """
+        if not 0 <= start_batch <= self.batches_per_epoch:
+            raise ValueError(f"start_batch {start_batch}: an epoch has {self.batches_per_epoch} for this process")
+        self.epoch, self.start_batch = epoch, start_batch
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch - self.start_batch
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        first = self.epoch * self.batches_per_epoch
+        turn, order = -1, np.empty(0, dtype=np.int64)
+        for batch in range(first + self.start_batch, first + self.batches_per_epoch):
+            draws = []
+            for own in range(batch * self.batch_size, (batch + 1) * self.batch_size):
+                needed, place = divmod(own * self.num_processes + self.rank, self.num_images)
+                if needed != turn:
+                    turn, order = needed, np.random.default_rng((self.seed, needed)).permutation(self.num_images)
+                draws.append(Draw(turn, int(order[place])))
+            yield draws
+
+
+class TrainSamples(Dataset[tuple[Tensor, Tensor]]):
+    """(image (3, S, S), labels (S, S)) by Draw, augmented by (seed, turn, image) and nothing else."""
+
+    def __init__(self, images: MaskedImages, transform: TrainTransform, seed: int) -> None:
+        self.images = images
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng((self.seed, draw.turn, draw.image))
+        return self.transform(*self.images.read(draw.image), rng)
+
+
+class EvalSample(NamedTuple):
+    """An image as the network takes it, once for each scale of testing, and what it is compared to."""
+
+    number: int
+    inputs: list[Tensor]  # (3, h, w) each
+    labels: Tensor  # (H, W) uint8, of the image as it is on disk
+
+
+class EvalSamples(Dataset[EvalSample]):
+    """Samples of evaluation by number."""
+
+    def __init__(self, images: MaskedImages, transform: EvalTransform) -> None:
+        self.images = images
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> EvalSample:
+        image, labels = self.images.read(index)
+        return EvalSample(index, self.transform(image), torch.from_numpy(labels))
+
+
+def batches_or_data_error(loader: DataLoader) -> Iterator[Any]:
+    """The loader's batches; a file that cannot be used comes as a DataError of one line, from a worker process too.
+
+    Raises:
+        DataError: see `MaskedImages.read`.
+    """
+    try:
+        yield from loader
+    except DataError as error:  # a worker's comes with its traceback in the text
+        raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None

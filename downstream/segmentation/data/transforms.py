@@ -1,0 +1,131 @@
+"""From an image (H, W, 3) and its mask (H, W), both uint8, to what the network takes, in training and in tests."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+from downstream.segmentation.model.losses import IGNORED
+
+CROP_TRIES = 10
+BRIGHTNESS = 32  # of 255, at most
+FACTORS = (0.5, 1.5)  # of contrast and saturation
+HUE = 18  # of OpenCV's 180, at most
+
+
+def fitting_size(height: int, width: int, scale: Sequence[int]) -> tuple[int, int]:
+    """The largest (height, width) of the image's proportions with sides of at most `scale` = (long, short)."""
+    factor = min(scale[0] / max(height, width), scale[1] / min(height, width))
+    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Image (H, W, 3) uint8 to (*size, 3), bilinear without antialiasing, as the published segmentors were tested."""
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def normalise(image: np.ndarray) -> Tensor:
+    """Image (H, W, 3) uint8 to (3, H, W) float32 with ImageNet's mean and deviation."""
+    mean, deviation = np.array(IMAGENET_DEFAULT_MEAN) * 255, np.array(IMAGENET_DEFAULT_STD) * 255
+    scaled = (image.astype(np.float32) - mean.astype(np.float32)) * (1 / deviation).astype(np.float32)
+    return torch.from_numpy(scaled).permute(2, 0, 1)  # (3, H, W)
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """The published recipe's augmentation: resize, crop, flip, colours, pad.
+
+    Attributes:
+        scale: (long, short) side that the image is fitted into, pixels, before the random ratio.
+        ratio: smallest and largest factor of `scale`.
+        crop_size: side of the crop; what is smaller is padded at the right and the bottom, with ignored labels.
+        max_category_share: a crop of which one class covers as much or more is drawn anew, up to ten times;
+            1: never.
+        hflip: probability of a horizontal flip.
+        colours: change brightness, contrast, saturation and hue.
+    """
+
+    scale: tuple[int, int]
+    ratio: tuple[float, float]
+    crop_size: int
+    max_category_share: float = 0.75
+    hflip: float = 0.5
+    colours: bool = True
+
+    def __call__(self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Normalised image (3, crop_size, crop_size) and labels (crop_size, crop_size), int64."""
+        ratio = rng.uniform(*self.ratio)
+        size = fitting_size(mask.shape[0], mask.shape[1], [int(side * ratio) for side in self.scale])
+        image, mask = resize_image(image, size), cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST)
+        rows, columns = self.draw_crop(mask, rng)
+        image, mask = image[rows, columns], mask[rows, columns]
+        if rng.random() < self.hflip:
+            image, mask = image[:, ::-1], mask[:, ::-1]
+        if self.colours:
+            image = distort_colours(image, rng)
+        height, width = mask.shape
+        images = torch.zeros(3, self.crop_size, self.crop_size)
+        images[:, :height, :width] = normalise(image)
+        labels = torch.full((self.crop_size, self.crop_size), IGNORED)
+        labels[:height, :width] = torch.from_numpy(mask.astype(np.int64))
+        return images, labels
+
+    def draw_crop(self, mask: np.ndarray, rng: np.random.Generator) -> tuple[slice, slice]:
+        """Rows and columns of a crop in which no class covers too much, or of the last one drawn."""
+        for _ in range(CROP_TRIES + 1 if self.max_category_share < 1 else 1):
+            top, left = (int(rng.integers(max(side - self.crop_size, 0) + 1)) for side in mask.shape)
+            crop = slice(top, top + self.crop_size), slice(left, left + self.crop_size)
+            counts = np.bincount(mask[crop].ravel(), minlength=256)[:IGNORED]
+            if np.count_nonzero(counts) > 1 and counts.max() < self.max_category_share * counts.sum():
+                break
+        return crop
+
+
+def distort_colours(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Each with probability 1/2: brightness, contrast (before or after the other two), saturation, hue."""
+    if rng.random() < 0.5:
+        image = stretched(image, 1.0, rng.uniform(-BRIGHTNESS, BRIGHTNESS))
+    contrast_is_first = rng.random() < 0.5
+    if contrast_is_first and rng.random() < 0.5:
+        image = stretched(image, rng.uniform(*FACTORS))
+    if rng.random() < 0.5:
+        hsv = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2HSV)
+        hsv[..., 1] = stretched(hsv[..., 1], rng.uniform(*FACTORS))
+        image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    if rng.random() < 0.5:
+        hsv = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2HSV)
+        hsv[..., 0] = (hsv[..., 0].astype(np.int16) + rng.integers(-HUE, HUE + 1)) % 180
+        image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    if not contrast_is_first and rng.random() < 0.5:
+        image = stretched(image, rng.uniform(*FACTORS))
+    return image
+
+
+def stretched(values: np.ndarray, factor: float, offset: float = 0.0) -> np.ndarray:
+    """values * factor + offset, uint8, cut off at 0 and 255."""
+    return (values.astype(np.float32) * factor + offset).clip(0, 255).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """Resizing without cropping or padding, once for each factor.
+
+    Attributes:
+        scale: (long, short) side that the image is fitted into, pixels, times each factor.
+        factors: 1 alone, or several for multi-scale testing.
+    """
+
+    scale: tuple[int, int]
+    factors: tuple[float, ...] = (1.0,)
+
+    def __call__(self, image: np.ndarray) -> list[Tensor]:
+        """Normalised images (3, h, w), one for each factor."""
+        sizes = [
+            fitting_size(image.shape[0], image.shape[1], [int(side * factor) for side in self.scale])
+            for factor in self.factors
+        ]
+        return [normalise(resize_image(image, size)) for size in sizes]

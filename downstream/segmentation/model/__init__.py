@@ -1,0 +1,1 @@
+"""UperNet, its losses and its inference."""

@@ -1,0 +1,203 @@
+"""Triton kernels for linear attention: rope(q) (rope(k)^T v) / N / (q . mean(k)) + lepe(v), times SiLU(gate).
+
+One pass over k and v sums a (head_dim, head_dim) matrix and the mean of k for each head; one pass over q gives the
+attention; the depthwise kernel adds lepe(v) and opens the gate. ELU, rotation and normaliser are computed in registers
+in float32; nothing of them reaches memory. All are split over tokens into parts with a buffer of their own, so that the
+order of adding is fixed. A program loads its next tokens before it works on those that it has.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from models.kernels.triton.depthwise import conv_gate_forward
+from models.kernels.triton.launch import num_multiprocessors, on_its_device, precision_of
+from models.kernels.triton.math import positive, reciprocal, sum_parts
+
+NORMALISER_EPS = tl.constexpr(1e-6)
+TOKENS_A_PART = 256  # at least
+MOST_PARTS = 8  # that those who read their sums add up themselves
+
+
+@triton.jit
+def load_angles(cos, sin, token, token_ok, width, head, half_channels, HALF: tl.constexpr, MIXED: tl.constexpr):
+    """cos and sin (tokens, pairs) by which the pairs of this head turn; the tables hold (position, frequency).
+
+    The first half of all pairs turns by the row, the other by the column; MIXED: a head may have pairs of both.
+    """
+    pair = head * HALF + tl.arange(0, HALF)[None, :]
+    frequencies = half_channels // 2
+    ok = token_ok[:, None]
+    if MIXED:
+        is_row = pair < frequencies
+        position = tl.where(is_row, (token // width)[:, None], (token % width)[:, None])
+        place = position * frequencies + tl.where(is_row, pair, pair - frequencies)
+        ok &= pair < half_channels
+    else:
+        is_row = head * HALF < frequencies
+        position = tl.where(is_row, token // width, token % width)
+        place = position[:, None] * frequencies + pair - tl.where(is_row, 0, frequencies)
+    return tl.load(cos + place, mask=ok, other=1.0), tl.load(sin + place, mask=ok, other=0.0)
+
+
+@triton.jit
+def load_tokens(pointer, token, end, stride, channel):
+    """(tokens, channels) of those tokens that lie before end, zeros for the others."""
+    return tl.load(pointer + token[:, None] * stride + channel[None, :], mask=(token < end)[:, None], other=0.0)
+
+
+@triton.jit
+def turn(x, cos, sin, BLOCK: tl.constexpr, DIM: tl.constexpr):
+    """Each pair (a, b) of x (tokens, DIM) to (a cos - b sin, a sin + b cos)."""
+    first, second = tl.split(tl.reshape(x, (BLOCK, DIM // 2, 2)))
+    return tl.reshape(tl.join(first * cos - second * sin, first * sin + second * cos), (BLOCK, DIM))
+
+
+@triton.jit
+def load_state(matrix, mean, part_stride, mean_part_stride, head_index, parts, DIM: tl.constexpr):
+    """The sums over parts of a (DIM, DIM) matrix and a (DIM,) vector of one image's head."""
+    i = tl.arange(0, DIM)
+    total = tl.zeros((DIM, DIM), dtype=tl.float32)
+    vector = tl.zeros((DIM,), dtype=tl.float32)
+    for part in range(parts):
+        total += tl.load(matrix + part * part_stride + head_index * DIM * DIM + i[:, None] * DIM + i[None, :])
+        vector += tl.load(mean + part * mean_part_stride + head_index * DIM + i)
+    return total, vector
+
+
+@triton.jit
+def key_value_kernel(
+    qk, v, cos, sin, matrix, mean, num_tokens, width, heads, tokens_per_part,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    """matrix = rope(k)^T v / N and mean = sum(k) / N, of one part of one image's tokens and one head."""
+    head_index = tl.program_id(0)
+    part = tl.program_id(1)
+    image, head = head_index // heads, head_index % heads
+    channels = heads * DIM
+    i = tl.arange(0, DIM)
+    k_pointer = qk + image.to(tl.int64) * num_tokens * 2 * channels + channels + head * DIM
+    v_pointer = v + image.to(tl.int64) * num_tokens * channels + head * DIM
+    total = tl.zeros((DIM, DIM), dtype=tl.float32)
+    k_sum = tl.zeros((BLOCK, DIM), dtype=tl.float32)
+    end = tl.minimum((part + 1) * tokens_per_part, num_tokens)
+    token = part * tokens_per_part + tl.arange(0, BLOCK)
+    k_next = load_tokens(k_pointer, token, end, 2 * channels, i)
+    value_next = load_tokens(v_pointer, token, end, channels, i)
+    for first in range(part * tokens_per_part, end, BLOCK):
+        token = first + tl.arange(0, BLOCK)
+        ok = token < end
+        k, value = k_next.to(tl.float32), value_next
+        k_next = load_tokens(k_pointer, token + BLOCK, end, 2 * channels, i)
+        value_next = load_tokens(v_pointer, token + BLOCK, end, channels, i)
+        k = tl.where(ok[:, None], positive(k), 0.0)
+        k_sum += k
+        c, s = load_angles(cos, sin, token, ok, width, head, channels // 2, DIM // 2, MIXED)
+        turned = turn(k, c, s, BLOCK, DIM).to(value.dtype)
+        total = tl.dot(tl.trans(turned), value, total, input_precision=PRECISION)
+    base = (part * tl.num_programs(0) + head_index) * DIM
+    tl.store(matrix + base * DIM + i[:, None] * DIM + i[None, :], total / num_tokens)
+    tl.store(mean + base + i, tl.sum(k_sum, 0) / num_tokens)
+
+
+@triton.jit
+def attend_kernel(
+    qk, cos, sin, matrix, mean, out, num_tokens, width, heads, parts, tokens_per_program,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    """out = rope(q) matrix / (q . mean)."""
+    head_index = tl.program_id(0)
+    image, head = head_index // heads, head_index % heads
+    channels = heads * DIM
+    i = tl.arange(0, DIM)
+    image = image.to(tl.int64) * num_tokens
+    qk += image * 2 * channels + head * DIM
+    out += image * channels + head * DIM
+    start = tl.program_id(1) * tokens_per_program
+    end = tl.minimum(start + tokens_per_program, num_tokens)
+    q_next = load_tokens(qk, start + tl.arange(0, BLOCK), end, 2 * channels, i)
+    kv, mean_k = load_state(
+        matrix, mean, tl.num_programs(0) * DIM * DIM, tl.num_programs(0) * DIM, head_index, parts, DIM
+    )
+    dtype = qk.dtype.element_ty
+    kv = kv.to(dtype)
+    for first in range(start, end, BLOCK):
+        token = first + tl.arange(0, BLOCK)
+        ok = token < end
+        q = q_next.to(tl.float32)
+        q_next = load_tokens(qk, token + BLOCK, end, 2 * channels, i)
+        q = positive(q)
+        inverse = reciprocal(tl.sum(q * mean_k[None, :], 1, keep_dims=True) + NORMALISER_EPS)
+        c, s = load_angles(cos, sin, token, ok, width, head, channels // 2, DIM // 2, MIXED)
+        turned = (turn(q, c, s, BLOCK, DIM)).to(dtype)
+        result = tl.dot(turned, kv, input_precision=PRECISION) * inverse
+        tl.store(out + token[:, None] * channels + i[None, :], result.to(out.dtype.element_ty), mask=ok[:, None])
+
+
+class Tile(NamedTuple):
+    """Tokens that a program takes at a time, and its warps."""
+
+    tokens: int
+    warps: int
+
+
+def num_parts(num_tokens: int, head_count: int, device: torch.device, programs: int) -> int:
+    """Into how many parts an image's tokens are split, so that `programs` of them run on each multiprocessor."""
+    parts = min(programs * num_multiprocessors(device) // head_count, triton.cdiv(num_tokens, TOKENS_A_PART))
+    return max(1, parts if parts > 2 * MOST_PARTS else min(parts, MOST_PARTS))
+
+
+def forward_parts(num_tokens: int, head_count: int, device: torch.device) -> int:
+    """Parts of the pass over k and v, whose programs are of one warp."""
+    return num_parts(num_tokens, head_count, device, 16)
+
+
+def few_parts(parts: Tensor) -> Tensor:
+    """Sums over parts, float32 (parts, heads, ...): as they are if there are few, whose readers add them; else one."""
+    if parts.shape[0] <= MOST_PARTS:
+        return parts
+    return sum_parts(parts.flatten(2)).view(1, *parts.shape[1:])
+
+
+def forward_tiles(v: Tensor, dim: int, programs: int) -> tuple[Tile, Tile]:
+    """Of the pass over k and v in `programs`, and of that over q, as measured on an H200 for heads of 32 channels."""
+    if dim <= 32 and programs >= 2 * num_multiprocessors(v.device):
+        return Tile(16, 1), Tile(64, 4)
+    # Each program works alone on its multiprocessor. In float32 the products take more registers.
+    return Tile(32 if v.dtype == torch.float32 else 64, 4), Tile(64, 4)
+
+
+@on_its_device
+def attention_forward(
+    qk: Tensor, v: Tensor, gate: Tensor, lepe_weight: Tensor, lepe_bias: Tensor, cos: Tensor, sin: Tensor,
+    heads: int, *, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gated output (B, H, W, C), what came before the gate if `keep`, and the heads' matrices and means by parts.
+
+    qk is (B, H, W, 2 C) and v (B, H, W, C), contiguous; gate is like v, maybe a part of wider tokens; cos and sin are
+    (positions, C / 4).
+    """
+    batch, height, width, channels = v.shape
+    num_tokens, dim, head_count = height * width, channels // heads, batch * heads
+    parts = forward_parts(num_tokens, head_count, v.device)
+    matrix = torch.empty(parts, head_count, dim, dim, dtype=torch.float32, device=v.device)
+    mean = torch.empty(parts, head_count, dim, dtype=torch.float32, device=v.device)
+    attended = torch.empty_like(v)
+    tiles = forward_tiles(v, dim, head_count * parts)
+    options = {"DIM": dim, "PRECISION": precision_of(v.dtype), "MIXED": heads % 2 == 1, "num_stages": 1}
+    key_value_kernel[(head_count, parts)](
+        *(qk, v, cos, sin, matrix, mean, num_tokens, width, heads, triton.cdiv(num_tokens, parts)),
+        BLOCK=tiles[0].tokens, num_warps=tiles[0].warps, **options,
+    )  # fmt: skip
+    matrix, mean = few_parts(matrix), few_parts(mean)
+    chunks = max(1, min(triton.cdiv(num_tokens, 64), 16 * num_multiprocessors(v.device) // head_count))
+    attend_kernel[(head_count, chunks)](
+        *(qk, cos, sin, matrix, mean, attended, num_tokens, width, heads, matrix.shape[0]),
+        triton.cdiv(num_tokens, chunks),
+        BLOCK=tiles[1].tokens, num_warps=tiles[1].warps, **options,
+    )  # fmt: skip
+    out, ungated = conv_gate_forward(v, lepe_weight, lepe_bias, attended, gate, keep=keep)
+    return out, ungated, matrix, mean

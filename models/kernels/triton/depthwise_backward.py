@@ -1,0 +1,147 @@
+"""Triton kernel for the gradients of the 3x3 depthwise convolution of `depthwise.py`, marching down in the same way."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from models.kernels.triton.depthwise import Tile
+from models.kernels.triton.depthwise_io import load_pair, load_row, load_stencil, store_sums, to_float
+from models.kernels.triton.launch import channel_block, num_multiprocessors, on_its_device, token_stride
+from models.kernels.triton.math import as_tile, sum_parts
+
+
+@triton.jit
+def conv_backward_kernel(
+    grad, x, weight, extra, grad_x, partials,
+    num_pairs, num_blocks, height, width, channels, grad_token_stride, x_token_stride,
+    RESIDUAL: tl.constexpr, EXTRA: tl.constexpr, BEFORE: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the convolution: grad_x (+ grad if RESIDUAL, + extra if EXTRA); sums over tokens go to `partials`
+    (programs, 10, channels): nine taps and the bias, one part for each program, so that the order of adding is fixed;
+    if BEFORE, (programs, 11, channels): and grad_x.
+    """
+    channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    channel_ok = channel < channels
+    top0, top1, top2, mid0, mid1, mid2, low0, low1, low2 = load_stencil(weight, channel, channel_ok)
+    zeros = tl.zeros((PAIRS, CHANNELS), dtype=tl.float32)
+    t0, t1, t2, m0, m1, m2, l0, l1, l2, total = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
+    before = zeros
+    pairs_a_row = (width + 1) // 2
+    num_pair_blocks = tl.cdiv(num_pairs, PAIRS)
+    grad_row_stride = width * grad_token_stride
+    x_row_stride = width * x_token_stride
+    for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
+        pair = ((block % num_pair_blocks) * PAIRS + tl.arange(0, PAIRS))[:, None]
+        first_row = (block // num_pair_blocks) * ROWS
+        image, w = pair // pairs_a_row, pair % pairs_a_row * 2
+        ok1 = (pair < num_pairs) & channel_ok
+        ok0, ok2, ok3 = ok1 & (w > 0), ok1 & (w + 1 < width), ok1 & (w + 2 < width)
+        token = image.to(tl.int64) * height * width + w
+        grad_pointer = grad + token * grad_token_stride + channel
+        x_pointer = x + token * x_token_stride + channel
+        offset = token * channels + channel
+        # Two zeros: Triton takes a name for a constant if a loop seems to give it the object that it had before.
+        x_above1, x_above2 = zeros * 1.0, zeros * 1.0
+        x_here1, x_here2 = zeros, zeros
+        above1, above2, here1, here2 = zeros, zeros, zeros, zeros  # of grad_x: rows row - 1 and row
+        grad_above1, grad_above2 = zeros, zeros
+        # A row is loaded while the one before it is worked on.
+        next0, next1, next2, next3 = load_row(
+            grad_pointer, first_row - 1, height, ok0, ok1, ok2, ok3, grad_row_stride, grad_token_stride
+        )
+        x_next1, x_next2 = load_pair(x_pointer, first_row, height, ok1, ok2, x_row_stride, x_token_stride)
+        for i in tl.range(0, ROWS + 2, loop_unroll_factor=UNROLL):
+            row = first_row - 1 + i  # of grad; it touches grad_x in the rows row - 1, row and row + 1
+            a, b, c, d = to_float(next0, next1, next2, next3)
+            x_below1, x_below2 = x_next1.to(tl.float32), x_next2.to(tl.float32)
+            more = as_tile(i) < ROWS + 1
+            next0, next1, next2, next3 = load_row(
+                grad_pointer,
+                row + 1,
+                height,
+                ok0 & more,
+                ok1 & more,
+                ok2 & more,
+                ok3 & more,
+                grad_row_stride,
+                grad_token_stride,
+            )
+            more = as_tile(i) + 1 < ROWS
+            x_next1, x_next2 = load_pair(
+                x_pointer, row + 2, height, ok1 & more, ok2 & more, x_row_stride, x_token_stride
+            )
+            done = (as_tile(i) >= 2) & (as_tile(row) - 1 < height)
+            place = offset + (row - 1) * width * channels
+            extra1, extra2 = zeros, zeros
+            if EXTRA:
+                extra1 = tl.load(extra + place, mask=ok1 & done, other=0.0).to(tl.float32)
+                extra2 = tl.load(extra + place + channels, mask=ok2 & done, other=0.0).to(tl.float32)
+            t0 += x_above1 * c + x_above2 * d
+            t1 += x_above1 * b + x_above2 * c
+            t2 += x_above1 * a + x_above2 * b
+            m0 += x_here1 * c + x_here2 * d
+            m1 += x_here1 * b + x_here2 * c
+            m2 += x_here1 * a + x_here2 * b
+            l0 += x_below1 * c + x_below2 * d
+            l1 += x_below1 * b + x_below2 * c
+            l2 += x_below1 * a + x_below2 * b
+            is_own = tl.where((as_tile(i) >= 1) & (as_tile(i) <= ROWS), 1.0, 0.0)
+            total += is_own * (b + c)
+            result1 = above1 + top0 * c + top1 * b + top2 * a
+            result2 = above2 + top0 * d + top1 * c + top2 * b
+            above1 = here1 + mid0 * c + mid1 * b + mid2 * a
+            above2 = here2 + mid0 * d + mid1 * c + mid2 * b
+            here1 = low0 * c + low1 * b + low2 * a
+            here2 = low0 * d + low1 * c + low2 * b
+            if RESIDUAL:
+                result1 += grad_above1
+                result2 += grad_above2
+            if EXTRA:
+                result1 += extra1
+                result2 += extra2
+            if BEFORE:
+                before += tl.where(ok1 & done, result1, 0.0) + tl.where(ok2 & done, result2, 0.0)
+            tl.store(grad_x + place, result1.to(grad_x.dtype.element_ty), mask=ok1 & done)
+            tl.store(grad_x + place + channels, result2.to(grad_x.dtype.element_ty), mask=ok2 & done)
+            grad_above1, grad_above2 = b, c
+            x_above1, x_above2 = x_here1, x_here2
+            x_here1, x_here2 = x_below1, x_below2
+    target = partials + tl.program_id(0) * (11 if BEFORE else 10) * channels + channel
+    store_sums(target, channels, channel_ok, t0, t1, t2, m0, m1, m2, l0, l1, l2, total, before, BEFORE)
+
+
+@on_its_device
+def conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    extra: Tensor | None = None,
+    *,
+    residual: bool,
+    before: bool = False,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of conv(x) (+ x if `residual`): for x, plus `extra`, and float32 (10 C,) for taps, then bias.
+
+    (11 C,) if `before`: and the sum over tokens of the gradient for x.
+    """
+    batch, height, width, channels = x.shape
+    x, x_stride = token_stride(x)
+    grad, grad_stride = token_stride(grad)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block = channel_block(channels, 64)
+    tile = tile or (Tile(4, 14, block, 4) if height > 7 else Tile(4, 7, block, 2))
+    num_pairs = batch * triton.cdiv(width, 2)
+    num_blocks = triton.cdiv(num_pairs, tile.pairs) * triton.cdiv(height, tile.rows)
+    channel_blocks = triton.cdiv(channels, tile.channels)
+    programs = min(num_blocks, max(1, 4 * num_multiprocessors(x.device) // channel_blocks))
+    partials = torch.empty(programs, 11 if before else 10, channels, dtype=torch.float32, device=x.device)
+    conv_backward_kernel[(programs, channel_blocks)](
+        *(grad, x, weight, grad if extra is None else extra.contiguous(), grad_x, partials),
+        *(num_pairs, num_blocks, height, width, channels, grad_stride, x_stride),
+        RESIDUAL=residual, EXTRA=extra is not None, BEFORE=before,
+        ROWS=tile.rows, PAIRS=tile.pairs, CHANNELS=tile.channels, UNROLL=tile.unroll, num_warps=tile.warps,
+    )  # fmt: skip
+    return grad_x, sum_parts(partials, taps=True)

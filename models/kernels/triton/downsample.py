@@ -1,0 +1,176 @@
+"""Triton kernels for the 3x3 depthwise convolution with stride 2 between two ReLUs, on tokens (B, H, W, C).
+
+H and W are even. Gradients go by output tokens: those of the four tokens of x at (2r, 2c) .. (2r + 1, 2c + 1) depend on
+the four of the gradient at (r, c) .. (r + 1, c + 1) alone, by nine products in all.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from models.kernels.triton.depthwise_io import load_stencil, store_sums
+from models.kernels.triton.launch import channel_block, num_multiprocessors, on_its_device
+from models.kernels.triton.math import as_tile, sum_parts
+
+
+@triton.jit
+def load_three(pointer, ok_left, ok, channels):
+    """Three tokens in a row through ReLU, float32."""
+    a = tl.maximum(tl.load(pointer - channels, mask=ok_left, other=0.0).to(tl.float32), 0.0)
+    b = tl.maximum(tl.load(pointer, mask=ok, other=0.0).to(tl.float32), 0.0)
+    c = tl.maximum(tl.load(pointer + channels, mask=ok, other=0.0).to(tl.float32), 0.0)
+    return a, b, c
+
+
+@triton.jit
+def strided_forward_kernel(
+    x, weight, bias, out, num_columns, num_blocks, height, width, channels,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """out = ReLU(conv(ReLU(x)) + bias); height and width are out's, half of x's."""
+    channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    channel_ok = channel < channels
+    top0, top1, top2, mid0, mid1, mid2, low0, low1, low2 = load_stencil(weight, channel, channel_ok)
+    start = tl.load(bias + channel, mask=channel_ok, other=0.0).to(tl.float32)
+    num_column_blocks = tl.cdiv(num_columns, COLUMNS)
+    row_stride = 2 * width * channels
+    for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
+        column = ((block % num_column_blocks) * COLUMNS + tl.arange(0, COLUMNS))[:, None]
+        first_row = (block // num_column_blocks) * ROWS
+        image, w = column // width, column % width
+        ok = (column < num_columns) & channel_ok
+        ok_left = ok & (w > 0)
+        image = image.to(tl.int64) * height * width
+        pointer = x + (4 * image + 2 * w) * channels + channel
+        target = out + (image + w) * channels + channel
+        inside = as_tile(first_row) > 0
+        a, b, c = load_three(pointer + (2 * first_row - 1) * row_stride, ok_left & inside, ok & inside, channels)
+        for i in tl.static_range(ROWS):
+            row = first_row + i
+            inside = as_tile(row) < height
+            result = start + top0 * a + top1 * b + top2 * c
+            a, b, c = load_three(pointer + 2 * row * row_stride, ok_left & inside, ok & inside, channels)
+            result += mid0 * a + mid1 * b + mid2 * c
+            a, b, c = load_three(pointer + (2 * row + 1) * row_stride, ok_left & inside, ok & inside, channels)
+            result += low0 * a + low1 * b + low2 * c
+            result = tl.maximum(result, 0.0)
+            tl.store(target + row * width * channels, result.to(out.dtype.element_ty), mask=ok & inside)
+
+
+@triton.jit
+def load_passed(grad, out, place, ok):
+    """The gradient where the second ReLU let the value through, float32."""
+    value = tl.load(grad + place, mask=ok, other=0.0).to(tl.float32)
+    return tl.where(tl.load(out + place, mask=ok, other=0.0) > 0, value, 0.0)
+
+
+@triton.jit
+def strided_backward_kernel(
+    grad, x, weight, out, grad_x, partials, num_columns, num_blocks, height, width, channels,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """grad_x, and the sums over tokens for taps, bias and grad_x in `partials` (programs, 11, channels)."""
+    channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    channel_ok = channel < channels
+    top0, top1, top2, mid0, mid1, mid2, low0, low1, low2 = load_stencil(weight, channel, channel_ok)
+    zeros = tl.zeros((COLUMNS, CHANNELS), dtype=tl.float32)
+    t0, t1, t2, m0, m1, m2, l0, l1, l2, total = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
+    before = zeros
+    num_column_blocks = tl.cdiv(num_columns, COLUMNS)
+    dtype = grad_x.dtype.element_ty
+    for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
+        column = ((block % num_column_blocks) * COLUMNS + tl.arange(0, COLUMNS))[:, None]
+        first_row = (block // num_column_blocks) * ROWS
+        image, w = column // width, column % width
+        ok = (column < num_columns) & channel_ok
+        ok_right = ok & (w + 1 < width)
+        image = image.to(tl.int64) * height * width
+        place = (image + w) * channels + channel
+        x_place = (4 * image + 2 * w) * channels + channel
+        here = load_passed(grad, out, place + first_row * width * channels, ok)
+        right = load_passed(grad, out, place + first_row * width * channels + channels, ok_right)
+        for i in range(ROWS):
+            row = first_row + i
+            inside = as_tile(row) < height
+            below_ok = as_tile(row) + 1 < height
+            below_place = place + (row + 1) * width * channels
+            below = load_passed(grad, out, below_place, ok & below_ok)
+            corner = load_passed(grad, out, below_place + channels, ok_right & below_ok)
+            first = x_place + row * 4 * width * channels
+            second = first + 2 * width * channels
+            x00 = tl.load(x + first, mask=ok & inside, other=0.0).to(tl.float32)
+            x01 = tl.load(x + first + channels, mask=ok & inside, other=0.0).to(tl.float32)
+            x10 = tl.load(x + second, mask=ok & inside, other=0.0).to(tl.float32)
+            x11 = tl.load(x + second + channels, mask=ok & inside, other=0.0).to(tl.float32)
+            g00 = tl.where(x00 > 0, mid1 * here, 0.0)
+            g01 = tl.where(x01 > 0, mid2 * here + mid0 * right, 0.0)
+            g10 = tl.where(x10 > 0, low1 * here + top1 * below, 0.0)
+            g11 = tl.where(x11 > 0, low2 * here + low0 * right + top2 * below + top0 * corner, 0.0)
+            tl.store(grad_x + first, g00.to(dtype), mask=ok & inside)
+            tl.store(grad_x + first + channels, g01.to(dtype), mask=ok & inside)
+            tl.store(grad_x + second, g10.to(dtype), mask=ok & inside)
+            tl.store(grad_x + second + channels, g11.to(dtype), mask=ok & inside)
+            x00, x01 = tl.maximum(x00, 0.0), tl.maximum(x01, 0.0)
+            x10, x11 = tl.maximum(x10, 0.0), tl.maximum(x11, 0.0)
+            m1 += x00 * here
+            m2 += x01 * here
+            m0 += x01 * right
+            l1 += x10 * here
+            t1 += x10 * below
+            l2 += x11 * here
+            l0 += x11 * right
+            t2 += x11 * below
+            t0 += x11 * corner
+            total += tl.where(inside, here, 0.0)
+            before += g00 + g01 + g10 + g11  # zeros outside, where x is
+            here = below
+            right = corner
+    target = partials + tl.program_id(0) * 11 * channels + channel
+    store_sums(target, channels, channel_ok, t0, t1, t2, m0, m1, m2, l0, l1, l2, total, before, True)
+
+
+def plan(x: Tensor, tile: tuple[int, int, int, int], programs_a_multiprocessor: int) -> tuple[int, int, int, int]:
+    """Column count, blocks, programs and blocks of channels for x (B, H, W, C)."""
+    batch, height, width, channels = x.shape
+    columns, rows, block, _ = tile
+    num_columns = batch * width // 2
+    num_blocks = triton.cdiv(num_columns, columns) * triton.cdiv(height // 2, rows)
+    channel_blocks = triton.cdiv(channels, block)
+    limit = max(1, programs_a_multiprocessor * num_multiprocessors(x.device) // channel_blocks)
+    return num_columns, num_blocks, min(num_blocks, limit), channel_blocks
+
+
+@on_its_device
+def strided_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, *, tile: tuple[int, int, int, int] | None = None
+) -> Tensor:
+    """ReLU(conv(ReLU(x)) + bias), (B, H, W, C) -> (B, H / 2, W / 2, C); `tile`: columns, rows, channels, warps."""
+    x = x.contiguous()
+    batch, height, width, channels = x.shape
+    tile = tile or (4, 7, channel_block(channels, 64), 4)
+    num_columns, num_blocks, programs, channel_blocks = plan(x, tile, 16)
+    out = torch.empty(batch, height // 2, width // 2, channels, dtype=x.dtype, device=x.device)
+    strided_forward_kernel[(programs, channel_blocks)](
+        *(x, weight, bias, out, num_columns, num_blocks, height // 2, width // 2, channels),
+        ROWS=tile[1], COLUMNS=tile[0], CHANNELS=tile[2], num_warps=tile[3],
+    )  # fmt: skip
+    return out
+
+
+@on_its_device
+def strided_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, out: Tensor, *, tile: tuple[int, int, int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `strided_forward`, whose result is `out`: for x, and float32 (11 C,): taps, bias and its own sum."""
+    grad, x = grad.contiguous(), x.contiguous()
+    tile = tile or (4, 7, channel_block(x.shape[-1], 64), 4)
+    num_columns, num_blocks, programs, channel_blocks = plan(x, tile, 4)
+    grad_x = torch.empty_like(x)
+    partials = torch.empty(programs, 11, x.shape[-1], dtype=torch.float32, device=x.device)
+    strided_backward_kernel[(programs, channel_blocks)](
+        *(grad, x, weight, out, grad_x, partials, num_columns, num_blocks, x.shape[1] // 2, x.shape[2] // 2),
+        *(x.shape[3],),
+        ROWS=tile[1], COLUMNS=tile[0], CHANNELS=tile[2], num_warps=tile[3],
+    )  # fmt: skip
+    return grad_x, sum_parts(partials, taps=True)

@@ -1,0 +1,144 @@
+"""Triton kernels that go over tokens once, element by element, and in the backward pass sum them for a bias too.
+
+The bias is that of the matrix product before: its gradient is the sum over tokens of a gradient that is written here,
+so that no other pass has to read it.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from models.kernels.triton.launch import channel_block, num_multiprocessors, on_its_device
+from models.kernels.triton.math import exponential, reciprocal, sum_parts
+
+DENSITY_AT_ZERO = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
+
+
+@triton.jit
+def normal(x):
+    """Phi(x) and exp(-x^2 / 2), by formula 7.1.26 of Abramowitz and Stegun: off by 1e-7 at most."""
+    bell = exponential(-0.5 * x * x)
+    t = reciprocal(1.0 + 0.23164189 * tl.abs(x))
+    p = 0.5307027145 * t - 0.7265760135
+    p = p * t + 0.7107068705
+    p = p * t - 0.142248368
+    p = p * t + 0.127414796
+    tail = p * t * bell
+    return tl.where(x > 0, 1.0 - tail, tail), bell
+
+
+@triton.jit
+def gelu_kernel(x, out, length, LENGTH: tl.constexpr):
+    """out = x Phi(x)."""
+    place = tl.program_id(0).to(tl.int64) * LENGTH + tl.arange(0, LENGTH)
+    value = tl.load(x + place, mask=place < length, other=0.0).to(tl.float32)
+    phi, _ = normal(value)
+    tl.store(out + place, (value * phi).to(out.dtype.element_ty), mask=place < length)
+
+
+@triton.jit
+def tile_at(first, num_tokens, channel, channels, TOKENS: tl.constexpr):
+    """The tokens from `first` on, the places of their channels, and which of these there are."""
+    token = first + tl.arange(0, TOKENS)[:, None]
+    return token, token.to(tl.int64) * channels + channel, (token < num_tokens) & (channel < channels)
+
+
+@triton.jit
+def store_total(partials, total, channel, channels):
+    """A program's sum over its tokens, its row of `partials` (programs, channels)."""
+    target = partials + tl.program_id(0) * channels + channel
+    tl.store(target, tl.sum(total, 0, keep_dims=True), mask=channel < channels)
+
+
+@triton.jit
+def gelu_backward_kernel(
+    grad, x, grad_x, out, partials, num_tokens, channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """grad_x = grad GELU'(x), whose sums over tokens go to `partials` (programs, channels); and out = GELU(x)."""
+    channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    total = tl.zeros((TOKENS, CHANNELS), dtype=tl.float32)
+    for first in range(tl.program_id(0) * TOKENS, num_tokens, tl.num_programs(0) * TOKENS):
+        _, place, ok = tile_at(first, num_tokens, channel, channels, TOKENS)
+        value = tl.load(x + place, mask=ok, other=0.0).to(tl.float32)
+        upstream = tl.load(grad + place, mask=ok, other=0.0).to(tl.float32)
+        phi, bell = normal(value)
+        tl.store(out + place, (value * phi).to(out.dtype.element_ty), mask=ok)
+        result = upstream * (phi + value * bell * DENSITY_AT_ZERO)
+        total += result
+        tl.store(grad_x + place, result.to(grad_x.dtype.element_ty), mask=ok)
+    store_total(partials, total, channel, channels)
+
+
+@triton.jit
+def scale_kernel(
+    x, scale, out, partials, num_tokens, tokens_an_image, channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """out = scale[image] x; its sums over tokens go to `partials` (programs, channels)."""
+    channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    total = tl.zeros((TOKENS, CHANNELS), dtype=tl.float32)
+    for first in range(tl.program_id(0) * TOKENS, num_tokens, tl.num_programs(0) * TOKENS):
+        token, place, ok = tile_at(first, num_tokens, channel, channels, TOKENS)
+        factor = tl.load(scale + token // tokens_an_image, mask=token < num_tokens, other=0.0).to(tl.float32)
+        result = tl.load(x + place, mask=ok, other=0.0).to(tl.float32) * factor
+        total += result
+        tl.store(out + place, result.to(out.dtype.element_ty), mask=ok)
+    store_total(partials, total, channel, channels)
+
+
+class Tile(NamedTuple):
+    """Tokens and channels that a program takes at a time, its warps, and programs a multiprocessor."""
+
+    tokens: int
+    channels: int
+    warps: int
+    programs: int
+
+
+def plan(x: Tensor, tile: Tile) -> tuple[int, tuple[int, int], Tensor]:
+    """Tokens of x (..., C), the launch's grid, and room for the parts of the sums."""
+    channels = x.shape[-1]
+    num_tokens = x.numel() // channels
+    channel_blocks = triton.cdiv(channels, tile.channels)
+    limit = max(1, tile.programs * num_multiprocessors(x.device) // channel_blocks)
+    programs = min(triton.cdiv(num_tokens, tile.tokens), limit)
+    partials = torch.empty(programs, 1, channels, dtype=torch.float32, device=x.device)
+    return num_tokens, (programs, channel_blocks), partials
+
+
+@on_its_device
+def gelu_forward(x: Tensor, *, tile: tuple[int, int] = (1024, 4)) -> Tensor:
+    """GELU(x), like x, which is contiguous; `tile`: elements, warps."""
+    out = torch.empty_like(x)
+    gelu_kernel[(triton.cdiv(x.numel(), tile[0]),)](x, out, x.numel(), LENGTH=tile[0], num_warps=tile[1])
+    return out
+
+
+@on_its_device
+def gelu_backward(grad: Tensor, x: Tensor, *, tile: Tile | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient through GELU(x) and GELU(x), like x (..., C); the gradient's sum over tokens, float32 (C,)."""
+    channels = x.shape[-1]
+    tile = tile or Tile(2048 // channel_block(channels, 128), channel_block(channels, 128), 4, 4)
+    num_tokens, grid, partials = plan(x, tile)
+    grad_x, out = torch.empty_like(x), torch.empty_like(x)
+    gelu_backward_kernel[grid](
+        *(grad, x, grad_x, out, partials, num_tokens, channels),
+        TOKENS=tile.tokens, CHANNELS=tile.channels, num_warps=tile.warps,
+    )  # fmt: skip
+    return grad_x, out, sum_parts(partials)
+
+
+@on_its_device
+def scale_and_sum(x: Tensor, scale: Tensor, *, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
+    """scale x for x (B, ..., C) contiguous and scale of B elements, and the sum of it over tokens, float32 (C,)."""
+    channels = x.shape[-1]
+    tile = tile or Tile(2048 // channel_block(channels, 64), channel_block(channels, 64), 4, 8)
+    num_tokens, grid, partials = plan(x, tile)
+    out = torch.empty_like(x)
+    scale_kernel[grid](
+        *(x, scale, out, partials, num_tokens, num_tokens // x.shape[0], channels),
+        TOKENS=tile.tokens, CHANNELS=tile.channels, num_warps=tile.warps,
+    )  # fmt: skip
+    return out, sum_parts(partials)

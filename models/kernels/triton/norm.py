@@ -1,0 +1,90 @@
+"""Triton kernel for the gradient of LayerNorm over the channels of tokens, with the residual's gradient added."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from models.kernels.triton.launch import num_multiprocessors, on_its_device
+from models.kernels.triton.math import sum_parts
+
+
+@triton.jit
+def norm_backward_kernel(
+    grad,
+    x,
+    residual_grad,
+    norm_weight,
+    norm_bias,
+    grad_x,
+    normed_out,
+    partials,
+    num_tokens,
+    channels,
+    eps,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """grad_x = residual_grad + the gradient through LayerNorm(x), and that norm once more; `partials` (programs, 2,
+    channels) get the sums.
+    """
+    channel = tl.arange(0, BLOCK_CHANNELS)[None, :]
+    channel_ok = channel < channels
+    scale = tl.load(norm_weight + channel, mask=channel_ok, other=0.0).to(tl.float32)
+    shift = tl.load(norm_bias + channel, mask=channel_ok, other=0.0).to(tl.float32)
+    scale_sum = tl.zeros((BLOCK_TOKENS, BLOCK_CHANNELS), dtype=tl.float32)
+    shift_sum = tl.zeros((BLOCK_TOKENS, BLOCK_CHANNELS), dtype=tl.float32)
+    for first in range(tl.program_id(0) * BLOCK_TOKENS, num_tokens, tl.num_programs(0) * BLOCK_TOKENS):
+        token = first + tl.arange(0, BLOCK_TOKENS)[:, None]
+        ok = (token < num_tokens) & channel_ok
+        place = token.to(tl.int64) * channels + channel
+        value = tl.load(x + place, mask=ok, other=0.0).to(tl.float32)
+        upstream = tl.load(grad + place, mask=ok, other=0.0).to(tl.float32)
+        passed = tl.load(residual_grad + place, mask=ok, other=0.0).to(tl.float32)
+        mean = tl.sum(value, axis=1, keep_dims=True) / channels
+        centred = tl.where(channel_ok, value - mean, 0.0)
+        inverse = tl.rsqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / channels + eps)
+        normed = centred * inverse
+        tl.store(normed_out + place, (normed * scale + shift).to(normed_out.dtype.element_ty), mask=ok)
+        scale_sum += upstream * normed
+        shift_sum += upstream
+        scaled = upstream * scale
+        mean_grad = tl.sum(scaled, axis=1, keep_dims=True) / channels
+        mean_product = tl.sum(scaled * normed, axis=1, keep_dims=True) / channels
+        result = passed + inverse * (scaled - mean_grad - normed * mean_product)
+        tl.store(grad_x + place, result.to(grad_x.dtype.element_ty), mask=ok)
+    target = partials + tl.program_id(0) * 2 * channels + channel
+    tl.store(target, tl.sum(scale_sum, 0, keep_dims=True), mask=channel_ok)
+    tl.store(target + channels, tl.sum(shift_sum, 0, keep_dims=True), mask=channel_ok)
+
+
+@on_its_device
+def norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    residual_grad: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    *,
+    tile: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of (x, LayerNorm(x)) for x (B, H, W, C), float32 (2, C) for norm weight and bias; and LayerNorm(x).
+
+    `tile`: tokens, warps.
+    """
+    channels = x.shape[-1]
+    grad, x, residual_grad = grad.contiguous(), x.contiguous(), residual_grad.contiguous()
+    num_tokens = x.numel() // channels
+    block = triton.next_power_of_2(channels)
+    tokens, warps = tile or (max(1, 2048 // block), 4)
+    programs = min(triton.cdiv(num_tokens, tokens), 4 * num_multiprocessors(x.device))
+    grad_x, normed = torch.empty_like(x), torch.empty_like(x)
+    partials = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
+    norm_backward_kernel[(programs,)](
+        *(grad, x, residual_grad, norm_weight, norm_bias, grad_x, normed, partials, num_tokens, channels, eps),
+        BLOCK_TOKENS=tokens,
+        BLOCK_CHANNELS=block,
+        num_warps=warps,
+    )
+    return grad_x, sum_parts(partials).view(2, channels), normed

@@ -1,0 +1,135 @@
+"""What happens to batches on the device: normalising, erasing, and images that cannot be used."""
+
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torchvision import transforms
+
+from data.dataset import Batch, Failure
+from data.decoding import BrokenImageError, image_to_tensor
+from data.prefetch import DeviceLoader, Normaliser
+from data.transforms import denormalise
+from tests.helpers import photo
+
+CPU = torch.device("cpu")
+DEVICES = [
+    CPU,
+    pytest.param(torch.device("cuda"), marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU")),
+]
+
+
+class Batches:
+    """In place of a DataLoader."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+        self.sampler: object = None
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+
+def batch(*erasures: tuple[int, ...], count: int = 3, failures: tuple[str, ...] = (), seed: int = 0) -> Batch:
+    images = (
+        torch.stack([image_to_tensor(photo(32, 32, seed + i)) for i in range(count)])
+        if count
+        else (torch.empty(0, 1, 1, 3, dtype=torch.uint8))
+    )
+    parts = torch.tensor(erasures, dtype=torch.int64).reshape(-1, 6)
+    return Batch(images, torch.arange(count), parts, [Failure(name, "is broken") for name in failures])
+
+
+def loader(*batches: Batch, device: torch.device = CPU, **settings: object) -> DeviceLoader:
+    return DeviceLoader(Batches(list(batches)), device, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_images_are_normalised_as_torchvision_does(device: torch.device) -> None:
+    reference = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    )
+    host = batch()
+    ((images, labels),) = loader(host, device=device)
+    assert images.device.type == labels.device.type == device.type
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert images.equal(torch.stack([reference(image.numpy()) for image in host.images]).to(device))
+    assert labels.tolist() == [0, 1, 2]
+    assert host.images.dtype == torch.uint8
+    torch.testing.assert_close(denormalise(images.cpu()), host.images.permute(0, 3, 1, 2) / 255)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
+def test_erasing_fills_the_boxes_and_nothing_else(device: torch.device, mode: str) -> None:
+    ((clean, _),) = loader(batch(), device=device)
+    ((erased, _),) = loader(batch((1, 4, 6, 20, 11, 99), (2, 0, 0, 3, 3, 5)), device=device, erase_mode=mode)
+    boxes = torch.zeros(3, 1, 32, 32, dtype=torch.bool, device=device)
+    boxes[1, :, 4:24, 6:17] = boxes[2, :, :3, :3] = True
+    assert erased.equal(torch.where(boxes, erased, clean))
+    inside = erased[1, :, 4:24, 6:17]
+    if mode == "const":
+        assert (inside == 0).all()
+    elif mode == "rand":
+        assert len(inside.unique()) == 3
+        assert (inside == inside[:, :1, :1]).all()
+    else:
+        assert len(inside.unique()) > 600
+        assert abs(inside.mean().item()) < 0.15
+        assert abs(inside.std().item() - 1) < 0.15
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_noise_belongs_to_the_sample_and_not_to_the_batch(device: torch.device) -> None:
+    ((alone, _),) = loader(batch((0, 4, 6, 20, 11, 99)), device=device)
+    among = loader(batch((1, 0, 0, 9, 9, 1), seed=5), batch((0, 1, 1, 8, 8, 3), (2, 4, 6, 20, 11, 99)), device=device)
+    (_, _), (last, _) = among
+    assert last[2, :, 4:24, 6:17].equal(alone[0, :, 4:24, 6:17])
+    ((other, _),) = loader(batch((0, 4, 6, 20, 11, 98)), device=device)
+    assert not other.equal(alone)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_batches_come_in_order_and_complete(device: torch.device) -> None:
+    hosts = [batch((0, 0, 0, 5, 5, seed), seed=10 * seed) for seed in range(5)]
+    prefetched = list(loader(*hosts, device=device))
+    singly = [next(iter(loader(host, device=device))) for host in hosts]
+    assert len(prefetched) == 5
+    assert all(a.equal(b) for (a, _), (b, _) in zip(prefetched, singly, strict=True))
+    assert list(loader(device=device)) == []
+
+
+def test_the_first_broken_image_stops_where_none_is_left_out() -> None:
+    batches = iter(loader(batch(), batch(failures=("cat/3.jpg",))))
+    next(batches)
+    with pytest.raises(BrokenImageError, match=r"^cat/3\.jpg: is broken; repair it, or set DATA\.ON_ERROR to skip$"):
+        next(batches)
+
+
+def test_images_left_out_are_counted_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    skipping = loader(
+        batch(failures=("a", "b")),
+        batch(failures=("b",)),
+        batch(count=0, failures=("a",)),
+        skips_broken=True,
+        max_broken=2,
+    )
+    with caplog.at_level(logging.WARNING, logger="mlla"):
+        assert [len(labels) for _, labels in skipping] == [3, 3]  # a batch without images is none
+        assert [len(labels) for _, labels in skipping] == [3, 3]  # another epoch
+    assert [record.message for record in caplog.records] == ["left out a: is broken", "left out b: is broken"]
+    skipping.loader.batches.append(batch(failures=("c",)))  # type: ignore[attr-defined]
+    with pytest.raises(
+        BrokenImageError, match=r"DATA\.MAX_BAD 2: 3 images of this process cannot be used, the last is c"
+    ):
+        list(skipping)
+
+
+def test_normaliser_takes_any_memory_order() -> None:
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 5, 4), dtype=np.uint8))
+    assert Normaliser()(images).equal(Normaliser()(images.contiguous(memory_format=torch.channels_last)))

@@ -1,0 +1,148 @@
+"""Our pipelines against timm's and torchvision's plain ones, at the same draws."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
+from torchvision import transforms
+
+from data.augmentation import posterize
+from data.decoding import image_to_tensor
+from data.transforms import EvalTransform, TrainTransform, denormalise
+from tests.helpers import photo
+
+PLAIN = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5, "color_jitter": 0.0}
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def make_transform(size: int, **changes: object) -> TrainTransform:
+    settings = (
+        PLAIN | {"interpolation": "bicubic", "auto_augment": "none", "erase_prob": 0.0, "erase_count": 1} | changes
+    )
+    return TrainTransform(size, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [224, 64])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
+def test_crop_resize_and_flip_are_timms(size: int, interpolation: str) -> None:
+    ours = make_transform(size, interpolation=interpolation)
+    theirs = create_transform(size, is_training=True, interpolation=interpolation, separate=True, **PLAIN)[0]
+    image = photo(250, 180)
+    for seed in range(20):
+        seed_all(seed)
+        expected = np.asarray(theirs(image)).astype(int)
+        seed_all(seed)
+        pixels, erasures = ours(image_to_tensor(image))
+        difference = np.abs(pixels.numpy().astype(int) - expected)
+        assert difference.max() <= 2  # rounding of two passes
+        assert (difference > 1).mean() < 0.001
+        assert erasures == []
+
+
+def test_the_whole_pipeline_is_timms_at_the_same_draws() -> None:
+    policy = "rand-m9-mstd0.5-inc1"
+    ours = make_transform(96, auto_augment=policy, erase_prob=0.25)
+    theirs = create_transform(
+        96, is_training=True, interpolation="bicubic", auto_augment=policy, separate=True, **PLAIN
+    )
+    for op in theirs[1].transforms[0].ops:
+        op.aug_fn = posterize if op.name.startswith("Posterize") else op.aug_fn  # timm's fails with new Pillow
+    image = photo(250, 180)
+    for seed in range(100):
+        seed_all(seed)
+        expected = np.asarray(theirs[1](theirs[0](image))).astype(int)
+        following = random.random()
+        seed_all(seed)
+        pixels, erasures = ours(image_to_tensor(image))
+        assert pixels.shape == (96, 96, 3)
+        assert pixels.is_contiguous()
+        assert np.abs(pixels.numpy().astype(int) - expected).mean() < 1.0
+        assert bool(erasures) == (following <= 0.25)
+
+
+class Recorder(torch.Tensor):
+    """Notes where random erasing writes."""
+
+    boxes: list[tuple[int, int, int, int]]
+
+    def __setitem__(self, place: tuple[slice, slice, slice], value: object) -> None:
+        _, rows, columns = place
+        self.boxes.append((rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_erasing_takes_timms_boxes(count: int) -> None:
+    ours = make_transform(224, erase_prob=0.5, erase_count=count)
+    theirs = RandomErasing(0.5, mode="const", max_count=count, device="cpu")
+    seen = 0
+    for seed in range(200):
+        seed_all(seed)
+        canvas = torch.zeros(3, 224, 224).as_subclass(Recorder)
+        canvas.boxes = []
+        theirs(canvas)
+        seed_all(seed)
+        erasures = ours.draw_erasures()
+        assert [erasure[:4] for erasure in erasures] == canvas.boxes
+        assert len({erasure.seed for erasure in erasures}) == len(erasures)
+        seen += len(erasures)
+    assert seen > 50
+
+
+def test_training_transform_flips_only_where_asked() -> None:
+    image = torch.arange(64 * 64 * 3, dtype=torch.uint8).reshape(64, 64, 3)
+
+    def outcomes(hflip: float) -> int:
+        transform = make_transform(32, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=hflip)
+        return len({transform(image)[0].numpy().tobytes() for _ in range(20)})
+
+    assert outcomes(0.0) == 1
+    assert outcomes(0.5) == 2
+
+
+@pytest.mark.parametrize("width_height", [(1, 1), (1, 300), (300, 1), (3, 2)])
+def test_tiny_images_become_whole_ones(width_height: tuple[int, int]) -> None:
+    image = photo(*width_height)
+    for transform in (make_transform(32), EvalTransform(32, crop=True, interpolation="bicubic")):
+        assert transform(image_to_tensor(image))[0].shape == (32, 32, 3)
+    assert EvalTransform(32, crop=True, interpolation="bicubic")(image)[0].shape == (32, 32, 3)
+
+
+def test_evaluation_transform_resizes_to_256_224ths_and_crops_the_centre() -> None:
+    gradient = np.broadcast_to(np.arange(512, dtype=np.float32)[None] / 2, (256, 512)).astype(np.uint8)
+    image = Image.fromarray(gradient).convert("RGB")
+    cropped = EvalTransform(224, crop=True, interpolation="bicubic")(image)[0][0, :, 0].float()
+    assert cropped.shape == (224,)
+    # The short side is 256 already: the middle 224 of 512 columns, whose values are half their index.
+    assert cropped[0].item() == pytest.approx(144 / 2, abs=1.5)
+    assert cropped[-1].item() == pytest.approx(367 / 2, abs=1.5)
+    squeezed = EvalTransform(224, crop=False, interpolation="bicubic")(image)[0][0, :, 0].float()
+    assert squeezed[0].item() == pytest.approx(0, abs=2)
+    assert squeezed[-1].item() == pytest.approx(255, abs=2)
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (300, 300), (224, 500)])
+def test_exact_evaluation_is_torchvisions_and_the_fast_one_near_it(size: tuple[int, int]) -> None:
+    reference = transforms.Compose(
+        [transforms.Resize(256, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224)]
+    )
+    image = photo(*size)
+    expected = np.asarray(reference(image)).astype(int)
+    transform = EvalTransform(224, crop=True, interpolation="bicubic")
+    assert np.array_equal(transform(image)[0].numpy(), expected)
+    difference = np.abs(transform(image_to_tensor(image))[0].numpy().astype(int) - expected)
+    assert difference.max() <= 1
+    assert difference.mean() < 0.1
+
+
+def test_denormalise_by_hand() -> None:
+    normalised = torch.tensor([(1.0 - 0.485) / 0.229, (0.5 - 0.456) / 0.224, (0.0 - 0.406) / 0.225]).reshape(1, 3, 1, 1)
+    torch.testing.assert_close(denormalise(normalised).flatten(), torch.tensor([1.0, 0.5, 0.0]))

@@ -1,0 +1,141 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from pycocotools import mask as rle
+
+from downstream.detection.data.coco import CocoImages, bitmap, clipped
+
+SQUARE = [[2.0, 2.0, 12.0, 2.0, 12.0, 12.0, 2.0, 12.0]]
+
+
+def write(folder: Path, items: list[dict[str, Any]], /, *, count: int = 2, **changes: Any) -> Path:
+    """A file of 60x40 images 10, 20, ... with categories 90 "dog" and 3 "cat", and the images themselves."""
+    (folder / "images").mkdir(exist_ok=True)
+    listed = []
+    for number in range(count):
+        name = f"{number}.png"
+        cv2.imwrite(str(folder / "images" / name), np.full((40, 60, 3), number, dtype=np.uint8))
+        listed.append({"id": 10 * (number + 1), "file_name": name, "height": 40, "width": 60})
+    content = {"images": listed, "categories": [{"id": 90, "name": "dog"}, {"id": 3, "name": "cat"}]}
+    content["annotations"] = [{"id": i, "iscrowd": 0, **item} for i, item in enumerate(items)]
+    (folder / "a.json").write_text(json.dumps({**content, **changes}))
+    return folder / "a.json"
+
+
+def item(image: int, category: int, bbox: list[float], **more: Any) -> dict[str, Any]:
+    return {"image_id": image, "category_id": category, "bbox": bbox, "segmentation": SQUARE, **more}
+
+
+def open_images(path: Path, *, for_training: bool = True) -> CocoImages:
+    return CocoImages(path, path.parent / "images", for_training=for_training)
+
+
+def test_categories_with_gaps_become_labels_by_id(tmp_path: Path) -> None:
+    images = open_images(write(tmp_path, [item(10, 90, [2, 2, 10, 10]), item(10, 3, [5, 5, 20, 10])]))
+    assert images.classes == ["cat", "dog"]
+    assert images.category_ids == [3, 90]
+    record = images[0]
+    assert (record.image_id, record.file_name, record.height, record.width) == (10, "0.png", 40, 60)
+    assert record.labels.tolist() == [1, 0]
+    assert record.boxes.tolist() == [[2, 2, 12, 12], [5, 5, 25, 15]]
+
+
+def test_what_is_not_trained_on(tmp_path: Path) -> None:
+    """Images without objects, crowds, boxes of no size or outside; boxes that stick out are cut."""
+    annotations = [
+        item(10, 3, [2, 2, 10, 10], iscrowd=1),
+        item(10, 3, [70, 2, 10, 10]),  # outside
+        item(10, 3, [2, 2, 0, 10]),
+        item(10, 3, [2, 2, 10, 0.5]),
+        item(20, 3, [-5, 30, 10, 30]),
+    ]
+    path = write(tmp_path, annotations, count=3)
+    images = open_images(path)
+    assert len(images) == 1
+    assert images[0].boxes.tolist() == [[0, 30, 5, 40]]
+    everything = open_images(path, for_training=False)
+    assert [len(everything[i].boxes) for i in range(3)] == [0, 1, 0]
+
+
+def test_small_images_are_not_trained_on(tmp_path: Path) -> None:
+    path = write(tmp_path, [item(10, 3, [2, 2, 10, 10]), item(20, 3, [2, 2, 10, 10])])
+    content = json.loads(path.read_text())
+    content["images"][0]["height"] = 31
+    path.write_text(json.dumps(content))
+    assert [open_images(path)[i].image_id for i in range(len(open_images(path)))] == [20]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": None}, "needs the lists images, annotations, categories"),
+        ({"images": [{"id": 1}]}, "item 0 of images has no file_name"),
+        ({"categories": [{"id": 3, "name": "cat"}]}, "annotation 0 has category_id 90, not listed"),
+        ({"annotations": [item(99, 3, [2, 2, 9, 9])]}, "has image_id 99, not listed"),
+        ({"annotations": [{**item(10, 3, [2, 2, 9, 9]), "segmentation": []}]}, "has no segmentation"),
+        ({"annotations": []}, "no usable training images"),
+    ],
+)
+def test_files_that_are_not_right(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = write(tmp_path, [item(10, 90, [2, 2, 10, 10])], **change)
+    with pytest.raises(ValueError, match=message) as caught:
+        open_images(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    path = write(tmp_path, [item(10, 3, [2, 2, 10, 10]), item(20, 3, [2, 2, 10, 10])])
+    with pytest.raises(FileNotFoundError, match=r"b\.json: no such annotation file"):
+        open_images(tmp_path / "b.json")
+    with pytest.raises(FileNotFoundError, match=r"none: no such folder"):
+        CocoImages(path, tmp_path / "none", for_training=True)
+    (tmp_path / "images" / "1.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of the 2 images .* are not there, such as 1\.png"):
+        open_images(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is not a JSON file"):
+        open_images(path)
+
+
+def test_images_that_do_not_match(tmp_path: Path) -> None:
+    path = write(tmp_path, [item(10, 3, [2, 2, 10, 10])])
+    cv2.imwrite(str(tmp_path / "images" / "0.png"), np.zeros((60, 40, 3), dtype=np.uint8))
+    images = open_images(path)
+    with pytest.raises(ValueError, match=r"0\.png: is 40x60 pixels, but .* says 60x40"):
+        images.read_image(images[0])
+    (tmp_path / "images" / "0.png").write_bytes(b"no image")
+    with pytest.raises(OSError, match="cannot be read as an image"):
+        images.read_image(images[0])
+
+
+def test_colours_are_red_green_blue(tmp_path: Path) -> None:
+    path = write(tmp_path, [item(10, 3, [2, 2, 10, 10])])
+    cv2.imwrite(str(tmp_path / "images" / "0.png"), np.full((40, 60, 3), (10, 20, 30), dtype=np.uint8))  # BGR
+    images = open_images(path)
+    assert images.read_image(images[0])[0, 0].tolist() == [30, 20, 10]
+
+
+def test_segmentations_of_all_kinds() -> None:
+    square = np.zeros((20, 30), dtype=np.uint8)
+    square[2:12, 2:12] = 1
+    compressed = rle.encode(np.asfortranarray(square))
+    text = {"size": [20, 30], "counts": compressed["counts"].decode()}
+    flat = square.flatten(order="F")
+    ends = np.flatnonzero(np.diff(flat)) + 1
+    lengths = {"size": [20, 30], "counts": np.diff([0, *ends, len(flat)]).tolist()}
+    for segmentation in (SQUARE, text, lengths, [*SQUARE, [3.0, 3.0, 5.0, 3.0, 5.0, 5.0]], [*SQUARE, [1.0, 1.0]]):
+        assert (bitmap(segmentation, 20, 30) == square).all(), segmentation
+    assert bitmap([[1.0, 1.0, 2.0, 2.0]], 20, 30).sum() == 0  # a line
+
+
+def test_clipping() -> None:
+    image = {"width": 60, "height": 40}
+    assert clipped([10, 10, 5, 5], image) == [10, 10, 15, 15]
+    assert clipped([-5, -5, 100, 100], image) == [0, 0, 60, 40]
+    assert clipped([60, 10, 5, 5], image) is None
+    assert clipped([10, 10, 0.9, 5], image) is None

@@ -1,0 +1,106 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from downstream.detection.data.coco import CocoImages, bitmap
+from downstream.detection.data.shapes import CATEGORIES, coverage, draw_image, outline_of, run_lengths
+from downstream.detection.make_shapes import main
+from downstream.detection.pictures import Found, annotated, found_of, save_comparison
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    assert main([str(folder), "--train", "60", "--val", "8"]) == 0
+    return folder
+
+
+def test_what_is_written(shapes: Path) -> None:
+    content = json.loads((shapes / "train.json").read_text())
+    annotations = content["annotations"]
+    assert {a["category_id"] for a in annotations} == set(CATEGORIES.values()) == {1, 3, 4, 7}
+    assert {type(a["segmentation"]) for a in annotations} == {list, dict}
+    assert 0 < sum(a["iscrowd"] for a in annotations) < 10
+    assert {image["id"] for image in content["images"]} - {a["image_id"] for a in annotations}  # empty images
+    images = CocoImages(shapes / "train.json", shapes / "train", for_training=False)
+    assert {images[i].height for i in range(60)} == {128, 160}
+    for record in (images[i] for i in range(60)):
+        assert images.read_image(record).shape == (record.height, record.width, 3)
+        for box, item in zip(record.boxes, record.segmentations, strict=True):
+            rows, columns = bitmap(item, record.height, record.width).nonzero()
+            tight = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert np.abs(box - tight).max() <= 1
+
+
+def test_objects_hide_each_other_but_not_too_much() -> None:
+    rng = np.random.default_rng(0)
+    photograph = np.zeros((300, 300, 3), dtype=np.uint8)
+    is_hidden = []
+    for _ in range(40):
+        _, drawn = draw_image(photograph, rng)
+        stack = np.stack([own.visible for own in drawn]) if drawn else np.zeros((0, 1, 1))
+        assert (stack.sum(axis=0) <= 1).all()
+        is_hidden += [own.visible.sum() < own.area for own in drawn]
+        assert all(own.visible.sum() >= 0.4 * own.area for own in drawn)
+    assert 0.1 < np.mean(is_hidden) < 0.9
+
+
+def test_coverage_is_the_area() -> None:
+    square = outline_of("square", centre=(30.0, 25.0), radius=14.0, angle=0.3)
+    assert coverage(square, 50, 60).sum() == pytest.approx(2 * 14**2, rel=0.03)
+    circle = outline_of("circle", centre=(30.0, 25.0), radius=14.0, angle=0.3)
+    assert coverage(circle, 50, 60).sum() == pytest.approx(np.pi * 14**2, rel=0.03)
+
+
+def test_run_lengths_start_with_what_is_outside() -> None:
+    pixels = np.array([[1, 0], [1, 1]], dtype=bool)
+    assert run_lengths(pixels) == [0, 2, 1, 1]
+    assert run_lengths(~pixels) == [2, 1, 1]
+    assert (bitmap({"size": [2, 2], "counts": run_lengths(pixels)}, 2, 2) == pixels).all()
+
+
+def test_the_same_again_and_nothing_overwritten(shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (shapes / "train.json").read_bytes(), (shapes / "train" / "000007.jpg").read_bytes()
+    assert main([str(shapes), "--train", "60", "--val", "8"]) == 0
+    assert "holds this data set already" in capsys.readouterr().out
+    other = shapes.with_name("other")
+    assert main([str(other), "--train", "60", "--val", "8"]) == 0
+    assert before == ((other / "train.json").read_bytes(), (other / "train" / "000007.jpg").read_bytes())
+    with pytest.raises(SystemExit) as stop:
+        main([str(shapes), "--train", "61"])
+    assert stop.value.code == 2
+    assert "holds other files already" in capsys.readouterr().err
+    assert (shapes / "train.json").read_bytes() == before[0]
+
+
+def test_pictures_show_what_was_found(tmp_path: Path) -> None:
+    image = np.full((50, 80, 3), 100, dtype=np.uint8)
+    mask = np.zeros((1, 50, 80), dtype=bool)
+    mask[0, 10:30, 20:60] = True
+    found = Found(np.array([[20, 10, 60, 30]], dtype=np.float32), mask, np.array([2]), ["star $0.9"])
+    picture = annotated(image, found)
+    assert picture.shape == (300, 480, 3)  # sixfold
+    changed = (picture != 100).any(axis=2)
+    assert changed[75:165, 150:330].all()
+    assert not changed[225:].any()
+    nothing = found_of([], [{"id": 1, "name": "cat"}])
+    assert (annotated(image, nothing) == 100).all()
+    save_comparison([(image, found, nothing)] * 4, tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").stat().st_size > 1000
+
+
+def test_results_below_the_threshold_are_not_drawn() -> None:
+    mask = {"size": [50, 80], "counts": [500, 100, 3400]}
+    from pycocotools import mask as rle
+
+    code = rle.frPyObjects(mask, 50, 80)
+    results = [
+        {"category_id": 7, "score": score, "bbox": [10.0, 0.0, 2.0, 50.0], "segmentation": code} for score in (0.4, 0.6)
+    ]
+    found = found_of(results, [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}])
+    assert found.captions == ["dog 0.60"]
+    assert found.labels.tolist() == [1]
+    assert found.boxes.tolist() == [[10, 0, 12, 50]]
+    assert found.masks.sum() == 100

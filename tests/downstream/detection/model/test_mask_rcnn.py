@@ -1,0 +1,146 @@
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from downstream.backbone import MLLABackbone, TimmBackbone
+from downstream.detection.model.mask_rcnn import MaskRCNN
+from downstream.detection.model.masks import paste_masks
+from downstream.detection.model.structures import Frame, Target
+from tests.helpers import GOLDEN, MICRO, fill_weights, random_values
+
+ALL = 10**9  # samplers that take every positive and negative
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, np.ndarray]:
+    return dict(np.load(GOLDEN / "mask_rcnn_micro.npz"))
+
+
+@pytest.fixture(scope="module")
+def model() -> MaskRCNN:
+    model = MaskRCNN(MLLABackbone(**MICRO))
+    fill_weights(model)
+    return model
+
+
+def test_names_and_parameters(golden: dict[str, np.ndarray], model: MaskRCNN) -> None:
+    own = {name for name in model.state_dict() if not name.startswith("backbone.")}
+    assert own == set(golden["keys"])
+    assert sum(p.numel() for p in model.parameters()) == golden["n_params"]
+
+
+def test_the_official_files_load_strictly(golden: dict[str, np.ndarray]) -> None:
+    """MLLA-T's: 563 keys, with the rotary tables that the official code stores."""
+    with torch.device("meta"):
+        model = MaskRCNN(MLLABackbone())
+    weights = {name: value for name, value in model.state_dict().items() if name.startswith("backbone.")}
+    tables = {f"{name.removesuffix('qk.weight')}rope.rotations" for name in weights if name.endswith("attn.qk.weight")}
+    weights |= {name: model.state_dict()[name] for name in golden["keys"]}
+    weights |= {name: torch.zeros(4, 4, 32, 2) for name in tables}
+    assert len(weights) == 563
+    model.load_state_dict(weights, strict=True, assign=True)
+
+
+def test_golden_detections(golden: dict[str, np.ndarray], model: MaskRCNN) -> None:
+    model.eval()
+    images, frames = random_values(21, 1, 3, 256, 384), [Frame((250, 380), (256, 384), (125, 190))]
+    (found,) = model.detect(images, frames)
+    np.testing.assert_allclose(found.boxes, golden["boxes"], atol=1e-3, rtol=0)
+    np.testing.assert_allclose(found.scores, golden["scores"], atol=1e-5, rtol=0)
+    assert found.labels.tolist() == golden["labels"].tolist()
+    masks = paste_masks(found.mask_probabilities, found.boxes, 125, 190)
+    assert np.abs(masks.sum(dim=(1, 2)).numpy() - golden["mask_areas"]).max() <= 2
+    first = np.unpackbits(golden["masks_first20"]).reshape(20, 125, 190)
+    assert (masks[:20].numpy() != first).sum(axis=(1, 2)).max() <= 2
+    with torch.no_grad():
+        proposals = model.rpn_head.propose(model.rpn_head(model.neck(model.backbone(images))), frames)
+    np.testing.assert_allclose(proposals.boxes[0, :50], golden["proposals"][:, :4], atol=1e-3, rtol=0)
+    np.testing.assert_allclose(proposals.scores[0, :50], golden["proposals"][:, 4], atol=1e-5, rtol=0)
+
+
+def ellipses(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Ellipses that fill boxes (G, 4), by pixel centres: (G, height, width) uint8."""
+    x1, y1, x2, y2 = boxes[:, :, None, None].unbind(dim=1)
+    ys, xs = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    across, down = (2 * xs - x1 - x2) / (x2 - x1), (2 * ys - y1 - y2) / (y2 - y1)
+    return (across**2 + down**2 <= 1).to(torch.uint8)
+
+
+def training_batch(golden: dict[str, np.ndarray]) -> tuple[Tensor, list[Frame], list[Target]]:
+    noise, images = random_values(22, 2, 3, 256, 320), torch.zeros(2, 3, 256, 320)
+    images[0, :, :240], images[1, :, :, :210] = noise[0, :, :240], noise[1, :, :, :210]
+    frames = [Frame((240, 320), (240, 320), (240, 320)), Frame((256, 210), (256, 224), (256, 210))]
+    targets = []
+    for i, frame in enumerate(frames):
+        boxes = torch.from_numpy(golden[f"gt_boxes{i}"])
+        targets.append(Target(boxes, torch.from_numpy(golden[f"gt_labels{i}"]), ellipses(boxes, *frame.padded)))
+    return images, frames, targets
+
+
+def test_golden_losses_and_gradients(golden: dict[str, np.ndarray]) -> None:
+    model = MaskRCNN(MLLABackbone(**MICRO)).train()
+    fill_weights(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    model.rpn_head.samples_per_image = model.roi_head.samples_per_image = ALL
+    losses = model(*training_batch(golden))
+    assert set(losses) == {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask"}
+    for name, loss in losses.items():
+        assert loss.item() == pytest.approx(golden[f"loss/{name}"].item(), rel=1e-5), name
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        norm = golden[f"gradnorm/{name}"].item()
+        assert parameter.grad.norm().item() == pytest.approx(norm, rel=1e-3), name
+
+
+def small_detector() -> MaskRCNN:
+    torch.manual_seed(0)
+    return MaskRCNN(TimmBackbone("test_convnext"), num_classes=3, width=16, hidden=32)
+
+
+def objects(count: int) -> Target:
+    boxes = torch.tensor([[8.0 * i, 4.0, 8.0 * i + 30, 40.0] for i in range(count)]).reshape(-1, 4)
+    return Target(boxes, torch.arange(count) % 3, ellipses(boxes, 64, 96))
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (0, 3), (4, 1)])
+def test_images_without_objects(counts: tuple[int, int]) -> None:
+    """Losses stay finite, and every parameter gets a gradient, as several processes need it."""
+    model = small_detector().train()
+    frames = [Frame((64, 96), (64, 96), (64, 96))] * 2
+    losses = model(torch.randn(2, 3, 64, 96), frames, [objects(count) for count in counts])
+    assert all(loss.isfinite() for loss in losses.values())
+    has_objects = sum(counts) > 0
+    assert (losses["loss_mask"] > 0) == (losses["loss_bbox"] > 0) == has_objects
+    sum(losses.values()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_a_batch_detects_as_single_images() -> None:
+    """Images of one size; BatchNorm in evaluation mode. Empty places of the fuller image's batch count for nothing."""
+    model = small_detector().eval()
+    nn.init.normal_(model.roi_head.bbox_head.fc_cls.weight, std=0.3)
+    images, frames = (
+        torch.randn(2, 3, 64, 96),
+        [Frame((60, 96), (64, 96), (30, 50)), Frame((64, 90), (64, 96), (64, 90))],
+    )
+    together = model.detect(images, frames)
+    for i in range(2):
+        (alone,) = model.detect(images[i : i + 1], frames[i : i + 1])
+        assert len(alone.boxes) > 5
+        for one, other in zip(alone, together[i], strict=True):
+            torch.testing.assert_close(one.float(), other.float(), atol=1e-3, rtol=0)
+        width, height = frames[i].original[1], frames[i].original[0]
+        assert (alone.boxes >= 0).all()
+        assert (alone.boxes <= torch.tensor([width, height, width, height]) + 1e-3).all()
+
+
+def test_nothing_found() -> None:
+    model = small_detector().eval()
+    nn.init.constant_(model.roi_head.bbox_head.fc_cls.bias, 0)
+    model.roi_head.bbox_head.fc_cls.bias.data[-1] = 50  # all background
+    (found,) = model.detect(torch.randn(1, 3, 64, 64), [Frame((64, 64), (64, 64), (64, 64))])
+    assert [len(x) for x in found] == [0, 0, 0, 0]
+    assert paste_masks(found.mask_probabilities, found.boxes, 64, 64).shape == (0, 64, 64)

@@ -1,0 +1,154 @@
+import contextlib
+import io
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from downstream.detection.evaluation import FIGURES, CocoEvaluator, results_of, table, write_results
+from downstream.detection.model.structures import Detections
+
+CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 17, "name": "dog"}, {"id": 90, "name": "never there"}]
+HEIGHT, WIDTH = 240, 320
+
+
+def ellipse(rng: np.random.Generator) -> np.ndarray:
+    ys, xs = np.mgrid[:HEIGHT, :WIDTH]
+    radius = np.exp(rng.uniform(np.log(6), np.log(90), 2))  # small, medium and large ones
+    centre = rng.uniform(0.2, 0.8, 2) * (HEIGHT, WIDTH)
+    return ((ys - centre[0]) / radius[0]) ** 2 + ((xs - centre[1]) / radius[1]) ** 2 <= 1
+
+
+def run_lengths(mask: np.ndarray) -> dict[str, Any]:
+    encoded = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": encoded["size"], "counts": encoded["counts"].decode()}
+
+
+@pytest.fixture(scope="module")
+def truth_and_results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """Images with objects, some crowds, some empty; results near the truth, doubled, misplaced and of no truth."""
+    rng = np.random.default_rng(0)
+    annotations, results = [], []
+    for image_id in range(1, 13):
+        for _ in range(int(rng.integers(0, 9))):
+            mask = ellipse(rng)
+            code = run_lengths(mask)
+            category = int(rng.choice([3, 17]))
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": category,
+                    "bbox": rle.toBbox(code).tolist(),
+                    "area": float(mask.sum()),
+                    "iscrowd": int(rng.random() < 0.1),
+                    "segmentation": code,
+                }
+            )
+            for _ in range(int(rng.integers(0, 3))):
+                moved = run_lengths(np.roll(mask, rng.integers(-6, 7, 2), axis=(0, 1)))
+                results.append(
+                    {
+                        "image_id": image_id,
+                        "category_id": category if rng.random() < 0.9 else 17,
+                        "bbox": (rle.toBbox(moved) + rng.normal(0, 2, 4)).clip(1).tolist(),
+                        "score": float(rng.random()),
+                        "segmentation": moved,
+                    }
+                )
+    images = [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in range(1, 13)]
+    path = tmp_path_factory.mktemp("coco") / "truth.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": CATEGORIES}))
+    return path, results
+
+
+def by_pycocotools(path: Path, results: list[dict[str, Any]]) -> dict[str, float]:
+    figures = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(path))
+        for kind, iou_type in (("box", "bbox"), ("mask", "segm")):
+            own = deepcopy(results)
+            if kind == "mask":
+                for result in own:
+                    del result["bbox"]
+            evaluation = COCOeval(truth, truth.loadRes(own), iou_type)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            for name, value in zip(FIGURES, evaluation.stats, strict=True):
+                figures[f"{kind}_{name}"] = 100 * value if value >= 0 else -1.0
+    return figures
+
+
+def test_all_figures_are_those_of_pycocotools(truth_and_results: tuple[Path, list[dict[str, Any]]]) -> None:
+    path, results = truth_and_results
+    before = deepcopy(results)
+    figures = CocoEvaluator(path).figures(results)
+    assert results == before
+    expected = by_pycocotools(path, results)
+    assert list(figures) == list(expected)
+    assert len(figures) == 24
+    assert figures == pytest.approx(expected, abs=1e-9)
+    assert 10 < figures["box_AP"] < 90
+    assert figures["mask_APs"] != figures["box_APs"]
+    assert len(set(figures.values())) > 15
+
+
+def test_evaluating_twice_gives_the_same(truth_and_results: tuple[Path, list[dict[str, Any]]]) -> None:
+    path, results = truth_and_results
+    evaluator = CocoEvaluator(path)
+    assert evaluator.figures(results) == evaluator.figures(results)
+
+
+def test_figures_by_class(truth_and_results: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Against evaluating one category at a time; one without objects has none."""
+    path, results = truth_and_results
+    figures = CocoEvaluator(path).figures(results, per_class=True)
+    assert len(figures) == 24 + 6
+    for category in CATEGORIES[:2]:
+        content = json.loads(path.read_text())
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] == category["id"]]
+        content["categories"] = [category]
+        own = path.with_name(f"{category['name']}.json")
+        own.write_text(json.dumps(content))
+        alone = CocoEvaluator(own).figures([r for r in results if r["category_id"] == category["id"]])
+        for kind in ("box", "mask"):
+            assert figures[f"{kind}_AP/{category['name']}"] == pytest.approx(alone[f"{kind}_AP"])
+    assert figures["box_AP/never there"] == -1
+
+
+def test_no_results_and_no_truth(truth_and_results: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    path, _ = truth_and_results
+    assert CocoEvaluator(path).figures([])["box_AP"] == 0
+    content = json.loads(path.read_text())
+    content["annotations"] = []
+    (tmp_path / "empty.json").write_text(json.dumps(content))
+    assert set(CocoEvaluator(tmp_path / "empty.json").figures([]).values()) == {-1.0}
+
+
+def test_detections_as_results(tmp_path: Path) -> None:
+    boxes = torch.tensor([[10.0, 20.0, 38.0, 48.0], [0.0, 0.0, 28.0, 56.0]])
+    found = Detections(boxes, torch.tensor([0.9, 0.2]), torch.tensor([1, 0]), torch.ones(2, 28, 28))
+    results = results_of(found, image_id=7, size=(60, 80), category_ids=[3, 17])
+    assert [r["bbox"] for r in results] == [[10, 20, 28, 28], [0, 0, 28, 56]]
+    assert [r["category_id"] for r in results] == [17, 3]
+    assert {r["image_id"] for r in results} == {7}
+    mask = rle.decode(results[0]["segmentation"])
+    assert mask.shape == (60, 80)
+    assert mask[20:48, 10:38].all()
+    assert mask.sum() == 28 * 28
+    write_results(results, tmp_path / "results.json")
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert results_of(Detections(*(x[:0] for x in found)), image_id=7, size=(60, 80), category_ids=[3]) == []
+
+
+def test_table_lines_up() -> None:
+    lines = table({f"{kind}_{name}": -1.0 for kind in ("box", "mask") for name in FIGURES})
+    assert len({len(line) for line in lines}) == 1

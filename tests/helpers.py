@@ -1,0 +1,132 @@
+"""What several test files share: golden numbers, small models, image folders, and starting commands."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests' tensors are too small to share out
+
+import contextlib
+import io
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from tests.soak import descendants
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+MICRO = {"img_size": 64, "embed_dim": 32, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8), "drop_path_rate": 0.0}
+
+
+def random_array(seed: int, *shape: int) -> np.ndarray:
+    return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
+
+
+def random_values(seed: int, *shape: int) -> Tensor:
+    """The golden files' inputs: NumPy's legacy standard normals, as float32."""
+    return torch.from_numpy(random_array(seed, *shape))
+
+
+@torch.no_grad()
+def fill_weights(model: nn.Module) -> None:
+    """Give a model the golden files' weights, which follow from the names and shapes in its state_dict."""
+    for name, value in model.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        noise = random_array(zlib.crc32(name.encode()) & 0x7FFFFFFF, *value.shape)
+        if name.endswith("running_var"):
+            noise = 1 + 0.1 * np.abs(noise)
+        elif name.endswith(("running_mean", "bias")):
+            noise = 0.1 * noise
+        elif noise.ndim == 1:
+            noise = 1 + 0.1 * noise
+        else:
+            noise = noise.astype(np.float64) / np.sqrt(np.prod(noise.shape[1:]))
+        value.copy_(torch.from_numpy(noise.astype(np.float32)))
+
+
+def make_image_folder(root: Path, *, train: int, val: int, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
+    """JPEGs of random sizes in `train` and `val` images a class; each class has a colour of its own."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for label, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                height, width = rng.integers(40, 90, size=2)
+                pixels = rng.integers(0, 80, size=(height, width, 3), dtype=np.uint8)
+                pixels[..., label % 3] += 150
+                Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    return root
+
+
+def run_python(*words: str | Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run this Python with the given words in the project's folder, on the CPU, one thread.
+
+    Where it takes too long it is ended, and all that it has started with it: a launcher's workers do not notice.
+    """
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    command = [sys.executable, *map(str, words)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            for pid in [process.pid, *descendants(process.pid)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def exit_code(main: Callable[[list[str]], int], words: Iterable[Any]) -> int:
+    """What a command's process would end with; `main` may return it, or leave with it."""
+    try:
+        return main([str(word) for word in words])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is a process, other than one that has ended and whose exit code nobody has fetched."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A picture with large shapes, edges and fine noise, as photographs have them."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, size=(5, 7, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    edges = (np.add.outer(np.arange(height) // 23, np.arange(width) // 31) % 2 * 60)[..., None]
+    noise = rng.integers(-12, 13, size=(height, width, 3))
+    return Image.fromarray(np.clip(smooth + edges + noise, 0, 255).astype(np.uint8))
+
+
+def deep_grey(height: int = 40, width: int = 30) -> Image.Image:
+    """A ramp from black to white in 16 bits: its mean is 127.5 in 8."""
+    return Image.fromarray(np.linspace(0, 65535, height * width).astype(np.uint16).reshape(height, width))
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **settings: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **settings)
+    return buffer.getvalue()

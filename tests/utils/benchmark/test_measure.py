@@ -1,0 +1,94 @@
+"""What --throughput measures and writes down; no times are asserted."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from config import load_config
+from utils.benchmark.measure import Conditions, Throughput, measure_inference, measure_training, run_rounds
+from utils.benchmark.tables import pixel_table, throughput_table
+from utils.benchmark.throughput import baseline_factory
+from utils.training.amp import make_precision
+
+RunMain = Callable[..., tuple[int, str, str]]
+CPU = torch.device("cpu")
+
+
+def rows_of(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "mlla_digits" / "default" / "throughput.jsonl").open()]
+
+
+def test_counts_and_table() -> None:
+    calls: list[torch.Size] = []
+    conditions = Conditions(CPU, make_precision(CPU, amp=False, dtype="auto"), rounds=3, round_seconds=0.0)
+    model: Callable[[torch.Tensor], object] = lambda images: calls.append(images.shape)  # noqa: E731
+    row = measure_inference(model, conditions, name="nothing", batch_size=2, image_size=8)  # type: ignore[arg-type]
+    assert len(calls) == 3 + 1 + 3  # warm-up, one to guess the length of a round, three rounds of one
+    assert row.images_per_second == pytest.approx(2000 / row.milliseconds_per_batch)
+    assert run_rounds(lambda: None, CPU, 5) >= 0
+    heading, line = throughput_table([row]).splitlines()
+    assert heading.split()[:2] == ["model", "work"]
+    assert line.split()[:2] == ["nothing", "inference"]
+    assert pixel_table([row, row]).splitlines()[2].split()[-1] == "1.00"
+
+
+def test_training_step_and_baseline(run_main: RunMain, tmp_path: Path) -> None:
+    words = ["--cfg", "cfgs/digits.yaml", "--throughput", "--train", "--batch-size", "2", "--output", tmp_path]
+    code, out, _ = run_main(*words, "--baseline", "timm:mambaout_femto", "--opts", "AUG.MESA", "1.0")
+    assert code == 0
+    rows = rows_of(tmp_path)
+    assert [(row["model"], row["work"]) for row in rows] == [
+        ("mlla_digits", "training"),
+        ("mlla_digits", "training, MESA"),
+        ("timm:mambaout_femto", "training"),
+        ("timm:mambaout_femto", "training, MESA"),
+    ]
+    assert len(out.splitlines()) >= 5
+    with Image.open(tmp_path / "mlla_digits" / "default" / "throughput.png") as picture:
+        assert picture.width > 500
+
+
+def test_training_is_measured_without_the_teacher_even_where_it_begins_at_once(
+    run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def watched(train_step: Any, conditions: Conditions, **options: Any) -> Throughput:
+        asked.append((options["work"], train_step.compute_losses.variant(options["step"])))
+        return measure_training(train_step, conditions, **options)
+
+    monkeypatch.setattr("utils.benchmark.throughput.measure_training", watched)
+    words = ["--cfg", "cfgs/digits.yaml", "--throughput", "--train", "--batch-size", "2", "--output", tmp_path]
+    assert run_main(*words, "--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0", "AUG.MESA", "1.0")[0] == 0
+    assert asked == [("training", False), ("training, MESA", True)]
+
+
+# The first is made for one size of images, the last knows no stochastic depth.
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "test_convnext", "ghostnet_050"])
+def test_baselines_take_the_runs_images(name: str) -> None:
+    model: Any = baseline_factory(f"timm:{name}", load_config("cfgs/digits.yaml"), CPU)()
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, model.num_classes)
+
+
+def test_sizes_keep_the_number_of_pixels(run_main: RunMain, tmp_path: Path) -> None:
+    words = ["--cfg", "cfgs/digits.yaml", "--throughput", "--batch-size", "4", "--output", tmp_path]
+    assert run_main(*words, "--sizes", "32,64")[0] == 0
+    assert [(row["size"], row["batch"]) for row in rows_of(tmp_path)] == [(32, 4), (32, 1), (32, 4), (64, 1)]
+
+
+def test_mistakes(run_main: RunMain, tmp_path: Path) -> None:
+    words = ["--cfg", "cfgs/digits.yaml", "--throughput", "--output", tmp_path]
+    for extra, expected in (
+        (["--baseline", "convnext_tiny"], "must be timm:NAME, with commas between several"),
+        (["--baseline", "timm:convnext_tinny"], "timm has no such model"),
+        (["--sizes", "224,big"], "must be whole numbers of at least 8, with commas between"),
+    ):
+        code, _, err = run_main(*words, *extra)
+        assert code == 2
+        assert expected in err
+        assert len(err.strip().splitlines()) == 1

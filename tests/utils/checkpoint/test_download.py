@@ -1,0 +1,244 @@
+"""URLs, the cache, checksums, and transfers that go wrong; the server is on this machine."""
+
+import hashlib
+import http.server
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers import ROOT
+from utils.checkpoint.download import RELEASED, DownloadError, cache_path, checksum, download, local_file
+from utils.checkpoint.weights import read_weights
+
+CONTENT = bytes(range(256)) * 20_000  # 5 MB
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves CONTENT, and files of `folder`; the path says how badly. Counts the requests."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.requests: list[str] = []
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.server.requests.append(self.path)
+        name = self.path.strip("/").split("?")[0]
+        if name == "missing":
+            self.send_error(404, "Not Found")
+            return
+        stored = self.server.folder / name
+        content = stored.read_bytes() if name and stored.is_file() else CONTENT
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8" if name == "login" else "application/octet-stream")
+        if name != "unannounced":
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if name == "short":
+            content = content[: len(content) // 2]
+        pieces = 20 if name == "slow" else 1
+        size = len(content) // pieces
+        for i in range(pieces):
+            self.wfile.write(content[i * size : (i + 1) * size])
+            self.wfile.flush()
+            time.sleep(0.1 if pieces > 1 else 0)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    (tmp_path / "served").mkdir()
+    with Server(tmp_path / "served") as running:
+        threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def cached_files(folder: Path) -> list[str]:
+    files = (folder / "home" / "hub" / "checkpoints").iterdir()
+    return sorted(path.name for path in files if path.suffix != ".lock")
+
+
+def test_a_url_is_fetched_once(server: Server, tmp_path: Path) -> None:
+    path = local_file(f"{server.url}/w.safetensors")
+    assert path.read_bytes() == CONTENT
+    assert re.fullmatch(r"w_[0-9a-f]{8}\.safetensors", path.name)
+    assert path.parent == tmp_path / "home" / "hub" / "checkpoints"
+    assert local_file(f"{server.url}/w.safetensors#sha256={SHA256}") == path
+    assert local_file(f"{server.url}/w.safetensors#sha256={SHA256[:8].upper()}") == path
+    assert len(server.requests) == 1
+    assert local_file(f"{server.url}/other/w.safetensors") != path  # another file of the same name
+    assert local_file(f"{server.url}/unannounced").read_bytes() == CONTENT
+
+
+def test_another_checksum(server: Server, tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(DownloadError, match=f"sha256 is {SHA256}, not {'0' * 64}; the file was deleted") as caught:
+            local_file(f"{server.url}/w.pth#sha256={'0' * 64}")
+        assert str(cache_path(f"{server.url}/w.pth")) in str(caught.value)
+        assert cached_files(tmp_path) == []
+    damaged = local_file(f"{server.url}/w.pth")
+    damaged.write_bytes(b"damaged")
+    with pytest.raises(DownloadError, match="the file was deleted"):
+        local_file(f"{server.url}/w.pth#sha256={SHA256[:10]}")
+    assert local_file(f"{server.url}/w.pth#sha256={SHA256[:10]}").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("fragment", ["sha256=123", "sha256=xyz", "md5=12345678", f"sha256={'0' * 65}"])
+def test_what_follows_the_hash_sign(server: Server, fragment: str) -> None:
+    with pytest.raises(DownloadError, match="must be sha256= and 8 to 64 hexadecimal digits"):
+        local_file(f"{server.url}/w.pth#{fragment}")
+    assert not server.requests
+
+
+def test_what_a_server_may_do_wrong(server: Server, tmp_path: Path) -> None:
+    for name, message in {
+        "missing": "the server says 404 Not Found; or download it by other means and name the file",
+        "login": "leads to a web page, not to a file",
+        "short": r"download failed \(2,560,000 of 5,120,000 bytes came\); try again",
+    }.items():
+        with pytest.raises(DownloadError, match=message) as caught:
+            local_file(f"{server.url}/{name}")
+        assert f"{server.url}/{name}" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert cached_files(tmp_path) == []
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(DownloadError, match="download failed"):
+        local_file(f"{server.url}/w.pth")
+
+
+def test_a_full_disk_leaves_nothing(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        local_file(f"{server.url}/w.pth")
+    assert cached_files(tmp_path) == []
+
+
+FETCH = "import sys; from utils.checkpoint.download import local_file; print(local_file(sys.argv[1]))"
+
+
+def fetcher(url: str, home: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "TORCH_HOME": str(home), "no_proxy": "127.0.0.1"}
+    words = [sys.executable, "-c", FETCH, url]
+    return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_kill_leaves_no_torn_file_and_no_lock(server: Server, tmp_path: Path) -> None:
+    """Two processes ask for one file; the one that fetches it is killed, and the other does it instead, once."""
+    first = fetcher(f"{server.url}/slow", tmp_path / "home")
+    while not server.requests:
+        time.sleep(0.02)
+    second = fetcher(f"{server.url}/slow", tmp_path / "home")
+    time.sleep(0.5)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not [name for name in cached_files(tmp_path) if not name.endswith(".part")]
+    path = Path(second.communicate(timeout=120)[0].strip())
+    assert path.read_bytes() == CONTENT
+    assert cached_files(tmp_path) == [path.name]
+    assert server.requests == ["/slow", "/slow"]
+
+
+def test_of_several_processes_one_downloads(server: Server, tmp_path: Path) -> None:
+    processes = [fetcher(f"{server.url}/slow", tmp_path / "home") for _ in range(2)]
+    paths = {process.communicate(timeout=120)[0].strip() for process in processes}
+    assert len(paths) == 1
+    assert Path(paths.pop()).read_bytes() == CONTENT
+    assert server.requests == ["/slow"]
+
+
+def test_file_urls(tmp_path: Path) -> None:
+    path = tmp_path / "my weights.pth"
+    path.write_bytes(CONTENT)
+    url = path.as_uri()
+    assert "%20" in url
+    assert local_file(url) == path
+    assert local_file(f"{url}#sha256={SHA256[:16]}") == path
+    with pytest.raises(DownloadError, match=f"its sha256 is {SHA256}, not 1234567890"):
+        local_file(f"{url}#sha256=1234567890")
+    assert path.exists()  # it is the user's own
+    with pytest.raises(DownloadError, match="of another machine"):
+        local_file("file://server/weights.pth")
+
+
+def test_names_of_released_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    fetched = []
+
+    def pretend(url: str, path: Path) -> None:
+        fetched.append(url)
+        path.write_bytes(b"weights")
+
+    monkeypatch.setattr("utils.checkpoint.download.download", pretend)
+    paths = {name: local_file(name) for name in ("mlla-t", "mlla_t", "mlla_tiny", "MLLA-T", "mlla-s", "mlla_base")}
+    assert fetched == [RELEASED["mlla-t"], RELEASED["mlla-s"], RELEASED["mlla-b"]]
+    assert len(set(paths.values())) == 3
+    assert re.fullmatch(r"mlla-b_[0-9a-f]{8}\.pth", paths["mlla_base"].name)
+    assert local_file(RELEASED["mlla-t"]).name != local_file(RELEASED["mlla-s"]).name  # both end in /?dl=1
+    Path("mlla-t").write_bytes(b"my own")
+    assert local_file("mlla-t") == Path("mlla-t")
+    assert local_file("some/file.pth") == Path("some/file.pth")
+
+
+def test_readme_has_the_same_links() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert all(url in text for url in RELEASED.values())
+
+
+def test_weights_over_the_network(server: Server) -> None:
+    torch.save({"model": {"a": torch.tensor(1.0)}}, server.folder / "w.pth")
+    assert read_weights(f"{server.url}/w.pth").model == {"a": torch.tensor(1.0)}
+
+
+def test_the_bar_counts_bytes(server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    class Terminal:
+        def __init__(self) -> None:
+            self.text = ""
+
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> int:
+            self.text += text
+            return len(text)
+
+        def flush(self) -> None: ...
+
+    terminal = Terminal()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        download(f"{server.url}/w.pth", tmp_path / "w.pth")
+    assert checksum(tmp_path / "w.pth") == SHA256
+    assert "100%" in terminal.text
+    assert "5.12M/5.12M" in terminal.text
+    download(f"{server.url}/w.pth", tmp_path / "v.pth")
+    assert capfd.readouterr().err == ""

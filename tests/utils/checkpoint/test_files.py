@@ -1,0 +1,152 @@
+import json
+import os
+import random
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from utils.checkpoint.files import (
+    CheckpointWriter,
+    Progress,
+    checkpoints_in,
+    link_checkpoint,
+    load_latest,
+    save_checkpoint,
+    save_under_names,
+)
+from utils.checkpoint.weights_file import load_checkpoint
+from utils.logs.logger import logger
+from utils.training.train_state import restore_rng_state, rng_state
+
+CPU = torch.device("cpu")
+
+
+def test_highest_epoch_by_number_not_by_time_or_text(tmp_path: Path) -> None:
+    for epoch in (9, 10, 2):
+        save_checkpoint(tmp_path / f"ckpt_epoch_{epoch}.pth", {"epoch": epoch, "model": {}, "optimizer": {}})
+    save_checkpoint(tmp_path / "max_acc.pth", {"epoch": 99})
+    save_checkpoint(tmp_path / "ckpt_epoch_11_step_7.pth", {})
+    save_checkpoint(tmp_path / "ckpt_epoch_10_step_70.pth", {})
+    assert [progress for progress, _ in checkpoints_in(tmp_path)] == [(11, 7), (11, 0), (10, 70), (10, 0), (3, 0)]
+    latest = load_latest(tmp_path)
+    assert latest is not None
+    assert latest[1]["epoch"] == 10
+
+
+def test_a_torn_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    for epoch in (3, 4):
+        content = {"epoch": epoch, "optimizer": {}, "model": {"w": torch.zeros(999)}}
+        save_checkpoint(tmp_path / f"ckpt_epoch_{epoch}.pth", content)
+    save_checkpoint(tmp_path / "ckpt_epoch_5.pth", {"model": {}})
+    newest = tmp_path / "ckpt_epoch_4.pth"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    latest = load_latest(tmp_path)
+    assert latest is not None
+    assert latest[0].name == "ckpt_epoch_3.pth"
+    assert load_latest(tmp_path / "empty") is None
+
+
+def test_a_failed_save_leaves_the_former_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ckpt_epoch_0.pth"
+    save_checkpoint(path, {"epoch": 0})
+
+    def fail(_: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(path, {"epoch": 1})
+    assert load_checkpoint(path) == {"epoch": 0}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_newest_three_and_the_best_are_kept(tmp_path: Path) -> None:
+    for epoch in range(5):
+        names = [f"ckpt_epoch_{epoch}.pth", *(["max_acc.pth"] if epoch == 1 else [])]
+        save_under_names(tmp_path, Progress(epoch + 1), names, {"epoch": epoch})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "ckpt_epoch_2.pth",
+        "ckpt_epoch_3.pth",
+        "ckpt_epoch_4.pth",
+        "latest.json",
+        "max_acc.pth",
+    ]
+    assert load_checkpoint(tmp_path / "max_acc.pth") == {"epoch": 1}
+
+
+def test_copies_where_links_do_not_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Path, __: Path) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(Path, "hardlink_to", fail)
+    save_checkpoint(tmp_path / "a.pth", {"epoch": 1})
+    link_checkpoint(tmp_path / "a.pth", tmp_path / "b.pth")
+    assert load_checkpoint(tmp_path / "b.pth") == {"epoch": 1}
+
+
+def test_random_number_generators_go_through_a_checkpoint(tmp_path: Path) -> None:
+    random.random(), np.random.rand(), torch.rand(1)
+    save_checkpoint(tmp_path / "rng.pth", {"rng": rng_state(CPU)})
+    expected = random.random(), np.random.standard_normal(), torch.rand(1).item()
+    restore_rng_state(load_checkpoint(tmp_path / "rng.pth")["rng"], CPU)
+    assert (random.random(), np.random.standard_normal(), torch.rand(1).item()) == expected
+
+
+def written(folder: Path, epochs: int, size: int, *, in_background: bool = True) -> CheckpointWriter:
+    """A writer after it was given the checkpoint of an epoch's end, with `size` numbers in it."""
+    writer = CheckpointWriter(folder, in_background=in_background)
+    progress, weights = Progress(epochs), torch.full((size,), 1.0)
+    writer.write(progress, [progress.checkpoint_name], {"model": {"w": weights}, "optimizer": {}, "epoch": epochs - 1})
+    weights.fill_(2.0)  # training goes on at once, and the copy does not see it
+    writer.wait()
+    return writer
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_full_disk_keeps_the_former_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, in_background: bool
+) -> None:
+    """The largest file that the system lets this process write stands for the space that is left."""
+    monkeypatch.setattr(logger, "propagate", True)
+    assert not written(tmp_path, 1, 1000, in_background=in_background).has_failed
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        failed = written(tmp_path, 2, 1_000_000, in_background=in_background)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert failed.has_failed
+    assert (
+        "ckpt_epoch_1.pth could not be saved (File too large); the newest checkpoint is ckpt_epoch_0.pth" in caplog.text
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt_epoch_0.pth", "latest.json"]
+    latest = load_latest(tmp_path)
+    assert latest is not None
+    assert latest[1]["epoch"] == 0
+    assert torch.all(latest[1]["model"]["w"] == 1) or not in_background
+
+
+def test_a_folder_that_vanished_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    failed = written(tmp_path / "gone", 1, 10)
+    assert failed.has_failed
+    assert "No such file or directory" in caplog.text
+    (tmp_path / "gone").mkdir()
+    progress = Progress(2)
+    failed.write(progress, [progress.checkpoint_name], {"epoch": 1})
+    failed.wait()
+    assert not failed.has_failed
+
+
+def test_within_an_epoch_only_the_newest_is_kept(tmp_path: Path) -> None:
+    for progress in (Progress(1), Progress(1, 4), Progress(1, 8)):
+        save_under_names(tmp_path, progress, [progress.checkpoint_name], {})
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["ckpt_epoch_0.pth", "ckpt_epoch_1_step_8.pth"]
+    assert json.loads((tmp_path / "latest.json").read_text())["checkpoint"] == "ckpt_epoch_1_step_8.pth"
+    save_under_names(tmp_path, Progress(2), ["ckpt_epoch_1.pth"], {})
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["ckpt_epoch_0.pth", "ckpt_epoch_1.pth"]

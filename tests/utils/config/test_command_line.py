@@ -1,0 +1,72 @@
+"""One line for mistakes; what main.py's own flags do is in test_main.py."""
+
+import importlib
+import time
+
+import pytest
+from test_imports import COMMANDS
+
+from tests.helpers import exit_code, run_python
+from utils.config.command_line import SECOND_VOICE_SECONDS, Parser, at_least, mistakes_in_one_line
+
+
+@pytest.mark.parametrize("error", [ValueError("KEY 3: too many; lower it"), FileNotFoundError(2, "No such file", "x")])
+def test_a_mistake_is_one_line_and_exit_code_2(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop, mistakes_in_one_line():
+        raise error
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_other_errors_are_no_mistakes() -> None:
+    with pytest.raises(RuntimeError, match="a defect"), mistakes_in_one_line():
+        raise RuntimeError("a defect")
+
+
+@pytest.mark.parametrize(("rank", "waits"), [("0", []), ("3", [SECOND_VOICE_SECONDS])])
+def test_the_first_process_speaks_first(monkeypatch: pytest.MonkeyPatch, rank: str, waits: list[float]) -> None:
+    slept: list[float] = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    with pytest.raises(SystemExit), mistakes_in_one_line():
+        raise ValueError
+    assert slept == waits
+
+
+def test_imports_nothing_that_takes_long() -> None:
+    done = run_python(
+        "-c", "import sys, utils.config.command_line; print(*{'torch', 'numpy', 'yacs'} & {*sys.modules})"
+    )
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_names_a_mistyped_flag(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(importlib.import_module(name).main, ["--hepl"]) == 2
+    assert capsys.readouterr().err == "error: unrecognized arguments: --hepl; did you mean --help?\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["x", "--image-sise", "3"], "unrecognized arguments: --image-sise 3; did you mean --image-size?"),
+        (["x", "--image-sise=3"], "unrecognized arguments: --image-sise=3; did you mean --image-size?"),
+        (["x", "-image-size", "3"], "unrecognized arguments: -image-size 3; did you mean --image-size?"),
+        (["x", "--image", "3"], "unrecognized arguments: --image 3; did you mean --image-size?"),
+        (["x", "--zzz"], "unrecognized arguments: --zzz; see --help"),
+        (["x", "y"], "unrecognized arguments: y; see --help"),
+        (["x", "--image-size", "big"], "argument --image-size: big: must be a whole number, at least 8; see --help"),
+        (["x", "--image-size", "7"], "argument --image-size: 7: must be a whole number, at least 8; see --help"),
+        ([], "the following arguments are required: path; see --help"),
+        (["--", "--zzz", "y"], "unrecognized arguments: y; see --help"),
+    ],
+)
+def test_the_line_of_a_mistyped_command_line(words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser("A command.", prog="command")
+    parser.add_argument("path")
+    parser.add_argument("--image-size", type=at_least(8))
+    assert parser.parse_args(["x", "--image-size", "8"]).image_size == 8
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(words)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {line}\n"

@@ -1,0 +1,106 @@
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers import is_running, run_python, wait_for
+from tests.utils.distributed.distributed_worker import make_model, run
+from utils.distributed.process import Process, start_process
+
+
+def launch(processes: int, out: Path, batch_size: int, accumulation_steps: int) -> dict[str, Any]:
+    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = run_python(
+        *words, "tests/utils/distributed/distributed_worker.py", out, str(batch_size), str(accumulation_steps)
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(out)
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return run(Process(0, 1, torch.device("cpu")), batch_size=8, accumulation_steps=1)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return launch(2, tmp_path_factory.mktemp("two") / "out.pt", 4, 1)
+
+
+def test_nothing_outlives_a_launcher_that_takes_too_long(tmp_path: Path) -> None:
+    """Launchers put their workers into sessions of their own."""
+    script = tmp_path / "launcher.py"
+    script.write_text(
+        "import pathlib, subprocess, sys, time\n"
+        "worker = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
+        "pathlib.Path(sys.argv[1]).write_text(str(worker.pid))\n"
+        "time.sleep(60)\n"
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_python(script, tmp_path / "pid", timeout=3)
+    worker = int((tmp_path / "pid").read_text())
+    wait_for(lambda: not is_running(worker), 20)
+
+
+def same_training(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one["derived"] == other["derived"]
+    assert one["grad_norms"] == pytest.approx(other["grad_norms"], rel=1e-4)
+    for kind in ("weights", "ema"):
+        for name, value in one[kind].items():
+            torch.testing.assert_close(value, other[kind][name], atol=1e-5, rtol=0, msg=name)
+
+
+def test_two_processes_train_as_one(alone: dict[str, Any], two: dict[str, Any]) -> None:
+    same_training(alone, two)
+
+
+def test_accumulation_trains_as_one_batch(alone: dict[str, Any]) -> None:
+    same_training(alone, run(Process(0, 1, torch.device("cpu")), batch_size=4, accumulation_steps=2))
+
+
+def test_accumulation_on_two_processes(alone: dict[str, Any], tmp_path: Path) -> None:
+    same_training(alone, launch(2, tmp_path / "out.pt", 2, 2))
+
+
+def test_weights_have_moved(alone: dict[str, Any]) -> None:
+    """Otherwise the comparisons above would show nothing."""
+    moved = (alone["weights"]["head.weight"] - make_model().head.weight).abs().max()
+    assert moved > 1e-4
+
+
+def test_evaluation_is_exact_for_one_two_and_three_processes(
+    alone: dict[str, Any], two: dict[str, Any], tmp_path: Path
+) -> None:
+    three = launch(3, tmp_path / "out.pt", 4, 1)
+    for other in (two, three):
+        assert alone["scores"][0] == other["scores"][0]
+        assert alone["scores"][1] == other["scores"][1]
+        assert alone["scores"][2] == pytest.approx(other["scores"][2], rel=1e-6)
+        assert other["scores"][3] == 101
+
+
+def test_all_processes_hold_the_same_model_and_average(two: dict[str, Any]) -> None:
+    """Batch statistics included, which differ from process to process before they are averaged."""
+    first, second = two["digests"]
+    assert first == second
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_all_at_that_step(two: dict[str, Any]) -> None:
+    assert two["bad_steps"] == [4, 4]
+
+
+def test_the_first_process_speaks_for_all() -> None:
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py", "--cfg", "nothere.yaml"]
+    done = run_python(*words)
+    assert done.returncode != 0
+    assert done.stderr.count("error: nothere.yaml: no such configuration file") == 1
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="process 1 on this machine has no GPU of its own: there are 1"):
+        start_process()

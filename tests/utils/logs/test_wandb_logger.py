@@ -1,0 +1,185 @@
+"""Weights & Biases behind LOG.WANDB: with a stand-in for the package, and with the package where it is installed."""
+
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.helpers import run_python
+from tests.soak import SETTINGS
+from utils.logs import wandb_logger
+from utils.logs.logger import logger
+from utils.logs.wandb_logger import WandbError, WandbLog
+
+needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs the optional package wandb")
+SMALL = ["--cfg", "cfgs/digits.yaml", "--batch-size", "64", "--opts", *SETTINGS, "DATA.NUM_WORKERS", "0"]
+
+
+class UsageError(Exception):
+    pass
+
+
+class CommError(Exception):
+    pass
+
+
+class FakeWandb:
+    """Notes what is asked of it; `failures` are raised by name of the call, one after the other."""
+
+    errors = SimpleNamespace(UsageError=UsageError, CommError=CommError)
+    offline = False
+    url = "https://example.com/run"
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+        self.failures: dict[str, list[Exception]] = {}
+
+    def note(self, name: str, value: Any = None) -> None:
+        self.calls.append((name, value))
+        if self.failures.get(name):
+            raise self.failures[name].pop(0)
+
+    def named(self, name: str) -> list[Any]:
+        return [value for call, value in self.calls if call == name]
+
+    def init(self, **wanted: Any) -> "FakeWandb":
+        self.note("init", wanted)
+        return self
+
+    def Settings(self, **values: Any) -> dict[str, Any]:  # noqa: N802, the name is wandb's
+        return values
+
+    def Image(self, path: str) -> str:  # noqa: N802
+        return f"picture {Path(path).name}"
+
+    def define_metric(self, *names: str, **_: str) -> None:
+        self.note("define_metric", names)
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.note("log", values)
+
+    def finish(self) -> None:
+        self.note("finish")
+
+    def teardown(self) -> None:
+        self.note("teardown")
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    module = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr(logger, "propagate", True)
+    return module
+
+
+def test_a_run_there_goes_on_with_the_run_here(
+    fake: FakeWandb, tmp_path: Path, run_main: Callable[..., tuple[int, str, str]]
+) -> None:
+    words = ["--output", tmp_path, *SMALL, "LOG.WANDB", "digits"]
+    assert run_main(*words, "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")[0] == 0
+    code, out, _ = run_main(*words, "TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "0")
+    assert code == 0
+    assert "Weights & Biases: https://example.com/run" in out
+    first, second = fake.named("init")
+    folder = tmp_path / "mlla_digits" / "default"
+    assert first["id"] == second["id"] == (folder / "wandb_id.txt").read_text().strip()
+    assert (first["project"], first["name"], first["resume"]) == ("digits", "mlla_digits/default", "allow")
+    assert (first["config"]["TRAIN.EPOCHS"], second["config"]["TRAIN.EPOCHS"]) == (1, 2)
+    figures = [values for values in fake.named("log") if "acc1" in values]
+    assert [values["epoch"] for values in figures] == [0, 1]
+    assert {"train_loss", "ema_acc1", "lr", "images_per_second"} <= set(figures[0])
+    pictures = [values for values in fake.named("log") if "acc1" not in values]
+    assert pictures == [{"predictions": "picture predictions.png", "epoch": epoch} for epoch in (0, 1)]
+    assert len(fake.named("finish")) == 2
+    assert WandbLog("p", folder, config={}, continues=False).run is fake  # another run begins: another number
+    assert fake.named("init")[-1]["id"] != first["id"]
+
+
+def test_failures_do_not_end_training(fake: FakeWandb, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fake.failures = {"init": [CommError("no\nnetwork")], "log": [BrokenPipeError("gone")]}
+    log = WandbLog("p", tmp_path, config={}, continues=False)
+    online, offline = fake.named("init")
+    assert "mode" not in online
+    assert (offline["mode"], offline["id"]) == ("offline", online["id"])
+    assert "cannot be reached (no network); its figures are kept in" in caplog.text
+    for epoch in range(3):
+        log.add({"epoch": epoch, "x": None})
+    log.close()
+    assert fake.named("log") == [{"epoch": 0}]
+    assert fake.named("finish") == []
+    assert caplog.text.count("Weights & Biases failed and is left alone from now on (gone)") == 1
+
+
+def test_mistakes_are_one_line(
+    fake: FakeWandb,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run_main: Callable[..., tuple[int, str, str]],
+) -> None:
+    fake.failures = {"init": [UsageError("No API key configured.")]}
+    with pytest.raises(WandbError, match=r"LOG.WANDB 'p': No API key configured. \(or keep .* WANDB_MODE=offline\)"):
+        WandbLog("p", tmp_path, config={}, continues=False)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    code, _, err = run_main("--output", tmp_path, *SMALL, "LOG.WANDB", "p", "TRAIN.EPOCHS", "2")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "error: LOG.WANDB needs the package wandb" in err
+    assert "pip install wandb, or set it to ''" in err
+
+
+@pytest.fixture
+def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The package, with no key and none of this user's settings."""
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "user"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr(logger, "propagate", True)
+    yield
+    importlib.import_module("wandb").teardown()  # which reads the environment once
+
+
+@needs_wandb
+@pytest.mark.usefixtures("real")
+def test_the_package_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two processes one logs; all its figures are in its file."""
+    words = ["--output", tmp_path, *SMALL, "LOG.WANDB", "digits", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = run_python(*launcher, "main.py", *map(str, words), WANDB_MODE="offline")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "mlla_digits" / "default"
+    number = (folder / "wandb_id.txt").read_text().strip()
+    (file,) = folder.glob(f"wandb/offline-run-*-{number}/run-{number}.wandb")
+    content = file.read_bytes()
+    assert all(name in content for name in (b"ema_acc1", b"images_per_second", b"MODEL.NAME", b"predictions"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    log = WandbLog("digits", folder, config={"MODEL.NAME": "again"}, continues=True)
+    log.add({"epoch": 1, "acc1": 50.0})
+    log.close()
+    assert not log.has_failed
+    assert log.run.id == number
+
+
+@needs_wandb
+@pytest.mark.usefixtures("real")
+def test_the_package_without_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    (tmp_path / "a").mkdir()
+    with pytest.raises(WandbError, match="API key"):
+        WandbLog("p", tmp_path / "a", config={}, continues=True)
+    monkeypatch.setattr(wandb_logger, "INIT_SECONDS", 1.0)
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # where nobody answers
+    with caplog.at_level(logging.WARNING):
+        log = WandbLog("p", tmp_path / "a", config={}, continues=False)
+    log.add({"epoch": 0, "x": 1.0})
+    log.close()
+    assert not log.has_failed
+    assert "Weights & Biases cannot be reached" in caplog.text
+    assert list(tmp_path.glob("a/wandb/offline-run-*/*.wandb"))

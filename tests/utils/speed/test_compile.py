@@ -1,0 +1,202 @@
+"""Compile modes, and the recorded training step, whose graph is played here by the function itself."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from test_engine import batch, small_step
+from torch import nn
+
+from models import MLLA, prepare_for_inference
+from utils.speed import compile
+from utils.speed.compile import captures, compile_regions, resolve_mode, used_mode
+from utils.training import graphed_step
+from utils.training.graphed_step import STEPS_BEFORE_CAPTURE, GraphedTrainStep, why_not_captured
+from utils.training.launch import MissingCompilerError, missing_compiler_explained
+from utils.training.optimizer import make_optimizer, parameter_groups
+
+CPU = torch.device("cpu")
+
+
+def test_modes() -> None:
+    assert resolve_mode("auto", CPU) == "off"
+    assert resolve_mode("default", CPU) == "default"
+    assert captures("reduce-overhead", torch.device("cuda"))
+    assert not captures("reduce-overhead", CPU)
+    assert not captures("default", torch.device("cuda"))
+    assert [used_mode(mode, is_captured=False) for mode in ("off", "default", "reduce-overhead", "max-autotune")] == [
+        *("off", "default", "default", "max-autotune-no-cudagraphs")
+    ]
+    assert used_mode("reduce-overhead", is_captured=True) == "reduce-overhead"
+
+
+def test_auto_is_off_where_a_gpu_has_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(compile.logger, "info", lambda words, *parts: said.append(words % parts))
+    monkeypatch.setattr(compile, "find_spec", lambda *_: object())
+    monkeypatch.setattr(compile.shutil, "which", lambda *_: None)
+    for compiler, mode in ((None, "off"), ("/usr/bin/cc", "reduce-overhead")):
+        monkeypatch.delenv("CC", raising=False)
+        if compiler:
+            monkeypatch.setenv("CC", compiler)
+        compile.why_not_compiled.cache_clear()
+        assert [resolve_mode("auto", torch.device("cuda", 0)) for _ in range(2)] == [mode] * 2
+    assert said == ["nothing is compiled: Triton needs a C compiler: install gcc or clang, or let CC name one"]
+    monkeypatch.setattr(compile, "find_spec", lambda *_: None)
+    compile.why_not_compiled.cache_clear()
+    assert resolve_mode("auto", torch.device("cuda", 0)) == "off"
+    assert said[1:] == ["nothing is compiled: Triton is not installed"]
+    compile.why_not_compiled.cache_clear()
+
+
+def test_missing_c_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "/no/cc")
+    line = r"TEST\.COMPILE default: torch\.compile needs a C compiler, .*CC is /no/cc.*such as gcc, or leave it off"
+    with pytest.raises(MissingCompilerError, match=line), missing_compiler_explained("TEST.COMPILE default"):
+        raise RuntimeError("RuntimeError: Failed to find C compiler. Please specify via CC environment variable")
+    with pytest.raises(RuntimeError, match="else"), missing_compiler_explained("TEST.COMPILE default"):
+        raise RuntimeError("something else")
+
+
+def test_regions_compile_alone_or_else_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
+    model = MLLA(img_size=32, embed_dim=16, depths=(1, 2), num_heads=(1, 2))
+    compile_regions(model, "off")
+    assert not compiled
+    compile_regions(model, "default")
+    assert sorted(type(module).__name__ for module in compiled) == ["Downsample", *["MLLABlock"] * 3, "Stem"]
+    compiled.clear()
+    plain = nn.Linear(2, 2)
+    compile_regions(plain, "max-autotune")
+    assert compiled == [plain]
+
+
+class PlayedCapture:
+    """What a CUDA graph does: nothing when it is recorded, and each time it is replayed the work as it was recorded,
+    with the optimizer's settings of that time.
+    """
+
+    recordings = 0
+
+    def __init__(self, optimizer: torch.optim.Optimizer, function: Callable[[], Any], warmup_calls: int = 3) -> None:
+        assert warmup_calls == 0
+        self.groups, self.function = optimizer.param_groups, function
+        self.recorded = [dict(group) for group in self.groups]
+        assert all(isinstance(group["lr"], torch.Tensor) for group in self.recorded)
+        PlayedCapture.recordings += 1
+
+    def __call__(self) -> Any:
+        present = [dict(group) for group in self.groups]
+        for settings in (self.recorded, present):
+            for group, values in zip(self.groups, settings, strict=True):
+                group["lr"] = values["lr"]
+            if settings is self.recorded:
+                result = self.function()
+        return result
+
+
+def graphed(plain: Any, monkeypatch: pytest.MonkeyPatch | None = None) -> GraphedTrainStep:
+    """The step recorded; by PlayedCapture, if there is something to patch it in with."""
+    if monkeypatch:
+        monkeypatch.setattr(graphed_step, "Capture", partial(PlayedCapture, plain.optimizer))
+    return GraphedTrainStep(
+        plain.model,
+        plain.optimizer,
+        plain.precision,
+        compute_losses=plain.compute_losses,
+        clip_grad=plain.max_norm,
+        ema=plain.ema,
+    )
+
+
+def test_recorded_step_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a rate that changes, a teacher from some step on, and batches of another size: each is recorded once."""
+    PlayedCapture.recordings = 0
+    torch.manual_seed(1)
+    batches = [batch(8) for _ in range(16)] + [batch(4) for _ in range(6)]
+    results = []
+    for recorded in (False, True):
+        model, train_step = small_step(mesa_ratio=1.0)
+        train_step.compute_losses.mesa_start_step = 8  # type: ignore[attr-defined]
+        step: Any = graphed(train_step, monkeypatch) if recorded else train_step
+        losses = [step([b], step=i, learning_rate=0.01 * (i + 1)).loss.item() for i, b in enumerate(batches)]
+        rates = [group["lr"] for group in train_step.optimizer.param_groups]
+        assert rates == [0.01 * len(batches)] * len(rates)
+        results.append((losses, model[1].weight.detach().clone(), train_step.ema.module[1].weight.clone()))  # type: ignore
+        assert step.check_finite(99) is None
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    torch.testing.assert_close(results[0][1:], results[1][1:])
+    assert PlayedCapture.recordings == 3
+    assert STEPS_BEFORE_CAPTURE < 6
+
+
+def test_recorded_step_stops_at_a_loss_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, train_step = small_step()
+    step = graphed(train_step, monkeypatch)
+    images, targets = batch()
+    for i in range(6):
+        step([(images, targets)], step=i, learning_rate=0.01)
+    before = model[1].weight.detach().clone()  # type: ignore[index]
+    step([(images * float("nan"), targets)], step=6, learning_rate=0.01)
+    step([(images, targets)], step=7, learning_rate=0.01)
+    assert step.check_finite(7) == 6
+    assert torch.equal(model[1].weight, before)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_optimizer_settings_are_as_before_after_recording(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """So that a checkpoint holds numbers, and nothing more than without graphs."""
+    _, train_step = small_step()
+    train_step.optimizer = make_optimizer(name, parameter_groups(train_step.model, 0.05))
+    before = [dict(group) for group in train_step.optimizer.param_groups]
+    graphed(train_step, monkeypatch).record([batch()], 0)
+    assert train_step.optimizer.param_groups == before
+
+
+def test_why_a_step_is_not_recorded() -> None:
+    _, train_step = small_step()
+    assert why_not_captured(train_step, 1) == "there is no GPU"
+
+
+@torch.no_grad()
+def test_prepared_model_computes_the_same() -> None:
+    model = MLLA(img_size=64, embed_dim=16, depths=(1, 1), num_heads=(1, 2)).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+    images = torch.randn(2, 3, 64, 64)
+    prepared = prepare_for_inference(model, torch.float32)
+    torch.testing.assert_close(prepared(images), model(images), atol=1e-5, rtol=1e-5)
+    with torch.enable_grad():
+        torch.testing.assert_close(prepared(images), model(images), atol=1e-5, rtol=1e-5)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in prepared.modules())
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    halved = prepare_for_inference(model, torch.bfloat16)
+    assert halved.layers[0].blocks[0].in_proj.weight.dtype == torch.bfloat16
+    assert halved.norm.weight.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(halved(images).float(), model(images).float(), atol=0.1, rtol=0.1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_recorded_step_on_a_gpu(dtype: str) -> None:
+    """The real graph: with a changing rate, MESA from step 8 on, and a loss that is not finite in step 14."""
+    device = torch.device("cuda")
+    torch.manual_seed(1)
+    batches = [batch(8, device) for _ in range(16)]
+    batches[14] = (batches[14][0] * float("nan"), batches[14][1])
+    results = []
+    for recorded in (False, True):
+        model, train_step = small_step(dtype, mesa_ratio=1.0, device=device)
+        train_step.compute_losses.mesa_start_step = 8  # type: ignore[attr-defined]
+        step: Any = graphed(train_step) if recorded else train_step
+        losses = [step([b], step=i, learning_rate=0.01 * (i + 1)).loss.item() for i, b in enumerate(batches)]
+        assert step.check_finite(99) == 14
+        results.append((losses[:14], model[1].weight.detach().clone()))  # type: ignore[index]
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-3, rtol=1e-3)

@@ -1,0 +1,254 @@
+"""Exported files compute what the model does; what cannot be exported says so in one line."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from config import load_config
+from downstream.backbone import MLLABackbone, TimmBackbone
+from models import build_model
+from tests.helpers import ROOT, exit_code, fill_weights, random_values
+from utils import export
+from utils.tools import export_formats
+from utils.tools.onnx_export import OLDEST_TORCH, check_plain, has_translator, onnx_runner, write_smaller
+
+CFG = str(ROOT / "cfgs" / "digits.yaml")
+OPTS = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.DEPTHS", "[1,1,1,1]", "MODEL.MLLA.NUM_HEADS", "[1,1,1,1]"]
+CLASSES = list("abcdefghij")
+LINEAR_VIT = ["--to", "torchscript", "--opts", "MODEL.TYPE", "linear_vit"]
+SHAPES = {task: str(ROOT / "downstream" / task / "cfgs" / "shapes.yaml") for task in ("detection", "segmentation")}
+
+NEEDS_TRANSLATOR = pytest.mark.skipif(not has_translator(), reason=f"ONNX needs torch {OLDEST_TORCH}")
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    model = build_model(load_config(CFG, OPTS), 10).eval()
+    fill_weights(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def weights(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "w.pth"
+    other = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    torch.save({"model": other, "state_dict_ema": model.state_dict(), "classes": CLASSES}, path)
+    return path
+
+
+def run(target: Path, weights: Path, form: str, *words: str) -> int:
+    words = ("--cfg", CFG, "--resume", str(weights), "--to", form, *words, "--opts", *OPTS)
+    return exit_code(export.main, [target, *words])
+
+
+def test_onnx_with_an_old_torch_is_refused(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.7.1+cu126")
+    assert run(tmp_path / "m.onnx", weights, "onnx") == 2
+    assert f"--to onnx needs torch {OLDEST_TORCH} or later; this is 2.7.1+cu126" in capsys.readouterr().err
+
+
+@NEEDS_TRANSLATOR
+def test_onnx_of_one_size(tmp_path: Path, weights: Path, model: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx = pytest.importorskip("onnx")
+    target = tmp_path / "m.onnx"
+    assert run(target, weights, "onnx", "--size", "32", "--evaluate") == 0
+    out = capsys.readouterr().out
+    assert "classifier in onnx, float32" in out
+    assert out.count(" on 360 images") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]  # the weights are in it
+    graph = onnx.load(str(target))
+    check_plain(graph)
+    facts = {item.key: json.loads(item.value) for item in graph.metadata_props}
+    assert facts["classes"] == CLASSES
+    assert graph.opset_import[0].version >= 18
+    images = random_values(1, 5, 3, 32, 32)
+    torch.testing.assert_close(onnx_runner(target)(images)[0], model(images), atol=1e-4, rtol=1e-4)
+    for precision, bound in (("float16", 0.01), ("int8", 0.1)):
+        write_smaller(target, smaller := tmp_path / "s.onnx", precision)
+        error = (onnx_runner(smaller)(images)[0] - model(images)).abs().max() / model(images).abs().max()
+        assert 0 < error < bound
+        assert smaller.stat().st_size < 0.9 * target.stat().st_size
+
+
+def test_the_size_is_the_configurations(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "m.pt", weights, "torchscript", "--evaluate") == 0
+    assert capsys.readouterr().out.count(" on 360 images") == 2
+    assert run(tmp_path / "n.pt", weights, "torchscript", "--evaluate", "--size", "64") == 2
+    assert "--size 64: --evaluate scores images of DATA.IMG_SIZE 32; leave out --size" in capsys.readouterr().err
+    assert not (tmp_path / "n.pt").exists()
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, MLLABackbone]:
+    """A file as OpenMMLab writes a whole detector's, and its backbone, of the sizes in OPTS."""
+    backbone = MLLABackbone(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1)).eval()
+    fill_weights(backbone)
+    path = tmp_path_factory.mktemp("detector") / "d.pth"
+    weights = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
+    torch.save({"state_dict": {**weights, "neck.fpn_convs.0.conv.bias": torch.zeros(3)}, "meta": {}}, path)
+    return path, backbone
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("task", "name", "words", "sizes"),
+    [
+        pytest.param(
+            *("detection", "m.onnx", ["--to", "onnx", "--size", "dynamic"], [(64, 96), (160, 128)]),
+            marks=NEEDS_TRANSLATOR,
+        ),
+        ("segmentation", "m.pt", ["--to", "torchscript", "--size", "50x72"], [(50, 72)]),
+    ],
+)
+def test_backbone_of_a_dense_predictor(
+    tmp_path: Path, detector: Any, task: str, name: str, words: list[str], sizes: list[tuple[int, int]]
+) -> None:
+    pytest.importorskip("onnx")
+    source, backbone = detector
+    target = tmp_path / name
+    words += ["--cfg", SHAPES[task], "--resume", str(source), "--part", "backbone", "--opts", *OPTS]
+    assert export.main([str(target), *words]) == 0
+    for size in sizes:
+        images = random_values(2, 2, 3, *size)
+        found = onnx_runner(target)(images) if name == "m.onnx" else torch.jit.load(target)(images)
+        for one, other in zip(found, backbone(images), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_of_a_backbone_alone(tmp_path: Path, detector: Any) -> None:
+    source, backbone = detector
+    target = tmp_path / "b.safetensors"
+    words = ["--cfg", SHAPES["detection"], "--resume", str(source), "--part", "backbone", "--opts", *OPTS]
+    assert export.main([str(target), "--to", "safetensors", *words]) == 0
+    found = safetensors.torch.load_file(target)
+    assert set(found) == set(backbone.state_dict())
+    assert all(found[name].equal(value) for name, value in backbone.state_dict().items())
+
+
+def test_backbone_of_timm(tmp_path: Path) -> None:
+    backbone = TimmBackbone("test_convnext")
+    torch.save({f"backbone.{name}": value for name, value in backbone.state_dict().items()}, tmp_path / "d.pth")
+    words = ["--resume", str(tmp_path / "d.pth"), "--to", "exported_program", "--part", "backbone", "--size", "64"]
+    target = tmp_path / "m.pt2"
+    assert (
+        export.main([str(target), "--cfg", SHAPES["detection"], *words, "--opts", "MODEL.TYPE", "timm:test_convnext"])
+        == 0
+    )
+    images = random_values(2, 2, 3, 64, 64)
+    for found, expected in zip(torch.export.load(target).module()(images), backbone.eval()(images), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_maps_of_any_size(tmp_path: Path, weights: Path, model: Any) -> None:
+    target = tmp_path / "m.pt2"
+    assert run(target, weights, "exported_program", "--size", "dynamic", "--part", "maps") == 0
+    program = torch.export.load(target).module()
+    for shape in ((1, 3, 64, 64), (4, 3, 96, 224), (2, 3, 224, 64)):
+        images = random_values(1, *shape)
+        maps = model.forward_intermediates(images, intermediates_only=True)
+        for found, expected in zip(program(images), maps, strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    # Not a multiple of 32; the second words are of torch before 2.9.
+    with pytest.raises((AssertionError, RuntimeError), match=r"Guard failed|to be of the form 32"):
+        program(random_values(1, 1, 3, 80, 96))
+
+
+def test_custom_operators_and_complex_numbers_are_refused() -> None:
+    helper = pytest.importorskip("onnx").helper
+    for domain, kind in (("com.microsoft", "FLOAT"), ("", "COMPLEX64")):
+        values = [helper.make_tensor_value_info(name, getattr(helper.TensorProto, kind), [1]) for name in "xy"]
+        node = helper.make_node("Relu", ["x"], ["y"], domain=domain)
+        with pytest.raises(ValueError, match="not plain ONNX"):
+            check_plain(helper.make_model(helper.make_graph([node], "g", values[:1], values[1:])))
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "words"),
+    [
+        ("torchscript", "m.pt", ["--size", "32x64"]),
+        ("exported_program", "m.pt2", ["--size", "32x64", "--part", "features"]),
+        ("safetensors", "m.safetensors", []),
+    ],
+)
+def test_other_forms(tmp_path: Path, weights: Path, model: Any, form: str, name: str, words: list[str]) -> None:
+    target = tmp_path / name
+    assert run(target, weights, form, *words) == 0
+    if form == "safetensors":
+        with safetensors.safe_open(target, "pt") as file:
+            assert set(file.keys()) == set(model.state_dict())
+            assert file.get_tensor("head.bias").equal(model.head.bias)
+        return
+    if form == "torchscript":
+        images = random_values(1, 4, 3, 32, 64)
+        torch.testing.assert_close(torch.jit.load(target)(images), model(images))
+        return
+    images = random_values(1, 1, 3, 32, 64)
+    expected = model.forward_head(model.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(torch.export.load(target).module()(images), expected)
+
+
+def test_a_file_that_computes_something_else_is_not_kept(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(form: str, path: Path, model: nn.Module) -> export.Runner:  # noqa: ARG001
+        return lambda images: [model(images) * 1.001]
+
+    monkeypatch.setattr(export, "open_runner", wrong)
+    assert run(tmp_path / "m.safetensors", weights, "safetensors", "--size", "32") == 2
+    assert "is off by" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("m.onnx", ["--to", "torchscript"], "ends in .pt"),
+        ("m.pt", ["--to", "torchscript", "--size", "dynamic"], "a TorchScript trace has one size"),
+        ("m.pt", ["--to", "torchscript", "--precision", "int8"], "--precision int8 works with --to onnx"),
+        ("m.pt", ["--to", "torchscript", "--size", "4x"], "--size 4x: write a side in pixels"),
+        ("m.pt", ["--to", "torchscript", "--part", "maps", "--evaluate"], "--evaluate works with --part classifier"),
+        ("no/m.pt", ["--to", "torchscript"], "there is no folder"),
+        ("there.pt", ["--to", "torchscript"], "is there already; name another file"),
+        ("m.pt", ["--to", "torchscript", "--resume", "none.pth"], "no such checkpoint file"),
+        ("m.pt", ["--to", "torchscript", "--part", "backbone"], "w.pth: has no backbone with norms of its maps"),
+        ("m.pt", [*LINEAR_VIT, "--part", "backbone"], "MODEL.TYPE mlla or timm:NAME, not linear_vit"),
+    ],
+)
+def test_mistakes(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str], name: str, words: list[str], message: str
+) -> None:
+    (tmp_path / "there.pt").write_text("mine")
+    resume = [] if "--resume" in words else ["--resume", str(weights)]
+    assert exit_code(export.main, [str(tmp_path / name), "--cfg", CFG, *resume, *words, "--opts", *OPTS]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert (tmp_path / "there.pt").read_text() == "mine"
+
+
+def test_times_are_medians_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    ticks = iter([0, 9] * 2 + [0, 0.003, 0, 0.5] * 8 + [0, 8, 0, 9] * 7)  # the first of each is not counted
+    monkeypatch.setattr(export_formats.time, "perf_counter", lambda: next(ticks))
+    runners = {name: lambda _, name=name: calls.append(name) for name in "ab"}
+    medians = export_formats.milliseconds(runners, torch.zeros(1, 3, 8, 8))
+    assert medians == pytest.approx({"a": 3, "b": 500})
+    assert calls == ["a", "b"] * (export_formats.ROUNDS + 1)
+
+
+def test_benchmark(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(export_formats.torch, "compile", lambda model: model)  # which takes long
+    assert run(tmp_path / "m.pt", weights, "torchscript", "--size", "32", "--benchmark") == 0
+    out = capsys.readouterr().out
+    assert "one image of 32x32, 1 thread(s), median of 15 by turns" in out
+    assert all(re.search(rf"^{name} +\d+\.\d ms$", out, re.M) for name in ("PyTorch", "torch.compile", "torchscript"))

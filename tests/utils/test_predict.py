@@ -1,0 +1,156 @@
+"""Predictions of files and folders: what is printed, written and drawn, and what is skipped."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from config import load_config
+from data import build_data
+from models import build_model
+from tests.helpers import ROOT, deep_grey, exit_code, fill_weights
+from utils import predict
+
+OPTS = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.DEPTHS", "[1,1,1,1]", "MODEL.MLLA.NUM_HEADS", "[1,1,1,1]"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As a run writes it: weights, an average, the names of two classes and the configuration."""
+    config = load_config(ROOT / "cfgs" / "digits.yaml", [*OPTS, "DATA.IMG_SIZE", "64", "TEST.CROP", "True"])
+    model = build_model(config, 2)
+    average = build_model(config, 2)
+    fill_weights(average)
+    path = tmp_path_factory.mktemp("weights") / "w.pth"
+    facts = {"classes": ["cat", "dog, hound"], "config": config.dump()}
+    torch.save({"model": model.state_dict(), "state_dict_ema": average.state_dict(), **facts}, path)
+    return path
+
+
+def expected_scores(checkpoint: Path, folder: Path) -> torch.Tensor:
+    """Probabilities (N, 2) of the validation images by the training code's own data and model."""
+    options = [*OPTS, "DATA.IMG_SIZE", "64", "TEST.CROP", "True", "DATA.DATASET", "folder"]
+    config = load_config(ROOT / "cfgs" / "digits.yaml", [*options, "DATA.DATA_PATH", str(folder)], {"EVAL_MODE": True})
+    model = build_model(config, 2).eval()
+    model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict_ema"])
+    images, _ = build_data(config, rank=0, num_processes=1).preview(100)
+    with torch.no_grad():
+        return model(images).softmax(dim=1)
+
+
+def test_folder_with_a_broken_file(
+    checkpoint: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    for path in sorted((image_folder / "val").rglob("*.jpg")):
+        (tmp_path / "images" / f"{path.parent.name}{path.name}").symlink_to(path)
+    (tmp_path / "images" / "cat2.5.jpg").write_bytes(next(image_folder.rglob("*.jpg")).read_bytes()[:300])
+    (tmp_path / "images" / "notes.txt").write_text("not an image")
+    output, picture = tmp_path / "p.json", tmp_path / "p.png"
+    words = [str(tmp_path / "images"), "--weights", str(checkpoint), "--batch-size", "4"]
+    assert predict.main([*words, "--output", str(output), "--picture", str(picture)]) == 0
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1
+    assert err.startswith(f"skipped {tmp_path}/images/cat2.5.jpg: ")
+    assert len(out.splitlines()) == 10
+    found = json.loads(output.read_text())
+    scores = expected_scores(checkpoint, image_folder)
+    for item, row in zip(found, scores, strict=True):
+        assert sorted(item["classes"]) == ["cat", "dog, hound"]
+        assert item["probabilities"] == pytest.approx(row.sort(descending=True).values.tolist(), abs=1e-5)
+        assert item["classes"][0] == ["cat", "dog, hound"][row.argmax()]
+    assert "dog 1" in out or "dog " in out  # the first of a class's names
+    with Image.open(picture) as image:
+        assert min(image.size) > 100
+
+
+def test_csv_sizes_and_the_models_own_weights(
+    checkpoint: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(path) for path in sorted((image_folder / "val" / "dog").iterdir())[:2]]
+    words = [*files, "--weights", str(checkpoint), "--topk", "1", "--size", "97", "--output"]
+    assert predict.main([*words, str(tmp_path / "a.csv")]) == 0
+    assert predict.main([*words, str(tmp_path / "b.csv"), "--no-ema"]) == 0
+    rows = list(csv.DictReader((tmp_path / "a.csv").open()))
+    assert [row["file"] for row in rows] == files
+    assert {row["rank"] for row in rows} == {"1"}
+    assert (tmp_path / "b.csv").read_text() != (tmp_path / "a.csv").read_text()
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_models_of_timm_name_imagenets_classes(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(ROOT / "cfgs" / "mlla_t.yaml", OPTS)
+    model = build_model(config)
+    nn.init.zeros_(model.head.weight)
+    nn.init.constant_(model.head.bias[1:2], 50.0)
+    torch.save(model.state_dict(), path := tmp_path / "w.pth")
+    monkeypatch.setattr("timm.create_model", lambda _name, num_classes: build_model(config, num_classes))
+    image = str(image_folder / "val" / "dog" / "0.jpg")
+    assert predict.main([image, "--model", "mlla_tiny", "--weights", str(path), "--topk", "2"]) == 0
+    assert "goldfish 100.0%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
+def test_sixteen_bits_keep_their_upper_eight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, name: str
+) -> None:
+    deep_grey().save(tmp_path / name)
+    _, image, _ = predict.ImageFiles([tmp_path / name], np.asarray)[0]
+    assert np.mean(image) == pytest.approx(127.5, abs=1)  # type: ignore[arg-type]
+    drawn: list[np.ndarray] = []
+    monkeypatch.setattr(predict, "plot_grid", lambda images, *_, **__: drawn.extend(images))
+    words = [str(tmp_path / name), "--weights", str(checkpoint), "--picture", str(tmp_path / "p.png")]
+    assert predict.main(words) == 0
+    assert drawn[0].mean() == pytest.approx(127.5, abs=1)
+
+
+@pytest.mark.parametrize("name", ["mlla_small", "mila_small", "mlla_small.in1k"])
+def test_released_weights_by_timms_names(name: str) -> None:
+    assert predict.released_weights(name) == "mlla_small"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["no.jpg", "--weights", "W"], "no.jpg: no such file or folder"),
+        (["empty", "--weights", "W"], "empty: no images in it"),
+        (["empty/x.jpg", "--weights", "W"], "none of 1 files could be read"),
+        (["empty/x.jpg"], "which model?"),
+        (["empty/x.jpg", "--weights", "bare.pth"], "does not say which model it is for; add --model or --cfg"),
+        (
+            ["empty/x.jpg", "--model", "mlla_tinny"],
+            "mlla_tinny: timm has no such model; did you mean mlla_tiny?",
+        ),
+        (["empty/x.jpg", "--model", "42", "--weights", "W"], "timm has no such model; there are mlla_tiny"),
+        (["empty/x.jpg", "--model", "resnet18"], "--model resnet18: no weights of it come with this project; name a"),
+        (
+            ["empty/x.jpg", "--model", "mlla_tiny", "--cfg", "a.yaml"],
+            "--cfg a.yaml and --model mlla_tiny both name",
+        ),
+        (["empty/x.jpg", "--weights", "W", "--output", "x.txt"], "must end in .json or .csv"),
+        (["empty/x.jpg", "--weights", "W", "--picture", "there.png"], "is there already"),
+    ],
+)
+def test_mistakes(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    if words[0] != "empty":
+        (tmp_path / "empty" / "x.jpg").write_text("not an image")
+    (tmp_path / "there.png").touch()
+    torch.save({"head.weight": torch.zeros(2, 4)}, tmp_path / "bare.pth")
+    assert exit_code(predict.main, [str(checkpoint) if word == "W" else word for word in words]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,115 @@
+"""`pip install .` and torch.hub: what others get who import the models into code of their own."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+from utils.tools.package_build import OWN, sources, with_package_imports
+
+ELSEWHERE = """
+import json, pkgutil, sys
+from pathlib import Path
+import mlla, timm
+model = timm.create_model("mlla_tiny", embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), num_classes=3)
+for module in pkgutil.walk_packages(mlla.__path__, "mlla."):
+    if module.name == "mlla.utils.package_build":  # which needs setuptools
+        continue
+    try:
+        __import__(module.name)
+    except ModuleNotFoundError as error:  # of a package that only this module needs
+        assert error.name.split(".")[0] not in ("mlla", "config", "data", "downstream", "models", "utils"), error
+import mlla.main
+config = mlla.main.load_config(Path(mlla.__file__).parent / "cfgs" / "mlla_t.yaml")
+print(json.dumps({
+    "file": mlla.__file__,
+    "all": mlla.__all__,
+    "name": config.MODEL.NAME,
+    "type": type(model).__module__,
+    "top": sorted({name.split(".")[0] for name in sys.modules}),
+    "loaded": sum(name.startswith("mlla.") for name in sys.modules),
+}))
+"""
+
+
+def python(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(cwd), **environment}
+    return subprocess.run([sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("from models.mlla import MLLA\n", "from mlla.models.mlla import MLLA\n"),
+        ("from models import (\n    MLLA,\n)\n", "from mlla.models import (\n    MLLA,\n)\n"),
+        ("import models\n", "from mlla import models\n"),
+        ("import models as m\n", "from mlla import models as m\n"),
+        ("import models.mlla as m\n", "import mlla.models.mlla as m\n"),
+        ("def f():\n    from data.x import y  # data\n", "def f():\n    from mlla.data.x import y  # data\n"),
+        ("text = 'from models import x'\n", "text = 'from models import x'\n"),
+        (
+            "from torch.utils.data import Dataset\nimport torch\n",
+            "from torch.utils.data import Dataset\nimport torch\n",
+        ),
+        ("from config import SCHEMA\n", "from mlla.config import SCHEMA\n"),
+    ],
+)
+def test_imports_move_below_the_package(before: str, after: str) -> None:
+    assert with_package_imports(before) == after
+
+
+@pytest.mark.parametrize("source", ["import models.mlla\n", "from . import x\n", "import torch, models\n"])
+def test_imports_that_cannot_move(source: str) -> None:
+    with pytest.raises(ValueError, match="line 1: "):
+        with_package_imports(source)
+
+
+def test_requirements_are_those_of_requirements_txt() -> None:
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed, tools, *_ = (ROOT / "requirements.txt").read_text().split("\n\n")
+    listed = re.findall(r"^[\w.-]+[<>=][^\s#]+", needed, flags=re.MULTILINE)
+    assert project["dependencies"] == listed
+    optional = {item for items in project["optional-dependencies"].values() for item in items}
+    assert optional <= set(re.findall(r"^[\w.-]+[<>=][^\s#]+", tools, flags=re.MULTILINE))  # so that they are tested
+
+
+def test_installed_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    clone, site, elsewhere = tmp_path / "clone", tmp_path / "site", tmp_path / "elsewhere"
+    for path in [*sources(), *map(Path, ("pyproject.toml", "README.md", "LICENSE"))]:
+        (clone / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, clone / path)
+    elsewhere.mkdir()
+    options = ("--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--no-index", "--quiet")
+    done = python("-m", "pip", "install", ".", *options, "--target", str(site), cwd=clone)
+    assert done.returncode == 0, done.stderr
+    assert {path.name.split("-")[0] for path in site.iterdir()} == {"mlla"}
+    done = python("-c", ELSEWHERE, cwd=elsewhere, PYTHONPATH=str(site))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["file"] == str(site / "mlla" / "__init__.py")
+    assert found["name"] == "mlla_tiny"
+    assert found["type"] == "mlla.models.mlla"
+    assert "mlla_tiny" in found["all"]
+    assert not set(found["top"]) & set(OWN)
+    assert found["loaded"] > 30
+
+
+def test_torch_hub(tmp_path: Path) -> None:
+    code = f"""
+import torch
+model = torch.hub.load({str(ROOT)!r}, "mlla_tiny", source="local", embed_dim=8, num_heads=(1, 1, 1, 1), num_classes=3)
+print(tuple(model(torch.randn(2, 3, 32, 32)).shape))
+"""
+    done = python("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(2, 3)"
+    (tmp_path / "models.py").touch()  # a package of the same name in the caller's own code
+    done = python("-c", "import models\n" + code, cwd=tmp_path)
+    assert "another package named `models` is loaded" in done.stderr.splitlines()[-1]

@@ -1,0 +1,45 @@
+import math
+
+import pytest
+import torch
+from timm.scheduler import CosineLRScheduler
+
+from utils.training.lr_schedule import Schedule
+
+
+def schedule(name: str = "cosine", **changes: float) -> Schedule:
+    settings = {"base_lr": 1.0, "warmup_lr": 0.1, "min_lr": 0.01, "warmup_steps": 3, "total_steps": 10}
+    return Schedule(name=name, **{**settings, **changes})  # type: ignore[arg-type]
+
+
+def test_cosine_by_hand() -> None:
+    """Time runs one step behind, warm-up is linear, and cosine counts from time 0: after warm-up it starts below 1."""
+    rates = [schedule().rate_of_step(step) for step in range(13)]
+    cosine = [0.505 + 0.495 * math.cos(math.pi * t / 10) for t in range(3, 10)]
+    assert rates == pytest.approx([0.1, 0.1, 0.4, 0.7, *cosine, 0.01, 0.01])
+
+
+def test_cosine_is_timms() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    scheduler = CosineLRScheduler(
+        optimizer, t_initial=10, lr_min=0.01, warmup_t=3, warmup_lr_init=0.1, cycle_limit=1, t_in_epochs=False
+    )
+    for step in range(14):
+        assert schedule().rate_of_step(step) == pytest.approx(optimizer.param_groups[0]["lr"])
+        scheduler.step_update(step)
+
+
+def test_linear_ends_at_one_percent() -> None:
+    rates = [schedule("linear").rate_at(t) for t in (0, 3, 10, 12)]
+    assert rates == pytest.approx([0.1, 1.0, 0.01, 0.01])
+    assert schedule("linear").rate_at(5) == pytest.approx(1 - 0.99 * 2 / 7)
+
+
+def test_step_by_hand() -> None:
+    rates = [schedule("step", decay_steps=4, decay_rate=0.5).rate_at(t) for t in (2, 3, 4, 7, 8, 12, 20)]
+    assert rates == pytest.approx([0.7, 1.0, 0.5, 0.5, 0.25, 0.25, 0.25])
+
+
+def test_no_warmup() -> None:
+    assert schedule(warmup_steps=0).rate_of_step(0) == 1.0

@@ -1,0 +1,159 @@
+"""Files by path, by URL or by the name of released weights; what comes over the network is kept in a cache folder."""
+
+import contextlib
+import hashlib
+import os
+import re
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+import torch
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from utils.logs.logger import logger
+
+# ImageNet-1K classifiers that the paper's authors released.
+RELEASED = {
+    "mlla-t": "https://cloud.tsinghua.edu.cn/f/7a19712877cb4242889c/?dl=1",
+    "mlla-s": "https://cloud.tsinghua.edu.cn/f/0e5d0b1409d540aaa80c/?dl=1",
+    "mlla-b": "https://cloud.tsinghua.edu.cn/f/91c85c5a1061496d8796/?dl=1",
+}
+LONG_NAMES = {"mlla-tiny": "mlla-t", "mlla-small": "mlla-s", "mlla-base": "mlla-b"}
+
+CHUNK_BYTES = 1 << 20
+SILENCE_SECONDS = 30.0  # of a server, before it is given up
+SHA256 = re.compile(r"sha256=([0-9a-f]{8,64})")
+
+
+class DownloadError(OSError):
+    """A file that cannot be had, or is not the one that was meant: one line with URL, cause and remedy."""
+
+
+def local_file(source: str | Path) -> Path:
+    """The file that a path, a URL or a name stands for; downloaded first where it has to be.
+
+    Args:
+        source: a path; or a URL (http, https, file), which may end in `#sha256=` and the first 8 or more hexadecimal
+            digits of the file's checksum; or a key of `RELEASED`, also in the form mlla_tiny.
+
+    Returns:
+        A path that exists, but for those that were given as a path.
+
+    Raises:
+        DownloadError: a URL that leads nowhere, a transfer cut short, another checksum.
+    """
+    name = str(source).lower().replace("_", "-")
+    name = LONG_NAMES.get(name, name)
+    if name in RELEASED and not Path(source).is_file():
+        return cached(RELEASED[name], sha256="", stem=name)
+    parts = urlsplit(str(source))
+    if parts.scheme not in ("http", "https", "file"):
+        return Path(source)
+    found = SHA256.fullmatch(parts.fragment.lower())
+    if parts.fragment and not found:
+        raise DownloadError(f"{source}: what follows # must be sha256= and 8 to 64 hexadecimal digits")
+    sha256 = found[1] if found else ""
+    if parts.scheme == "file":
+        path = Path(unquote(parts.path))
+        if parts.netloc not in ("", "localhost"):
+            raise DownloadError(f"{source}: a file:// URL of another machine; write file:///path/to/file")
+        if sha256 and path.is_file() and not checksum(path).startswith(sha256):
+            raise DownloadError(f"{path}: its sha256 is {checksum(path)}, not {sha256}: another or a damaged file")
+        return path
+    return cached(parts._replace(fragment="").geturl(), sha256=sha256)
+
+
+def cache_folder() -> Path:
+    """PyTorch's own, which TORCH_HOME moves."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def cache_path(url: str, stem: str = "") -> Path:
+    """Where a URL's file is kept. A few digits tell apart URLs that end alike, or in no file name at all."""
+    ending = PurePosixPath(unquote(urlsplit(url).path)).name
+    name = PurePosixPath(re.sub(r"[^\w.-]", "_", ending) or "weights.pth")
+    digits = hashlib.sha256(url.encode()).hexdigest()[:8]
+    # An underscore, since PyTorch takes digits after a hyphen for those of the content.
+    return cache_folder() / f"{stem or name.stem[:80]}_{digits}{name.suffix or '.pth'}"
+
+
+def cached(url: str, *, sha256: str, stem: str = "") -> Path:
+    """The cached file of a URL; of several processes of a machine one downloads it while the others wait."""
+    path = cache_path(url, stem)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_name(path.name + ".lock"), url):
+        if not path.exists():
+            download(url, path)
+        if sha256 and not (actual := checksum(path)).startswith(sha256):
+            path.unlink()
+            raise DownloadError(f"{url}: sha256 is {actual}, not {sha256}; the file was deleted: {path}")
+    return path
+
+
+@contextlib.contextmanager
+def locked(path: Path, url: str) -> Iterator[None]:
+    """Within: no other process has this lock; a process that dies loses it."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("waiting for another process that downloads %s", url)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def download(url: str, path: Path) -> None:
+    """Fetch a URL to a file, which is there whole or not at all.
+
+    Raises:
+        DownloadError: no answer, a web page in place of a file, or fewer bytes than the server announced.
+    """
+    remedy = "; or download it by other means and name the file"
+    partial = path.with_name(path.name + ".part")  # left by a process that was killed, it is written anew
+    logger.info("downloading %s to %s", url, path)
+    request = urllib.request.Request(url, headers={"User-Agent": "mlla"})
+    try:
+        with urllib.request.urlopen(request, timeout=SILENCE_SECONDS) as answer:
+            if answer.headers.get_content_type() == "text/html":
+                raise DownloadError(f"{url}: leads to a web page, not to a file{remedy}")
+            receive(answer, partial, title=path.name)
+        partial.replace(path)
+    except urllib.error.HTTPError as error:
+        raise DownloadError(f"{url}: the server says {error.code} {error.reason}{remedy}") from error
+    except (urllib.error.URLError, HTTPException, ConnectionError, TimeoutError) as error:
+        raise DownloadError(f"{url}: download failed ({getattr(error, 'reason', error)}); try again{remedy}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def receive(answer: HTTPResponse, path: Path, *, title: str) -> None:
+    """Write a server's answer to a file, with a progress bar on a terminal."""
+    announced = int(answer.headers.get("Content-Length", 0))
+    bar = tqdm(total=announced or None, desc=title, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+    with bar, path.open("wb") as file:
+        while chunk := answer.read(CHUNK_BYTES):
+            file.write(chunk)
+            bar.update(len(chunk))
+        received = file.tell()
+        file.flush()
+        os.fsync(file.fileno())
+    if announced and received != announced:  # http.client takes a connection that closes early for the end
+        raise ConnectionError(f"{received:,} of {announced:,} bytes came")
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Configuration: schema, YAML files, command line."""

@@ -1,0 +1,1 @@
+"""Logging, metrics, plots and the output folder."""

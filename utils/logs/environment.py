@@ -1,0 +1,74 @@
+"""Where a run takes place: versions, device, command line. Each start of a run adds a line to environment.jsonl."""
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.distributed.process import Process
+from utils.logs.logger import append_records
+
+PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "pillow", "simplejpeg", "opencv-python-headless")
+GIT_SECONDS = 10
+
+
+def note_environment(folder: Path, process: Process, *, epoch: int) -> None:
+    """Add a line to <folder>/environment.jsonl: the run starts, or goes on from `epoch`, here. On the first process."""
+    append_records(folder / "environment.jsonl", [{"epoch": epoch, **environment(process)}])
+
+
+def environment(process: Process) -> dict[str, Any]:
+    """Facts that plain JSON can hold; None for what this machine does not say."""
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "commit": commit(Path(__file__).parents[2]),
+        "host": socket.gethostname(),
+        "system": platform.platform(),
+        "processes": process.num_processes,
+        "machines": int(os.environ.get("GROUP_WORLD_SIZE", 1)),
+        "device": device_name(process.device),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda if process.device.type == "cuda" else None,
+        "packages": {name: version_of(name) for name in PACKAGES},
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return models[0].split(":", 1)[1].strip() if models else platform.machine()
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit(code: Path) -> str | None:
+    """The commit of the code's tree, with -dirty where files differ from it; None where git does not know it."""
+    try:
+        # An installed copy may lie in another project's tree, whose commit says nothing about it.
+        git(code, "ls-files", "--error-unmatch", "main.py")
+        return git(code, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_SECONDS).stdout.strip()

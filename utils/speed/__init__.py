@@ -1,0 +1,1 @@
+"""Compilation, CUDA graphs, streams, memory and FLOPs."""

@@ -1,0 +1,85 @@
+"""The whole training step as one CUDA graph: forward, backward, clipping, update and average in one launch."""
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.speed.compile import RECORDING, Capture
+from utils.speed.streams import on_side_stream
+from utils.training.train_step import StepResult, TrainStep
+
+STEPS_BEFORE_CAPTURE = 3  # real steps of the run, in which libraries choose their algorithms and allocate workspaces
+
+
+class GraphedTrainStep(TrainStep):
+    """A TrainStep that records itself after a few steps and is replayed from then on; the arithmetic is the same.
+
+    Learning rates and the step's number lie on the device and are filled in before each replay. Random numbers go on
+    from the generator's state, as without a graph. Another shape of micro-batches, or another variant of the loss (see
+    `ClassificationLoss.variant`), is recorded anew; the former recording is dropped.
+
+    The tensors of a StepResult are overwritten by the next step.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.key: Hashable = None
+        self.steps_of_key = 0
+        self.capture: Capture | None = None
+        self.inputs: list[Any] = []
+        groups = self.optimizer.param_groups
+        self.rates = [torch.zeros((), dtype=torch.float32, device=self.is_halted.device) for _ in groups]
+
+    def __call__(self, micro_batches: Sequence[Any], *, step: int, learning_rate: float) -> StepResult:
+        variant = self.compute_losses.variant(step)  # type: ignore[attr-defined]
+        key = (variant, [[tuple(tensor.shape) for tensor in batch] for batch in micro_batches])
+        if key != self.key:
+            self.key, self.steps_of_key, self.capture = key, 0, None
+        self.steps_of_key += 1
+        if self.steps_of_key <= STEPS_BEFORE_CAPTURE:
+            with on_side_stream(self.is_halted.device, RECORDING):
+                return super().__call__(micro_batches, step=step, learning_rate=learning_rate)
+        self.set_rates(learning_rate)
+        if self.capture is None:
+            self.record(micro_batches, step)
+        for static, batch in zip(self.inputs, micro_batches, strict=True):
+            for target, source in zip(static, batch, strict=True):
+                target.copy_(source)
+        self.step_number.fill_(step)
+        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
+        assert self.capture is not None
+        return self.capture()
+
+    def record(self, micro_batches: Sequence[Sequence[Tensor]], step: int) -> None:
+        """Capture the step. Nothing of it is executed, and the groups' settings are as before when it is done."""
+        self.inputs = [[tensor.clone(memory_format=torch.preserve_format) for tensor in b] for b in micro_batches]
+        self.optimizer.zero_grad(set_to_none=True)
+        groups = self.optimizer.param_groups
+        settings = [dict(group) for group in groups]
+        for group, rate in zip(groups, self.rates, strict=True):
+            group.update({"lr": rate, "capturable": True} if "capturable" in group else {"lr": rate})
+        try:
+            self.capture = Capture(lambda: self.run(self.inputs, step), warmup_calls=0)
+        finally:
+            for group, former in zip(groups, settings, strict=True):
+                group.update(former)
+
+
+def why_not_captured(train_step: TrainStep, num_processes: int) -> str:
+    """Why a step cannot be one graph, or an empty string."""
+    if train_step.is_halted.device.type != "cuda":
+        return "there is no GPU"
+    if num_processes > 1:
+        return "gradients are exchanged between processes"
+    if train_step.precision.scaler.is_enabled():
+        return "float16's scaler chooses its way by the gradients; bfloat16 needs none"
+    if train_step.ema is not None and train_step.ema.averages[0].device != train_step.is_halted.device:
+        return "the average is kept on the CPU"
+    if any(getattr(module, "use_checkpoint", False) for module in train_step.model.modules()):
+        return "recomputed blocks read the random numbers' state; TRAIN.ACTIVATION_BUDGET saves memory in a graph"
+    if not hasattr(train_step.compute_losses, "variant"):
+        return "the loss may depend on the step"
+    return ""

@@ -1,0 +1,65 @@
+"""A classifier's training loss: soft-target cross-entropy, with MESA's second term."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils.speed.streams import start_beside
+
+
+def training_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None, ratio: float = 0.0) -> Tensor:
+    """CE(logits, targets) + ratio * CE(logits, softmax(teacher_logits)), in float32 or wider, as a scalar.
+
+    The second term is MESA's (Du et al. 2022, arXiv 2205.14083): the teacher is the EMA model on the same batch.
+
+    Args:
+        logits: (B, classes).
+        targets: probabilities (B, classes).
+        teacher_logits: (B, classes) without gradient, or None to leave the second term out.
+        ratio: weight of the second term.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = F.cross_entropy(logits, targets)
+    if teacher_logits is not None:
+        loss = loss + ratio * F.cross_entropy(logits, teacher_logits.to(logits.dtype).softmax(dim=1))
+    return loss
+
+
+class ClassificationLoss:
+    """What a training step minimises: `training_loss` of a model, with a teacher from some step on.
+
+    On a GPU the teacher runs beside the model, on a stream of its own.
+
+    Args:
+        model: images (B, 3, H, W) to logits (B, classes); in DDP where there are several processes.
+        teacher: MESA's, in evaluation mode; None without MESA.
+        mesa_ratio: weight of its term.
+        mesa_start_step: the first step that asks it.
+    """
+
+    def __init__(
+        self, model: nn.Module, teacher: nn.Module | None = None, *, mesa_ratio: float = 0.0, mesa_start_step: int = 0
+    ) -> None:
+        self.model = model
+        self.teacher = teacher if mesa_ratio else None
+        self.mesa_ratio = mesa_ratio
+        self.mesa_start_step = mesa_start_step
+
+    def variant(self, step: int) -> bool:
+        """Of what a step's work depends on beside its batch: whether it asks the teacher."""
+        return self.teacher is not None and step >= self.mesa_start_step
+
+    def __call__(self, batch: tuple[Tensor, Tensor], step: int) -> dict[str, Tensor]:
+        """The loss of (images (B, 3, H, W), targets (B, classes)) in step `step` of the run."""
+        images, targets = batch
+        if not self.variant(step):
+            return {"loss": training_loss(self.model(images), targets)}
+        wait_for_teacher = start_beside(lambda: self.ask_teacher(images), images.device, "teacher")
+        logits = self.model(images)
+        return {"loss": training_loss(logits, targets, wait_for_teacher(), self.mesa_ratio)}
+
+    @torch.no_grad()
+    def ask_teacher(self, images: Tensor) -> Tensor:
+        """Its logits (B, classes)."""
+        assert self.teacher is not None
+        return self.teacher(images)

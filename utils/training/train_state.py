@@ -1,0 +1,232 @@
+"""Everything that the next step of a run depends on, to and from a checkpoint."""
+
+import platform
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from utils.checkpoint.files import Progress, checkpoints_in, load_latest
+from utils.checkpoint.weights import Weights, check_classes, classes_in, load_weights, no_weights_error, weights_in
+from utils.checkpoint.weights_file import CheckpointError, load_checkpoint
+from utils.distributed.process import Process, gather_objects
+from utils.logs.logger import logger
+from utils.training.ema import ModelEma
+from utils.training.optimizer import matched_state
+
+START = Progress(0)
+VERSIONS = {"torch": str(torch.__version__), "numpy": np.__version__, "python": platform.python_version()}
+
+
+@dataclass
+class RunState:
+    """A run between two steps.
+
+    Attributes:
+        model: not wrapped in DDP.
+        images_per_step: over all processes; a step of the run is as many images after it goes on.
+        progress: epochs that are whole, and steps done in the one after them.
+        best, best_ema: highest value so far of the figure that the run is judged by, of the model and of the average.
+        sums: this process's sums over the steps of the unfinished epoch, by name.
+        origin: the file that --resume named when the run began, and what tells it from others of that name.
+        classes: names of the data's classes by output; None where a checkpoint's are not to be compared with them.
+    """
+
+    model: nn.Module
+    ema: ModelEma | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    process: Process
+    images_per_step: int = 1
+    progress: Progress = START
+    best: float = 0.0
+    best_ema: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+    origin: dict[str, Any] | None = None
+    classes: Sequence[str] | None = None
+
+    def capture(self, **facts: Any) -> dict[str, Any]:
+        """The state as a checkpoint's content, `facts` beside it; called by all processes together."""
+        ranks = gather_objects({"rng": rng_state(self.process.device), "sums": self.sums})
+        return {
+            "model": self.model.state_dict(),
+            "state_dict_ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.progress.epochs - 1,  # the last whole one, as in official checkpoints
+            "steps": self.progress.steps,
+            "images_per_step": self.images_per_step,
+            "max_accuracy": self.best,
+            "max_accuracy_e": self.best_ema,
+            "ranks": ranks,
+            "origin": self.origin,
+            "versions": VERSIONS,
+            **facts,
+        }
+
+    def resume(self, folder: Path, *, explicit: str, auto: bool) -> bool:
+        """Go on from the file `explicit` if it is named, else, with `auto`, from the folder's newest whole checkpoint.
+
+        Where the folder's run began from that same file, the command is being repeated, and the run goes on.
+
+        Returns:
+            Whether the folder's own run goes on.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit, a run would be overwritten, or processes see different files.
+        """
+        continues = False
+        origin = fingerprint(explicit) if explicit else None
+        latest = load_latest(folder) if auto else None
+        if latest is not None and (origin is None or latest[1].get("origin") == origin):
+            self.restore(latest[1], str(latest[0]))
+            logger.info("resumed from %s%s", latest[0], f", a run that began from {explicit}" if explicit else "")
+            continues = True
+        elif explicit:
+            self.restore(load_checkpoint(explicit), explicit)
+            self.origin = origin
+            logger.info("resumed from %s", explicit)
+        elif not auto and checkpoints_in(folder):
+            raise CheckpointError(
+                f"TRAIN.AUTO_RESUME False: {folder} holds a run, which would be overwritten; name another --tag"
+            )
+        points = gather_objects(tuple(self.progress))
+        if len(set(points)) > 1:
+            raise CheckpointError(f"{folder}: processes see different checkpoints there, at (epochs, steps) {points}")
+        return continues
+
+    def restore(self, content: dict[str, Any], source: str) -> None:
+        """Take over a checkpoint's content, or only the weights where there is nothing else in it.
+
+        Raises:
+            CheckpointError: there are no weights, or they or the optimizer's state do not fit.
+        """
+        weights = weights_in(content, "model") or weights_in(content, "state_dict_ema")
+        if weights is None:
+            raise no_weights_error(source, content)
+        if self.classes is not None:
+            check_classes(classes_in(content), self.classes, source)
+        load_weights(self.model, weights, source)
+        if self.ema is not None:
+            load_weights(self.ema.module, weights_in(content, "state_dict_ema") or weights, source)
+        if "optimizer" not in content:
+            logger.info("%s holds weights only: optimizer and epoch start afresh", source)
+            return
+        try:
+            self.restore_progress(content, weights, source)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{source}: not a whole checkpoint of a run ({error})") from error
+
+    def restore_progress(self, content: dict[str, Any], weights: Weights, source: str) -> None:
+        """Take over all but the weights, whose order tells that of the optimizer's state."""
+        self.restore_optimizer(content["optimizer"], weights, source)
+        if content.get("scaler"):
+            self.scaler.load_state_dict(content["scaler"])
+        self.progress = Progress(content["epoch"] + 1, content.get("steps", 0))
+        self.best = float(content.get("max_accuracy", 0.0))
+        self.best_ema = float(content.get("max_accuracy_e", 0.0))
+        self.origin = content.get("origin")
+        self.check_images_per_step(content.get("images_per_step", self.images_per_step), source)
+        ranks, process = content.get("ranks", []), self.process
+        if len(ranks) == process.num_processes:
+            self.sums = ranks[process.rank]["sums"]
+            restore_rng_state(ranks[process.rank]["rng"], process.device)
+        elif not ranks:  # another program's
+            logger.warning("%s holds no states of random number generators, those of SEED are used", source)
+        else:
+            if process.is_main:  # whose share now stands for all
+                for rank in ranks:
+                    self.sums = {name: self.sums.get(name, 0.0) + value for name, value in rank["sums"].items()}
+            logger.warning(
+                "%s was written by %d processes, now there are %d: order and augmentation of the images stay the same, "
+                "dropout, drop path and mixup draw other random numbers, and sums are rounded differently",
+                *(source, len(ranks), process.num_processes),
+            )
+        versions = content.get("versions", VERSIONS)
+        if changed := [
+            f"{name} {versions.get(name)} -> {VERSIONS[name]}"
+            for name in VERSIONS
+            if versions.get(name) != VERSIONS[name]
+        ]:
+            logger.warning(
+                "%s was written with other versions, so results may differ in the last bits: %s",
+                source,
+                ", ".join(changed),
+            )
+
+    def check_images_per_step(self, former: int, source: str) -> None:
+        """Another number of images a step moves the schedule, and within an epoch would repeat or lose images.
+
+        Raises:
+            CheckpointError: the checkpoint is from within an epoch.
+        """
+        if former == self.images_per_step:
+            return
+        if self.progress.steps:
+            raise CheckpointError(
+                f"{source}: was saved within an epoch with {former} images a step, now there are "
+                f"{self.images_per_step}; set DATA.BATCH_SIZE or TRAIN.ACCUMULATION_STEPS to have {former} again, or "
+                f"--resume the end of an epoch"
+            )
+        logger.warning(
+            "%s is of a run with %d images a step, now there are %d: learning rates and steps an epoch change",
+            *(source, former, self.images_per_step),
+        )
+
+    def restore_optimizer(self, saved: dict[str, Any], weights: Weights, source: str) -> None:
+        """Take over the optimizer's moments; its settings stay those of the configuration."""
+        kind = {"betas", "momentum"} & set(self.optimizer.param_groups[0])
+        if kind != {"betas", "momentum"} & set(saved["param_groups"][0]):
+            raise CheckpointError(f"{source}: was trained with another TRAIN.OPTIMIZER.NAME; set it as it was then")
+        try:
+            self.optimizer.load_state_dict(matched_state(saved, weights, self.model, self.optimizer))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{source}: its optimizer state does not fit: {error}; set TRAIN.FREEZE and MODEL.LAYER_DECAY as then"
+            ) from error
+
+
+def fingerprint(source: str) -> dict[str, Any]:
+    """What tells a file from a later one of the same name; of an address or a name, only itself."""
+    path = Path(source)
+    facts = path.stat() if path.is_file() else None
+    return {
+        "source": str(path.resolve()) if facts else source,
+        "bytes": facts.st_size if facts else None,
+        "modified_ns": facts.st_mtime_ns if facts else None,
+    }
+
+
+def seed_everything(seed: int) -> None:
+    """Seed this process's random number generators, those of its GPUs too."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """States of this process's random number generators, in types that load safely."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "python": [version, list(words), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
+    }
+
+
+def restore_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Put this process's random number generators back to `rng_state`'s states."""
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
