@@ -19,16 +19,16 @@ from yacs.config import CfgNode
 
 from config import SCHEMA, ConfigError, Derived, derive, load_config
 from data import Data, build_data, build_targets
-from data.transforms import denormalise
-from models import PAPER_FIGURES, build_model, input_channels, prepare_for_inference
+from data.transforms import denormalize
+from models import PAPER_PROFILES, build_model, input_channels, prepare_for_inference
 from utils.benchmark.throughput import run_benchmark
 from utils.checkpoint.files import Progress
 from utils.checkpoint.weights import check_classes, load_pretrained, load_weights, read_weights
-from utils.config.command_line import mistakes_in_one_line, parse_command_line
-from utils.distributed.process import Process, distribute
-from utils.logs.environment import note_environment
+from utils.config.command_line import parse_command_line, report_user_errors
+from utils.distributed.process import Process, wrap_ddp
+from utils.logs.environment import record_environment
 from utils.logs.logger import Tracker, logger
-from utils.logs.output_dir import RunLock, open_run_folder, set_aside_checkpoints, write_config
+from utils.logs.output_dir import RunLock, move_replaced_checkpoints, open_output_dir, save_config
 from utils.logs.plots import CLASSIFIER_PANELS, plot_predictions
 from utils.speed.compile import prepared_for_inference, resolve_mode
 from utils.speed.flops import profile, profile_table
@@ -36,15 +36,15 @@ from utils.training.amp import Precision
 from utils.training.build import (
     build_ema,
     build_optimizer,
-    build_plan,
     build_precision,
     build_tracker,
     build_train_step,
+    build_trainer_config,
     compile_setting,
     describe_out_of_memory,
 )
 from utils.training.launch import run_process
-from utils.training.train_state import RunState, seed_everything
+from utils.training.train_state import TrainState, seed_everything
 from utils.training.train_step import evaluate
 from utils.training.trainer import Trainer
 
@@ -52,7 +52,7 @@ IMAGENET_IMAGES = 1_281_167  # of the run whose training step is measured
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    with mistakes_in_one_line():
+    with report_user_errors():
         config = load_config(*parse_command_line(__doc__, argv, keys=SCHEMA))
     if config.PROFILE_MODE:
         return run_profile(config)
@@ -66,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_profile(config: CfgNode) -> int:
-    with mistakes_in_one_line():
+    with report_user_errors():
         model = build_model(config)
-    figures = PAPER_FIGURES.get(config.MODEL.NAME) if config.DATA.IMG_SIZE == 224 else None
+    figures = PAPER_PROFILES.get(config.MODEL.NAME) if config.DATA.IMG_SIZE == 224 else None
     parts = profile(model, config.DATA.IMG_SIZE, input_channels(config))
     print(f"{config.MODEL.NAME}, {config.DATA.IMG_SIZE}x{config.DATA.IMG_SIZE}")
     print(profile_table(parts, (figures.parameters_m, figures.gmacs) if figures else None))
@@ -76,8 +76,8 @@ def run_profile(config: CfgNode) -> int:
 
 
 def run_throughput(config: CfgNode, process: Process) -> int:
-    with mistakes_in_one_line():
-        folder = open_run_folder(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
+    with report_user_errors():
+        folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
         run_benchmark(
             config,
             process,
@@ -91,10 +91,10 @@ def run_throughput(config: CfgNode, process: Process) -> int:
 
 
 def run_evaluation(config: CfgNode, process: Process) -> int:
-    with mistakes_in_one_line():
+    with report_user_errors():
         if not config.MODEL.RESUME:
             raise ConfigError("MODEL.RESUME is empty: evaluation needs weights, name them with --resume FILE")
-        open_run_folder(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
+        open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
         data = build_data(config, rank=process.rank, num_processes=process.num_processes, device=process.device)
         model = prepare_model(config, process, len(data.classes))
         weights_file = read_weights(config.MODEL.RESUME)
@@ -123,7 +123,7 @@ class Run:
     data: Data
     derived: Derived
     precision: Precision
-    state: RunState
+    state: TrainState
     tracker: Tracker | None
 
     @property
@@ -132,11 +132,11 @@ class Run:
 
 
 def run_training(config: CfgNode, process: Process) -> int:
-    with mistakes_in_one_line():
-        folder = open_run_folder(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
+    with report_user_errors():
+        folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
         lock = RunLock(folder) if process.is_main else nullcontext()
     with lock:
-        with mistakes_in_one_line():
+        with report_user_errors():
             run = set_up(config, process, folder)
         is_complete = run.state.progress.epochs >= run.derived.total_epochs
         if is_complete:
@@ -159,14 +159,14 @@ def set_up(config: CfgNode, process: Process, folder: Path) -> Run:
     precision = build_precision(config, process.device)
     ema = build_ema(config, model, derived)
     optimizer = build_optimizer(config, model)
-    state = RunState(model, ema, optimizer, precision.scaler, process, images_per_step=derived.global_batch)
+    state = TrainState(model, ema, optimizer, precision.scaler, process, images_per_step=derived.global_batch)
     state.progress, state.classes = Progress(config.TRAIN.START_EPOCH), data.classes
     continues = state.resume(folder, explicit=config.MODEL.RESUME, auto=config.TRAIN.AUTO_RESUME)
     tracker = None
     if process.is_main and state.progress.epochs < derived.total_epochs:
-        write_config(folder, config.dump())
-        set_aside_checkpoints(folder, state.progress, continues=continues)
-        note_environment(folder, process, epoch=state.progress.epochs)
+        save_config(folder, config.dump())
+        move_replaced_checkpoints(folder, state.progress, continues=continues)
+        record_environment(folder, process, epoch=state.progress.epochs)
         tracker = build_tracker(config, folder, continues=continues)
     return Run(config, process, folder, data, derived, precision, state, tracker)
 
@@ -179,7 +179,7 @@ def train(run: Run) -> bool:
     if process.is_main:
         log_plan(run)
     make_targets = build_targets(config, len(run.data.classes))
-    model = distribute(state.model, process, find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS)
+    model = wrap_ddp(state.model, process, find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS)
 
     def batches(epoch: int, first: int) -> Iterator[Any]:
         loader.set_epoch(epoch, first * config.DATA.BATCH_SIZE)
@@ -191,7 +191,7 @@ def train(run: Run) -> bool:
         return {key: scores[key] for key in ("acc1", "acc5", "loss")}
 
     trainer = Trainer(
-        build_plan(config, derived, metric="acc1", panels=CLASSIFIER_PANELS),
+        build_trainer_config(config, derived, metric="acc1", panels=CLASSIFIER_PANELS),
         state,
         build_train_step(config, model, state.optimizer, state.ema, run.precision, derived),
         folder=run.folder,
@@ -255,7 +255,7 @@ def draw_predictions(run: Run, model: nn.Module) -> Path:
         probabilities = model(images.to(device)).float().softmax(dim=1).cpu()  # (N, classes)
     confidences, predictions = probabilities.max(dim=1)
     plot_predictions(
-        denormalise(images).permute(0, 2, 3, 1).numpy(),
+        denormalize(images).permute(0, 2, 3, 1).numpy(),
         labels=[classes[label] for label in labels],
         predictions=[classes[label] for label in predictions.tolist()],
         confidences=confidences.tolist(),

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from timm.data.auto_augment import AugmentOp, RandAugment
 from torch import Tensor
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 Filter = Image.Resampling | Sequence[Image.Resampling]
 
 
@@ -88,15 +88,15 @@ def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
-def shear_x(image: Image.Image, factor: float, *, fillcolor: Colour, resample: Filter) -> Image.Image:
+def shear_x(image: Image.Image, factor: float, *, fillcolor: Color, resample: Filter) -> Image.Image:
     return shift_rows(image, factor * (np.arange(image.height) + 0.5), fillcolor, resample)
 
 
-def translate_x(image: Image.Image, pixels: float, *, fillcolor: Colour, resample: Filter) -> Image.Image:
+def translate_x(image: Image.Image, pixels: float, *, fillcolor: Color, resample: Filter) -> Image.Image:
     return shift_rows(image, np.full(image.height, pixels), fillcolor, resample)
 
 
-def translate_x_relative(image: Image.Image, share: float, *, fillcolor: Colour, resample: Filter) -> Image.Image:
+def translate_x_relative(image: Image.Image, share: float, *, fillcolor: Color, resample: Filter) -> Image.Image:
     return translate_x(image, share * image.width, fillcolor=fillcolor, resample=resample)
 
 
@@ -119,7 +119,7 @@ FASTER = {
 }
 
 
-def shift_rows(image: Image.Image, shifts: np.ndarray, fill: Colour, resample: Filter) -> Image.Image:
+def shift_rows(image: Image.Image, shifts: np.ndarray, fill: Color, resample: Filter) -> Image.Image:
     """Row y takes its values from `shifts[y]` pixels further right, with `fill` from outside: what
     Image.transform gives for the affine map (x + shifts[y], y), to one level of 255.
 
@@ -133,9 +133,7 @@ def shift_rows(image: Image.Image, shifts: np.ndarray, fill: Colour, resample: F
     whole = np.floor(shifts).astype(int)
     weights = tap_weights(torch.from_numpy(shifts - whole).float(), kind)  # (taps, H)
     before = len(weights) // 2 - 1  # taps left of the position
-    taps = torch.from_numpy(
-        neighbours(pixels, whole - before, width + len(weights) - 1)
-    ).float()  # (H, W + taps - 1, 3)
+    taps = torch.from_numpy(neighbors(pixels, whole - before, width + len(weights) - 1)).float()  # (H, W + taps - 1, 3)
     shifted = taps[:, :width] * weights[0, :, None, None]  # (H, W, 3)
     for offset, weight in enumerate(weights[1:], 1):
         shifted.addcmul_(taps[:, offset : offset + width], weight[:, None, None])
@@ -146,7 +144,7 @@ def shift_rows(image: Image.Image, shifts: np.ndarray, fill: Colour, resample: F
 
 
 def tap_weights(fraction: Tensor, kind: int) -> Tensor:
-    """Weights (taps, N) of the neighbours for positions `fraction` (N,) after the pixel in the middle. Pillow's cubic
+    """Weights (taps, N) of the neighbors for positions `fraction` (N,) after the pixel in the middle. Pillow's cubic
     here is the one with a = -1, and not that of its resizing, where a = -0.5.
     """
     if kind == Image.Resampling.BILINEAR:
@@ -156,11 +154,11 @@ def tap_weights(fraction: Tensor, kind: int) -> Tensor:
     return torch.stack((2 * square - cube - fraction, 1 - 2 * square + cube, fraction + square - cube, cube - square))
 
 
-def neighbours(pixels: np.ndarray, starts: np.ndarray, count: int) -> np.ndarray:
+def neighbors(pixels: np.ndarray, starts: np.ndarray, count: int) -> np.ndarray:
     """From row y, `count` pixels from column starts[y] on (H, count, 3); beyond the edge, that at the edge."""
     height, width, _ = pixels.shape
     out = np.empty((height, count, 3), dtype=np.uint8)
-    bounds = np.flatnonzero(np.diff(starts)) + 1  # neighbouring rows mostly start alike
+    bounds = np.flatnonzero(np.diff(starts)) + 1  # neighboring rows mostly start alike
     for top, bottom in zip([0, *bounds], [*bounds, height], strict=True):
         start = starts[top]
         left, right = np.clip([-start, width - start], 0, count)  # of what lies inside

@@ -168,7 +168,7 @@ def plain_pipeline(source: ImageFolder, names: Sequence[str], **settings: Any) -
 
 def training_pipelines(config: CfgNode) -> dict[str, Pipeline]:
     source = ImageFolder(config.DATA.DATA_PATH, "train")
-    names = ("crop and resize", "flip", "augment", "to float", "normalise", "erase")
+    names = ("crop and resize", "flip", "augment", "to float", "normalize", "erase")
     settings = {"auto_augment": config.AUG.AUTO_AUGMENT, "re_prob": config.AUG.REPROB, "re_mode": config.AUG.REMODE}
     plain = plain_pipeline(source, names, is_training=True, **settings)
     loader = train_loader(config, source, 0, 1, torch.device("cpu")).loader
@@ -194,7 +194,7 @@ def training_pipelines(config: CfgNode) -> dict[str, Pipeline]:
 
 def evaluation_pipelines(config: CfgNode) -> dict[str, Pipeline]:
     source = ImageFolder(config.DATA.DATA_PATH, "val")
-    names = ("crop and resize", "cut", "to float", "normalise")
+    names = ("crop and resize", "cut", "to float", "normalize")
     pipelines = {"plain": plain_pipeline(source, names, is_training=False, crop_pct=CROP_FRACTION)}
     for name, decode in (("exact", decode_plain), ("fast", decode_fast)):
         changed = config.clone()

@@ -12,7 +12,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from data.dataset import ImageDataset, ImageSource, keep_batch
-from data.prefetch import DeviceLoader, Normaliser
+from data.prefetch import DeviceLoader, Normalizer
 from data.samplers import EvalSampler, SampleKey, TrainSampler
 from data.sources.archive_cache import cache_archives
 from data.sources.digits import Digits
@@ -28,7 +28,7 @@ TargetMaker = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Data:
-    """Loaders of (normalised images (B, 3, H, W), labels (B,)) on the device; train is None where only evaluation is
+    """Loaders of (normalized images (B, 3, H, W), labels (B,)) on the device; train is None where only evaluation is
     asked.
     """
 
@@ -45,10 +45,10 @@ class Data:
         return self.val.num_images
 
     def preview(self, count: int) -> tuple[Tensor, list[int]]:
-        """Up to `count` evenly spaced validation images (N, 3, H, W), normalised, on the CPU, and their labels."""
+        """Up to `count` evenly spaced validation images (N, 3, H, W), normalized, on the CPU, and their labels."""
         indices = np.linspace(0, self.num_val_images - 1, min(count, self.num_val_images)).astype(int)
         batch = self.val.dataset.__getitems__([SampleKey(0, int(index)) for index in indices])
-        return Normaliser()(batch.images.permute(0, 3, 1, 2)), batch.labels.tolist()
+        return Normalizer()(batch.images.permute(0, 3, 1, 2)), batch.labels.tolist()
 
 
 def build_data(config: CfgNode, *, rank: int = 0, num_processes: int = 1, device: torch.device | str = "cpu") -> Data:

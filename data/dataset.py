@@ -17,7 +17,7 @@ from data.transforms import Transform
 
 
 class ImageSource(Protocol):
-    """Labelled images by index, encoded or as RGB images, with the names of the classes."""
+    """Labeled images by index, encoded or as RGB images, with the names of the classes."""
 
     classes: list[str]
 

@@ -57,7 +57,7 @@ def jpeg_frame(data: bytes) -> JpegFrame | None:
 
 
 def decode_plain(data: bytes) -> Image.Image:
-    """An RGB image, by Pillow; colours and orientation as they are stored, whatever EXIF says of the orientation.
+    """An RGB image, by Pillow; colors and orientation as they are stored, whatever EXIF says of the orientation.
 
     Raises:
         BrokenImageError: the data are no image, cut off, or too large.
@@ -109,7 +109,7 @@ def image_to_tensor(image: Image.Image) -> Tensor:
 
 
 def refuse_broken(data: bytes) -> None:
-    """Raise BrokenImageError for what some decoder would make grey pixels of."""
+    """Raise BrokenImageError for what some decoder would make gray pixels of."""
     if not data:
         raise BrokenImageError("an empty file")
     is_jpeg = data[:2] == b"\xff\xd8"

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data.sources.image_folder import ImageFolder
 from data.sources.zip_folder import LOCAL_HEADER_BYTES, ZipFolder, find_members
-from utils.config.command_line import Parser, mistakes_in_one_line
+from utils.config.command_line import Parser, report_user_errors
 
 SIGNATURE = b"PK\x03\x04"
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out_dir", type=Path, help="where the four files go")
     arguments = parser.parse_args(argv)
     try:
-        with mistakes_in_one_line():
+        with report_user_errors():
             folders = {split: ImageFolder(arguments.imagenet_dir, split) for split in ("train", "val")}
             if folders["train"].classes != folders["val"].classes:
                 different = sorted(set(folders["train"].classes) ^ set(folders["val"].classes))
@@ -55,7 +55,7 @@ def make_zip(folder: ImageFolder, split: str, out: Path) -> None:
     listing = "".join(f"{path}\t{label}\n" for path, label in zip(paths, folder.labels, strict=True))
     if not archive.exists():
         pack(folder, paths, partial)
-        write_whole(out / f"{split}_map.txt", listing)
+        write_atomic(out / f"{split}_map.txt", listing)
         compare(folder, partial, paths, split)
         partial.rename(archive)
     elif not is_same(folder, archive, paths):
@@ -63,7 +63,7 @@ def make_zip(folder: ImageFolder, split: str, out: Path) -> None:
             f"{archive} is there, with other images than {folder.folder}; move it away or name another folder"
         )
     else:
-        write_whole(out / f"{split}_map.txt", listing)
+        write_atomic(out / f"{split}_map.txt", listing)
     print(f"{archive}: {len(paths)} images, {archive.stat().st_size / 2**30:.2f} GiB")
 
 
@@ -136,7 +136,7 @@ def compare(folder: ImageFolder, partial: Path, paths: list[str], split: str) ->
             raise ValueError(f"{written.name(index)} differs from {folder.name(index)}")
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """Write a file under another name first; one with other content is not replaced."""
     if path.exists() and path.read_bytes() != text.encode():
         raise ValueError(f"{path} is there, with other content; move it away or name another folder")

@@ -1,4 +1,4 @@
-"""Batches on the device: copied while the former one is worked on, then normalised and erased there."""
+"""Batches on the device: copied while the former one is worked on, then normalized and erased there."""
 
 import logging
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ logger = logging.getLogger("mlla.data")
 
 
 class DeviceLoader:
-    """A loader of (normalised images (B, 3, H, W) in channels_last memory, labels (B,)), both on the device.
+    """A loader of (normalized images (B, 3, H, W) in channels_last memory, labels (B,)), both on the device.
 
     Args:
         loader: of Batch.
         device: where the batches go.
-        erase_mode: what erased parts are filled with: normal noise per value ("pixel"), one normal colour ("rand"), or
-            zeros, the mean colour ("const").
+        erase_mode: what erased parts are filled with: normal noise per value ("pixel"), one normal color ("rand"), or
+            zeros, the mean color ("const").
         skips_broken: leave out images that cannot be used, and log each once, rather than to stop at the first.
         max_broken: stop once more than so many different images were left out.
     """
@@ -42,7 +42,7 @@ class DeviceLoader:
         self.skips_broken = skips_broken
         self.max_broken = max_broken
         self.broken: set[str] = set()
-        self.normaliser = Normaliser(device)
+        self.normalizer = Normalizer(device)
         self.generator = torch.Generator(device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -102,11 +102,11 @@ class DeviceLoader:
     def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """A batch on the device, on the current stream, without waiting for it."""
         images = batch.images.to(self.device, non_blocking=True)
-        normalised = self.normaliser(images.permute(0, 3, 1, 2))  # (B, 3, H, W)
+        normalized = self.normalizer(images.permute(0, 3, 1, 2))  # (B, 3, H, W)
         for index, top, left, height, width, seed in batch.erasures.tolist():
-            part = normalised[index, :, top : top + height, left : left + width]
+            part = normalized[index, :, top : top + height, left : left + width]
             self.erase(part, seed)
-        return normalised, batch.labels.to(self.device, non_blocking=True)
+        return normalized, batch.labels.to(self.device, non_blocking=True)
 
     def erase(self, part: Tensor, seed: int) -> None:
         """Fill a part (3, H, W) in place, by its own seed and thus the same in any batch."""
@@ -120,8 +120,8 @@ class DeviceLoader:
             part.normal_(generator=self.generator.manual_seed(seed))
 
 
-class Normaliser:
-    """ImageNet's normalisation of uint8 images, with the roundings of torchvision's ToTensor and Normalize.
+class Normalizer:
+    """ImageNet's normalization of uint8 images, with the roundings of torchvision's ToTensor and Normalize.
 
     The constants are tensors: GPUs would turn a division by a number into another product.
     """

@@ -1,4 +1,4 @@
-"""From a decoded image to the pixels of a batch (size, size, 3), uint8; the device normalises and erases."""
+"""From a decoded image to the pixels of a batch (size, size, 3), uint8; the device normalizes and erases."""
 
 import math
 import random
@@ -37,7 +37,7 @@ Transform = Callable[[Any], tuple[Tensor, list[Erasure]]]
 
 
 class TrainTransform:
-    """timm's training pipeline: random crop, flip, augmentation policy (or else colour jitter), erasing.
+    """timm's training pipeline: random crop, flip, augmentation policy (or else color jitter), erasing.
 
     Draws are timm's, in its order. The crop is cut before it is resized, by torch's resizing of uint8, which differs
     from Pillow's by rounding; the policy works on the small image.
@@ -60,7 +60,7 @@ class TrainTransform:
         erase_count: int,
     ) -> None:
         try:
-            geometry, colours, _ = create_transform(
+            geometry, colors, _ = create_transform(
                 size,
                 is_training=True,
                 interpolation=interpolation,
@@ -76,7 +76,7 @@ class TrainTransform:
         self.size = size
         self.crop: RandomResizedCropAndInterpolation = geometry.transforms[0]
         self.hflip = hflip
-        self.policy = faster(colours.transforms)
+        self.policy = faster(colors.transforms)
         self.erase_prob = erase_prob
         self.erase_count = erase_count
 
@@ -115,7 +115,7 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """With crop: short side to 256/224 of the size, then its centre; without: both sides to the size."""
+    """With crop: short side to 256/224 of the size, then its center; without: both sides to the size."""
 
     def __init__(self, size: int, *, crop: bool, interpolation: str) -> None:
         self.size = size
@@ -151,8 +151,8 @@ def resize(pixels: Tensor, height: int, width: int, mode: InterpolationMode) -> 
     return resized[0].permute(1, 2, 0)  # (height, width, 3)
 
 
-def denormalise(images: Tensor) -> Tensor:
-    """Normalised images (B, 3, H, W) back to colours from 0 to 1, to look at."""
+def denormalize(images: Tensor) -> Tensor:
+    """Normalized images (B, 3, H, W) back to colors from 0 to 1, to look at."""
     mean = images.new_tensor(IMAGENET_DEFAULT_MEAN)[:, None, None]
     std = images.new_tensor(IMAGENET_DEFAULT_STD)[:, None, None]
     return (images * std + mean).clamp(0, 1)

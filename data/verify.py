@@ -17,7 +17,7 @@ from data.dataset import Failure, ImageSource, keep_batch
 from data.decoding import BrokenImageError, decode_fast
 from data.sources.image_folder import ImageFolder
 from data.sources.zip_folder import ZipFolder
-from utils.config.command_line import Parser, at_least, mistakes_in_one_line
+from utils.config.command_line import Parser, at_least, report_user_errors
 
 CHUNK = 32
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=at_least(0), default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--output", type=Path, default=Path("bad_images.txt"), help="the list; must not be there yet")
     arguments = parser.parse_args(argv)
-    with mistakes_in_one_line():
+    with report_user_errors():
         if arguments.output.exists():
             raise ValueError(f"{arguments.output} is there; move it away, or name another file with --output")
         arguments.output.parent.mkdir(parents=True, exist_ok=True)  # a mistake there must not cost a scan

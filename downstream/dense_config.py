@@ -6,7 +6,7 @@ from typing import Any
 from config import SCHEMA
 from utils.config.schema import ANY, FRACTION, YES_NO, ConfigError, Key, Rule, above, at_least, one_of
 
-IMAGES_PER_STEP = 16  # that published learning rates are for: 2 on each of 8 GPUs
+REFERENCE_BATCH_SIZE = 16  # that published learning rates are for: 2 on each of 8 GPUs
 BACKBONE = Rule("mlla or timm:NAME", lambda value: value == "mlla" or value.startswith("timm:"))
 TAKEN_OVER = (  # from classification, default, rule and meaning
     *("BASE", "DATA.PIN_MEMORY", "MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "MODEL.KERNELS"),

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from downstream.dense_config import IMAGES_PER_STEP
+from downstream.dense_config import REFERENCE_BATCH_SIZE
 from utils.checkpoint.weights import check_classes, load_pretrained, load_weights, read_weights
-from utils.config.command_line import mistakes_in_one_line
+from utils.config.command_line import report_user_errors
 from utils.config.schema import ConfigError
-from utils.distributed.process import Process, distribute
-from utils.logs.environment import note_environment
+from utils.distributed.process import Process, wrap_ddp
+from utils.logs.environment import record_environment
 from utils.logs.logger import Tracker, logger
-from utils.logs.output_dir import RunLock, open_run_folder, set_aside_checkpoints, write_config
+from utils.logs.output_dir import RunLock, move_replaced_checkpoints, open_output_dir, save_config
 from utils.logs.plots import Panel
 from utils.speed.compile import compile_regions
 from utils.speed.memory import out_of_memory_message
@@ -27,9 +27,9 @@ from utils.training.build import build_tracker
 from utils.training.ema import ModelEma
 from utils.training.optimizer import make_optimizer
 from utils.training.recipe import WarmupSchedule, parameter_groups
-from utils.training.train_state import RunState, seed_everything
+from utils.training.train_state import TrainState, seed_everything
 from utils.training.train_step import TrainStep
-from utils.training.trainer import Plan, Trainer
+from utils.training.trainer import Trainer, TrainerConfig
 
 
 class Data(Protocol):
@@ -107,10 +107,10 @@ class Task(ABC):
 
 def run_evaluation(task: Task, config: Any, process: Process) -> int:
     """Evaluate the weights of --resume, the model's and the average's where the file has both."""
-    with mistakes_in_one_line():
+    with report_user_errors():
         if not config.MODEL.RESUME:
             raise ConfigError("MODEL.RESUME is empty: evaluation needs weights, name them with --resume FILE")
-        folder = open_run_folder(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
+        folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
         data = task.open_data(config, process)
         model = prepare_model(task, config, process, len(data.classes))
         weights_file = read_weights(config.MODEL.RESUME, tolerant=True)
@@ -130,11 +130,11 @@ def run_evaluation(task: Task, config: Any, process: Process) -> int:
 
 def run_training(task: Task, config: Any, process: Process) -> int:
     """Train from wherever the run's folder is to the end."""
-    with mistakes_in_one_line():
-        folder = open_run_folder(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
+    with report_user_errors():
+        folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
         lock = RunLock(folder) if process.is_main else nullcontext()
     with lock:
-        with mistakes_in_one_line():
+        with report_user_errors():
             run, state, plan = set_up(task, config, process, folder)
         if state.progress.epochs >= plan.total_epochs:
             logger.info("this run is complete; for more raise the length of training, or name another --tag")
@@ -156,18 +156,20 @@ def run_training(task: Task, config: Any, process: Process) -> int:
     return 0
 
 
-def set_up(task: Task, config: Any, process: Process, folder: Path) -> tuple[Run, RunState, Plan]:
+def set_up(task: Task, config: Any, process: Process, folder: Path) -> tuple[Run, TrainState, TrainerConfig]:
     """Open the data, make the model, and go on from a checkpoint where there is one."""
     data = task.open_data(config, process)
     images_per_step = config.DATA.BATCH_SIZE * process.num_processes * config.TRAIN.ACCUMULATION_STEPS
     epochs, steps_per_epoch = task.lengths(config, data.num_train_images, images_per_step)
-    schedule = task.schedule(config, config.TRAIN.BASE_LR * images_per_step / IMAGES_PER_STEP, epochs, steps_per_epoch)
+    schedule = task.schedule(
+        config, config.TRAIN.BASE_LR * images_per_step / REFERENCE_BATCH_SIZE, epochs, steps_per_epoch
+    )
     model = prepare_model(task, config, process, len(data.classes))
     if config.MODEL.PRETRAINED:
         backbone: Any = model.backbone
         load_pretrained(getattr(backbone, "body", backbone), config.MODEL.PRETRAINED)
     precision = precision_of(config, process)
-    decay = config.EMA.DECAY ** (images_per_step / IMAGES_PER_STEP)
+    decay = config.EMA.DECAY ** (images_per_step / REFERENCE_BATCH_SIZE)
     ema = ModelEma(model, decay, config.EMA.FORCE_CPU) if config.EMA.ENABLED else None
     settings = config.TRAIN.OPTIMIZER
     optimizer = make_optimizer(
@@ -177,24 +179,24 @@ def set_up(task: Task, config: Any, process: Process, folder: Path) -> tuple[Run
         betas=settings.BETAS,
         momentum=settings.MOMENTUM,
     )
-    state = RunState(model, ema, optimizer, precision.scaler, process, images_per_step=images_per_step)
+    state = TrainState(model, ema, optimizer, precision.scaler, process, images_per_step=images_per_step)
     state.classes = data.classes
     continues = state.resume(folder, explicit=config.MODEL.RESUME, auto=config.TRAIN.AUTO_RESUME)
     run = Run(config, process, folder, data, model, precision)
     if process.is_main and state.progress.epochs < epochs:
-        write_config(folder, config.dump())
-        set_aside_checkpoints(folder, state.progress, continues=continues)
-        note_environment(folder, process, epoch=state.progress.epochs)
+        save_config(folder, config.dump())
+        move_replaced_checkpoints(folder, state.progress, continues=continues)
+        record_environment(folder, process, epoch=state.progress.epochs)
         run.tracker = build_tracker(config, folder, continues=continues)
         log_plan(run, state, schedule, epochs, steps_per_epoch)
     return run, state, plan_of(task, config, schedule, epochs, steps_per_epoch)
 
 
-def build_step(task: Task, run: Run, state: RunState) -> TrainStep:
+def build_step(task: Task, run: Run, state: TrainState) -> TrainStep:
     """The training step; compiles the backbone's blocks where TRAIN.COMPILE says so."""
     config = run.config
     compile_regions(run.model.backbone, config.TRAIN.COMPILE)  # type: ignore[arg-type]
-    network = distribute(run.model, run.process, find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS)
+    network = wrap_ddp(run.model, run.process, find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS)
     return TrainStep(
         network,
         state.optimizer,
@@ -205,11 +207,11 @@ def build_step(task: Task, run: Run, state: RunState) -> TrainStep:
     )
 
 
-def plan_of(task: Task, config: Any, schedule: WarmupSchedule, epochs: int, steps_per_epoch: int) -> Plan:
-    return Plan(
+def plan_of(task: Task, config: Any, schedule: WarmupSchedule, epochs: int, steps_per_epoch: int) -> TrainerConfig:
+    return TrainerConfig(
         total_epochs=epochs,
         steps_per_epoch=steps_per_epoch,
-        rate_of_step=schedule.rate_of_step,
+        lr_at=schedule.lr_at,
         metric=task.metric,
         best_name=task.best_name,
         panels=task.panels,
@@ -256,7 +258,7 @@ def batches_of(task: Task, run: Run, epoch: int, first: int) -> Iterator[Any]:
     return (task.to_device(batch, run.process.device) for batch in run.data.train)
 
 
-def log_plan(run: Run, state: RunState, schedule: WarmupSchedule, epochs: int, steps_per_epoch: int) -> None:
+def log_plan(run: Run, state: TrainState, schedule: WarmupSchedule, epochs: int, steps_per_epoch: int) -> None:
     config, process = run.config, run.process
     logger.info(
         "%s: %.2f M parameters, %d classes, %d training and %d validation images; %d process(es) on %s, %s",

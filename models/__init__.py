@@ -7,8 +7,8 @@ from models.unified.block import Switches
 from models.unified.linear_vit import LinearViT
 from models.unified.paper_rows import ABLATIONS
 from models.variants import (
-    MLLA_FIGURES,
-    PaperFigures,
+    MLLA_PROFILES,
+    PaperProfile,
     mila_base,
     mila_small,
     mila_tiny,
@@ -18,12 +18,12 @@ from models.variants import (
 )
 
 # What the paper prints of the models that cfgs/ describes, by MODEL.NAME.
-PAPER_FIGURES = {**MLLA_FIGURES, **{row.model: PaperFigures(row.parameters_m, row.gmacs) for row in ABLATIONS}}
+PAPER_PROFILES = {**MLLA_PROFILES, **{row.model: PaperProfile(row.parameters_m, row.gmacs) for row in ABLATIONS}}
 
 __all__ = [
     "ABLATIONS",
     "MLLA",
-    "PAPER_FIGURES",
+    "PAPER_PROFILES",
     "LinearViT",
     "Switches",
     "build_model",

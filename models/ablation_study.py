@@ -26,7 +26,7 @@ from config import load_config
 from models.build import build_model
 from models.unified.paper_rows import ABLATIONS, Ablation
 from utils.benchmark.measure import measure_in_turns
-from utils.config.command_line import Parser, at_least, mistakes_in_one_line
+from utils.config.command_line import Parser, at_least, report_user_errors
 from utils.tools.paper_plots import plot_ablation
 from utils.training.build import build_precision
 
@@ -47,7 +47,7 @@ class Trained(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    with mistakes_in_one_line():
+    with report_user_errors():
         rows = chosen_rows(options.rows)
         options.output.mkdir(parents=True, exist_ok=True)
         configs = {row.name: row_config(options, row) for row in rows}

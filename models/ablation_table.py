@@ -17,7 +17,7 @@ from config import load_config
 from models.build import build_model, input_channels
 from models.unified.paper_rows import ABLATIONS, Ablation
 from utils.benchmark.measure import measure_in_turns
-from utils.config.command_line import Parser, at_least, mistakes_in_one_line
+from utils.config.command_line import Parser, at_least, report_user_errors
 from utils.speed.flops import profile
 from utils.training.build import build_precision
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     speeds = measure(options.batch_size, amp=options.amp) if options.throughput else None
     text = table([count(row) for row in ABLATIONS], speeds)
     print(text, end="")
-    with mistakes_in_one_line():
+    with report_user_errors():
         if options.output is not None:
             write(options.output, text)
     return 0

@@ -8,13 +8,13 @@ from models.kernels import dispatch
 from models.layers import TokenConv, has_hooks, ops
 from models.rope import rotate_pairs, spread_over_grid
 
-NORMALISER_EPS = 1e-6
+NORMALIZER_EPS = 1e-6
 
 
 class LinearAttention(nn.Module):
     """out = rope(q) (rope(k)^T v) / N / (q . mean(k)) + lepe(v), with q, k = ELU(linear(v)) + 1 and v the input itself.
 
-    Cost is linear in the number of tokens N. The normaliser uses q and k before rotation.
+    Cost is linear in the number of tokens N. The normalizer uses q and k before rotation.
 
     Args:
         dim: token width C.
@@ -38,7 +38,7 @@ class LinearAttention(nn.Module):
         """Tokens v (B, H, W, C) to (attention + lepe) SiLU(gate), (B, H, W, C).
 
         `gate` is like v; `rotary` holds the tables (cos, sin) of `position_tables`. Without gradient the kernels may
-        compute it, which never write q, k, their rotations or the normaliser to memory.
+        compute it, which never write q, k, their rotations or the normalizer to memory.
         """
         lepe, head_width = self.lepe, self.dim // self.num_heads
         is_known = type(lepe) is TokenConv and not (torch.is_grad_enabled() or has_hooks(lepe))
@@ -60,14 +60,14 @@ class LinearAttention(nn.Module):
 
         q_heads = self.split_heads(q)  # (B, heads, N, head_dim)
         mean_k = self.split_heads(k.mean(dim=(1, 2), keepdim=True))  # (B, heads, 1, head_dim)
-        normaliser = (q_heads * mean_k).sum(dim=-1, keepdim=True) + NORMALISER_EPS  # (B, heads, N, 1)
+        normalizer = (q_heads * mean_k).sum(dim=-1, keepdim=True) + NORMALIZER_EPS  # (B, heads, N, 1)
 
         # 1 / N is shared out over the rotary table of k and the small product, so that float16 sums do not overflow.
         scale = num_tokens**-0.5
         q_rotated = self.split_heads(rotate_pairs(q, cos, sin))  # (B, heads, N, head_dim)
         k_rotated = self.split_heads(rotate_pairs(k, cos * scale, sin * scale))  # (B, heads, N, head_dim)
         kv = k_rotated.transpose(-2, -1) @ self.split_heads(v).to(k_rotated.dtype)  # (B, heads, head_dim, head_dim)
-        out = q_rotated @ (kv * scale).to(q_rotated.dtype) / normaliser  # (B, heads, N, head_dim)
+        out = q_rotated @ (kv * scale).to(q_rotated.dtype) / normalizer  # (B, heads, N, head_dim)
         return out.transpose(1, 2).reshape(batch, height, width, channels).to(v.dtype)  # (B, H, W, C)
 
     def split_heads(self, x: Tensor) -> Tensor:

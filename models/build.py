@@ -62,7 +62,7 @@ def build_linear_vit(config: CfgNode, num_classes: int) -> LinearViT:
         input_gate=sizes.INPUT_GATE,
         forget_gate=sizes.FORGET_GATE,
         shortcut=sizes.SHORTCUT,
-        normalise=sizes.NORMALISE,
+        normalize=sizes.NORMALISE,
         single_head=sizes.SINGLE_HEAD,
         block=sizes.BLOCK,
         ape=sizes.APE,

@@ -38,11 +38,11 @@ class PyramidClassifier(nn.Module):
 
         A downsampling belongs to the block before it, the final norm to the last block.
         """
-        with_former = (99999,)  # timm's mark for what joins the layer before
-        blocks = [(r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^layers\.(\d+)\.downsample", with_former)]
+        joins_previous = (99999,)  # timm's mark for what joins the layer before
+        blocks = [(r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^layers\.(\d+)\.downsample", joins_previous)]
         return {
             "stem": r"^patch_embed|^absolute_pos_embed",
-            "blocks": r"^layers\.(\d+)" if coarse else [*blocks, (r"^norm", with_former)],
+            "blocks": r"^layers\.(\d+)" if coarse else [*blocks, (r"^norm", joins_previous)],
         }
 
     def freeze_backbone(self) -> None:
@@ -89,10 +89,10 @@ class PyramidClassifier(nn.Module):
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         self.make_classifier(num_classes, pool, device=example.device, dtype=example.dtype)
         self.global_pool.train(self.training)
-        self.head.apply(initialise).train(self.training)
+        self.head.apply(init_weights).train(self.training)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to normalised tokens of the last stage, (B, H / 32, W / 32, num_features)."""
+        """Images (B, in_chans, H, W) to normalized tokens of the last stage, (B, H / 32, W / 32, num_features)."""
         raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -104,7 +104,7 @@ class PyramidClassifier(nn.Module):
         return self.forward_head(self.forward_features(images))
 
 
-def initialise(module: nn.Module) -> None:
+def init_weights(module: nn.Module) -> None:
     """Linear weights truncated normal 0.02 and biases 0; norms and convolutions keep PyTorch's defaults."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

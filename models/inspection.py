@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import NORMALISER_EPS, LinearAttention
+from models.attention import NORMALIZER_EPS, LinearAttention
 from models.rope import rotate_pairs, spread_over_grid
 from models.unified.block import UnifiedAttention
 
@@ -93,15 +93,15 @@ def linear_map(
     row, column = query
     q, k = (F.elu(layer.qk(x).float()) + 1).chunk(2, dim=-1)  # (B, H, W, C) each
     if rotary is None:
-        q_turned, k_turned = q, k
+        q_rotated, k_rotated = q, k
     else:
         cos, sin = (spread_over_grid(table, k.shape[1], k.shape[2]) for table in rotary)  # (H, W, C / 2) each
-        q_turned, k_turned = rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
+        q_rotated, k_rotated = rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
     heads = (layer.num_heads, -1)
-    reader, reader_turned = (y[:, row, column].unflatten(-1, heads) for y in (q, q_turned))  # (B, heads, d)
-    normaliser = (reader * k.mean(dim=(1, 2)).unflatten(-1, heads)).sum(dim=-1) + NORMALISER_EPS  # (B, heads)
-    weights = torch.einsum("bgd,bhwgd->bghw", reader_turned, k_turned.unflatten(-1, heads))  # (B, heads, H, W)
-    return weights / (k.shape[1] * k.shape[2]) / normaliser[..., None, None]
+    reader, query_rotated = (y[:, row, column].unflatten(-1, heads) for y in (q, q_rotated))  # (B, heads, d)
+    normalizer = (reader * k.mean(dim=(1, 2)).unflatten(-1, heads)).sum(dim=-1) + NORMALIZER_EPS  # (B, heads)
+    weights = torch.einsum("bgd,bhwgd->bghw", query_rotated, k_rotated.unflatten(-1, heads))  # (B, heads, H, W)
+    return weights / (k.shape[1] * k.shape[2]) / normalizer[..., None, None]
 
 
 def unified_map(
@@ -117,7 +117,7 @@ def unified_map(
 
 
 def receptive_fields(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """What the middle token of each stage's output sees of the image: |gradient by the pixels|, summed over colours.
+    """What the middle token of each stage's output sees of the image: |gradient by the pixels|, summed over colors.
 
     The effective receptive field of Luo et al. (2016), for images (B, 3, H, W): for each stage (B, H, W), from 0 to 1.
     """

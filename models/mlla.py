@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import LinearAttention
-from models.classifier import initialise
+from models.classifier import init_weights
 from models.kernels import fused_modules
 from models.layers import (
     DERIVED_KEY_SUFFIX,
@@ -181,7 +181,7 @@ class MLLA(TimmInterface):
         self.norm = norm_layer(self.num_features)
         self.make_classifier(num_classes, global_pool)
 
-        self.apply(initialise)
+        self.apply(init_weights)
         if self.absolute_pos_embed is not None:
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
         self.register_load_state_dict_pre_hook(drop_derived_keys)
@@ -206,7 +206,7 @@ class MLLA(TimmInterface):
         return table
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to normalised tokens of the last stage, (B, H / 32, W / 32, num_features)."""
+        """Images (B, in_chans, H, W) to normalized tokens of the last stage, (B, H / 32, W / 32, num_features)."""
         x = self.embed(images)
         for stage in self.stages:
             x = stage(x)[1]  # (B, H / 2, W / 2, 2 C) but for the last

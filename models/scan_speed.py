@@ -19,8 +19,8 @@ from torch import Tensor
 
 from models.unified.scan import gated_scan, step_scan
 from models.unified.ssm import unified_attention
-from utils.benchmark.measure import synchronise
-from utils.config.command_line import Parser, at_least, mistakes_in_one_line
+from utils.benchmark.measure import synchronize
+from utils.config.command_line import Parser, at_least, report_user_errors
 from utils.tools.paper_plots import plot_speed
 
 HEADS, HEAD_DIM = 3, 32
@@ -29,7 +29,7 @@ SECONDS = 10.0  # for the repetitions of one figure; at least one is made
 
 Layer = Callable[[Sequence[Tensor]], Tensor]
 LAYERS: dict[str, Layer] = {
-    "linear attention": lambda x: unified_attention(*x[:3], normalise=False),
+    "linear attention": lambda x: unified_attention(*x[:3], normalize=False),
     "forget gate, in chunks": lambda x: gated_scan(*x),
     "forget gate, Triton": lambda x: gated_scan(*x, kernels="triton"),
     "forget gate, step by step": lambda x: step_scan(*x),
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, default=Path("output/scan_speed"))
     options = parser.parse_args(argv)
-    with mistakes_in_one_line():
+    with report_user_errors():
         if options.cpu_time and (torch.cuda.is_available() or torch.get_num_threads() > 1):
             raise ValueError("--cpu-time: is for one thread on a CPU; set OMP_NUM_THREADS=1 and CUDA_VISIBLE_DEVICES=")
         options.output.mkdir(parents=True, exist_ok=True)
@@ -90,13 +90,13 @@ def measure(
     inputs = [x.requires_grad_(with_gradients) for x in (q, k, v, 0.1 * delta, a)]
 
     def call() -> float:
-        synchronise(device)
+        synchronize(device)
         start = clock()
         with torch.set_grad_enabled(with_gradients):
             out = layer(inputs)
         if with_gradients:
             out.sum().backward()
-        synchronise(device)
+        synchronize(device)
         return clock() - start
 
     first = call()

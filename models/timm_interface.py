@@ -66,7 +66,7 @@ class TimmInterface(PyramidClassifier):
 
         Returns:
             Maps (B, C, H, W) or (B, H, W, C), after the final tokens (B, H, W, C) unless intermediates_only; these are
-            normalised if the last stage was reached.
+            normalized if the last stage was reached.
 
         Raises:
             ValueError: an unknown format.

@@ -21,17 +21,17 @@ from models.rope import position_tables
 from models.timm_interface import checkpoint_filter_fn
 
 
-class PaperFigures(NamedTuple):
+class PaperProfile(NamedTuple):
     """What the paper prints for a model at 224x224: millions of parameters and GMACs ("FLOPs")."""
 
     parameters_m: float
     gmacs: float
 
 
-MLLA_FIGURES = {
-    "mlla_tiny": PaperFigures(25, 4.2),
-    "mlla_small": PaperFigures(43, 7.3),
-    "mlla_base": PaperFigures(96, 16.2),
+MLLA_PROFILES = {
+    "mlla_tiny": PaperProfile(25, 4.2),
+    "mlla_small": PaperProfile(43, 7.3),
+    "mlla_base": PaperProfile(96, 16.2),
 }
 
 # The released ImageNet-1K classifiers. Their URLs end in no file name: timm keeps each under the one beside it.
@@ -62,7 +62,7 @@ def pretrained_cfg(size: str) -> dict[str, Any]:
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.conv1.conv",
         "classifier": "head",
-        "license": "other",  # we know of no licence that the released files state
+        "license": "other",  # we know of no license that the released files state
         "origin_url": "https://github.com/LeapLabTHU/MLLA",
         "paper_ids": "arXiv:2405.16605",
         "paper_name": "Demystify Mamba in Vision: A Linear Attention Perspective",

@@ -55,7 +55,7 @@ def fill_weights(model: nn.Module) -> None:
 
 
 def make_image_folder(root: Path, *, train: int, val: int, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
-    """JPEGs of random sizes in `train` and `val` images a class; each class has a colour of its own."""
+    """JPEGs of random sizes in `train` and `val` images a class; each class has a color of its own."""
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         for label, name in enumerate(classes):
@@ -121,7 +121,7 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.clip(smooth + edges + noise, 0, 255).astype(np.uint8))
 
 
-def deep_grey(height: int = 40, width: int = 30) -> Image.Image:
+def deep_gray(height: int = 40, width: int = 30) -> Image.Image:
     """A ramp from black to white in 16 bits: its mean is 127.5 in 8."""
     return Image.fromarray(np.linspace(0, 65535, height * width).astype(np.uint16).reshape(height, width))
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.config.command_line import Parser, mistakes_in_one_line
-from utils.logs.atomic_write import check_replaceable, write_whole
+from utils.config.command_line import Parser, report_user_errors
+from utils.logs.atomic_write import check_replaceable, write_atomic
 from utils.logs.plots import comparison_picture
 from utils.tools.run_history import (
-    RunFigures,
-    RunFolderError,
+    OutputDirError,
+    RunMetrics,
     differing_settings,
     extremes,
     is_loss,
@@ -35,11 +35,11 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that tell the folders apart.
 
     Raises:
-        RunFolderError: one is there twice.
+        OutputDirError: one is there twice.
     """
     paths = [folder.resolve() for folder in folders]
     if twice := [folder for folder, path in zip(folders, paths, strict=True) if paths.count(path) > 1]:
-        raise RunFolderError(f"{twice[0]}: is named twice")
+        raise OutputDirError(f"{twice[0]}: is named twice")
     for length in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-length:]) for path in paths]
         if len(set(names)) == len(names):
@@ -48,16 +48,16 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 
 def check_keys(keys: Sequence[str], names: Sequence[str]) -> None:
-    """Raise RunFolderError at a key that no run has."""
+    """Raise OutputDirError at a key that no run has."""
     for key in keys:
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-            raise RunFolderError(f"--keys {key}: no run has such a figure; {hint}")
+            raise OutputDirError(f"--keys {key}: no run has such a figure; {hint}")
 
 
 def figures_table(
-    runs: dict[str, RunFigures], keys: Sequence[str], *, with_best: Callable[[str], bool]
+    runs: dict[str, RunMetrics], keys: Sequence[str], *, with_best: Callable[[str], bool]
 ) -> list[list[str]]:
     """A line a run: epochs, each figure's best value with its epoch where that is asked for, its last, median speed."""
     columns: dict[str, list[str]] = {"run": list(runs), "epochs": [epochs_of(run) for run in runs.values()]}
@@ -75,12 +75,12 @@ def figures_table(
     return [list(columns), *map(list, zip(*columns.values(), strict=True))]
 
 
-def epochs_of(run: RunFigures) -> str:
+def epochs_of(run: RunMetrics) -> str:
     done, planned = run.records[-1]["epoch"] + 1, run.planned_epochs
     return str(done) if planned in (None, done) else f"{done} of {planned}"
 
 
-def settings_table(runs: dict[str, RunFigures]) -> list[list[str]]:
+def settings_table(runs: dict[str, RunMetrics]) -> list[list[str]]:
     """A line a key that the configurations differ in."""
     rows = [["key", *runs]]
     for name, values in differing_settings([run.config for run in runs.values()]):
@@ -106,21 +106,21 @@ def compare(words: argparse.Namespace) -> None:
     """Do what the command line says.
 
     Raises:
-        RunFolderError: a folder that holds no run, or a figure that none has.
+        OutputDirError: a folder that holds no run, or a figure that none has.
         FileExistsError: the picture would replace a file that is not such a picture.
     """
     if words.output.suffix not in (".png", ".svg", ".pdf"):
-        raise RunFolderError(f"{words.output}: its name must end in .png, .svg or .pdf")
+        raise OutputDirError(f"{words.output}: its name must end in .png, .svg or .pdf")
     check_replaceable(words.output, CREATOR, force=words.force)
     runs = dict(zip(names_of(words.runs), map(read_run, words.runs), strict=True))
     names = names_in([record for run in runs.values() for record in run.records])
     check_keys(words.keys, names)
     panels = panels_of(names, words.keys)
     if not panels:
-        raise RunFolderError(f"nothing to draw among {', '.join(names)}; choose with --keys")
+        raise OutputDirError(f"nothing to draw among {', '.join(names)}; choose with --keys")
     pictured = {name: run.records for name, run in runs.items()}
     picture = comparison_picture(pictured, panels, words.output.suffix[1:], creator=CREATOR)
-    write_whole(words.output, lambda path: path.write_bytes(picture))
+    write_atomic(words.output, lambda path: path.write_bytes(picture))
     in_table = [key for panel in panels for key in panel.curves if words.keys or key not in ("lr", "grad_norm")]
     print(markdown(figures_table(runs, in_table, with_best=lambda key: bool(words.keys) or not is_loss(key))))
     if len(runs) > 1:
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keys", nargs="+", default=[], metavar="NAME", help="figures, by their names in the files")
     parser.add_argument("--output", type=Path, default=Path("comparison.png"), metavar="FILE", help=".png, .svg, .pdf")
     parser.add_argument("--force", action="store_true", help="replace a file that another program made")
-    with mistakes_in_one_line():
+    with report_user_errors():
         compare(parser.parse_args(argv))
     return 0
 

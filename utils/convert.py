@@ -19,8 +19,8 @@ from torch import Tensor
 from models.rope import rotary_tables
 from utils.checkpoint.weights import DERIVED_KEY_SUFFIX, Weights, classes_in, no_weights_error, weights_in
 from utils.checkpoint.weights_file import load_checkpoint
-from utils.config.command_line import Parser, mistakes_in_one_line
-from utils.logs.atomic_write import write_whole
+from utils.config.command_line import Parser, report_user_errors
+from utils.logs.atomic_write import write_atomic
 
 TOTAL_STRIDE = 32  # of the official classifier: its token grids come out even for multiples of it only
 DEFAULT_SIZE = (224, 224)
@@ -126,7 +126,7 @@ def without_rotary_tables(weights: Weights) -> Weights:
 
 def write_ours(target: Path, kinds: dict[str, Weights], facts: dict[str, Any]) -> list[str]:
     """This project's and the official form: weights under `model` and `state_dict_ema`, the facts beside them."""
-    write_whole(target, lambda path: torch.save({**kinds, **facts}, path))
+    write_atomic(target, lambda path: torch.save({**kinds, **facts}, path))
     return list(kinds)
 
 
@@ -141,7 +141,7 @@ def write_safetensors(target: Path, kinds: dict[str, Weights], facts: dict[str, 
     key, weights = next(iter(kinds.items()))
     tensors: dict[str, Tensor] = {name: value.contiguous().clone() for name, value in weights.items()}
     header = {"format": "pt", **{k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}}
-    write_whole(target, lambda path: save_file(tensors, path, header))
+    write_atomic(target, lambda path: save_file(tensors, path, header))
     return [key]
 
 
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="pixels, for the official rotary tables")
     parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
     words = parser.parse_args(argv)
-    with mistakes_in_one_line():
+    with report_user_errors():
         check_target(words.target, words.form, force=words.force)
         if words.size and words.form != "official":
             raise ConversionError("--size is of the official form only, which stores tables that depend on it")

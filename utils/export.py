@@ -22,10 +22,10 @@ from downstream.detection import config as detection
 from downstream.segmentation import config as segmentation
 from models import MLLA, build_model, input_channels
 from utils.checkpoint.weights import load_weights, read_state_dict, read_weights
-from utils.config.command_line import Parser, mistakes_in_one_line
+from utils.config.command_line import Parser, report_user_errors
 from utils.config.schema import read_file
 from utils.distributed.process import Process
-from utils.logs.atomic_write import write_whole
+from utils.logs.atomic_write import write_atomic
 from utils.tools.export_formats import (
     STRIDE,
     SUFFIXES,
@@ -196,7 +196,7 @@ def export(words: Any) -> None:
     facts = {"classes": classes, "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     report = ""
 
-    def write_checked(path: Path) -> None:
+    def write_verified(path: Path) -> None:
         nonlocal report
         names = output_names(words.part, model, channels)
         report = write(words.form, model, path, size=size, channels=channels, names=names, facts=facts)
@@ -212,7 +212,7 @@ def export(words: Any) -> None:
             error = largest_error(model, open_runner(words.form, path, model), size.examples(channels))
         report += f", off by {error:.1e} of the largest value"
 
-    write_whole(words.target, write_checked)
+    write_atomic(words.target, write_verified)
     mib = words.target.stat().st_size / 2**20
     print(f"{words.target}: {words.part} in {words.form}, {words.precision}, {mib:.1f} MiB{report}")
     runner = open_runner(words.form, words.target, model)
@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--benchmark", action="store_true", help="time it on this CPU against PyTorch")
     parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
     words = parser.parse_args(argv)
-    with mistakes_in_one_line():
+    with report_user_errors():
         check_request(words)
         export(words)
     return 0

@@ -31,8 +31,8 @@ from models import build_model
 from utils.checkpoint.download import LONG_NAMES
 from utils.checkpoint.weights import classes_in, load_weights, read_state_dict
 from utils.checkpoint.weights_file import load_checkpoint
-from utils.config.command_line import Parser, mistakes_in_one_line
-from utils.logs.atomic_write import write_whole
+from utils.config.command_line import Parser, report_user_errors
+from utils.logs.atomic_write import write_atomic
 from utils.logs.plots import plot_grid
 
 MAX_PICTURES = 64
@@ -160,13 +160,13 @@ def config_in(content: dict[str, Any], source: str) -> CfgNode:
 
 
 def preparation(size: int, *, crop: bool, interpolation: str) -> Callable[[Image.Image], Tensor]:
-    """How evaluation prepares images: short side to 256/224 of the size and its centre, or both sides to the size."""
+    """How evaluation prepares images: short side to 256/224 of the size and its center, or both sides to the size."""
     mode = InterpolationMode("bicubic" if interpolation == "random" else interpolation)
     resize = [transforms.Resize((size, size), interpolation=mode)]
     if crop:
         resize = [transforms.Resize(round(size * 256 / 224), interpolation=mode), transforms.CenterCrop(size)]
-    normalise = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    return transforms.Compose([*resize, transforms.ToTensor(), normalise])
+    normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    return transforms.Compose([*resize, transforms.ToTensor(), normalize])
 
 
 def class_names(stored: list[str] | None, count: int) -> list[str]:
@@ -279,7 +279,7 @@ def run(words: Any) -> None:
         raise PredictionError(f"none of {len(paths)} files could be read as an image")
     print(table(predictions))
     if words.output:
-        write_whole(words.output, lambda path: write_predictions(path, predictions, words.output.suffix))
+        write_atomic(words.output, lambda path: write_predictions(path, predictions, words.output.suffix))
     if words.picture:
         draw(words.picture, predictions)
 
@@ -305,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-ema", dest="ema", action="store_false", help="the model's weights, not the average's")
     parser.add_argument("--force", action="store_true", help="replace files that are there")
     words = parser.parse_args(argv)
-    with mistakes_in_one_line():
+    with report_user_errors():
         run(words)
     return 0
 

@@ -14,9 +14,9 @@ from typing import Any
 from config import SCHEMA
 from downstream.detection import config as detection
 from downstream.segmentation import config as segmentation
-from utils.config.command_line import Parser, mistakes_in_one_line
+from utils.config.command_line import Parser, report_user_errors
 from utils.config.schema import Schema
-from utils.logs.atomic_write import check_replaceable, write_whole
+from utils.logs.atomic_write import check_replaceable, write_atomic
 from utils.logs.logger import read_records
 from utils.logs.plots import Panel, panel_svg
 from utils.tools.html_page import (
@@ -33,7 +33,7 @@ from utils.tools.html_page import (
     section,
     table,
 )
-from utils.tools.run_history import SHOWN, RunFigures, extremes, names_in, panels_of, read_run
+from utils.tools.run_history import SHOWN, RunMetrics, extremes, names_in, panels_of, read_run
 
 CREATOR = "MLLA utils.report"
 PICTURES = {"predictions.png": "image/png", "predictions.jpg": "image/jpeg"}
@@ -47,7 +47,7 @@ def schema_of(config: Mapping[str, Any]) -> Schema:
     return min(schemas, key=lambda schema: len(set(config) - set(schema)))
 
 
-def overview(run: RunFigures, name: str) -> str:
+def overview(run: RunMetrics, name: str) -> str:
     """The title, and how far the run is."""
     done, planned = run.records[-1]["epoch"] + 1, run.planned_epochs
     progress = f"epoch {done}" if planned is None else f"{done} of {planned} epochs"
@@ -62,7 +62,7 @@ def overview(run: RunFigures, name: str) -> str:
     return header(name, paragraph(f"{progress}; {made}"), cards([*figures, *speed_cards(run)]))
 
 
-def speed_cards(run: RunFigures) -> Iterator[tuple[str, str, str]]:
+def speed_cards(run: RunMetrics) -> Iterator[tuple[str, str, str]]:
     """What training took, as far as speed.jsonl says it."""
     rates = [record["images_per_second"] for record in run.records if "images_per_second" in record]
     if rates:
@@ -83,7 +83,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
 
 
-def curve_figures(run: RunFigures) -> Iterator[str]:
+def curve_figures(run: RunMetrics) -> Iterator[str]:
     """A figure for each diagram; the losses' one has all their terms."""
     names = names_in(run.records)
     terms = {name: name[6:] for name in names if name.startswith("train_") and not name.endswith("_seconds")}
@@ -99,7 +99,7 @@ def curve_figures(run: RunFigures) -> Iterator[str]:
         yield figure(light, dark=dark, caption=panel.title, alt=alt)
 
 
-def results(run: RunFigures) -> str:
+def results(run: RunMetrics) -> str:
     """The table of all figures of evaluations and losses."""
     rows = []
     for name in names_in(run.records):
@@ -169,7 +169,7 @@ def report(folder: Path) -> str:
     """The page.
 
     Raises:
-        RunFolderError: no run there.
+        OutputDirError: no run there.
         ValueError, OSError: a file of it that cannot be read.
     """
     run = read_run(folder)
@@ -196,10 +196,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="replace a file that another program made")
     words = parser.parse_args(argv)
     target = words.output or words.run / "report.html"
-    with mistakes_in_one_line():
+    with report_user_errors():
         text = report(words.run)
         check_replaceable(target, CREATOR, force=words.force)
-        write_whole(target, lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomic(target, lambda path: path.write_text(text, encoding="utf-8"))
     print(f"report: {target} ({target.stat().st_size / 1024:.0f} KiB)")
     return 0
 

@@ -21,20 +21,20 @@ from yacs.config import CfgNode
 
 from config import ConfigError, load_config
 from data.decoding import BrokenImageError, decode_plain
-from data.prefetch import Normaliser
+from data.prefetch import Normalizer
 from data.sources.digits import Digits
-from data.transforms import EvalTransform, denormalise
+from data.transforms import EvalTransform, denormalize
 from models.build import build_model
 from models.inspection import Seen, attention_inputs, attention_map, gate_values, receptive_fields
 from utils.checkpoint.weights import load_weights, read_state_dict
 from utils.checkpoint.weights_file import load_checkpoint
-from utils.config.command_line import Parser, at_least, mistakes_in_one_line
+from utils.config.command_line import Parser, at_least, report_user_errors
 from utils.tools.paper_plots import plot_by_depth, plot_maps
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    with mistakes_in_one_line():
+    with report_user_errors():
         config = find_config(options.cfg, options.resume)
         model = trained_model(config, options.resume)
         size = options.size or config.DATA.IMG_SIZE
@@ -120,12 +120,12 @@ def read_image(path: Path) -> Image.Image:
 def to_tensor(config: CfgNode, image: Image.Image, size: int) -> Tensor:
     transform = EvalTransform(size, crop=config.TEST.CROP, interpolation=config.DATA.INTERPOLATION)
     pixels, _ = transform(image)  # (size, size, 3)
-    return Normaliser()(pixels.permute(2, 0, 1)[None])[0]  # (3, size, size)
+    return Normalizer()(pixels.permute(2, 0, 1)[None])[0]  # (3, size, size)
 
 
-def colours(images: Tensor) -> np.ndarray:
-    """Normalised (B, 3, H, W) to (B, H, W, 3) from 0 to 1."""
-    return denormalise(images).permute(0, 2, 3, 1).numpy()
+def colors(images: Tensor) -> np.ndarray:
+    """Normalized (B, 3, H, W) to (B, H, W, 3) from 0 to 1."""
+    return denormalize(images).permute(0, 2, 3, 1).numpy()
 
 
 def draw_gates(config: CfgNode, model: nn.Module, images: Tensor, folder: Path) -> list[Path]:
@@ -136,7 +136,7 @@ def draw_gates(config: CfgNode, model: nn.Module, images: Tensor, folder: Path) 
         written.append(folder / "delta.png")
         columns = [(gate.name, gate.delta.numpy()) for gate in gates]
         plot_maps(
-            colours(images),
+            colors(images),
             columns,
             title=f"{config.MODEL.NAME}: Delta by token, mean over channels",
             picture=written[-1],
@@ -145,7 +145,7 @@ def draw_gates(config: CfgNode, model: nn.Module, images: Tensor, folder: Path) 
     if forget:
         written.append(folder / "forget_gate.png")
         plot_by_depth(
-            colours(images),
+            colors(images),
             np.stack([values for _, values in forget], axis=1),
             layers=[name for name, _ in forget],
             title=f"{config.MODEL.NAME}: what a token's state keeps",
@@ -160,7 +160,7 @@ def draw_receptive_fields(config: CfgNode, model: nn.Module, images: Tensor, fol
     fields = receptive_fields(model, images)
     columns = [(f"stage {i + 1}", np.sqrt(field.numpy())) for i, field in enumerate(fields)]
     title = f"{config.MODEL.NAME}: effective receptive field of the middle token, square root"
-    plot_maps(colours(images), columns, title=title, picture=folder / "receptive_field.png")
+    plot_maps(colors(images), columns, title=title, picture=folder / "receptive_field.png")
     return folder / "receptive_field.png"
 
 
@@ -178,7 +178,7 @@ def draw_attention(
         without = "" if rotate else ", rotary embedding left out"
         written.append(folder / name)
         plot_maps(
-            colours(images),
+            colors(images),
             columns,
             title=f"{config.MODEL.NAME}: weights with which the marked token reads the others, x N{without}",
             picture=written[-1],

@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits (UCI, 8x8 grey) as an embedded data set of RGB images, no download."""
+"""scikit-learn's 1,797 handwritten digits (UCI, 8x8 gray) as an embedded data set of RGB images, no download."""
 
 from collections.abc import Sequence
 
@@ -38,9 +38,9 @@ class Digits:
         is_kept = np.isin(digits.target, [names.index(name) for name in self.classes])
         chosen = is_kept & (is_val if split == "val" else ~is_val)
         self.labels = [self.classes.index(names[label]) for label in digits.target[chosen]]
-        grey = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)  # (N, 8, 8)
+        gray = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)  # (N, 8, 8)
         self.images = [
-            Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC).convert("RGB") for image in grey
+            Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC).convert("RGB") for image in gray
         ]
 
     def __len__(self) -> int:

@@ -20,12 +20,12 @@ from downstream.detection.config import load_config
 from downstream.detection.data.transforms import padded_size
 from downstream.detection.model.masks import paste_masks
 from downstream.detection.model.structures import Frame, Target
-from utils.benchmark.measure import synchronise
-from utils.config.command_line import Parser, at_least, mistakes_in_one_line
+from utils.benchmark.measure import synchronize
+from utils.config.command_line import Parser, at_least, report_user_errors
 from utils.config.schema import ConfigError
 from utils.speed.compile import compile_regions
 from utils.training.amp import Precision, make_precision
-from utils.training.launch import MissingCompilerError, missing_compiler_explained
+from utils.training.launch import MissingCompilerError, explain_missing_compiler
 
 CFGS = Path(__file__).parent / "cfgs"
 TORCHVISION = "torchvision"
@@ -74,14 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     print("\n".join(lines), flush=True)
     for name in words.models:
-        with mistakes_in_one_line():
+        with report_user_errors():
             bench = Bench(name, (words.height, words.width), device, precision, words.seconds)
         for is_compiled in (False, True) if words.compile and name != TORCHVISION else (False,):
             if is_compiled:
                 bench.compile()
             jobs = [(bench.train, n) for n in words.train_batches] + [(bench.detect, n) for n in words.test_batches]
             for job, batch in jobs:
-                with mistakes_in_one_line((MissingCompilerError,)), missing_compiler_explained("--compile"):
+                with report_user_errors((MissingCompilerError,)), explain_missing_compiler("--compile"):
                     lines.append(line_of(job(batch)))
                 print(lines[-1], flush=True)
     if words.output:
@@ -245,10 +245,10 @@ class Bench:
         times: list[float] = []
         deadline = time.perf_counter() + 3 * self.seconds  # warming up may take long
         for number in range(1_000_000):
-            synchronise(self.device)
+            synchronize(self.device)
             start = time.perf_counter()
             step()
-            synchronise(self.device)
+            synchronize(self.device)
             if number >= WARMUP:
                 times.append(time.perf_counter() - start)
             if times and (sum(times) >= self.seconds or time.perf_counter() > deadline):

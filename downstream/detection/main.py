@@ -15,7 +15,7 @@ from downstream.detection.config import SCHEMA, load_config
 from downstream.detection.model.flops import PUBLISHED, profile_detector
 from downstream.detection.task import Detection
 from downstream.run import describe_out_of_memory, run_evaluation, run_training
-from utils.config.command_line import mistakes_in_one_line, parse_command_line
+from utils.config.command_line import parse_command_line, report_user_errors
 from utils.speed.flops import profile_table
 from utils.training.launch import run_process
 
@@ -23,10 +23,10 @@ COCO_CLASSES = 80
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    with mistakes_in_one_line():
+    with report_user_errors():
         config = load_config(*parse_command_line(__doc__, argv, keys=SCHEMA))
     if config.PROFILE_MODE:
-        with mistakes_in_one_line():
+        with report_user_errors():
             model = build_detector(config, COCO_CLASSES)
         print(f"{config.MODEL.NAME}, {COCO_CLASSES} classes, 1280x800, 1000 proposals and 100 masks")
         print(profile_table(profile_detector(model), PUBLISHED.get(config.MODEL.NAME)))

@@ -13,7 +13,7 @@ import numpy as np
 
 from downstream.detection.data.shapes import CATEGORIES, annotation_of, draw_image
 from downstream.detection.pictures import save_picture
-from utils.config.command_line import Parser, at_least, mistakes_in_one_line
+from utils.config.command_line import Parser, at_least, report_user_errors
 
 PARTS = {"train": (0.0, 0.65), "val": (0.65, 1.0)}  # of the photographs' width, so that backgrounds differ too
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--val", type=at_least(1), default=150, metavar="NUMBER", help="validation images")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="NUMBER")
     words = parser.parse_args(argv)
-    with mistakes_in_one_line():
+    with report_user_errors():
         make_shapes(words.folder, {"train": words.train, "val": words.val}, words.seed)
     return 0
 
@@ -36,7 +36,7 @@ def make_shapes(folder: Path, counts: dict[str, int], seed: int) -> None:
     Raises:
         ValueError: the folder holds something else.
     """
-    info = {"description": "coloured shapes", "seed": seed, **counts}
+    info = {"description": "colored shapes", "seed": seed, **counts}
     if is_there(folder, info):
         print(f"{folder} holds this data set already")
         return

@@ -45,15 +45,15 @@ def annotated(image: np.ndarray, found: Found) -> np.ndarray:
     if not len(found.labels):
         return picture.permute(1, 2, 0).numpy()
     palette = colormaps["tab10"].colors  # type: ignore[attr-defined]
-    colours = [tuple(int(255 * part) for part in palette[label % len(palette)]) for label in found.labels]
+    colors = [tuple(int(255 * part) for part in palette[label % len(palette)]) for label in found.labels]
     masks = torch.from_numpy(found.masks).repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-    for mask, colour in zip(masks.flip(0), colours[::-1], strict=True):  # one by one: where several meet, all show
-        picture = draw_segmentation_masks(picture, mask, alpha=0.4, colors=colour)
+    for mask, color in zip(masks.flip(0), colors[::-1], strict=True):  # one by one: where several meet, all show
+        picture = draw_segmentation_masks(picture, mask, alpha=0.4, colors=color)
     picture = draw_bounding_boxes(
         picture,
         torch.from_numpy(found.boxes * factor),
         labels=found.captions,
-        colors=colours,
+        colors=colors,
         width=max(2, min(size) // 250),
         font=font_manager.findfont("DejaVu Sans"),
         font_size=max(14, min(size) // 22),

@@ -19,11 +19,11 @@ from downstream.detection.build import build_detector
 from downstream.detection.config import load_config
 from downstream.detection.data.coco import read_image
 from downstream.detection.data.dataset import Item, collate, eval_item
-from downstream.detection.data.transforms import normalise
+from downstream.detection.data.transforms import normalize
 from downstream.detection.evaluation import Result, results_of
 from downstream.detection.pictures import annotated, found_of, save_picture
 from utils.checkpoint.weights import load_weights, read_weights
-from utils.config.command_line import Parser, mistakes_in_one_line
+from utils.config.command_line import Parser, report_user_errors
 from utils.config.schema import ConfigError
 from utils.logs.output_dir import unused_name
 from utils.training.amp import make_precision
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--amp", action="store_true", help="16-bit autocast")
     parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE")
     words = parser.parse_args(argv)
-    with mistakes_in_one_line():
+    with report_user_errors():
         config = load_config(words.cfg, words.opts)
         categories, model = open_detector(config, words.resume)
         images = [read_image(path) for path in words.images]
@@ -94,7 +94,7 @@ def categories_of(names: Sequence[str] | None, count: int) -> list[dict[str, Any
 def detect(model: nn.Module, item: Item, category_ids: list[int], device: torch.device) -> list[Result]:
     """What the model finds in one image."""
     batch = collate([item])
-    (found,) = model.detect(normalise(batch.images.to(device), batch.frames), batch.frames)  # type: ignore[operator]
+    (found,) = model.detect(normalize(batch.images.to(device), batch.frames), batch.frames)  # type: ignore[operator]
     return results_of(found, image_id=item.image_id, size=item.frame.original, category_ids=category_ids)
 
 

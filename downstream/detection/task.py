@@ -12,7 +12,7 @@ from data.samplers import SampleKey
 from downstream.detection.build import DetectionData, build_data, build_detector
 from downstream.detection.data.coco import Record, bitmap
 from downstream.detection.data.dataset import Batch, collate
-from downstream.detection.data.transforms import normalise
+from downstream.detection.data.transforms import normalize
 from downstream.detection.evaluation import CocoEvaluator, Result, results_of, table, write_results
 from downstream.detection.pictures import Found, found_of, save_comparison
 from downstream.run import Run, Task
@@ -68,8 +68,8 @@ class Detection(Task):
         )
 
     def to_device(self, batch: Batch, device: torch.device) -> Batch:
-        """Images normalised, float32, channels_last."""
-        images = normalise(batch.images.to(device, non_blocking=True), batch.frames)
+        """Images normalized, float32, channels_last."""
+        images = normalize(batch.images.to(device, non_blocking=True), batch.frames)
         return batch._replace(images=images, targets=[target.to(device) for target in batch.targets])
 
     def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:

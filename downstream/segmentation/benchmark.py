@@ -20,8 +20,8 @@ from yacs.config import CfgNode
 from downstream.segmentation.build import build_model
 from downstream.segmentation.config import load_config
 from downstream.segmentation.model.losses import segmentation_loss
-from utils.benchmark.measure import peak_memory_mib, synchronise
-from utils.config.command_line import Parser, at_least, mistakes_in_one_line
+from utils.benchmark.measure import peak_memory_mib, synchronize
+from utils.config.command_line import Parser, at_least, report_user_errors
 from utils.training.amp import Precision, make_precision
 from utils.training.optimizer import make_optimizer
 from utils.training.recipe import parameter_groups
@@ -62,7 +62,7 @@ class Measure:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
-    with mistakes_in_one_line():
+    with report_user_errors():
         config = load_config(arguments.cfg)
         for backbone in arguments.backbones:
             load_config(arguments.cfg, flags={"MODEL.TYPE": backbone})
@@ -172,11 +172,11 @@ def train(step: TrainStep, images: Tensor, labels: Tensor) -> None:
 
 def seconds_of(call: Callable[[], None], count: int, device: torch.device) -> float:
     """Seconds that `count` calls take, all work on the device included."""
-    synchronise(device)
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(count):
         call()
-    synchronise(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 

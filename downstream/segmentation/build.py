@@ -14,7 +14,7 @@ from downstream.segmentation.data.dataset import MaskedImages
 from downstream.segmentation.data.samplers import EndlessBatches, EvalSample, EvalSamples, TrainSamples
 from downstream.segmentation.data.transforms import EvalTransform, TrainTransform
 from downstream.segmentation.model.inference import Inference
-from downstream.segmentation.model.sync_norm import synchronise_norms
+from downstream.segmentation.model.sync_norm import synchronize_norms
 from downstream.segmentation.model.upernet import UperNet
 from downstream.workers import set_up_worker
 from utils.distributed.process import Process
@@ -79,7 +79,7 @@ def train_loader(config: CfgNode, images: MaskedImages, process: Process) -> Dat
         crop_size=aug.CROP_SIZE,
         max_category_share=aug.MAX_CATEGORY_SHARE,
         hflip=aug.HFLIP,
-        colours=aug.COLOURS,
+        colors=aug.COLOURS,
     )
     batches = EndlessBatches(
         len(images),
@@ -131,9 +131,9 @@ def build_model(config: CfgNode, num_classes: int, process: Process | None = Non
         dropout=head.DROPOUT,
     )
     if process is not None and head.SYNC_NORM:
-        model.decode_head = synchronise_norms(model.decode_head, process)  # type: ignore[assignment]
+        model.decode_head = synchronize_norms(model.decode_head, process)  # type: ignore[assignment]
         if model.auxiliary_head is not None:
-            model.auxiliary_head = synchronise_norms(model.auxiliary_head, process)  # type: ignore[assignment]
+            model.auxiliary_head = synchronize_norms(model.auxiliary_head, process)  # type: ignore[assignment]
     return model
 
 

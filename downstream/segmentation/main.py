@@ -18,7 +18,7 @@ from downstream.run import describe_out_of_memory, run_evaluation, run_training
 from downstream.segmentation.build import build_model
 from downstream.segmentation.config import SCHEMA, SWITCHES, load_config
 from downstream.segmentation.task import Segmentation
-from utils.config.command_line import mistakes_in_one_line, parse_command_line
+from utils.config.command_line import parse_command_line, report_user_errors
 from utils.speed.flops import profile, profile_table
 from utils.training.launch import run_process
 
@@ -28,7 +28,7 @@ PUBLISHED_FIGURES = {"mlla_b_upernet": (128, 1183)}  # millions of parameters, G
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    with mistakes_in_one_line():
+    with report_user_errors():
         config = load_config(*parse_command_line(__doc__, argv, keys=SCHEMA, switches=SWITCHES))
     if config.PROFILE_MODE:
         return run_profile(config)
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_profile(config: CfgNode) -> int:
     """Parameters with both heads, MACs of inference, which the auxiliary head has no part in."""
-    with mistakes_in_one_line(), torch.device("meta"):
+    with report_user_errors(), torch.device("meta"):
         model = build_model(config, config.MODEL.NUM_CLASSES or ADE20K_CLASSES)
     print(f"{config.MODEL.NAME}, {PROFILE_SIZE[0]}x{PROFILE_SIZE[1]}")
     print(profile_table(profile(model, PROFILE_SIZE), PUBLISHED_FIGURES.get(config.MODEL.NAME)))

@@ -14,7 +14,7 @@ from PIL import Image
 
 from downstream.segmentation.data.shapes import SHAPES, render_scene
 from downstream.segmentation.pictures import save_mask
-from utils.config.command_line import Parser, at_least, mistakes_in_one_line
+from utils.config.command_line import Parser, at_least, report_user_errors
 
 CLASSES = ("background", *SHAPES)
 FACTS = "shapes.json"
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=at_least(1), default=96, metavar="PIXELS", help="side of the images")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="NUMBER", help="other images for another seed")
     arguments = parser.parse_args(argv)
-    with mistakes_in_one_line():
+    with report_user_errors():
         facts = {name: value for name, value in vars(arguments).items() if name != "folder"}
         if is_there(arguments.folder, facts):
             print(f"{arguments.folder} is there already")

@@ -16,10 +16,10 @@ class SegmentationScores(NamedTuple):
     Attributes:
         mean_iou: mean over classes of `class_iou`.
         mean_accuracy: mean over classes of `class_accuracy`.
-        pixel_accuracy: labelled pixels that are right.
+        pixel_accuracy: labeled pixels that are right.
         class_iou: intersection over union, one for each class.
         class_accuracy: pixels of a class that are right, one for each class.
-        num_pixels: labelled ones.
+        num_pixels: labeled ones.
     """
 
     mean_iou: float
@@ -38,7 +38,7 @@ class ConfusionMatrix:
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def update(self, predictions: Tensor, labels: Tensor) -> None:
-        """Add predicted and true classes of as many pixels, any integer types; pixels labelled IGNORED do not count."""
+        """Add predicted and true classes of as many pixels, any integer types; pixels labeled IGNORED do not count."""
         counted = labels != IGNORED
         pairs = labels.long() * self.num_classes + predictions.long()
         pairs = torch.where(counted, pairs, self.num_classes**2).flatten()  # ignored ones to a cell of their own
@@ -49,14 +49,14 @@ class ConfusionMatrix:
         """Scores over all pixels of all processes, the same on each; called by all together.
 
         Raises:
-            ValueError: no pixel was labelled.
+            ValueError: no pixel was labeled.
         """
         counts = sum_over_processes(self.counts.clone()).cpu().double()
         if not counts.any():
-            raise ValueError("no labelled pixel to evaluate: every mask holds only ignored pixels")
-        right, labelled, predicted = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
-        iou = 100 * right / (labelled + predicted - right)  # 0 / 0 is NaN
-        accuracy = 100 * right / labelled
+            raise ValueError("no labeled pixel to evaluate: every mask holds only ignored pixels")
+        right, labeled, predicted = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
+        iou = 100 * right / (labeled + predicted - right)  # 0 / 0 is NaN
+        accuracy = 100 * right / labeled
         return SegmentationScores(
             mean_iou=iou.nanmean().item(),
             mean_accuracy=accuracy.nanmean().item(),

@@ -19,13 +19,13 @@ GOLDEN_RATIO = (5**0.5 - 1) / 2
 LEGEND_CLASSES = 20  # more of them do not fit below a picture
 
 
-def class_colours(num_classes: int) -> np.ndarray:
-    """RGB colours (256, 3), uint8: one for each class, all different, near ones far apart; the rest black."""
-    colours = np.zeros((256, 3), dtype=np.uint8)
+def class_colors(num_classes: int) -> np.ndarray:
+    """RGB colors (256, 3), uint8: one for each class, all different, near ones far apart; the rest black."""
+    colors = np.zeros((256, 3), dtype=np.uint8)
     for i in range(num_classes):
         hue, ring = i * GOLDEN_RATIO % 1, i % 3
-        colours[i] = np.round(255 * np.array(colorsys.hsv_to_rgb(hue, (0.85, 0.6, 0.9)[ring], (0.95, 0.8, 0.6)[ring])))
-    return colours
+        colors[i] = np.round(255 * np.array(colorsys.hsv_to_rgb(hue, (0.85, 0.6, 0.9)[ring], (0.95, 0.8, 0.6)[ring])))
+    return colors
 
 
 def save_mask(path: Path, classes: np.ndarray, num_classes: int, *, first_label: int = 0) -> None:
@@ -34,20 +34,20 @@ def save_mask(path: Path, classes: np.ndarray, num_classes: int, *, first_label:
     Args:
         first_label: number of the first class in the file: 1 where 0 means that a pixel has no class.
     """
-    colours = np.roll(class_colours(num_classes), first_label, axis=0)
+    colors = np.roll(class_colors(num_classes), first_label, axis=0)
     ignored = classes == IGNORED
     picture = Image.fromarray(np.where(ignored, classes, classes + first_label).astype(np.uint8))
-    picture.putpalette(colours.tobytes())
+    picture.putpalette(colors.tobytes())
     picture.save(path)
 
 
 def overlay(image: np.ndarray, classes: np.ndarray, num_classes: int, *, opacity: float = 0.6) -> np.ndarray:
-    """An image (H, W, 3) in grey, coloured by its pixels' classes (H, W), with lines between classes, uint8.
+    """An image (H, W, 3) in gray, colored by its pixels' classes (H, W), with lines between classes, uint8.
 
-    Pixels without a class keep the image's colours.
+    Pixels without a class keep the image's colors.
     """
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
-    mixed = grey * (1 - opacity) + class_colours(num_classes)[classes] * opacity
+    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
+    mixed = gray * (1 - opacity) + class_colors(num_classes)[classes] * opacity
     mixed[classes == IGNORED] = image[classes == IGNORED]
     borders = cv2.morphologyEx(classes, cv2.MORPH_GRADIENT, np.ones((2, 2), np.uint8)) > 0
     mixed[borders] = 255
@@ -64,15 +64,15 @@ def plot_segmentations(
 ) -> None:
     """Draw images (H, W, 3) with overlays of their true and predicted classes (H, W), two images a row.
 
-    The title of a prediction says how many of the labelled pixels are right.
+    The title of a prediction says how many of the labeled pixels are right.
     """
     rows = -(-len(images) // 2)
     figure, axes = plt.subplots(rows, 6, figsize=(13, 2.35 * rows + 0.4), squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for i, (image, truth, prediction) in enumerate(zip(images, truths, predictions, strict=True)):
-        labelled = truth != IGNORED
-        right = (prediction == truth)[labelled].mean() if labelled.any() else np.nan
+        labeled = truth != IGNORED
+        right = (prediction == truth)[labeled].mean() if labeled.any() else np.nan
         panels = {"image": image, "truth": overlay(image, truth, len(classes))}
         panels[f"predicted, {right:.1%} right"] = overlay(image, prediction, len(classes))
         for axis, (title, shown) in zip(axes[i // 2, i % 2 * 3 :], panels.items(), strict=False):
@@ -80,8 +80,8 @@ def plot_segmentations(
             axis.set_title(title, fontsize=9)
     present = [i for i in np.unique(np.concatenate([x.ravel() for x in [*truths, *predictions]])) if i < len(classes)]
     if len(present) <= LEGEND_CLASSES:
-        colours = class_colours(len(classes)) / 255
-        patches = [Patch(color=colours[i], label=classes[i].replace("$", r"\$")) for i in present]
+        colors = class_colors(len(classes)) / 255
+        patches = [Patch(color=colors[i], label=classes[i].replace("$", r"\$")) for i in present]
         figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 8), frameon=False)
     figure.savefig(picture, dpi=75, bbox_inches="tight")
     plt.close(figure)

@@ -31,7 +31,7 @@ from downstream.segmentation.model.inference import predict_tiles
 from downstream.segmentation.pictures import overlay, save_mask
 from utils.checkpoint.weights import classes_in, load_weights, no_weights_error, weights_in
 from utils.checkpoint.weights_file import load_checkpoint
-from utils.config.command_line import Parser, at_least, mistakes_in_one_line
+from utils.config.command_line import Parser, at_least, report_user_errors
 from utils.training.amp import make_precision
 
 SMALLEST_TILE = 64
@@ -49,7 +49,7 @@ class Segmentor(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
-    with mistakes_in_one_line(), torch.no_grad():
+    with report_user_errors(), torch.no_grad():
         check(arguments)
         jobs = plan_jobs(arguments.images, arguments.output)
         segmentor = open_segmentor(arguments)

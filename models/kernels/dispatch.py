@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LARGEST_WIDTH = 1024  # channels that one program normalises
+LARGEST_WIDTH = 1024  # channels that one program normalizes
 HEAD_WIDTHS = (16, 32, 64, 128)
 GRIDS = (7, 14)  # up to these many rows, and beyond, grids are cut into tiles of other sizes
 
@@ -36,16 +36,16 @@ def takes(
     if choice == "torch" or x.device.type == "meta":
         return False
     dtype = dtype or x.dtype
-    reason = missing_triton(x.device.type) or misfit(dtype, channels, head_width, norm)
+    reason = missing_triton(x.device.type) or unsupported_reason(dtype, channels, head_width, norm)
     if not reason and x.shape[0] == 0:
         return False  # there is nothing to compute
     if not reason and choice == "auto":
         rows = 6 if x.shape[1] <= GRIDS[0] else 12 if x.shape[1] <= GRIDS[1] else 17
         reason = failed_trial(kernel, x.device, dtype, channels, head_width, rows)
-    return not reason or decline(choice, reason)
+    return not reason or fall_back(choice, reason)
 
 
-def decline(choice: str, reason: str) -> bool:
+def fall_back(choice: str, reason: str) -> bool:
     """False, and the reason in the log.
 
     Raises:
@@ -57,7 +57,7 @@ def decline(choice: str, reason: str) -> bool:
     return False
 
 
-def misfit(dtype: torch.dtype, channels: int, head_width: int, norm: nn.Module | None) -> str:
+def unsupported_reason(dtype: torch.dtype, channels: int, head_width: int, norm: nn.Module | None) -> str:
     """Why the kernels do not know such tokens, or an empty string."""
     if dtype not in DTYPES:
         return f"they know no {dtype}"

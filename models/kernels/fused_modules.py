@@ -42,7 +42,7 @@ def are(kind: type[nn.Module], *modules: nn.Module) -> bool:
 
 
 def has_original_mixer(block: "MLLABlock") -> bool:
-    """Whether the parts of the block's first half are those it was made of: none replaced, parametrised or hooked."""
+    """Whether the parts of the block's first half are those it was made of: none replaced, parametrized or hooked."""
     attention = block.attn
     linears = block.in_proj, block.act_proj, block.out_proj
     return (
@@ -73,7 +73,7 @@ def can_train(block: "MLLABlock", x: Tensor) -> bool:
     """Whether `train` computes the block for tokens x (B, H, W, C), with a gradient."""
     if not (torch.is_grad_enabled() and takes(block, x, "mixer")):
         return False
-    return has_original_mixer(block) or dispatch.decline(block.kernels, UNKNOWN_MIXER)
+    return has_original_mixer(block) or dispatch.fall_back(block.kernels, UNKNOWN_MIXER)
 
 
 def train(block: "MLLABlock", x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -90,7 +90,7 @@ def train(block: "MLLABlock", x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tenso
     mlp, norm = block.mlp, cast("nn.LayerNorm", block.norm2)
     fc1, fc2 = cast("nn.Linear", mlp.fc1), cast("nn.Linear", mlp.fc2)
     is_known = has_original_mlp(block) and not drops_out(block)
-    if not (takes(block, x, "mlp_branch") and (is_known or dispatch.decline(block.kernels, UNKNOWN_MLP))):
+    if not (takes(block, x, "mlp_branch") and (is_known or dispatch.fall_back(block.kernels, UNKNOWN_MLP))):
         return block.add_mlp(x)
     return segments().MlpBranch.apply(
         *(x, block.drop_path.draw(x), norm.eps, block.cpe2.weight, block.cpe2.bias, norm.weight, norm.bias),
@@ -112,7 +112,7 @@ def can_infer(block: "MLLABlock", x: Tensor) -> bool:
     if not (takes(block, x, "mixer") or takes(block, x, "mlp_branch")):
         return False
     is_known = has_original_mixer(block) and has_original_mlp(block)
-    return is_known or dispatch.decline(block.kernels, UNKNOWN_MIXER)
+    return is_known or dispatch.fall_back(block.kernels, UNKNOWN_MIXER)
 
 
 @torch.no_grad()

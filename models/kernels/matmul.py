@@ -1,4 +1,4 @@
-"""Matrix products; the operators among them take a neighbouring operation along in cuBLAS, or hide from torch.compile
+"""Matrix products; the operators among them take a neighboring operation along in cuBLAS, or hide from torch.compile
 that they were computed before. Without Triton, and without gradients.
 """
 

@@ -110,21 +110,21 @@ def problem(
     if kernel.startswith("stem_conv"):
         inputs = [draw(batch, 3, 4 * rows, 4 * columns).detach(), draw(channels, 3, 3, 3, scale=0.2, of=torch.float32)]
         inputs += [draw(channels, of=torch.float32)] if kernel == "stem_conv_relu" else []
-        return fused_stem, plain_stem, inputs
+        return fused_stem, reference_stem, inputs
     if kernel == "wide_conv":
         narrow = max(1, channels // 8)
         inputs = [draw(batch, rows + rows % 2, columns, narrow), *product(channels, narrow), *taps()]
-        return (lambda *a: (autograd.WideConv.apply(*a),)), plain_wide_conv, inputs
+        return (lambda *a: (autograd.WideConv.apply(*a),)), reference_wide_conv, inputs
     x = draw(*tokens)
     if kernel == "mlp":
         inputs = [x, *product(4 * channels), *product(channels, 4 * channels), draw(*tokens)]
-        return (lambda *a: (ops.mlp(*a),)), plain_mlp, inputs
+        return (lambda *a: (ops.mlp(*a),)), reference_mlp, inputs
     scale = ((torch.arange(batch, device=x.device) + 1) % 3).view(-1, 1, 1, 1)  # of the branch, for each image
     if kernel == "mlp_branch":
         inputs = [x, *taps(), *norm(), *product(4 * channels), *product(channels, 4 * channels)]
         return (
             lambda x, *a: (autograd.MlpBranch.apply(x, scale.to(x.dtype), EPS, *a),),
-            lambda *a: (plain_mlp_branch(*a, scale=scale),),
+            lambda *a: (reference_mlp_branch(*a, scale=scale),),
             inputs,
         )
     heads = channels // head_width
@@ -133,7 +133,7 @@ def problem(
     inputs += [*taps(), *product(channels)]
     return (
         lambda x, *a: (autograd.Mixer.apply(x, *rotary, scale.to(x.dtype), heads, EPS, *a),),
-        lambda *a: (plain_mixer(*a, scale=scale, rotary=rotary, heads=heads),),
+        lambda *a: (reference_mixer(*a, scale=scale, rotary=rotary, heads=heads),),
         inputs,
     )
 
@@ -143,22 +143,22 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
     return F.conv2d(x, weight, bias, stride, padding=1, groups=weight.shape[0]).permute(0, 2, 3, 1)  # (B, H, W, C)
 
 
-def plain_wide_conv(x: Tensor, widen: Tensor, widen_bias: Tensor, taps: Tensor, taps_bias: Tensor) -> Outputs:
+def reference_wide_conv(x: Tensor, widen: Tensor, widen_bias: Tensor, taps: Tensor, taps_bias: Tensor) -> Outputs:
     return (F.relu(conv(F.relu(F.linear(x, widen, widen_bias)), taps, taps_bias, stride=2)),)
 
 
-def plain_mlp_branch(x: Tensor, *weights: Tensor, scale: Tensor) -> Tensor:
+def reference_mlp_branch(x: Tensor, *weights: Tensor, scale: Tensor) -> Tensor:
     cpe, norm, widen, narrow = zip(weights[::2], weights[1::2], strict=True)
     x = x + conv(x, *cpe)
     return x + scale * F.linear(F.gelu(F.linear(layer_norm(x, *norm), *widen)), *narrow)
 
 
-def plain_mixer(x: Tensor, *weights: Tensor, scale: Tensor, rotary: tuple[Tensor, Tensor], heads: int) -> Tensor:
+def reference_mixer(x: Tensor, *weights: Tensor, scale: Tensor, rotary: tuple[Tensor, Tensor], heads: int) -> Tensor:
     cpe, norm, inner, gate, dwc, qk, lepe, out = zip(weights[::2], weights[1::2], strict=True)
     x = x + conv(x, *cpe)
     y = layer_norm(x, *norm)
     v = F.silu(conv(F.linear(y, *inner), *dwc))
-    attended = plain_attention(F.linear(v, *qk), v, rotary, heads) + conv(v, *lepe)
+    attended = reference_attention(F.linear(v, *qk), v, rotary, heads) + conv(v, *lepe)
     return x + scale * F.linear(attended * F.silu(F.linear(y, *gate)), *out)
 
 
@@ -166,7 +166,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
 
 
-def plain_attention(qk: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], heads: int) -> Tensor:
+def reference_attention(qk: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], heads: int) -> Tensor:
     _, height, width, channels = v.shape
     cos, sin = (spread_over_grid(table, height, width).to(v.dtype) for table in rotary)  # (H, W, C / 2)
 
@@ -175,11 +175,13 @@ def plain_attention(qk: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], heads:
 
     q, k = (F.elu(qk) + 1).split(channels, dim=-1)
     weights = split(rotate_pairs(q, cos, sin)) @ split(rotate_pairs(k, cos, sin)).transpose(-2, -1)  # (B, heads, N, N)
-    normaliser = (split(q) @ split(k).transpose(-2, -1)).sum(dim=-1, keepdim=True)
-    return (weights / normaliser @ split(v)).transpose(1, 2).reshape(v.shape)  # (B, H, W, C)
+    normalizer = (split(q) @ split(k).transpose(-2, -1)).sum(dim=-1, keepdim=True)
+    return (weights / normalizer @ split(v)).transpose(1, 2).reshape(v.shape)  # (B, H, W, C)
 
 
-def plain_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, residual: Tensor) -> Outputs:
+def reference_mlp(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, residual: Tensor
+) -> Outputs:
     return (residual + F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2),)
 
 
@@ -190,6 +192,6 @@ def fused_stem(images: Tensor, weight: Tensor, *bias: Tensor) -> Outputs:
     return conv(loaded, weight, *bias, images.dtype), conv(images, weight, *bias, images.dtype)
 
 
-def plain_stem(images: Tensor, weight: Tensor, *bias: Tensor) -> Outputs:
+def reference_stem(images: Tensor, weight: Tensor, *bias: Tensor) -> Outputs:
     x = F.conv2d(images, weight, bias[0] if bias else None, stride=2, padding=1)
     return (x.relu() if bias else x,) * 2  # (B, C, H / 2, W / 2) each

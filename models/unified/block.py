@@ -26,7 +26,7 @@ class Switches:
         input_gate: multiply V by Delta = softplus(x W1 W2 + b).
         forget_gate: let the state decay by exp(A Delta); the tokens are then read in raster order.
         shortcut: add D * V.
-        normalise: divide by Q Z.
+        normalize: divide by Q Z.
         single_head: one group of Q and K for all channels.
         block: "transformer"; "sub" puts Mamba's gated block in place of the attention sub-block; "all" puts one of
             twice the width in place of the whole block, MLP included.
@@ -42,7 +42,7 @@ class Switches:
     input_gate: bool = False
     forget_gate: bool = False
     shortcut: bool = False
-    normalise: bool = True
+    normalize: bool = True
     single_head: bool = False
     block: str = "transformer"
     ape: bool = False
@@ -127,7 +127,7 @@ class UnifiedAttention(nn.Module):
             input_gate=delta if self.switches.input_gate else None,
             forget_gate=None if delta is None or self.A_log is None else ForgetGate(delta, self.decay_rates()),
             shortcut=None if shortcut is None else shortcut.unflatten(0, (self.num_heads, 1, -1)),
-            normalise=self.switches.normalise,
+            normalize=self.switches.normalize,
             rotated=rotated,
             kernels=self.kernels,
         )
@@ -226,7 +226,7 @@ class UnifiedBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def mix(self, y: Tensor, rotary: Rotary | None) -> Tensor:
-        """The tokens' exchange: normalised tokens (B, H, W, C) -> (B, H, W, C)."""
+        """The tokens' exchange: normalized tokens (B, H, W, C) -> (B, H, W, C)."""
         if not self.is_gated:
             return self.out_proj(self.attn(y, self.in_proj(y), rotary))
         gate = F.silu(self.act_proj(y))  # (B, H, W, inner)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.classifier import PyramidClassifier, initialise
+from models.classifier import PyramidClassifier, init_weights
 from models.layers import pad_to_multiple
 from models.rope import rotary_tables
 from models.unified.block import Switches, UnifiedAttention, UnifiedBlock
@@ -28,7 +28,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Swin's: four neighbours to one token, (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2 C)."""
+    """Swin's: four neighbors to one token, (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2 C)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class LinearViT(PyramidClassifier):
             side = -(-side // 2)
         self.norm = nn.LayerNorm(self.num_features)
         self.make_classifier(num_classes)
-        self.apply(initialise)
+        self.apply(init_weights)
         for module in self.modules():
             if isinstance(module, UnifiedAttention):
                 module.reset_gate()
@@ -151,7 +151,7 @@ class LinearViT(PyramidClassifier):
         return {name for name, _ in self.named_parameters() if name.endswith(NOT_DECAYED)}
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to normalised tokens of the last stage, (B, H / 32, W / 32, num_features)."""
+        """Images (B, in_chans, H, W) to normalized tokens of the last stage, (B, H / 32, W / 32, num_features)."""
         x = pad_to_multiple(images, self.patch_size).contiguous(memory_format=torch.channels_last)
         x = self.pos_drop(self.patch_embed(x))  # (B, H / 4, W / 4, E)
         for stage in self.stages:

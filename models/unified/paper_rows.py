@@ -35,7 +35,7 @@ ABLATIONS = (
     Ablation("input_gate", "+ input gate", 1, 29, 4.5, 1069, 77.8),
     Ablation("forget_gate", "+ forget gate", 1, 29, 4.8, 743, 78.4),
     Ablation("shortcut", "+ shortcut", 1, 28, 4.5, 1066, 77.8),
-    Ablation("no_norm", "- normalisation", 1, 28, 4.5, 1215, 72.4),
+    Ablation("no_norm", "- normalization", 1, 28, 4.5, 1215, 72.4),
     Ablation("single_head", "- multi-head", 1, 24, 3.9, 1540, 73.5),
     Ablation("block_all", "+ block design, all", 1, 28, 4.7, 915, 79.4),
     Ablation("block_sub", "+ block design, sub", 1, 31, 4.8, 1010, 80.9),

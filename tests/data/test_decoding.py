@@ -40,7 +40,7 @@ WHOLE = {
     "JPEG": JPEG,
     "full chroma": encoded(photo(97, 61), quality=90, subsampling=0),
     "progressive": encoded(photo(97, 61), progressive=True),
-    "grey": encoded(photo(97, 61).convert("L")),
+    "gray": encoded(photo(97, 61).convert("L")),
     "CMYK": encoded(photo(97, 61).convert("CMYK")),
     "EXIF-rotated": encoded(photo(97, 61), exif=ROTATED),
     "after the end": JPEG + bytes(1000),
@@ -119,7 +119,7 @@ def test_made_up_pixels_are_refused(data: bytes) -> None:
 
 def test_without_simplejpeg_torchvision_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "simplejpeg", None)
-    for data in (JPEG, WHOLE["grey"], WHOLE["progressive"]):
+    for data in (JPEG, WHOLE["gray"], WHOLE["progressive"]):
         assert np.array_equal(fast(data), plain(data))
     with pytest.raises(BrokenImageError, match="cut off"):
         decode_fast(JPEG[:-2])
@@ -130,7 +130,7 @@ def test_without_simplejpeg_torchvision_takes_its_place(monkeypatch: pytest.Monk
 def test_frame_headers() -> None:
     assert jpeg_frame(JPEG) == (97, 61, 3, 0xC0)
     assert jpeg_frame(WHOLE["progressive"]) == (97, 61, 3, 0xC2)
-    assert jpeg_frame(WHOLE["grey"]) == (97, 61, 1, 0xC0)
+    assert jpeg_frame(WHOLE["gray"]) == (97, 61, 1, 0xC0)
     assert jpeg_frame(WHOLE["CMYK"]) == (97, 61, 4, 0xC0)
     assert jpeg_frame(WHOLE["PNG"]) is None
     for length in range(0, len(JPEG), 37):

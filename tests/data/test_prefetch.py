@@ -1,4 +1,4 @@
-"""What happens to batches on the device: normalising, erasing, and images that cannot be used."""
+"""What happens to batches on the device: normalizing, erasing, and images that cannot be used."""
 
 import logging
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ from torchvision import transforms
 
 from data.dataset import Batch, Failure
 from data.decoding import BrokenImageError, image_to_tensor
-from data.prefetch import DeviceLoader, Normaliser
-from data.transforms import denormalise
+from data.prefetch import DeviceLoader, Normalizer
+from data.transforms import denormalize
 from tests.helpers import photo
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def loader(*batches: Batch, device: torch.device = CPU, **settings: object) -> D
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_images_are_normalised_as_torchvision_does(device: torch.device) -> None:
+def test_images_are_normalized_as_torchvision_does(device: torch.device) -> None:
     reference = transforms.Compose(
         [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
     )
@@ -61,7 +61,7 @@ def test_images_are_normalised_as_torchvision_does(device: torch.device) -> None
     assert images.equal(torch.stack([reference(image.numpy()) for image in host.images]).to(device))
     assert labels.tolist() == [0, 1, 2]
     assert host.images.dtype == torch.uint8
-    torch.testing.assert_close(denormalise(images.cpu()), host.images.permute(0, 3, 1, 2) / 255)
+    torch.testing.assert_close(denormalize(images.cpu()), host.images.permute(0, 3, 1, 2) / 255)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -130,6 +130,6 @@ def test_images_left_out_are_counted_and_logged_once(caplog: pytest.LogCaptureFi
         list(skipping)
 
 
-def test_normaliser_takes_any_memory_order() -> None:
+def test_normalizer_takes_any_memory_order() -> None:
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 5, 4), dtype=np.uint8))
-    assert Normaliser()(images).equal(Normaliser()(images.contiguous(memory_format=torch.channels_last)))
+    assert Normalizer()(images).equal(Normalizer()(images.contiguous(memory_format=torch.channels_last)))

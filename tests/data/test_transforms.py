@@ -12,7 +12,7 @@ from torchvision import transforms
 
 from data.augmentation import posterize
 from data.decoding import image_to_tensor
-from data.transforms import EvalTransform, TrainTransform, denormalise
+from data.transforms import EvalTransform, TrainTransform, denormalize
 from tests.helpers import photo
 
 PLAIN = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5, "color_jitter": 0.0}
@@ -116,7 +116,7 @@ def test_tiny_images_become_whole_ones(width_height: tuple[int, int]) -> None:
     assert EvalTransform(32, crop=True, interpolation="bicubic")(image)[0].shape == (32, 32, 3)
 
 
-def test_evaluation_transform_resizes_to_256_224ths_and_crops_the_centre() -> None:
+def test_evaluation_transform_resizes_to_256_224ths_and_crops_the_center() -> None:
     gradient = np.broadcast_to(np.arange(512, dtype=np.float32)[None] / 2, (256, 512)).astype(np.uint8)
     image = Image.fromarray(gradient).convert("RGB")
     cropped = EvalTransform(224, crop=True, interpolation="bicubic")(image)[0][0, :, 0].float()
@@ -143,6 +143,6 @@ def test_exact_evaluation_is_torchvisions_and_the_fast_one_near_it(size: tuple[i
     assert difference.mean() < 0.1
 
 
-def test_denormalise_by_hand() -> None:
-    normalised = torch.tensor([(1.0 - 0.485) / 0.229, (0.5 - 0.456) / 0.224, (0.0 - 0.406) / 0.225]).reshape(1, 3, 1, 1)
-    torch.testing.assert_close(denormalise(normalised).flatten(), torch.tensor([1.0, 0.5, 0.0]))
+def test_denormalize_by_hand() -> None:
+    normalized = torch.tensor([(1.0 - 0.485) / 0.229, (0.5 - 0.456) / 0.224, (0.0 - 0.406) / 0.225]).reshape(1, 3, 1, 1)
+    torch.testing.assert_close(denormalize(normalized).flatten(), torch.tensor([1.0, 0.5, 0.0]))

@@ -47,7 +47,7 @@ def test_plain_path_where_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_the_kernels_do_not_know() -> None:
     def reason(dtype: torch.dtype = torch.float32, width: int = 64, **options: object) -> str:
         options = {"head_width": 32, "norm": None, **options}
-        return dispatch.misfit(dtype, width, **options)  # type: ignore[arg-type]
+        return dispatch.unsupported_reason(dtype, width, **options)  # type: ignore[arg-type]
 
     assert reason() == ""
     assert "float64" in reason(torch.float64)

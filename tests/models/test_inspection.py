@@ -11,7 +11,7 @@ from torch import nn
 from models import MLLA, LinearViT, Switches
 from models.inspection import attention_inputs, attention_map, gate_values, receptive_fields
 from models.rope import rotary_tables
-from tests.helpers import MICRO, deep_grey
+from tests.helpers import MICRO, deep_gray
 from utils import visualize
 
 SIZES = {"img_size": 32, "embed_dim": 8, "depths": (1, 1), "num_heads": (2, 2), "num_classes": 10}
@@ -67,7 +67,7 @@ def test_what_one_token_says_is_read_with_the_maps_weight(switches: Switches) ->
         torch.testing.assert_close(weights[0, :, place[0], place[1]], read, rtol=1e-4, atol=1e-6)
 
 
-def test_maps_of_a_normalised_layer_sum_to_one() -> None:
+def test_maps_of_a_normalized_layer_sum_to_one() -> None:
     model = linear_vit(Switches(rope=True))
     seen = attention_inputs(model, torch.randn(1, 3, 32, 32))[0]
     plain = attention_map(seen, (2, 2), rotate=False)
@@ -132,7 +132,7 @@ def test_pictures(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_sixteen_bits_keep_their_upper_eight(tmp_path: Path) -> None:
-    deep_grey().save(tmp_path / "deep.png")
+    deep_gray().save(tmp_path / "deep.png")
     options = visualize.parse(["--resume", "x", "--images", str(tmp_path / "deep.png")])
     (image,) = visualize.open_images(options, 32)
     assert np.asarray(image).mean() == pytest.approx(127.5, abs=1)

@@ -131,8 +131,8 @@ def quadratic_attention(attention: LinearAttention, v: Tensor) -> Tensor:
         return x.reshape(batch, num_tokens, num_heads, -1).transpose(1, 2)
 
     weights = heads(turned[0]) @ heads(turned[1]).transpose(-2, -1)  # (B, heads, N, N)
-    normaliser = (heads(q) @ heads(k).transpose(-2, -1)).sum(dim=-1, keepdim=True)
-    out = (weights / normaliser) @ heads(v)
+    normalizer = (heads(q) @ heads(k).transpose(-2, -1)).sum(dim=-1, keepdim=True)
+    out = (weights / normalizer) @ heads(v)
     return out.transpose(1, 2).reshape(v.shape) + attention.lepe(v)
 
 
@@ -208,7 +208,7 @@ def test_official_rotary_tables_are_read_and_ignored() -> None:
     assert "layers.0.blocks.0.attn.rope.rotations" in weights  # the caller's dictionary is as it was
 
 
-def test_initialisation() -> None:
+def test_initialization() -> None:
     torch.manual_seed(0)
     model = micro(ape=True)
     assert model.layers[3].blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.02)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.helpers import exit_code
 from utils import compare
-from utils.tools.run_history import RunFolderError, extremes, panels_of, read_run
+from utils.tools.run_history import OutputDirError, extremes, panels_of, read_run
 
 Compare = Callable[..., tuple[int, str, str]]
 
@@ -57,8 +57,8 @@ def test_table_and_picture(run_compare: Compare, tmp_path: Path) -> None:
     with Image.open(tmp_path / "comparison.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
     assert picture.size[0] > 1000
-    for colour in ((31, 119, 180), (255, 127, 14)):  # of the first and of the second run
-        assert (pixels == colour).all(axis=1).sum() > 100
+    for color in ((31, 119, 180), (255, 127, 14)):  # of the first and of the second run
+        assert (pixels == color).all(axis=1).sum() > 100
     assert run_compare(a, b)[0] == 0  # over its own picture
 
 
@@ -123,7 +123,7 @@ def test_mistakes(run_compare: Compare, tmp_path: Path) -> None:
     assert "replace it with --force" in err
     assert run_compare(run, "--output", "mine.png", "--force")[0] == 0
     (run / "metrics.jsonl").write_text('{"epoch": 0, "acc')
-    with pytest.raises(RunFolderError, match="no epoch is complete yet"):
+    with pytest.raises(OutputDirError, match="no epoch is complete yet"):
         read_run(run)
     (run / "metrics.jsonl").write_text('{"epoch": 0, "odd": 1}\n{"epoch": "1"}\n')
     (run / "speed.jsonl").unlink()

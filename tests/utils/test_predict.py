@@ -13,7 +13,7 @@ from torch import nn
 from config import load_config
 from data import build_data
 from models import build_model
-from tests.helpers import ROOT, deep_grey, exit_code, fill_weights
+from tests.helpers import ROOT, deep_gray, exit_code, fill_weights
 from utils import predict
 
 OPTS = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.DEPTHS", "[1,1,1,1]", "MODEL.MLLA.NUM_HEADS", "[1,1,1,1]"]
@@ -101,7 +101,7 @@ def test_models_of_timm_name_imagenets_classes(
 def test_sixteen_bits_keep_their_upper_eight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, name: str
 ) -> None:
-    deep_grey().save(tmp_path / name)
+    deep_gray().save(tmp_path / name)
     _, image, _ = predict.ImageFiles([tmp_path / name], np.asarray)[0]
     assert np.mean(image) == pytest.approx(127.5, abs=1)  # type: ignore[arg-type]
     drawn: list[np.ndarray] = []

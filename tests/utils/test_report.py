@@ -202,5 +202,5 @@ def test_in_a_browser(run: Path, text: str, tmp_path: Path, is_dark: bool, width
     browse(tmp_path, *flags, f"--screenshot={picture}", (run / "report.html").as_uri())
     pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
     assert pixels[2, 2].tolist() == ([20, 22, 26] if is_dark else [255, 255, 255])
-    for colour in ((108, 182, 255) if is_dark else (31, 119, 180), (200, 0, 0)):  # curves, predictions
-        assert (abs(pixels - colour).max(axis=2) < 12).sum() > 100
+    for color in ((108, 182, 255) if is_dark else (31, 119, 180), (200, 0, 0)):  # curves, predictions
+        assert (abs(pixels - color).max(axis=2) < 12).sum() > 100

@@ -129,7 +129,7 @@ def timed(
 ) -> Throughput:
     """The row for `call`, which works through one batch."""
     device = conditions.device
-    forget_peak(device)
+    reset_peak_memory(device)
     run_rounds(call, device, warmup)
     seconds = run_rounds(call, device, 1)
     wanted = torch.tensor(max(1, round(conditions.round_seconds / seconds)), device=device)
@@ -160,20 +160,20 @@ def timed(
 
 def run_rounds(call: Callable[[], None], device: torch.device, count: int) -> float:
     """Seconds for `count` calls, all work on the device included."""
-    synchronise(device)
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(count):
         call()
-    synchronise(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def forget_peak(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     """Let the next peak be that of what comes, without what nobody holds any longer."""
     if device.type == "cuda":
         gc.collect()

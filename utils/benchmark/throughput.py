@@ -12,9 +12,9 @@ from yacs.config import CfgNode
 
 from utils.benchmark.measure import Conditions, Throughput, measure_inference, measure_training
 from utils.benchmark.tables import draw_bars, pixel_table, throughput_table
-from utils.distributed.process import Process, distribute
+from utils.distributed.process import Process, wrap_ddp
 from utils.logs.logger import append_records, logger
-from utils.speed.compile import captures, prepared_for_inference, resolve_mode, used_mode
+from utils.speed.compile import effective_mode, prepared_for_inference, resolve_mode, uses_graphs
 from utils.training.build import build_ema, build_optimizer, build_precision, build_train_step
 from utils.training.graphed_step import GraphedTrainStep
 
@@ -120,9 +120,9 @@ def training_rows(
     model = make_model()
     num_classes = cast("int", model.num_classes)
     ema, optimizer = build_ema(config, model, derived), build_optimizer(config, model)
-    model = distribute(model, process, find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS)
+    model = wrap_ddp(model, process, find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS)
     step = build_train_step(config, model, optimizer, ema, conditions.precision, derived)
-    mode = used_mode(conditions.compile, is_captured=isinstance(step, GraphedTrainStep))
+    mode = effective_mode(conditions.compile, is_captured=isinstance(step, GraphedTrainStep))
     conditions = replace(conditions, compile=mode)
     works = {"training": PLAIN_STEP}
     if config.AUG.MESA and ema is not None:
@@ -166,7 +166,7 @@ def conditions_of(config: CfgNode, process: Process, mode: str, in_chans: int, *
     return Conditions(
         device,
         build_precision(config, device),
-        used_mode(mode, is_captured=captures(mode, device)),
+        effective_mode(mode, is_captured=uses_graphs(mode, device)),
         in_chans=in_chans,
         num_processes=num_processes,
     )

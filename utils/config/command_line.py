@@ -12,7 +12,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-SECOND_VOICE_SECONDS = 5.0
+SECONDARY_RANK_DELAY_SECONDS = 5.0
 
 # Flags and the keys they set; a flag that is not typed sets nothing.
 TEXT_FLAGS = {
@@ -85,7 +85,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 @contextmanager
-def mistakes_in_one_line(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
+def report_user_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
     """While a command is set up, what is wrong with its inputs ends it with one line and exit code 2.
 
     Of several processes the first speaks first; the launcher then ends the others, before they repeat it.
@@ -94,7 +94,7 @@ def mistakes_in_one_line(kinds: tuple[type[Exception], ...] = (ValueError, OSErr
         yield
     except kinds as error:
         if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(SECOND_VOICE_SECONDS)
+            time.sleep(SECONDARY_RANK_DELAY_SECONDS)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

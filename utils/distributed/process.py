@@ -77,7 +77,7 @@ def stop_process() -> None:
         dist.destroy_process_group()
 
 
-def distribute(model: nn.Module, process: Process, *, find_unused_parameters: bool = False) -> nn.Module:
+def wrap_ddp(model: nn.Module, process: Process, *, find_unused_parameters: bool = False) -> nn.Module:
     """The model wrapped in DDP where there are several processes, else as it is.
 
     Buffers are not broadcast from the first process: `average_buffers` makes them equal after each step.
@@ -101,7 +101,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
-def without_sync(model: nn.Module) -> AbstractContextManager[None]:
+def no_sync(model: nn.Module) -> AbstractContextManager[None]:
     """Within: backward passes add up gradients on this process alone (DDP's no_sync)."""
     return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
 
@@ -127,7 +127,7 @@ def max_over_processes(values: Tensor) -> Tensor:
     return values
 
 
-def moving_buffers(model: nn.Module) -> list[Tensor]:
+def trained_buffers(model: nn.Module) -> list[Tensor]:
     """Floating-point buffers that training changes. Those of frozen layers are not among them: a mean of equal numbers
     over three processes may differ from them in the last digit.
     """

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def write_whole(target: Path, write: Callable[[Path], object]) -> None:
+def write_atomic(target: Path, write: Callable[[Path], object]) -> None:
     """Write under a temporary name, flush to disk, rename."""
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:

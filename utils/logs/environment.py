@@ -20,7 +20,7 @@ PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "pillow", "simple
 GIT_SECONDS = 10
 
 
-def note_environment(folder: Path, process: Process, *, epoch: int) -> None:
+def record_environment(folder: Path, process: Process, *, epoch: int) -> None:
     """Add a line to <folder>/environment.jsonl: the run starts, or goes on from `epoch`, here. On the first process."""
     append_records(folder / "environment.jsonl", [{"epoch": epoch, **environment(process)}])
 

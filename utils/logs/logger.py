@@ -22,7 +22,7 @@ from utils.logs.plots import Panel, plot_curves
 CURVES_SECONDS = 60.0
 HISTOGRAM_BINS = 64
 PICTURE_SIDE = 1024  # pixels
-COLOURS = {logging.WARNING: "yellow", logging.ERROR: "red"}
+COLORS = {logging.WARNING: "yellow", logging.ERROR: "red"}
 
 logger = logging.getLogger("mlla")
 
@@ -34,7 +34,7 @@ class TerminalHandler(logging.Handler):
         if getattr(record, "is_step", False) and sys.stdout.isatty():
             return
         clock, _, message = self.format(record).partition(" | ")
-        tqdm.write(f"{colored(clock, 'green')} {colored(message, COLOURS.get(record.levelno))}", file=sys.stdout)
+        tqdm.write(f"{colored(clock, 'green')} {colored(message, COLORS.get(record.levelno))}", file=sys.stdout)
         sys.stdout.flush()
 
 

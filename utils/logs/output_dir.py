@@ -15,7 +15,7 @@ from utils.logs.logger import logger, start_logging
 LOCK_SECONDS = 10.0
 
 
-def open_run_folder(output: str, name: str, tag: str, *, rank: int) -> Path:
+def open_output_dir(output: str, name: str, tag: str, *, rank: int) -> Path:
     """Make <output>/<name>/<tag> and start this process's log in it.
 
     Raises:
@@ -70,7 +70,7 @@ class RunLock:
         self.file.close()
 
 
-def write_config(folder: Path, text: str) -> None:
+def save_config(folder: Path, text: str) -> None:
     """Write config.yaml, for `--cfg` to read again; a former one that differs is kept under another name."""
     path = folder / "config.yaml"
     temporary = folder / "config.yaml.tmp"
@@ -94,7 +94,7 @@ def differences(former: Path, present: Path) -> str:
     return "; ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in changed)
 
 
-def set_aside_checkpoints(folder: Path, progress: Progress, *, continues: bool) -> None:
+def move_replaced_checkpoints(folder: Path, progress: Progress, *, continues: bool) -> None:
     """Move checkpoints that are further than `progress`, whose steps run again (or that could not be read), to a folder
     replaced_<n>, so that nothing is lost. Where the folder's run does not go on but another starts, keep a second name
     of its best ones there too.

@@ -74,9 +74,9 @@ def panel_svg(records: Sequence[Mapping[str, Any]], panel: Panel, *, dark: bool)
     ink = "#e6e6e6" if dark else "#1a1a1a"
     parts = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     # Text stays text; fixed identifiers, so that the same figures give the same bytes.
-    colours = plt.cycler(color=BRIGHT) if dark else plt.rcParams["axes.prop_cycle"]
+    colors = plt.cycler(color=BRIGHT) if dark else plt.rcParams["axes.prop_cycle"]
     settings: dict[Any, Any] = {
-        "axes.prop_cycle": colours,
+        "axes.prop_cycle": colors,
         "svg.fonttype": "none",
         "svg.hashsalt": "mlla",
         "legend.framealpha": 0,
@@ -94,7 +94,7 @@ def panel_svg(records: Sequence[Mapping[str, Any]], panel: Panel, *, dark: bool)
 def comparison_picture(
     runs: Mapping[str, Sequence[Mapping[str, Any]]], panels: Sequence[Panel], form: str, *, creator: str
 ) -> bytes:
-    """Several runs drawn into each panel: a colour a run, a panel's first curve solid, others dashed.
+    """Several runs drawn into each panel: a color a run, a panel's first curve solid, others dashed.
 
     Args:
         runs: records by the run's name.
@@ -102,12 +102,12 @@ def comparison_picture(
         creator: written into the file as the program that made it.
     """
     figure, axes = grid_of(len(panels), height=3.2)
-    colours = plt.get_cmap("tab10" if len(runs) <= 10 else "turbo")
+    colors = plt.get_cmap("tab10" if len(runs) <= 10 else "turbo")
     handles = {}
     for i, (name, records) in enumerate(runs.items()):
-        colour = colours(i if len(runs) <= 10 else i / (len(runs) - 1))
+        color = colors(i if len(runs) <= 10 else i / (len(runs) - 1))
         for axis, panel in zip(axes, panels, strict=True):
-            styles = [{"color": colour, "linestyle": "--" if j else "-"} for j in range(len(panel.curves))]
+            styles = [{"color": color, "linestyle": "--" if j else "-"} for j in range(len(panel.curves))]
             for line in draw_panel(axis, records, panel, styles)[:1]:
                 handles[name] = line
     for axis, panel in zip(axes, panels, strict=True):

@@ -19,7 +19,7 @@ class WandbError(ValueError):
     """Weights & Biases cannot be used as it is set up: one line with the remedy."""
 
 
-class WandbLog:
+class WandbLogger:
     """A run there, resumed with the run here: its number is in <folder>/wandb_id.txt. On the first process only.
 
     Args:

@@ -24,11 +24,11 @@ def resolve_mode(mode: str, device: torch.device) -> str:
     """What "auto" is on this device: reduce-overhead on a GPU for which something can be compiled, else off."""
     if mode != "auto":
         return mode
-    return "off" if why_not_compiled(device) else "reduce-overhead"
+    return "off" if compile_unsupported_reason(device) else "reduce-overhead"
 
 
 @cache
-def why_not_compiled(device: torch.device) -> str:
+def compile_unsupported_reason(device: torch.device) -> str:
     """Why nothing can be compiled for a device, or an empty string. If it is a GPU, the log says so, once."""
     if device.type != "cuda":
         return "there is no GPU"
@@ -61,12 +61,12 @@ def compile_regions(model: nn.Module, mode: str, activation_budget: float = 1.0)
     return model
 
 
-def captures(mode: str, device: torch.device) -> bool:
+def uses_graphs(mode: str, device: torch.device) -> bool:
     """Whether a mode replays CUDA graphs on this device."""
     return mode in GRAPH_MODES and device.type == "cuda"
 
 
-def used_mode(mode: str, *, is_captured: bool) -> str:
+def effective_mode(mode: str, *, is_captured: bool) -> str:
     """What a mode came to: itself, or without a graph what is left of it."""
     return mode if is_captured or mode not in GRAPH_MODES else INDUCTOR_MODES[mode] or "default"
 
@@ -126,4 +126,4 @@ class CapturedModel(nn.Module):
 def prepared_for_inference(model: nn.Module, mode: str, device: torch.device) -> nn.Module:
     """The model through a mode's compilation and graphs, for evaluation."""
     model = compile_regions(model.eval(), mode)
-    return CapturedModel(model) if captures(mode, device) else model
+    return CapturedModel(model) if uses_graphs(mode, device) else model

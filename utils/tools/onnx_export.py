@@ -89,7 +89,7 @@ def write_smaller(source: Path, target: Path, precision: str) -> None:
 
     Args:
         precision: "float16": weights and computation but for `FLOAT32_OPS`, with float32 images and outputs; or "int8":
-            the weights of linear layers, one scale a column; activations are quantised as they come.
+            the weights of linear layers, one scale a column; activations are quantized as they come.
     """
     import onnx
 
@@ -97,7 +97,7 @@ def write_smaller(source: Path, target: Path, precision: str) -> None:
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         options: dict[str, Any] = {"op_types_to_quantize": ["MatMul", "Gemm"], "per_channel": True}
-        logging.disable(logging.WARNING)  # its advice to optimise the graph first, which the translation has done
+        logging.disable(logging.WARNING)  # its advice to optimize the graph first, which the translation has done
         try:
             quantize_dynamic(str(source), str(target), weight_type=QuantType.QInt8, **options)
         finally:

@@ -55,14 +55,14 @@ def plot_maps(
     mark: tuple[float, float] | None = None,
     is_signed: bool = False,
 ) -> None:
-    """Draw images, one a row, each with its maps beside it, every map with a colour bar of its own.
+    """Draw images, one a row, each with its maps beside it, every map with a color bar of its own.
 
     Args:
         images: (B, H, W, 3), from 0 to 1.
         columns: name and maps (B, h, w) of each column; any h and w.
         title: of the whole picture.
         mark: a place to mark in every panel, its height and its width as shares of the image.
-        is_signed: colours around zero, red above and blue below, instead of from dark to light.
+        is_signed: colors around zero, red above and blue below, instead of from dark to light.
     """
     rows, count = len(images), len(columns) + 1
     figure, axes = plt.subplots(
@@ -72,8 +72,8 @@ def plot_maps(
         axes[i, 0].imshow(image, extent=(0, 1, 1, 0))
         for axis, (_, maps) in zip(axes[i, 1:], columns, strict=True):
             limit = float(np.abs(maps[i]).max()) or 1.0
-            colours: dict[str, object] = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit} if is_signed else {}
-            shown = axis.imshow(maps[i], extent=(0, 1, 1, 0), interpolation="nearest", **colours)
+            colors: dict[str, object] = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit} if is_signed else {}
+            shown = axis.imshow(maps[i], extent=(0, 1, 1, 0), interpolation="nearest", **colors)
             figure.colorbar(shown, ax=axis, shrink=0.85)
         for axis, shape in zip(axes[i], [image.shape, *(maps[i].shape for _, maps in columns)], strict=True):
             axis.set_xticks([])

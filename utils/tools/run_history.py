@@ -25,11 +25,11 @@ SHOWN = {
 NEITHER_BEST = {"step", "steps", "lr", "grad_norm", "memory_mib", "images_per_second"}
 
 
-class RunFolderError(ValueError):
+class OutputDirError(ValueError):
     """A folder that holds no run, or none that can be read: one line with the remedy."""
 
 
-class RunFigures(NamedTuple):
+class RunMetrics(NamedTuple):
     """A run: a record an epoch with the numbers of metrics.jsonl and speed.jsonl, and its settings by dotted key."""
 
     folder: Path
@@ -54,28 +54,28 @@ class Extremes(NamedTuple):
     last: float
 
 
-def read_run(folder: Path) -> RunFigures:
+def read_run(folder: Path) -> RunMetrics:
     """Lines that are cut short, as by a run that writes them now, are left out; of an epoch's lines the last counts.
 
     Raises:
-        RunFolderError: no figures there, or none yet.
+        OutputDirError: no figures there, or none yet.
     """
     path = folder / "metrics.jsonl"
     if not path.is_file():
         inside = [str(found.parent) for found in sorted(folder.glob("**/metrics.jsonl"))[:3]]
         hint = f"in it are {', '.join(inside)}" if inside else "name the folder of a run, <output>/<MODEL.NAME>/<tag>"
-        raise RunFolderError(f"{folder}: holds no metrics.jsonl; {hint}")
+        raise OutputDirError(f"{folder}: holds no metrics.jsonl; {hint}")
     records: dict[int, dict[str, Any]] = {}
     for record in read_records(path):
         if isinstance(record["epoch"], int):
             records[record["epoch"]] = numbers_in(record)
     if not records:
-        raise RunFolderError(f"{path}: no epoch is complete yet")
+        raise OutputDirError(f"{path}: no epoch is complete yet")
     for record in read_records(folder / "speed.jsonl"):
         if record["epoch"] in records:
             records[record["epoch"]] |= numbers_in(record)
     config = folder / "config.yaml"
-    return RunFigures(
+    return RunMetrics(
         folder, [records[epoch] for epoch in sorted(records)], read_yaml(config) if config.is_file() else {}
     )
 

@@ -12,17 +12,17 @@ from yacs.config import CfgNode
 from utils.config.yaml_file import flatten
 from utils.logs.logger import logger
 from utils.logs.plots import Panel
-from utils.logs.wandb_logger import WandbLog
+from utils.logs.wandb_logger import WandbLogger
 from utils.speed.compile import GRAPH_MODES, compile_regions, resolve_mode
 from utils.speed.memory import out_of_memory_message
 from utils.training.amp import Precision, make_precision
 from utils.training.ema import ModelEma
-from utils.training.graphed_step import GraphedTrainStep, why_not_captured
+from utils.training.graphed_step import GraphedTrainStep, graph_unsupported_reason
 from utils.training.losses import ClassificationLoss
 from utils.training.lr_schedule import Schedule
 from utils.training.optimizer import make_optimizer, parameter_groups
 from utils.training.train_step import TrainStep
-from utils.training.trainer import Plan
+from utils.training.trainer import TrainerConfig
 
 
 def build_precision(config: CfgNode, device: torch.device) -> Precision:
@@ -106,26 +106,26 @@ def build_train_step(
     parts = (model, optimizer, precision)
     options = {"compute_losses": loss, "clip_grad": config.TRAIN.CLIP_GRAD, "ema": ema}
     train_step = TrainStep(*parts, **options)
-    device = train_step.is_halted.device
+    device = train_step.found_inf.device
     mode = resolve_mode(config.TRAIN.COMPILE, device)
     compile_regions(model, mode, config.TRAIN.ACTIVATION_BUDGET)
     if ema is not None and loss.teacher is not None:
         compile_regions(ema.module, mode, config.TRAIN.ACTIVATION_BUDGET)
     if mode not in GRAPH_MODES:
         return train_step
-    reason = why_not_captured(train_step, dist.get_world_size() if dist.is_initialized() else 1)
+    reason = graph_unsupported_reason(train_step, dist.get_world_size() if dist.is_initialized() else 1)
     if reason:
         logger.info("TRAIN.COMPILE %s: the step is not one CUDA graph, %s", config.TRAIN.COMPILE, reason)
         return train_step
     return GraphedTrainStep(*parts, **options)
 
 
-def build_plan(config: CfgNode, derived: Any, *, metric: str, panels: Sequence[Panel]) -> Plan:
+def build_trainer_config(config: CfgNode, derived: Any, *, metric: str, panels: Sequence[Panel]) -> TrainerConfig:
     """The plan of a run that is judged by `metric`."""
-    return Plan(
+    return TrainerConfig(
         total_epochs=derived.total_epochs,
         steps_per_epoch=derived.steps_per_epoch,
-        rate_of_step=build_schedule(config, derived).rate_of_step,
+        lr_at=build_schedule(config, derived).lr_at,
         metric=metric,
         panels=panels,
         accumulation_steps=config.TRAIN.ACCUMULATION_STEPS,
@@ -138,7 +138,7 @@ def build_plan(config: CfgNode, derived: Any, *, metric: str, panels: Sequence[P
     )
 
 
-def build_tracker(config: CfgNode, folder: Path, *, continues: bool) -> WandbLog | None:
+def build_tracker(config: CfgNode, folder: Path, *, continues: bool) -> WandbLogger | None:
     """The run at Weights & Biases, where LOG.WANDB names a project; on the first process.
 
     Raises:
@@ -146,4 +146,4 @@ def build_tracker(config: CfgNode, folder: Path, *, continues: bool) -> WandbLog
     """
     if not config.LOG.WANDB:
         return None
-    return WandbLog(config.LOG.WANDB, folder, config=dict(flatten(config)), continues=continues)
+    return WandbLogger(config.LOG.WANDB, folder, config=dict(flatten(config)), continues=continues)

@@ -10,7 +10,7 @@ from utils.speed.compile import RECORDING, Capture
 from utils.speed.streams import on_side_stream
 from utils.training.train_step import StepResult, TrainStep
 
-STEPS_BEFORE_CAPTURE = 3  # real steps of the run, in which libraries choose their algorithms and allocate workspaces
+NUM_WARMUP_STEPS = 3  # real steps of the run, in which libraries choose their algorithms and allocate workspaces
 
 
 class GraphedTrainStep(TrainStep):
@@ -30,7 +30,7 @@ class GraphedTrainStep(TrainStep):
         self.capture: Capture | None = None
         self.inputs: list[Any] = []
         groups = self.optimizer.param_groups
-        self.rates = [torch.zeros((), dtype=torch.float32, device=self.is_halted.device) for _ in groups]
+        self.rates = [torch.zeros((), dtype=torch.float32, device=self.found_inf.device) for _ in groups]
 
     def __call__(self, micro_batches: Sequence[Any], *, step: int, learning_rate: float) -> StepResult:
         variant = self.compute_losses.variant(step)  # type: ignore[attr-defined]
@@ -38,10 +38,10 @@ class GraphedTrainStep(TrainStep):
         if key != self.key:
             self.key, self.steps_of_key, self.capture = key, 0, None
         self.steps_of_key += 1
-        if self.steps_of_key <= STEPS_BEFORE_CAPTURE:
-            with on_side_stream(self.is_halted.device, RECORDING):
+        if self.steps_of_key <= NUM_WARMUP_STEPS:
+            with on_side_stream(self.found_inf.device, RECORDING):
                 return super().__call__(micro_batches, step=step, learning_rate=learning_rate)
-        self.set_rates(learning_rate)
+        self.set_learning_rates(learning_rate)
         if self.capture is None:
             self.record(micro_batches, step)
         for static, batch in zip(self.inputs, micro_batches, strict=True):
@@ -68,15 +68,15 @@ class GraphedTrainStep(TrainStep):
                 group.update(former)
 
 
-def why_not_captured(train_step: TrainStep, num_processes: int) -> str:
+def graph_unsupported_reason(train_step: TrainStep, num_processes: int) -> str:
     """Why a step cannot be one graph, or an empty string."""
-    if train_step.is_halted.device.type != "cuda":
+    if train_step.found_inf.device.type != "cuda":
         return "there is no GPU"
     if num_processes > 1:
         return "gradients are exchanged between processes"
     if train_step.precision.scaler.is_enabled():
         return "float16's scaler chooses its way by the gradients; bfloat16 needs none"
-    if train_step.ema is not None and train_step.ema.averages[0].device != train_step.is_halted.device:
+    if train_step.ema is not None and train_step.ema.averages[0].device != train_step.found_inf.device:
         return "the average is kept on the CPU"
     if any(getattr(module, "use_checkpoint", False) for module in train_step.model.modules()):
         return "recomputed blocks read the random numbers' state; TRAIN.ACTIVATION_BUDGET saves memory in a graph"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from utils.config.command_line import SECOND_VOICE_SECONDS, mistakes_in_one_line
+from utils.config.command_line import SECONDARY_RANK_DELAY_SECONDS, report_user_errors
 from utils.distributed.process import Process, start_process, stop_process
 from utils.logs.logger import logger
 from utils.training.train_step import NonFiniteLossError
@@ -25,7 +25,7 @@ class MissingCompilerError(ValueError):
 
 
 @contextmanager
-def missing_compiler_explained(setting: str) -> Iterator[None]:
+def explain_missing_compiler(setting: str) -> Iterator[None]:
     """What is said where there is no C++ or C compiler becomes one line; it is known only when a model first runs.
 
     Args:
@@ -71,17 +71,17 @@ def run_process(
         The exit code: the work's own, 130 after Ctrl-C, 2 where a compiler is missing, 1 where it failed otherwise,
         which the log and standard error explain.
     """
-    with mistakes_in_one_line():
+    with report_user_errors():
         process = start_process(local_rank)
     try:
-        with missing_compiler_explained(compile_setting):
+        with explain_missing_compiler(compile_setting):
             code = work(process)
     except KeyboardInterrupt:
         logger.warning("interrupted; the same command goes on from the newest checkpoint, if there is one")
         code = 130
     except MissingCompilerError as error:
         if not process.is_main:
-            time.sleep(SECOND_VOICE_SECONDS)
+            time.sleep(SECONDARY_RANK_DELAY_SECONDS)
         logger.error("%s", error)
         code = 2
     except Exception as error:
@@ -108,7 +108,7 @@ def report(
     elif isinstance(error, torch.OutOfMemoryError):
         logger.error("%s%s", who, explain_out_of_memory(error))
     elif isinstance(error, torch.distributed.DistError) or any(word in text for word in LOST_CONTACT):
-        time.sleep(SECOND_VOICE_SECONDS)  # the launcher ends this process, after it has seen the first to fail
+        time.sleep(SECONDARY_RANK_DELAY_SECONDS)  # the launcher ends this process, after it has seen the first to fail
         logger.error("%slost contact with the other processes, one of which has failed (%s)", who, text[:200])
     elif "DataLoader worker" in text:
         logger.error(

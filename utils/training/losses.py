@@ -26,7 +26,7 @@ def training_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None
 
 
 class ClassificationLoss:
-    """What a training step minimises: `training_loss` of a model, with a teacher from some step on.
+    """What a training step minimizes: `training_loss` of a model, with a teacher from some step on.
 
     On a GPU the teacher runs beside the model, on a stream of its own.
 

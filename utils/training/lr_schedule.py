@@ -41,6 +41,6 @@ class Schedule:
         progress = min(t / self.total_steps, 1.0)
         return self.min_lr + (self.base_lr - self.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
-    def rate_of_step(self, step: int) -> float:
+    def lr_at(self, step: int) -> float:
         """The rate that optimizer step `step` (from 0) runs at: that of t = step - 1, and of t = 0 for the first."""
         return self.rate_at(max(step - 1, 0))

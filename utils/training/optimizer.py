@@ -94,7 +94,7 @@ def make_optimizer(
     if name == "sgd":
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=momentum > 0, fused=True)
         if momentum > 0:
-            # Fused SGD leaves them uninitialised where `found_inf` skips the first step.
+            # Fused SGD leaves them uninitialized where `found_inf` skips the first step.
             for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer

@@ -38,7 +38,7 @@ class WarmupSchedule:
     milestones: Sequence[int] = ()
     decay_rate: float = 0.1
 
-    def rate_of_step(self, step: int) -> float:
+    def lr_at(self, step: int) -> float:
         """The rate that optimizer step `step` (from 0) runs at."""
         if self.name == "linear":
             rate = self.base_lr * max(0.0, 1 - step / self.total_steps)

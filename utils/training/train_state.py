@@ -24,7 +24,7 @@ VERSIONS = {"torch": str(torch.__version__), "numpy": np.__version__, "python": 
 
 
 @dataclass
-class RunState:
+class TrainState:
     """A run between two steps.
 
     Attributes:
@@ -131,7 +131,7 @@ class RunState:
         self.best = float(content.get("max_accuracy", 0.0))
         self.best_ema = float(content.get("max_accuracy_e", 0.0))
         self.origin = content.get("origin")
-        self.check_images_per_step(content.get("images_per_step", self.images_per_step), source)
+        self.check_global_batch_size(content.get("images_per_step", self.images_per_step), source)
         ranks, process = content.get("ranks", []), self.process
         if len(ranks) == process.num_processes:
             self.sums = ranks[process.rank]["sums"]
@@ -159,7 +159,7 @@ class RunState:
                 ", ".join(changed),
             )
 
-    def check_images_per_step(self, former: int, source: str) -> None:
+    def check_global_batch_size(self, former: int, source: str) -> None:
         """Another number of images a step moves the schedule, and within an epoch would repeat or lose images.
 
         Raises:

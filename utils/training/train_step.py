@@ -11,9 +11,9 @@ from utils.distributed.process import (
     Process,
     average_buffers,
     min_over_processes,
-    moving_buffers,
+    no_sync,
+    trained_buffers,
     unwrap,
-    without_sync,
 )
 from utils.training.amp import Precision
 from utils.training.ema import ModelEma
@@ -48,7 +48,7 @@ class TrainStep:
         model: the network, in DDP where there are several processes.
         optimizer: fused, so that it honours `found_inf`.
         precision: autocast and gradient scaler.
-        compute_losses: (micro-batch, step) to the terms of the loss by name, scalars; their sum is minimised. It calls
+        compute_losses: (micro-batch, step) to the terms of the loss by name, scalars; their sum is minimized. It calls
             `model`, under autocast.
         clip_grad: largest global L2 norm of the gradient; 0 leaves it as it is.
         ema: follows the model; None without EMA.
@@ -71,10 +71,10 @@ class TrainStep:
         self.max_norm = clip_grad or float("inf")
         self.ema = ema
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.buffers = moving_buffers(unwrap(model))
+        self.buffers = trained_buffers(unwrap(model))
         device = self.parameters[0].device
-        self.is_halted = torch.zeros((), dtype=torch.float32, device=device)
-        self.alive = torch.ones((), dtype=torch.float32, device=device)  # NaN once halted, which the scaler sees
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
+        self.loss_poison = torch.ones((), dtype=torch.float32, device=device)  # NaN once halted, which the scaler sees
         self.first_bad_step = torch.full((), NEVER, dtype=torch.int64, device=device)
         self.step_number = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -83,11 +83,11 @@ class TrainStep:
 
         `step` counts from the start of the run and is what `check_finite` reports.
         """
-        self.set_rates(learning_rate)
+        self.set_learning_rates(learning_rate)
         self.step_number.fill_(step)
         return self.run(micro_batches, step)
 
-    def set_rates(self, learning_rate: float) -> None:
+    def set_learning_rates(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)  # layer-wise decay
 
@@ -97,18 +97,18 @@ class TrainStep:
         sums: dict[str, Tensor] = {}
         for i, micro_batch in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
-            with nullcontext() if is_last else without_sync(self.model):
+            with nullcontext() if is_last else no_sync(self.model):
                 with self.precision.autocast():
                     losses = self.compute_losses(micro_batch, step)
                 terms = {name: loss / len(micro_batches) for name, loss in losses.items()}
-                self.precision.scaler.scale(sum_of(terms) * self.alive).backward()
+                self.precision.scaler.scale(total_loss(terms) * self.loss_poison).backward()
             sums = {name: sums.get(name, 0) + term.detach() for name, term in terms.items()}
-        loss = sum_of(sums)
+        loss = total_loss(sums)
 
         scaler = self.precision.scaler
         scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm, foreach=True)
-        self.note_finiteness(loss, grad_norm)
+        self.update_found_inf(loss, grad_norm)
         scaler.step(self.optimizer)
         scaler.update()
 
@@ -117,7 +117,7 @@ class TrainStep:
             self.ema.update()
         return StepResult(loss, grad_norm.detach(), sums)
 
-    def note_finiteness(self, loss: Tensor, grad_norm: Tensor) -> None:
+    def update_found_inf(self, loss: Tensor, grad_norm: Tensor) -> None:
         """Halt the optimizer, on the device, if this step is not finite; with float16 the scaler judges gradients.
 
         In place: a recorded step finds its state where it was.
@@ -126,11 +126,11 @@ class TrainStep:
         is_bad = ~torch.isfinite(verdict)
         earliest = torch.minimum(self.first_bad_step, self.step_number)
         self.first_bad_step.copy_(torch.where(is_bad, earliest, self.first_bad_step))
-        self.is_halted.copy_(torch.maximum(self.is_halted, is_bad.to(self.is_halted.dtype)))
+        self.found_inf.copy_(torch.maximum(self.found_inf, is_bad.to(self.found_inf.dtype)))
         if self.precision.scaler.is_enabled():
-            self.alive.masked_fill_(is_bad, float("nan"))
+            self.loss_poison.masked_fill_(is_bad, float("nan"))
         else:
-            self.optimizer.found_inf = self.is_halted  # type: ignore[attr-defined]
+            self.optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
 
     def check_finite(self, step: int) -> int | None:
         """The first step on any process that was not finite, or None. Waits for the device and for all processes.
@@ -143,7 +143,7 @@ class TrainStep:
         return None if first == NEVER else first
 
 
-def sum_of(terms: Mapping[str, Tensor]) -> Tensor:
+def total_loss(terms: Mapping[str, Tensor]) -> Tensor:
     """The loss: the sum of its terms, a scalar."""
     first, *others = terms.values()
     for term in others:

@@ -16,21 +16,21 @@ from utils.logs.histograms import weight_samples
 from utils.logs.logger import ProgressBar, RunRecorder, Tracker, logger
 from utils.logs.plots import Panel
 from utils.speed.memory import peak_memory_mib
-from utils.training.train_state import RunState
+from utils.training.train_state import TrainState
 from utils.training.train_step import NonFiniteLossError, StepResult, TrainStep
 
 PICTURE_SECONDS = 300.0  # between pictures at least, which take a few seconds
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainerConfig:
     """What a run does, apart from the task.
 
     Attributes:
         total_epochs: an epoch is the stretch between two evaluations.
         steps_per_epoch: optimizer steps.
         accumulation_steps: micro-batches a step.
-        rate_of_step: learning rate by step of the run, from 0.
+        lr_at: learning rate by step of the run, from 0.
         metric: name of the figure whose highest value marks the best checkpoint.
         best_name: what that checkpoint is called: max_<best_name>.pth, max_ema_<best_name>.pth.
         panels: what curves.png shows.
@@ -44,7 +44,7 @@ class Plan:
 
     total_epochs: int
     steps_per_epoch: int
-    rate_of_step: Callable[[int], float]
+    lr_at: Callable[[int], float]
     metric: str
     panels: Sequence[Panel]
     best_name: str = "acc"
@@ -102,8 +102,8 @@ class Trainer:
 
     def __init__(
         self,
-        plan: Plan,
-        state: RunState,
+        plan: TrainerConfig,
+        state: TrainState,
         train_step: TrainStep,
         *,
         folder: Path,
@@ -171,7 +171,7 @@ class Trainer:
                     break
                 step = epoch * plan.steps_per_epoch + index
                 micro_batches = self.take(batches, plan.accumulation_steps)
-                result = self.train_step(micro_batches, step=step, learning_rate=plan.rate_of_step(step))
+                result = self.train_step(micro_batches, step=step, learning_rate=plan.lr_at(step))
                 self.sums.add(result)
                 state.progress = Progress(epoch, index + 1)
                 bar.advance()
@@ -216,7 +216,7 @@ class Trainer:
             done,
             terms=terms,
             grad_norm=result.grad_norm.item(),
-            lr=self.plan.rate_of_step(step),
+            lr=self.plan.lr_at(step),
             rate=(done - self.first) * self.state.images_per_step / seconds,
             seconds=seconds,
         )
@@ -228,7 +228,7 @@ class Trainer:
         epoch, index = divmod(bad_step, self.plan.steps_per_epoch)
         raise NonFiniteLossError(
             f"the loss or gradient is not finite in epoch {epoch + 1}, step {index + 1} (step {bad_step + 1} of the "
-            f"run), learning rate {self.plan.rate_of_step(bad_step):.3e}; the run stops, its checkpoints are from "
+            f"run), learning rate {self.plan.lr_at(bad_step):.3e}; the run stops, its checkpoints are from "
             f"before. Lower TRAIN.BASE_LR or TRAIN.CLIP_GRAD, or try AMP_DTYPE bfloat16 or no AMP"
         )
 
@@ -239,7 +239,7 @@ class Trainer:
         train_seconds, steps = time.perf_counter() - self.start, plan.steps_per_epoch - self.first
         terms, grad_norm = self.sums.means(steps=plan.steps_per_epoch, num_processes=process.num_processes)
         last_step = (epoch + 1) * plan.steps_per_epoch - 1
-        metrics = {"epoch": epoch, "step": last_step + 1, "lr": plan.rate_of_step(last_step), "grad_norm": grad_norm}
+        metrics = {"epoch": epoch, "step": last_step + 1, "lr": plan.lr_at(last_step), "grad_norm": grad_norm}
         metrics |= {f"train_{name}": value for name, value in terms.items()}
         start = time.perf_counter()
         scores = self.evaluate(state.model, "model")

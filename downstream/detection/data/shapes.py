@@ -1,4 +1,4 @@
-"""A small data set to see the detector learn: coloured shapes that hide each other, on pieces of photographs."""
+"""A small data set to see the detector learn: colored shapes that hide each other, on pieces of photographs."""
 
 import math
 from collections.abc import Sequence
@@ -30,12 +30,12 @@ class Drawn:
     is_crowd: bool = False
 
 
-def outline_of(name: str, *, centre: Sequence[float], radius: float, angle: float) -> np.ndarray:
-    """A shape's corners (K, 2), x y, around its centre at `radius` pixels, turned by `angle` radians from upright."""
+def outline_of(name: str, *, center: Sequence[float], radius: float, angle: float) -> np.ndarray:
+    """A shape's corners (K, 2), x y, around its center at `radius` pixels, turned by `angle` radians from upright."""
     corners = {"circle": 48, "square": 4, "triangle": 3, "star": 10}[name]
     angles = angle + math.pi / (4 if name == "square" else -2) + np.arange(corners) * 2 * math.pi / corners
     radii = np.where(np.arange(corners) % 2, 0.45 * radius, radius) if name == "star" else np.full(corners, radius)
-    return np.stack((centre[0] + radii * np.cos(angles), centre[1] + radii * np.sin(angles)), axis=1)
+    return np.stack((center[0] + radii * np.cos(angles), center[1] + radii * np.sin(angles)), axis=1)
 
 
 def coverage(outline: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -46,13 +46,13 @@ def coverage(outline: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def paint(image: np.ndarray, share: np.ndarray, rng: np.random.Generator) -> None:
-    """Cover an image (H, W, 3) float32, 0 to 255, where share (H, W) says, with a colour that brightens to one side."""
+    """Cover an image (H, W, 3) float32, 0 to 255, where share (H, W) says, with a color that brightens to one side."""
     turn = rng.random() * 2 * math.pi
     hsv = np.array([[rng.integers(low, high) for low, high in ((0, 180), (140, 256), (120, 256))]], dtype=np.uint8)
-    colour = cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0, 0]
+    color = cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0, 0]
     ys, xs = np.mgrid[: share.shape[0], : share.shape[1]]
     shade = 0.8 + 0.003 * (np.cos(turn) * xs + np.sin(turn) * ys) + rng.normal(0, 0.03, share.shape)
-    painted = colour.astype(np.float32) * shade[..., None].astype(np.float32)
+    painted = color.astype(np.float32) * shade[..., None].astype(np.float32)
     image[:] = image * (1 - share[..., None]) + painted * share[..., None]
 
 
@@ -85,8 +85,8 @@ def draw_object(image: np.ndarray, drawn: list[Drawn], rng: np.random.Generator)
     height, width = image.shape[:2]
     name = str(rng.choice(list(CATEGORIES)))
     radius = float(np.exp(rng.uniform(math.log(9), math.log(34))))
-    centre = rng.uniform(0, width), rng.uniform(0, height)
-    outline = outline_of(name, centre=centre, radius=radius, angle=rng.uniform(-TILT, TILT))
+    center = rng.uniform(0, width), rng.uniform(0, height)
+    outline = outline_of(name, center=center, radius=radius, angle=rng.uniform(-TILT, TILT))
     share = coverage(outline, height, width)
     pixels = share >= 0.5
     whole = abs(cv2.contourArea(outline.astype(np.float32)))
@@ -105,11 +105,11 @@ def draw_crowd(image: np.ndarray, rng: np.random.Generator) -> Drawn:
     """A heap of small shapes of one kind, too many to tell apart, as one object."""
     height, width = image.shape[:2]
     name = str(rng.choice(list(CATEGORIES)))
-    centre = np.array([rng.uniform(30, width - 30), rng.uniform(30, height - 30)])
+    center = np.array([rng.uniform(30, width - 30), rng.uniform(30, height - 30)])
     pixels = np.zeros((height, width), dtype=bool)
     for _ in range(25):
-        place = (centre + rng.normal(0, 11, 2)).tolist()
-        share = coverage(outline_of(name, centre=place, radius=5, angle=rng.uniform(-TILT, TILT)), height, width)
+        place = (center + rng.normal(0, 11, 2)).tolist()
+        share = coverage(outline_of(name, center=place, radius=5, angle=rng.uniform(-TILT, TILT)), height, width)
         paint(image, share, rng)
         pixels |= share >= 0.5
     return Drawn(name, np.zeros((0, 2)), pixels, int(pixels.sum()), is_crowd=True)

@@ -114,13 +114,13 @@ def stack_images(images: Sequence[np.ndarray]) -> Tensor:
     return batch.permute(0, 3, 1, 2)  # (B, 3, H', W'), in channels_last memory
 
 
-def normalise(batch: Tensor, frames: Sequence[Frame]) -> Tensor:
+def normalize(batch: Tensor, frames: Sequence[Frame]) -> Tensor:
     """A batch (B, 3, H, W) uint8 as float32 with ImageNet's mean and deviation; 0 outside the images."""
     mean = 255 * batch.new_tensor(IMAGENET_DEFAULT_MEAN, dtype=torch.float32)[:, None, None]
     std = 255 * batch.new_tensor(IMAGENET_DEFAULT_STD, dtype=torch.float32)[:, None, None]
-    normalised = (batch - mean) / std
-    for own, frame in zip(normalised, frames, strict=True):
+    normalized = (batch - mean) / std
+    for own, frame in zip(normalized, frames, strict=True):
         height, width = frame.size
         own[:, height:] = 0
         own[:, :, width:] = 0
-    return normalised
+    return normalized

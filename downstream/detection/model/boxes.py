@@ -20,7 +20,7 @@ BOX_HEAD_STDS = (0.1, 0.1, 0.2, 0.2)
 def make_anchors(grids: Sequence[Size], device: torch.device) -> list[Tensor]:
     """Anchors of each level, (H * W * 3, 4) for a grid (H, W): by row, column, then aspect ratio.
 
-    Centres are multiples of the level's stride, whatever the image's size; nothing is rounded.
+    Centers are multiples of the level's stride, whatever the image's size; nothing is rounded.
     """
     ratios = torch.tensor(ASPECT_RATIOS, device=device)
     heights, widths = ratios.sqrt(), ratios.rsqrt()
@@ -30,13 +30,13 @@ def make_anchors(grids: Sequence[Size], device: torch.device) -> list[Tensor]:
         ys, xs = torch.meshgrid(
             torch.arange(height, device=device) * stride, torch.arange(width, device=device) * stride, indexing="ij"
         )
-        centres = torch.stack((xs, ys, xs, ys), dim=-1)  # (H, W, 4)
-        levels.append((centres[:, :, None] + corners * (ANCHOR_SCALE * stride)).reshape(-1, 4))  # (H * W * 3, 4)
+        centers = torch.stack((xs, ys, xs, ys), dim=-1)  # (H, W, 4)
+        levels.append((centers[:, :, None] + corners * (ANCHOR_SCALE * stride)).reshape(-1, 4))  # (H * W * 3, 4)
     return levels
 
 
 def anchors_within(grids: Sequence[Size], padded: Size, device: torch.device) -> Tensor:
-    """Which anchors of all levels, (sum of H * W * 3,), have their centre within an image's own padded size."""
+    """Which anchors of all levels, (sum of H * W * 3,), have their center within an image's own padded size."""
     parts = []
     for stride, (height, width) in zip(STRIDES, grids, strict=True):
         rows = torch.arange(height, device=device) * stride < padded[0]
@@ -48,9 +48,9 @@ def anchors_within(grids: Sequence[Size], padded: Size, device: torch.device) ->
 
 def encode(references: Tensor, boxes: Tensor, stds: Sequence[float]) -> Tensor:
     """What turns references (..., 4) into boxes (..., 4): shifts over the reference's sides, logarithms of ratios."""
-    centres, sides = centres_and_sides(references)
-    goal_centres, goal_sides = centres_and_sides(boxes)
-    deltas = torch.cat(((goal_centres - centres) / sides, (goal_sides / sides).log()), dim=-1)
+    centers, sides = centers_and_sides(references)
+    goal_centers, goal_sides = centers_and_sides(boxes)
+    deltas = torch.cat(((goal_centers - centers) / sides, (goal_sides / sides).log()), dim=-1)
     return deltas / deltas.new_tensor(stds)
 
 
@@ -58,15 +58,15 @@ def decode(references: Tensor, deltas: Tensor, stds: Sequence[float], limits: Te
     """The boxes that deltas (..., 4) make of references (..., 4), clipped to `limits` (..., 4) (width, height, width,
     height) where they are given. Ratios of sides beyond 62.5, or below 1 / 62.5, are cut to that.
     """
-    centres, sides = centres_and_sides(references)
+    centers, sides = centers_and_sides(references)
     shifts, logs = (deltas * deltas.new_tensor(stds)).split(2, dim=-1)
-    centres = centres + shifts * sides
+    centers = centers + shifts * sides
     half = sides * logs.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() / 2
-    boxes = torch.cat((centres - half, centres + half), dim=-1)
+    boxes = torch.cat((centers - half, centers + half), dim=-1)
     return boxes if limits is None else torch.minimum(boxes.clamp(min=0), limits)
 
 
-def centres_and_sides(boxes: Tensor) -> tuple[Tensor, Tensor]:
+def centers_and_sides(boxes: Tensor) -> tuple[Tensor, Tensor]:
     """(x, y) and (width, height) of boxes (..., 4), (..., 2) each."""
     low, high = boxes.split(2, dim=-1)
     return (low + high) / 2, high - low

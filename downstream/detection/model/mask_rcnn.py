@@ -41,7 +41,7 @@ class MaskRCNN(nn.Module):
         self.roi_head = RoIHead(num_classes, width, hidden=hidden, samples_per_image=roi_samples)
 
     def forward(self, images: Tensor, frames: Sequence[Frame], targets: Sequence[Target]) -> dict[str, Tensor]:
-        """The five losses, scalars, for images (B, 3, H, W), normalised, H and W multiples of 32."""
+        """The five losses, scalars, for images (B, 3, H, W), normalized, H and W multiples of 32."""
         maps = self.neck(self.backbone(images))
         predictions = self.rpn_head(maps)
         losses = self.rpn_head.losses(predictions, frames, targets)
@@ -50,7 +50,7 @@ class MaskRCNN(nn.Module):
 
     @torch.no_grad()
     def detect(self, images: Tensor, frames: Sequence[Frame]) -> list[Detections]:
-        """What is found in each of images (B, 3, H, W), normalised; the model is in evaluation mode."""
+        """What is found in each of images (B, 3, H, W), normalized; the model is in evaluation mode."""
         maps = self.neck(self.backbone(images))
         proposals = self.rpn_head.propose(self.rpn_head(maps), frames)
         return self.roi_head.detect(maps, proposals, frames)

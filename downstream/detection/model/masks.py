@@ -23,7 +23,7 @@ def mask_goals(masks: Tensor, boxes: Tensor, gt_indices: Tensor) -> Tensor:
 def paste_masks(probabilities: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
     """Masks of a whole image, (D, height, width) bool, from probabilities (D, 28, 28) over boxes (D, 4).
 
-    A pixel's probability is interpolated at its centre, with 0 around the box; it belongs to the mask from 0.5 on. A
+    A pixel's probability is interpolated at its center, with 0 around the box; it belongs to the mask from 0.5 on. A
     box without area has an empty mask.
     """
     masks = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=boxes.device)
@@ -54,6 +54,6 @@ def paste_masks(probabilities: Tensor, boxes: Tensor, height: int, width: int) -
 
 
 def places_in_boxes(pixels: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Centres of pixels (W,) from -1 at a box's one side, low (D,), to 1 at the other, high (D,): (D, W)."""
+    """Centers of pixels (W,) from -1 at a box's one side, low (D,), to 1 at the other, high (D,): (D, W)."""
     sides = (high - low).clamp(min=1e-6)[:, None]
     return (pixels + 0.5 - low[:, None]) / sides * 2 - 1

@@ -39,7 +39,7 @@ class MaskedImages:
     """The images of one split, with their masks.
 
     `images/<split>/<name>.jpg` goes with `masks/<split>/<name>.png`; folders within a split are kept apart. A mask
-    is a palette, greyscale or index PNG of the image's size: its numbers are classes, in the order of the class file,
+    is a palette, grayscale or index PNG of the image's size: its numbers are classes, in the order of the class file,
     and 255 is ignored. With `reduce_zero_label` 0 is ignored too, and classes start at 1.
 
     Args:
@@ -148,7 +148,7 @@ def read_mask(path: Path, *, num_classes: int, reduce_zero_label: bool) -> np.nd
     """A mask file as class indices, (H, W) uint8, IGNORED where there is none.
 
     Raises:
-        DataError: it cannot be read, has colours in place of indices, or a value that is no class.
+        DataError: it cannot be read, has colors in place of indices, or a value that is no class.
     """
     try:
         with Image.open(path) as file:
@@ -157,7 +157,7 @@ def read_mask(path: Path, *, num_classes: int, reduce_zero_label: bool) -> np.nd
         raise DataError(f"{path}: cannot be read as an image ({' '.join(str(error).split())})") from None
     if mode not in INDEX_MODES:
         raise DataError(
-            f"{path}: a mask must hold one number a pixel (palette, greyscale or index PNG), but its mode is {mode}"
+            f"{path}: a mask must hold one number a pixel (palette, grayscale or index PNG), but its mode is {mode}"
         )
     values = values.astype(np.int32)
     first = int(reduce_zero_label)  # the number of the first class

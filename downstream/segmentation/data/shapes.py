@@ -7,7 +7,7 @@ import numpy as np
 
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 TEXTURES = ("stripes", "checks", "dots", "clouds", "plain")  # of each shape
-HUE_SPREAD = 0.12  # of a turn, to both sides of a shape's own hue; neighbours are 0.2 apart
+HUE_SPREAD = 0.12  # of a turn, to both sides of a shape's own hue; neighbors are 0.2 apart
 MIN_VISIBLE = 0.4  # share of a shape that others may not cover
 TRIES = 20
 
@@ -34,8 +34,8 @@ def render_scene(
     num_shapes: tuple[int, int] = (2, 5),
     radius: tuple[float, float] = (0.12, 0.3),
 ) -> Scene:
-    """Draw shapes of random kind, place, size and angle. Each kind has a texture of its own, and colours around a hue
-    of its own, which the neighbouring kinds share in part; a background may have any texture, and is less colourful.
+    """Draw shapes of random kind, place, size and angle. Each kind has a texture of its own, and colors around a hue
+    of its own, which the neighboring kinds share in part; a background may have any texture, and is less colorful.
 
     Args:
         rng: gives all that is random.
@@ -43,8 +43,8 @@ def render_scene(
         num_shapes: fewest and most in a picture; fewer where they find no room.
         radius: smallest and largest, as a share of the shorter side.
     """
-    grey = rng.uniform(0.25, 0.75) + rng.uniform(-0.1, 0.1, size=3)
-    image = texture(rng, str(rng.choice(TEXTURES)), height, width, grey, (grey + rng.uniform(-0.2, 0.2)).clip(0, 1))
+    gray = rng.uniform(0.25, 0.75) + rng.uniform(-0.1, 0.1, size=3)
+    image = texture(rng, str(rng.choice(TEXTURES)), height, width, gray, (gray + rng.uniform(-0.2, 0.2)).clip(0, 1))
     labels: list[int] = []
     full: list[np.ndarray] = []  # masks as if nothing were in front
     visible: list[np.ndarray] = []
@@ -58,8 +58,8 @@ def render_scene(
         if any(seen.sum() < MIN_VISIBLE * whole.sum() for seen, whole in zip(left, full, strict=True)):
             continue
         hue = label / len(SHAPES) + rng.uniform(-HUE_SPREAD, HUE_SPREAD)
-        colour = np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.5, 1), rng.uniform(0.6, 1)))
-        painted = texture(rng, TEXTURES[label], height, width, colour, colour * rng.uniform(0.3, 0.7))
+        color = np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.5, 1), rng.uniform(0.6, 1)))
+        painted = texture(rng, TEXTURES[label], height, width, color, color * rng.uniform(0.3, 0.7))
         image = np.where(mask[..., None], painted, image)
         labels, full, visible = [*labels, label], [*full, mask], [*left, mask]
     light = 1 + rng.uniform(-0.25, 0.25) * np.linspace(-1, 1, width)  # from one side
@@ -69,13 +69,13 @@ def render_scene(
 
 
 def shape_mask(rng: np.random.Generator, label: int, height: int, width: int, radius: float) -> np.ndarray:
-    """Where a shape lies, (H, W) bool: it fits into a circle of `radius` pixels, whose centre is in the picture and
+    """Where a shape lies, (H, W) bool: it fits into a circle of `radius` pixels, whose center is in the picture and
     which is at most half a radius outside.
     """
     inset_y, inset_x = min(radius / 2, height / 2), min(radius / 2, width / 2)
-    centre_y, centre_x = rng.uniform(inset_y, height - inset_y), rng.uniform(inset_x, width - inset_x)
+    center_y, center_x = rng.uniform(inset_y, height - inset_y), rng.uniform(inset_x, width - inset_x)
     angle = rng.uniform(0, 2 * np.pi)
-    y, x = (np.mgrid[:height, :width] + 0.5 - np.array([centre_y, centre_x])[:, None, None]) / radius
+    y, x = (np.mgrid[:height, :width] + 0.5 - np.array([center_y, center_x])[:, None, None]) / radius
     x, y = x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)
     distance, direction = np.hypot(x, y), np.arctan2(y, x)
     name = SHAPES[label]
@@ -96,11 +96,11 @@ def shape_mask(rng: np.random.Generator, label: int, height: int, width: int, ra
 def texture(
     rng: np.random.Generator, name: str, height: int, width: int, first: np.ndarray, second: np.ndarray
 ) -> np.ndarray:
-    """Two colours (3,) in a pattern of random period and angle, (H, W, 3) from 0 to 1."""
+    """Two colors (3,) in a pattern of random period and angle, (H, W, 3) from 0 to 1."""
     period, angle = rng.uniform(5, 16), rng.uniform(0, np.pi)
     y, x = np.mgrid[:height, :width] * (2 * np.pi / period)
     along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    share = np.zeros((height, width))  # of the second colour
+    share = np.zeros((height, width))  # of the second color
     if name == "stripes":
         share = np.sin(along) > 0
     elif name == "checks":

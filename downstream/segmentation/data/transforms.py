@@ -28,7 +28,7 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
 
 
-def normalise(image: np.ndarray) -> Tensor:
+def normalize(image: np.ndarray) -> Tensor:
     """Image (H, W, 3) uint8 to (3, H, W) float32 with ImageNet's mean and deviation."""
     mean, deviation = np.array(IMAGENET_DEFAULT_MEAN) * 255, np.array(IMAGENET_DEFAULT_STD) * 255
     scaled = (image.astype(np.float32) - mean.astype(np.float32)) * (1 / deviation).astype(np.float32)
@@ -37,7 +37,7 @@ def normalise(image: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """The published recipe's augmentation: resize, crop, flip, colours, pad.
+    """The published recipe's augmentation: resize, crop, flip, colors, pad.
 
     Attributes:
         scale: (long, short) side that the image is fitted into, pixels, before the random ratio.
@@ -46,7 +46,7 @@ class TrainTransform:
         max_category_share: a crop of which one class covers as much or more is drawn anew, up to ten times;
             1: never.
         hflip: probability of a horizontal flip.
-        colours: change brightness, contrast, saturation and hue.
+        colors: change brightness, contrast, saturation and hue.
     """
 
     scale: tuple[int, int]
@@ -54,10 +54,10 @@ class TrainTransform:
     crop_size: int
     max_category_share: float = 0.75
     hflip: float = 0.5
-    colours: bool = True
+    colors: bool = True
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Normalised image (3, crop_size, crop_size) and labels (crop_size, crop_size), int64."""
+        """Normalized image (3, crop_size, crop_size) and labels (crop_size, crop_size), int64."""
         ratio = rng.uniform(*self.ratio)
         size = fitting_size(mask.shape[0], mask.shape[1], [int(side * ratio) for side in self.scale])
         image, mask = resize_image(image, size), cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST)
@@ -65,11 +65,11 @@ class TrainTransform:
         image, mask = image[rows, columns], mask[rows, columns]
         if rng.random() < self.hflip:
             image, mask = image[:, ::-1], mask[:, ::-1]
-        if self.colours:
-            image = distort_colours(image, rng)
+        if self.colors:
+            image = distort_colors(image, rng)
         height, width = mask.shape
         images = torch.zeros(3, self.crop_size, self.crop_size)
-        images[:, :height, :width] = normalise(image)
+        images[:, :height, :width] = normalize(image)
         labels = torch.full((self.crop_size, self.crop_size), IGNORED)
         labels[:height, :width] = torch.from_numpy(mask.astype(np.int64))
         return images, labels
@@ -85,7 +85,7 @@ class TrainTransform:
         return crop
 
 
-def distort_colours(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def distort_colors(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Each with probability 1/2: brightness, contrast (before or after the other two), saturation, hue."""
     if rng.random() < 0.5:
         image = stretched(image, 1.0, rng.uniform(-BRIGHTNESS, BRIGHTNESS))
@@ -123,9 +123,9 @@ class EvalTransform:
     factors: tuple[float, ...] = (1.0,)
 
     def __call__(self, image: np.ndarray) -> list[Tensor]:
-        """Normalised images (3, h, w), one for each factor."""
+        """Normalized images (3, h, w), one for each factor."""
         sizes = [
             fitting_size(image.shape[0], image.shape[1], [int(side * factor) for side in self.scale])
             for factor in self.factors
         ]
-        return [normalise(resize_image(image, size)) for size in sizes]
+        return [normalize(resize_image(image, size)) for size in sizes]

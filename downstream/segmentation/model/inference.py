@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from downstream.segmentation.data.transforms import normalise
+from downstream.segmentation.data.transforms import normalize
 from downstream.segmentation.model.upernet import resize
 from utils.training.amp import Precision
 
@@ -38,7 +38,7 @@ class Inference:
 
         Args:
             model: in evaluation mode; images (1, 3, h, w) to logits (1, classes, h, w).
-            inputs: the normalised image (3, h, w) at one or several scales, on the model's device.
+            inputs: the normalized image (3, h, w) at one or several scales, on the model's device.
         """
         logits = []
         for image in inputs:
@@ -128,7 +128,7 @@ def predict_tiles(
     found = torch.zeros(height, width, dtype=torch.uint8)
     plain = Inference()
     for rows, columns in windows(height, width, side=side, stride=side - 2 * margin):
-        tile = normalise(image[rows, columns]).to(device)
+        tile = normalize(image[rows, columns]).to(device)
         classes = classes_at([plain.logits(model, tile, precision)], (tile.shape[1], tile.shape[2])).cpu()
         top = 0 if rows.start == 0 else margin
         left = 0 if columns.start == 0 else margin

@@ -26,7 +26,7 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor, *, average: str = "all")
         logits: of any size.
         labels: class indices (int64), IGNORED where a pixel has none.
         average: over which pixels the sum is divided: "all", ignored ones included, as the published segmentors were
-            trained, so that a crop with few labelled pixels weighs less; or "labelled", without them.
+            trained, so that a crop with few labeled pixels weighs less; or "labelled", without them.
     """
     logits = resize(logits, labels.shape[1:])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

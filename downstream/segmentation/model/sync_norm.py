@@ -46,7 +46,7 @@ class PlainSyncBatchNorm(nn.BatchNorm2d):
         return ((wide - mean) * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
-def synchronise_norms(head: nn.Module, process: Process) -> nn.Module:
+def synchronize_norms(head: nn.Module, process: Process) -> nn.Module:
     """The head with its batch norms replaced, where there are several processes; weights and names stay."""
     if process.num_processes == 1:
         return head

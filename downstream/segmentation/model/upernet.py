@@ -99,7 +99,7 @@ class SegmentationLogits(NamedTuple):
 
 
 class UperNet(nn.Module):
-    """Normalised images (B, 3, H, W) of any H and W to logits of classes.
+    """Normalized images (B, 3, H, W) of any H and W to logits of classes.
 
     In evaluation mode logits are (B, num_classes, H, W), resized to the images. In training mode they are
     `SegmentationLogits`, at the heads' own sizes, for the loss to resize.

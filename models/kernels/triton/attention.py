@@ -1,7 +1,7 @@
 """Triton kernels for linear attention: rope(q) (rope(k)^T v) / N / (q . mean(k)) + lepe(v), times SiLU(gate).
 
 One pass over k and v sums a (head_dim, head_dim) matrix and the mean of k for each head; one pass over q gives the
-attention; the depthwise kernel adds lepe(v) and opens the gate. ELU, rotation and normaliser are computed in registers
+attention; the depthwise kernel adds lepe(v) and opens the gate. ELU, rotation and normalizer are computed in registers
 in float32; nothing of them reaches memory. All are split over tokens into parts with a buffer of their own, so that the
 order of adding is fixed. A program loads its next tokens before it works on those that it has.
 """
@@ -17,7 +17,7 @@ from models.kernels.triton.depthwise import conv_gate_forward
 from models.kernels.triton.launch import num_multiprocessors, on_its_device, precision_of
 from models.kernels.triton.math import positive, reciprocal, sum_parts
 
-NORMALISER_EPS = tl.constexpr(1e-6)
+NORMALIZER_EPS = tl.constexpr(1e-6)
 TOKENS_A_PART = 256  # at least
 MOST_PARTS = 8  # that those who read their sums add up themselves
 
@@ -130,7 +130,7 @@ def attend_kernel(
         q = q_next.to(tl.float32)
         q_next = load_tokens(qk, token + BLOCK, end, 2 * channels, i)
         q = positive(q)
-        inverse = reciprocal(tl.sum(q * mean_k[None, :], 1, keep_dims=True) + NORMALISER_EPS)
+        inverse = reciprocal(tl.sum(q * mean_k[None, :], 1, keep_dims=True) + NORMALIZER_EPS)
         c, s = load_angles(cos, sin, token, ok, width, head, channels // 2, DIM // 2, MIXED)
         turned = (turn(q, c, s, BLOCK, DIM)).to(dtype)
         result = tl.dot(turned, kv, input_precision=PRECISION) * inverse

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from models.kernels.triton.attention import (
-    NORMALISER_EPS,
+    NORMALIZER_EPS,
     Tile,
     few_parts,
     load_angles,
@@ -79,15 +79,15 @@ def query_backward_kernel(
         q = positive(q_before)
         c, s = load_angles(cos, sin, token, ok, width, head, channels // 2, DIM // 2, MIXED)
         turned = turn(q, c, s, BLOCK, DIM).to(dtype)
-        inverse = reciprocal(tl.sum(q * mean_k[None, :], 1, keep_dims=True) + NORMALISER_EPS)
+        inverse = reciprocal(tl.sum(q * mean_k[None, :], 1, keep_dims=True) + NORMALIZER_EPS)
         scaled = (upstream * inverse).to(dtype)
         g_turned = tl.dot(scaled, tl.trans(kv), input_precision=PRECISION)
-        # The normaliser divides the attention (turned kv) whose product with scaled is that of turned with g_turned.
-        g_normaliser = -inverse * tl.sum(turned.to(tl.float32) * g_turned, 1, keep_dims=True)
-        g_q = (turn(g_turned, c, -s, BLOCK, DIM) + g_normaliser * mean_k[None, :]) * positive_gradient(q_before, q)
+        # The normalizer divides the attention (turned kv) whose product with scaled is that of turned with g_turned.
+        g_normalizer = -inverse * tl.sum(turned.to(tl.float32) * g_turned, 1, keep_dims=True)
+        g_q = (turn(g_turned, c, -s, BLOCK, DIM) + g_normalizer * mean_k[None, :]) * positive_gradient(q_before, q)
         tl.store(grad_qk + token[:, None] * 2 * channels + i[None, :], g_q.to(grad_qk.dtype.element_ty), mask=mask)
         total = tl.dot(tl.trans(turned), scaled, total, input_precision=PRECISION)
-        mean_total += g_normaliser * q
+        mean_total += g_normalizer * q
         q_sum = tl.dot(ones, tl.where(mask, g_q, 0.0).to(dtype), q_sum, input_precision=PRECISION)
     base = (part * tl.num_programs(0) + head_index) * DIM
     tl.store(grad_matrix + base * DIM + i[:, None] * DIM + i[None, :], total)

@@ -1,7 +1,7 @@
 """Triton kernels for the 3x3 depthwise convolution on tokens (B, H, W, C), stride 1, zero padding, with bias.
 
-A program takes pairs of neighbouring columns (of all images, end to end) and a band of rows, and marches down: each row
-is read once, with the neighbours of each pair, and adds to the three output rows it touches, which stay in registers.
+A program takes pairs of neighboring columns (of all images, end to end) and a band of rows, and marches down: each row
+is read once, with the neighbors of each pair, and adds to the three output rows it touches, which stay in registers.
 """
 
 from typing import NamedTuple
@@ -27,9 +27,9 @@ def finish(
         tl.store(out + offset, (rounded + later).to(out.dtype.element_ty), mask=ok)
         value = rounded.to(tl.float32)
         mean = tl.sum(value, axis=1, keep_dims=True) / channels
-        centred = tl.where(channel_ok, value - mean, 0.0)
-        variance = tl.sum(centred * centred, axis=1, keep_dims=True) / channels
-        result = centred * tl.rsqrt(variance + eps) * scale + shift
+        centered = tl.where(channel_ok, value - mean, 0.0)
+        variance = tl.sum(centered * centered, axis=1, keep_dims=True) / channels
+        result = centered * tl.rsqrt(variance + eps) * scale + shift
     else:
         if GATE:
             result += attended.to(tl.float32)

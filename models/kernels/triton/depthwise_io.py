@@ -1,4 +1,4 @@
-"""What the depthwise kernels load and store: rows of tokens with their neighbours, the stencil's weights, its sums."""
+"""What the depthwise kernels load and store: rows of tokens with their neighbors, the stencil's weights, its sums."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ from models.kernels.triton.math import as_tile
 
 @triton.jit
 def load_row(pointer, row, height, ok0, ok1, ok2, ok3, row_stride, token_stride):
-    """A pair of tokens of the row between their left and right neighbours; zeros outside the image."""
+    """A pair of tokens of the row between their left and right neighbors; zeros outside the image."""
     inside = (as_tile(row) < height) & (as_tile(row) >= 0)
     here = pointer + row * row_stride
     left = tl.load(here - token_stride, mask=ok0 & inside, other=0.0)

@@ -42,9 +42,9 @@ def norm_backward_kernel(
         upstream = tl.load(grad + place, mask=ok, other=0.0).to(tl.float32)
         passed = tl.load(residual_grad + place, mask=ok, other=0.0).to(tl.float32)
         mean = tl.sum(value, axis=1, keep_dims=True) / channels
-        centred = tl.where(channel_ok, value - mean, 0.0)
-        inverse = tl.rsqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / channels + eps)
-        normed = centred * inverse
+        centered = tl.where(channel_ok, value - mean, 0.0)
+        inverse = tl.rsqrt(tl.sum(centered * centered, axis=1, keep_dims=True) / channels + eps)
+        normed = centered * inverse
         tl.store(normed_out + place, (normed * scale + shift).to(normed_out.dtype.element_ty), mask=ok)
         scale_sum += upstream * normed
         shift_sum += upstream

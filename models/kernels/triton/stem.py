@@ -1,6 +1,6 @@
 """Triton kernels for the stem's first convolution: 3x3, stride 2, padding 1, of RGB images (B, 3, H, W) of any strides.
 
-H is even and W a multiple of 4. Two neighbouring outputs of a row, a pair, see five columns, 15 values in each of three
+H is even and W a multiple of 4. Two neighboring outputs of a row, a pair, see five columns, 15 values in each of three
 rows. With channels last these are contiguous, and 16 from one before them on are aligned: a row of images becomes a
 matrix (pairs, 16) by whole vectors. Its product with a (16, 2 C) matrix of weights, half of them zero, gives both
 outputs of a pair, which lie side by side as tokens (B, H / 2, W / 2, C).

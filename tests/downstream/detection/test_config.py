@@ -22,11 +22,11 @@ def test_the_published_recipe(size: str, schedule: str, epochs: int, falls: list
     assert schedule in config.MODEL.NAME
     assert Detection().lengths(config, 117_266, 16) == (epochs, 7329)
     rates = Detection().schedule(config, config.TRAIN.BASE_LR, epochs, 7329)
-    assert rates.rate_of_step(0) == pytest.approx(1e-7)
-    assert rates.rate_of_step(500) == pytest.approx(1e-4)
-    assert rates.rate_of_step(falls[0] * 7329) == pytest.approx(1e-5)
-    assert rates.rate_of_step(falls[1] * 7329 - 1) == pytest.approx(1e-5)
-    assert rates.rate_of_step(falls[1] * 7329) == pytest.approx(1e-6)
+    assert rates.lr_at(0) == pytest.approx(1e-7)
+    assert rates.lr_at(500) == pytest.approx(1e-4)
+    assert rates.lr_at(falls[0] * 7329) == pytest.approx(1e-5)
+    assert rates.lr_at(falls[1] * 7329 - 1) == pytest.approx(1e-5)
+    assert rates.lr_at(falls[1] * 7329) == pytest.approx(1e-6)
     assert (config.TRAIN.WEIGHT_DECAY, config.TRAIN.CLIP_GRAD, config.AMP, config.EMA.ENABLED) == (
         0.05,
         0,

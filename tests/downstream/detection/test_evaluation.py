@@ -22,8 +22,8 @@ HEIGHT, WIDTH = 240, 320
 def ellipse(rng: np.random.Generator) -> np.ndarray:
     ys, xs = np.mgrid[:HEIGHT, :WIDTH]
     radius = np.exp(rng.uniform(np.log(6), np.log(90), 2))  # small, medium and large ones
-    centre = rng.uniform(0.2, 0.8, 2) * (HEIGHT, WIDTH)
-    return ((ys - centre[0]) / radius[0]) ** 2 + ((xs - centre[1]) / radius[1]) ** 2 <= 1
+    center = rng.uniform(0.2, 0.8, 2) * (HEIGHT, WIDTH)
+    return ((ys - center[0]) / radius[0]) ** 2 + ((xs - center[1]) / radius[1]) ** 2 <= 1
 
 
 def run_lengths(mask: np.ndarray) -> dict[str, Any]:

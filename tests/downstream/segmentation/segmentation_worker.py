@@ -60,7 +60,7 @@ def run(process: Process, data: Path, output: Path, batch_size: int) -> dict[str
     step = build_step(task, this_run, state)
     norms = []
     for i, batch in enumerate(islice(batches_of(task, this_run, 0, 0), STEPS)):
-        norms.append(step([batch], step=i, learning_rate=plan.rate_of_step(i + 2)).grad_norm.item())
+        norms.append(step([batch], step=i, learning_rate=plan.lr_at(i + 2)).grad_norm.item())
     digest = sum(float(value.double().abs().sum()) for value in model.state_dict().values())
     return {
         "norms": norms,

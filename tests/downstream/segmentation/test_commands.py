@@ -12,7 +12,7 @@ from segmentation_worker import CONFIG, small_config
 from downstream.segmentation import benchmark, make_shapes, predict
 from downstream.segmentation.build import build_model
 from downstream.segmentation.data.dataset import MaskedImages, read_mask
-from downstream.segmentation.pictures import class_colours, overlay, plot_segmentations, save_mask
+from downstream.segmentation.pictures import class_colors, overlay, plot_segmentations, save_mask
 from tests.helpers import exit_code
 
 CLASSES = ["background", "circle", "square", "triangle", "star", "cross"]
@@ -140,10 +140,10 @@ def test_make_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "holds something else" in capsys.readouterr().err
 
 
-def test_colours_differ() -> None:
-    colours = class_colours(150)
-    assert len({tuple(colour) for colour in colours[:150].tolist()}) == 150
-    assert not colours[150:].any()
+def test_colors_differ() -> None:
+    colors = class_colors(150)
+    assert len({tuple(color) for color in colors[:150].tolist()}) == 150
+    assert not colors[150:].any()
 
 
 @pytest.mark.parametrize("first_label", [0, 1])
@@ -154,8 +154,8 @@ def test_masks_are_written_as_they_are_read(tmp_path: Path, first_label: int) ->
     assert np.array_equal(found, classes)
     with Image.open(tmp_path / "m.png") as picture:
         shown = np.asarray(picture.convert("RGB"))
-    labelled = classes != 255
-    assert np.array_equal(shown[labelled], class_colours(6)[classes][labelled])
+    labeled = classes != 255
+    assert np.array_equal(shown[labeled], class_colors(6)[classes][labeled])
 
 
 def test_overlay_by_hand() -> None:
@@ -163,7 +163,7 @@ def test_overlay_by_hand() -> None:
     classes = np.zeros((4, 6), dtype=np.uint8)
     classes[:, 3:] = 255
     shown = overlay(image, classes, 2, opacity=0.5)
-    assert np.array_equal(shown[1, 1], (50 + class_colours(2)[0] / 2).round())
+    assert np.array_equal(shown[1, 1], (50 + class_colors(2)[0] / 2).round())
     assert np.array_equal(shown[1, 5], image[1, 5])
     assert (shown[1, 3] == 255).all()
 

@@ -7,7 +7,7 @@ from segmentation_worker import make_data, run, small_config
 from torch import nn
 
 from downstream.run import prepare_model
-from downstream.segmentation.model.sync_norm import PlainSyncBatchNorm, synchronise_norms
+from downstream.segmentation.model.sync_norm import PlainSyncBatchNorm, synchronize_norms
 from downstream.segmentation.task import Segmentation
 from tests.helpers import run_python
 from utils.distributed.process import Process
@@ -56,15 +56,15 @@ def test_evaluation_is_exact_for_uneven_shares(alone: dict[str, Any], two: dict[
 
 def test_one_process_keeps_plain_norms() -> None:
     head = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    assert type(synchronise_norms(head, Process(0, 1, CPU))[1]) is nn.BatchNorm2d
+    assert type(synchronize_norms(head, Process(0, 1, CPU))[1]) is nn.BatchNorm2d
     keys = list(head.state_dict())
-    head = synchronise_norms(head, Process(1, 2, CPU))
+    head = synchronize_norms(head, Process(1, 2, CPU))
     assert type(head[1]) is PlainSyncBatchNorm
     assert list(head.state_dict()) == keys
 
 
 def test_gpus_get_their_own_kind() -> None:
-    head = synchronise_norms(nn.Sequential(nn.BatchNorm2d(4)), Process(0, 2, torch.device("cuda", 0)))
+    head = synchronize_norms(nn.Sequential(nn.BatchNorm2d(4)), Process(0, 2, torch.device("cuda", 0)))
     assert type(head[0]) is nn.SyncBatchNorm
 
 

@@ -39,10 +39,10 @@ def test_against_counting_one_by_one() -> None:
     assert np.array_equal(matrix.counts.numpy(), counts)
 
 
-def test_nothing_labelled() -> None:
+def test_nothing_labeled() -> None:
     matrix = ConfusionMatrix(2, CPU)
     matrix.update(torch.zeros(3, 3, dtype=torch.uint8), torch.full((3, 3), 255))
-    with pytest.raises(ValueError, match="no labelled pixel"):
+    with pytest.raises(ValueError, match="no labeled pixel"):
         matrix.compute()
 
 

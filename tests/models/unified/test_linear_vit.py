@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from config import load_config
-from models import ABLATIONS, PAPER_FIGURES, LinearViT, Switches, build_model
+from models import ABLATIONS, PAPER_PROFILES, LinearViT, Switches, build_model
 from models.mlla import MLLABlock
 from models.rope import position_tables, rotary_tables
 from models.unified.block import Gate, UnifiedAttention, UnifiedBlock
@@ -56,7 +56,7 @@ def test_counts(name: str) -> None:
     total = profile(model, 224)[-1]
     assert (total.parameters / 1e6, total.macs / 1e9) == pytest.approx(COUNTS[name], abs=0.006)
     if name in {row.name for row in ABLATIONS} - {"block_all"}:  # no plain reading fits that one
-        figures = PAPER_FIGURES[config.MODEL.NAME]
+        figures = PAPER_PROFILES[config.MODEL.NAME]
         assert total.parameters / 1e6 == pytest.approx(figures.parameters_m, rel=0.03)
         assert total.macs / 1e9 == pytest.approx(figures.gmacs, rel=0.03)
 
@@ -139,8 +139,8 @@ def test_patch_merging_pads_at_right_and_bottom() -> None:
     out = merging(tokens)
     torch.testing.assert_close(out, merging(F.pad(tokens, (0, 0, 0, 1, 0, 1))))
     assert out.shape == (2, 2, 3, 8)
-    neighbours = merging.norm(torch.cat([tokens[0, y, x] for x in (2, 3) for y in (0, 1)]))  # Swin's order
-    torch.testing.assert_close(out[0, 0, 1], merging.reduction(neighbours))
+    neighbors = merging.norm(torch.cat([tokens[0, y, x] for x in (2, 3) for y in (0, 1)]))  # Swin's order
+    torch.testing.assert_close(out[0, 0, 1], merging.reduction(neighbors))
 
 
 def test_what_is_not_decayed() -> None:

@@ -30,7 +30,7 @@ def all_switches(heads: int = HEADS) -> dict[str, Any]:
         "input_gate": delta,
         "forget_gate": ForgetGate(delta, -make(heads, KEYS, width, seed=4)),
         "shortcut": make(heads, 1, width, seed=5),
-        "normalise": False,
+        "normalize": False,
         "causal": True,
     }
 
@@ -93,8 +93,8 @@ def test_each_switch_changes_what_the_paper_says() -> None:
     torch.testing.assert_close(unified_attention(q, k, v, input_gate=gate), unified_attention(q, k, gate * v))
     shortcut = unified_attention(q, k, v, shortcut=switches["shortcut"])
     torch.testing.assert_close(shortcut - plain, switches["shortcut"] * v)
-    normaliser = q @ k.mean(dim=2, keepdim=True).transpose(-2, -1)  # (B, heads, N, 1)
-    torch.testing.assert_close(unified_attention(q, k, v, normalise=False) / normaliser, plain, rtol=1e-4, atol=1e-5)
+    normalizer = q @ k.mean(dim=2, keepdim=True).transpose(-2, -1)  # (B, heads, N, 1)
+    torch.testing.assert_close(unified_attention(q, k, v, normalize=False) / normalizer, plain, rtol=1e-4, atol=1e-5)
     forgetful = unified_attention(q, k, v, forget_gate=switches["forget_gate"])
     first = unified_attention(q[:, :, :1], k[:, :, :1], v[:, :, :1])
     torch.testing.assert_close(forgetful[:, :, :1], first)  # nothing to forget yet
@@ -112,8 +112,8 @@ def test_rotation_is_for_the_numerator_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("normalise", [True, False])
-def test_adversarial_gates_stay_finite(dtype: torch.dtype, normalise: bool) -> None:
+@pytest.mark.parametrize("normalize", [True, False])
+def test_adversarial_gates_stay_finite(dtype: torch.dtype, normalize: bool) -> None:
     """Gates from 0 to what float16 just holds, values as large, forward and backward under autocast."""
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.rand(1, 2, 200, 8, generator=generator) * 1e3 for _ in range(2))
@@ -123,7 +123,7 @@ def test_adversarial_gates_stay_finite(dtype: torch.dtype, normalise: bool) -> N
     gates = delta.clone().requires_grad_()
     with torch.autocast("cpu", dtype=dtype):
         for forget_gate in (None, ForgetGate(gates, -torch.full((2, 8, 8), 32.0))):
-            out = unified_attention(*inputs, input_gate=gates, forget_gate=forget_gate, normalise=normalise)
+            out = unified_attention(*inputs, input_gate=gates, forget_gate=forget_gate, normalize=normalize)
             assert out.dtype == dtype
             assert torch.isfinite(out).all()
             grads = torch.autograd.grad(out.float().mean() * 1e-6, [gates], retain_graph=True)

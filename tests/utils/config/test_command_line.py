@@ -7,28 +7,28 @@ import pytest
 from test_imports import COMMANDS
 
 from tests.helpers import exit_code, run_python
-from utils.config.command_line import SECOND_VOICE_SECONDS, Parser, at_least, mistakes_in_one_line
+from utils.config.command_line import SECONDARY_RANK_DELAY_SECONDS, Parser, at_least, report_user_errors
 
 
 @pytest.mark.parametrize("error", [ValueError("KEY 3: too many; lower it"), FileNotFoundError(2, "No such file", "x")])
 def test_a_mistake_is_one_line_and_exit_code_2(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop, mistakes_in_one_line():
+    with pytest.raises(SystemExit) as stop, report_user_errors():
         raise error
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"error: {error}\n"
 
 
 def test_other_errors_are_no_mistakes() -> None:
-    with pytest.raises(RuntimeError, match="a defect"), mistakes_in_one_line():
+    with pytest.raises(RuntimeError, match="a defect"), report_user_errors():
         raise RuntimeError("a defect")
 
 
-@pytest.mark.parametrize(("rank", "waits"), [("0", []), ("3", [SECOND_VOICE_SECONDS])])
+@pytest.mark.parametrize(("rank", "waits"), [("0", []), ("3", [SECONDARY_RANK_DELAY_SECONDS])])
 def test_the_first_process_speaks_first(monkeypatch: pytest.MonkeyPatch, rank: str, waits: list[float]) -> None:
     slept: list[float] = []
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(time, "sleep", slept.append)
-    with pytest.raises(SystemExit), mistakes_in_one_line():
+    with pytest.raises(SystemExit), report_user_errors():
         raise ValueError
     assert slept == waits
 

@@ -16,7 +16,7 @@ from torch import nn
 from config import derive, load_config
 from data.build import eval_loader, train_loader
 from models import MLLA
-from utils.distributed.process import Process, distribute, gather_objects, start_process, stop_process
+from utils.distributed.process import Process, gather_objects, start_process, stop_process, wrap_ddp
 from utils.training.build import build_ema, build_optimizer, build_precision, build_schedule, build_train_step
 from utils.training.train_step import evaluate
 
@@ -68,7 +68,7 @@ def run(process: Process, batch_size: int, accumulation_steps: int) -> dict[str,
             module.eval()
     ema = build_ema(config, model, derived)
     optimizer = build_optimizer(config, model)
-    train_step = build_train_step(config, distribute(model, process), optimizer, ema, precision, derived)
+    train_step = build_train_step(config, wrap_ddp(model, process), optimizer, ema, precision, derived)
     schedule = build_schedule(config, derived)
     batches = iter(train_loader(config, Noise(), process.rank, process.num_processes, process.device))
     grad_norms = []
@@ -77,7 +77,7 @@ def run(process: Process, batch_size: int, accumulation_steps: int) -> dict[str,
             (images, nn.functional.one_hot(labels, 10).float())
             for images, labels in (next(batches) for _ in range(accumulation_steps))
         ]
-        result = train_step(micro_batches, step=step, learning_rate=schedule.rate_of_step(step))
+        result = train_step(micro_batches, step=step, learning_rate=schedule.lr_at(step))
         grad_norms.append(result.grad_norm.item())
     assert ema is not None
     weights = {name: value.clone() for name, value in model.state_dict().items()}

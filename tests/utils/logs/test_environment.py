@@ -7,7 +7,7 @@ import torch
 
 from utils.distributed.process import Process
 from utils.logs import environment
-from utils.logs.environment import commit, note_environment
+from utils.logs.environment import commit, record_environment
 
 HERE = Process(0, 2, torch.device("cpu"))
 
@@ -21,9 +21,9 @@ def git(folder: Path, *words: str) -> str:
 
 def test_each_start_adds_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["main.py", "--tag", "two words"])
-    note_environment(tmp_path, HERE, epoch=0)
+    record_environment(tmp_path, HERE, epoch=0)
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    note_environment(tmp_path, HERE, epoch=5)
+    record_environment(tmp_path, HERE, epoch=5)
     first, second = map(json.loads, (tmp_path / "environment.jsonl").read_text().splitlines())
     assert (first["epoch"], second["epoch"], first["machines"], second["machines"]) == (0, 5, 1, 2)
     assert first["command"] == "main.py --tag 'two words'"

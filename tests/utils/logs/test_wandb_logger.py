@@ -14,7 +14,7 @@ from tests.helpers import run_python
 from tests.soak import SETTINGS
 from utils.logs import wandb_logger
 from utils.logs.logger import logger
-from utils.logs.wandb_logger import WandbError, WandbLog
+from utils.logs.wandb_logger import WandbError, WandbLogger
 
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs the optional package wandb")
 SMALL = ["--cfg", "cfgs/digits.yaml", "--batch-size", "64", "--opts", *SETTINGS, "DATA.NUM_WORKERS", "0"]
@@ -97,13 +97,13 @@ def test_a_run_there_goes_on_with_the_run_here(
     pictures = [values for values in fake.named("log") if "acc1" not in values]
     assert pictures == [{"predictions": "picture predictions.png", "epoch": epoch} for epoch in (0, 1)]
     assert len(fake.named("finish")) == 2
-    assert WandbLog("p", folder, config={}, continues=False).run is fake  # another run begins: another number
+    assert WandbLogger("p", folder, config={}, continues=False).run is fake  # another run begins: another number
     assert fake.named("init")[-1]["id"] != first["id"]
 
 
 def test_failures_do_not_end_training(fake: FakeWandb, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fake.failures = {"init": [CommError("no\nnetwork")], "log": [BrokenPipeError("gone")]}
-    log = WandbLog("p", tmp_path, config={}, continues=False)
+    log = WandbLogger("p", tmp_path, config={}, continues=False)
     online, offline = fake.named("init")
     assert "mode" not in online
     assert (offline["mode"], offline["id"]) == ("offline", online["id"])
@@ -124,7 +124,7 @@ def test_mistakes_are_one_line(
 ) -> None:
     fake.failures = {"init": [UsageError("No API key configured.")]}
     with pytest.raises(WandbError, match=r"LOG.WANDB 'p': No API key configured. \(or keep .* WANDB_MODE=offline\)"):
-        WandbLog("p", tmp_path, config={}, continues=False)
+        WandbLogger("p", tmp_path, config={}, continues=False)
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     code, _, err = run_main("--output", tmp_path, *SMALL, "LOG.WANDB", "p", "TRAIN.EPOCHS", "2")
     assert (code, err.count("\n")) == (2, 1)
@@ -157,7 +157,7 @@ def test_the_package_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     content = file.read_bytes()
     assert all(name in content for name in (b"ema_acc1", b"images_per_second", b"MODEL.NAME", b"predictions"))
     monkeypatch.setenv("WANDB_MODE", "offline")
-    log = WandbLog("digits", folder, config={"MODEL.NAME": "again"}, continues=True)
+    log = WandbLogger("digits", folder, config={"MODEL.NAME": "again"}, continues=True)
     log.add({"epoch": 1, "acc1": 50.0})
     log.close()
     assert not log.has_failed
@@ -172,12 +172,12 @@ def test_the_package_without_a_server(
     monkeypatch.delenv("WANDB_MODE", raising=False)
     (tmp_path / "a").mkdir()
     with pytest.raises(WandbError, match="API key"):
-        WandbLog("p", tmp_path / "a", config={}, continues=True)
+        WandbLogger("p", tmp_path / "a", config={}, continues=True)
     monkeypatch.setattr(wandb_logger, "INIT_SECONDS", 1.0)
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # where nobody answers
     with caplog.at_level(logging.WARNING):
-        log = WandbLog("p", tmp_path / "a", config={}, continues=False)
+        log = WandbLogger("p", tmp_path / "a", config={}, continues=False)
     log.add({"epoch": 0, "x": 1.0})
     log.close()
     assert not log.has_failed

@@ -11,10 +11,10 @@ from torch import nn
 
 from models import MLLA, prepare_for_inference
 from utils.speed import compile
-from utils.speed.compile import captures, compile_regions, resolve_mode, used_mode
+from utils.speed.compile import compile_regions, effective_mode, resolve_mode, uses_graphs
 from utils.training import graphed_step
-from utils.training.graphed_step import STEPS_BEFORE_CAPTURE, GraphedTrainStep, why_not_captured
-from utils.training.launch import MissingCompilerError, missing_compiler_explained
+from utils.training.graphed_step import NUM_WARMUP_STEPS, GraphedTrainStep, graph_unsupported_reason
+from utils.training.launch import MissingCompilerError, explain_missing_compiler
 from utils.training.optimizer import make_optimizer, parameter_groups
 
 CPU = torch.device("cpu")
@@ -23,13 +23,13 @@ CPU = torch.device("cpu")
 def test_modes() -> None:
     assert resolve_mode("auto", CPU) == "off"
     assert resolve_mode("default", CPU) == "default"
-    assert captures("reduce-overhead", torch.device("cuda"))
-    assert not captures("reduce-overhead", CPU)
-    assert not captures("default", torch.device("cuda"))
-    assert [used_mode(mode, is_captured=False) for mode in ("off", "default", "reduce-overhead", "max-autotune")] == [
-        *("off", "default", "default", "max-autotune-no-cudagraphs")
-    ]
-    assert used_mode("reduce-overhead", is_captured=True) == "reduce-overhead"
+    assert uses_graphs("reduce-overhead", torch.device("cuda"))
+    assert not uses_graphs("reduce-overhead", CPU)
+    assert not uses_graphs("default", torch.device("cuda"))
+    assert [
+        effective_mode(mode, is_captured=False) for mode in ("off", "default", "reduce-overhead", "max-autotune")
+    ] == [*("off", "default", "default", "max-autotune-no-cudagraphs")]
+    assert effective_mode("reduce-overhead", is_captured=True) == "reduce-overhead"
 
 
 def test_auto_is_off_where_a_gpu_has_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,22 +41,22 @@ def test_auto_is_off_where_a_gpu_has_no_compiler(monkeypatch: pytest.MonkeyPatch
         monkeypatch.delenv("CC", raising=False)
         if compiler:
             monkeypatch.setenv("CC", compiler)
-        compile.why_not_compiled.cache_clear()
+        compile.compile_unsupported_reason.cache_clear()
         assert [resolve_mode("auto", torch.device("cuda", 0)) for _ in range(2)] == [mode] * 2
     assert said == ["nothing is compiled: Triton needs a C compiler: install gcc or clang, or let CC name one"]
     monkeypatch.setattr(compile, "find_spec", lambda *_: None)
-    compile.why_not_compiled.cache_clear()
+    compile.compile_unsupported_reason.cache_clear()
     assert resolve_mode("auto", torch.device("cuda", 0)) == "off"
     assert said[1:] == ["nothing is compiled: Triton is not installed"]
-    compile.why_not_compiled.cache_clear()
+    compile.compile_unsupported_reason.cache_clear()
 
 
 def test_missing_c_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "/no/cc")
     line = r"TEST\.COMPILE default: torch\.compile needs a C compiler, .*CC is /no/cc.*such as gcc, or leave it off"
-    with pytest.raises(MissingCompilerError, match=line), missing_compiler_explained("TEST.COMPILE default"):
+    with pytest.raises(MissingCompilerError, match=line), explain_missing_compiler("TEST.COMPILE default"):
         raise RuntimeError("RuntimeError: Failed to find C compiler. Please specify via CC environment variable")
-    with pytest.raises(RuntimeError, match="else"), missing_compiler_explained("TEST.COMPILE default"):
+    with pytest.raises(RuntimeError, match="else"), explain_missing_compiler("TEST.COMPILE default"):
         raise RuntimeError("something else")
 
 
@@ -130,7 +130,7 @@ def test_recorded_step_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> 
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     torch.testing.assert_close(results[0][1:], results[1][1:])
     assert PlayedCapture.recordings == 3
-    assert STEPS_BEFORE_CAPTURE < 6
+    assert NUM_WARMUP_STEPS < 6
 
 
 def test_recorded_step_stops_at_a_loss_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ def test_optimizer_settings_are_as_before_after_recording(monkeypatch: pytest.Mo
 
 def test_why_a_step_is_not_recorded() -> None:
     _, train_step = small_step()
-    assert why_not_captured(train_step, 1) == "there is no GPU"
+    assert graph_unsupported_reason(train_step, 1) == "there is no GPU"
 
 
 @torch.no_grad()

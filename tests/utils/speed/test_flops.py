@@ -3,7 +3,7 @@ import timm
 import torch
 from torch import nn
 
-from models import MLLA, PAPER_FIGURES
+from models import MLLA, PAPER_PROFILES
 from tests.helpers import MICRO
 from utils.speed.flops import profile, profile_table
 
@@ -36,8 +36,8 @@ def test_released_sizes(name: str, gmacs: float) -> None:
     assert total.macs / 1e9 == pytest.approx(gmacs, rel=1e-3)
     assert sum(part.macs for part in parts) == total.macs
     assert sum(part.parameters for part in parts) == total.parameters
-    assert total.macs / 1e9 == pytest.approx(PAPER_FIGURES[name].gmacs, rel=0.02)
-    assert total.parameters / 1e6 == pytest.approx(PAPER_FIGURES[name].parameters_m, rel=0.025)
+    assert total.macs / 1e9 == pytest.approx(PAPER_PROFILES[name].gmacs, rel=0.02)
+    assert total.parameters / 1e6 == pytest.approx(PAPER_PROFILES[name].parameters_m, rel=0.025)
 
 
 def test_the_model_is_not_changed() -> None:

@@ -14,7 +14,7 @@ def schedule(name: str = "cosine", **changes: float) -> Schedule:
 
 def test_cosine_by_hand() -> None:
     """Time runs one step behind, warm-up is linear, and cosine counts from time 0: after warm-up it starts below 1."""
-    rates = [schedule().rate_of_step(step) for step in range(13)]
+    rates = [schedule().lr_at(step) for step in range(13)]
     cosine = [0.505 + 0.495 * math.cos(math.pi * t / 10) for t in range(3, 10)]
     assert rates == pytest.approx([0.1, 0.1, 0.4, 0.7, *cosine, 0.01, 0.01])
 
@@ -26,7 +26,7 @@ def test_cosine_is_timms() -> None:
         optimizer, t_initial=10, lr_min=0.01, warmup_t=3, warmup_lr_init=0.1, cycle_limit=1, t_in_epochs=False
     )
     for step in range(14):
-        assert schedule().rate_of_step(step) == pytest.approx(optimizer.param_groups[0]["lr"])
+        assert schedule().lr_at(step) == pytest.approx(optimizer.param_groups[0]["lr"])
         scheduler.step_update(step)
 
 
@@ -42,4 +42,4 @@ def test_step_by_hand() -> None:
 
 
 def test_no_warmup() -> None:
-    assert schedule(warmup_steps=0).rate_of_step(0) == 1.0
+    assert schedule(warmup_steps=0).lr_at(0) == 1.0

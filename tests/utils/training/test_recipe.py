@@ -21,12 +21,12 @@ def test_steps_down_at_milestones_after_warmup() -> None:
     schedule = WarmupSchedule("step", 1e-4, 1000, 500, 0.001, [800, 900])
     rates = {0: 1e-7, 250: 1e-4 * 0.5005, 499: 1e-4 * (1 - 0.999 / 500), 500: 1e-4, 799: 1e-4, 800: 1e-5, 900: 1e-6}
     for step, rate in rates.items():
-        assert schedule.rate_of_step(step) == pytest.approx(rate), step
+        assert schedule.lr_at(step) == pytest.approx(rate), step
 
 
 def test_linear_falls_to_zero_during_warmup_too() -> None:
     schedule = WarmupSchedule("linear", 6e-5, 160_000, 1500, 1e-6)
     rates = {0: 6e-11, 750: 6e-5 * (1 - 750 / 160_000) * 0.5000005, 1500: 6e-5 * (1 - 1500 / 160_000), 80_000: 3e-5}
     for step, rate in rates.items():
-        assert schedule.rate_of_step(step) == pytest.approx(rate), step
-    assert schedule.rate_of_step(159_999) == pytest.approx(6e-5 / 160_000)
+        assert schedule.lr_at(step) == pytest.approx(rate), step
+    assert schedule.lr_at(159_999) == pytest.approx(6e-5 / 160_000)

@@ -12,7 +12,7 @@ from utils.logs.logger import logger
 from utils.training.amp import make_precision
 from utils.training.ema import ModelEma
 from utils.training.optimizer import make_optimizer, parameter_groups
-from utils.training.train_state import RunState
+from utils.training.train_state import TrainState
 
 CPU = torch.device("cpu")
 
@@ -22,14 +22,14 @@ def _log_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logger, "propagate", True)
 
 
-def make_state(optimizer: str = "adamw", width: int = 4) -> RunState:
+def make_state(optimizer: str = "adamw", width: int = 4) -> TrainState:
     model = nn.Linear(3, width)
     scaler = make_precision(CPU, amp=True, dtype="float16").scaler
     groups = parameter_groups(model, 0.05)
-    return RunState(model, ModelEma(model, 0.9), make_optimizer(optimizer, groups), scaler, Process(0, 1, CPU))
+    return TrainState(model, ModelEma(model, 0.9), make_optimizer(optimizer, groups), scaler, Process(0, 1, CPU))
 
 
-def stepped(state: RunState) -> RunState:
+def stepped(state: TrainState) -> TrainState:
     """After a step that overflowed, so that the scale is no longer that of a fresh scaler, and one that did not."""
     for value in (float("inf"), 1.0):
         state.scaler.scale(state.model(torch.full((2, 3), value)).sum()).backward()
@@ -107,14 +107,16 @@ class Reordered(nn.Module):
 def test_the_optimizer_of_a_model_with_its_parameters_in_another_order(caplog: pytest.LogCaptureFixture) -> None:
     """As official checkpoints may have; the next step must be that of the run that was saved."""
 
-    def fresh(*names: str) -> RunState:
+    def fresh(*names: str) -> TrainState:
         model = Reordered(*names)
         optimizer = make_optimizer("adamw", parameter_groups(model, 0.05))
         for group in optimizer.param_groups:
             group["lr"] = 0.1
-        return RunState(model, None, optimizer, make_precision(CPU, amp=False, dtype="auto").scaler, Process(0, 1, CPU))
+        return TrainState(
+            model, None, optimizer, make_precision(CPU, amp=False, dtype="auto").scaler, Process(0, 1, CPU)
+        )
 
-    def step(state: RunState) -> None:
+    def step(state: TrainState) -> None:
         images = torch.arange(12.0).reshape(4, 3).sin()
         state.optimizer.zero_grad()
         state.model(images)[:, 0].sum().backward()

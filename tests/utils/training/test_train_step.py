@@ -60,7 +60,7 @@ def test_golden_trajectory() -> None:
     for step in range(24):
         images = random_values(1000 + step % 4, 8, 3, 64, 64).double()
         targets = (3 * random_values(2000 + step % 4, 8, 10).double()).softmax(1)
-        rate = schedule.rate_of_step(step)
+        rate = schedule.lr_at(step)
         result = train_step([(images, targets)], step=step, learning_rate=rate)
         losses.append(result.loss.item())
         norms.append(result.grad_norm.item())

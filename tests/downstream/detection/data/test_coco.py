@@ -113,7 +113,7 @@ def test_images_that_do_not_match(tmp_path: Path) -> None:
         images.read_image(images[0])
 
 
-def test_colours_are_red_green_blue(tmp_path: Path) -> None:
+def test_colors_are_red_green_blue(tmp_path: Path) -> None:
     path = write(tmp_path, [item(10, 3, [2, 2, 10, 10])])
     cv2.imwrite(str(tmp_path / "images" / "0.png"), np.full((40, 60, 3), (10, 20, 30), dtype=np.uint8))  # BGR
     images = open_images(path)

@@ -48,9 +48,9 @@ def test_objects_hide_each_other_but_not_too_much() -> None:
 
 
 def test_coverage_is_the_area() -> None:
-    square = outline_of("square", centre=(30.0, 25.0), radius=14.0, angle=0.3)
+    square = outline_of("square", center=(30.0, 25.0), radius=14.0, angle=0.3)
     assert coverage(square, 50, 60).sum() == pytest.approx(2 * 14**2, rel=0.03)
-    circle = outline_of("circle", centre=(30.0, 25.0), radius=14.0, angle=0.3)
+    circle = outline_of("circle", center=(30.0, 25.0), radius=14.0, angle=0.3)
     assert coverage(circle, 50, 60).sum() == pytest.approx(np.pi * 14**2, rel=0.03)
 
 

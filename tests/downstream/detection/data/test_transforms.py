@@ -9,7 +9,7 @@ from downstream.detection.data.transforms import (
     fitting_size,
     flipped,
     frame_of,
-    normalise,
+    normalize,
     padded_size,
     resized,
     stack_images,
@@ -37,7 +37,7 @@ def sample(height: int = 48, width: int = 64) -> Sample:
 
 
 def check_together(one: Sample, tolerance: float) -> None:
-    """Boxes, bitmaps and colours still say the same."""
+    """Boxes, bitmaps and colors still say the same."""
     for box, label, bitmap in zip(one.boxes, one.labels, one.bitmaps, strict=True):
         channel = {3: 0, 5: 1}[int(label)]
         assert bitmap.shape == one.image.shape[:2]
@@ -120,10 +120,10 @@ def test_padding() -> None:
     assert batch.sum() == 7 * 40 * 60 * 3 + 9 * 64 * 33 * 3
 
 
-def test_normalising_leaves_padding_at_zero() -> None:
+def test_normalizing_leaves_padding_at_zero() -> None:
     images = [np.full((40, 60, 3), 124, dtype=np.uint8), np.full((64, 33, 3), 9, dtype=np.uint8)]
     frames = [frame_of(image.shape[:2], image.shape[:2]) for image in images]
-    batch = normalise(stack_images(images), frames)
+    batch = normalize(stack_images(images), frames)
     assert batch[0, 0, 5, 5].item() == pytest.approx((124 - 123.675) / 58.395, abs=1e-5)
     assert batch[1, 2, 63, 32].item() == pytest.approx((9 - 103.53) / 57.375, abs=1e-5)
     assert not batch[0, :, 40:].any()

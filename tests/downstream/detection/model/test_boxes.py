@@ -18,7 +18,7 @@ ROOT2 = math.sqrt(2)
 
 
 def test_anchors_by_hand() -> None:
-    """Sides 8 strides times sqrt(2) and over it, centred on multiples of the stride; by row, column, ratio."""
+    """Sides 8 strides times sqrt(2) and over it, centered on multiples of the stride; by row, column, ratio."""
     levels = make_anchors([(2, 3), (1, 2), (1, 1), (1, 1), (1, 1)], torch.device("cpu"))
     assert [len(level) for level in levels] == [18, 6, 3, 3, 3]
     half = 16.0  # of a square anchor at stride 4
@@ -34,9 +34,9 @@ def test_anchors_by_hand() -> None:
 def test_strides_do_not_follow_from_the_image() -> None:
     """A P6 map of an odd P5 (25 -> 13) still has stride 64, though 800 / 13 is less."""
     anchors = make_anchors([(200, 200), (100, 100), (50, 50), (25, 25), (13, 13)], torch.device("cpu"))[4]
-    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
-    assert centres.max() == pytest.approx(12 * 64)
-    torch.testing.assert_close(centres[3 * 13], torch.tensor([0.0, 64.0]))
+    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+    assert centers.max() == pytest.approx(12 * 64)
+    torch.testing.assert_close(centers[3 * 13], torch.tensor([0.0, 64.0]))
 
 
 def test_anchors_in_other_images_padding() -> None:

@@ -60,7 +60,7 @@ def test_golden_detections(golden: dict[str, np.ndarray], model: MaskRCNN) -> No
 
 
 def ellipses(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Ellipses that fill boxes (G, 4), by pixel centres: (G, height, width) uint8."""
+    """Ellipses that fill boxes (G, 4), by pixel centers: (G, height, width) uint8."""
     x1, y1, x2, y2 = boxes[:, :, None, None].unbind(dim=1)
     ys, xs = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     across, down = (2 * xs - x1 - x2) / (x2 - x1), (2 * ys - y1 - y2) / (y2 - y1)

@@ -8,9 +8,9 @@ from downstream.detection.model.masks import MASK_SIZE, mask_goals, paste_masks
 
 
 def interpolated(picture: Tensor, y: float, x: float) -> float:
-    """Bilinear value between the centres of a picture's cells, with zeros around it; y and x in cells."""
+    """Bilinear value between the centers of a picture's cells, with zeros around it; y and x in cells."""
     padded = F.pad(picture, (1, 1, 1, 1))
-    y, x = y + 0.5, x + 0.5  # cell centres at whole numbers, the border included
+    y, x = y + 0.5, x + 0.5  # cell centers at whole numbers, the border included
     if not (0 <= y < len(padded) - 1 and 0 <= x < len(padded) - 1):
         return 0.0
     top, left = int(y), int(x)

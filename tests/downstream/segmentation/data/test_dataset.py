@@ -12,13 +12,13 @@ from downstream.segmentation.data.dataset import (
     read_image,
     read_mask,
 )
-from tests.helpers import deep_grey
+from tests.helpers import deep_gray
 
 
 def write_pair(
     root: Path, name: str, *, split: str = "train", masks: str = "masks", size: tuple[int, int] = (6, 8)
 ) -> None:
-    """A grey image and a mask whose pixel (row, column) is of class (row + column) mod 3."""
+    """A gray image and a mask whose pixel (row, column) is of class (row + column) mod 3."""
     for kind in ("images", masks):
         (root / kind / split).mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full((*size, 3), 90, dtype=np.uint8)).save(root / "images" / split / f"{name}.jpg")
@@ -50,7 +50,7 @@ def test_folder_layout(folder: Path) -> None:
 
 
 def test_sixteen_bits_keep_their_upper_eight(tmp_path: Path) -> None:
-    deep_grey().save(tmp_path / "deep.png")
+    deep_gray().save(tmp_path / "deep.png")
     assert read_image(tmp_path / "deep.png").mean() == pytest.approx(127.5, abs=1)
 
 
@@ -106,7 +106,7 @@ def test_labels_beyond_the_classes(tmp_path: Path) -> None:
         read_mask(tmp_path / "m.png", num_classes=3, reduce_zero_label=True)
 
 
-def test_coloured_mask(tmp_path: Path) -> None:
+def test_colored_mask(tmp_path: Path) -> None:
     Image.new("RGB", (2, 2)).save(tmp_path / "m.png")
     with pytest.raises(DataError, match=r"m\.png: a mask must hold one number a pixel .* mode is RGB"):
         read_mask(tmp_path / "m.png", num_classes=3, reduce_zero_label=False)

@@ -6,9 +6,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from downstream.segmentation.data.transforms import (
     EvalTransform,
     TrainTransform,
-    distort_colours,
+    distort_colors,
     fitting_size,
-    normalise,
+    normalize,
     resize_image,
 )
 
@@ -29,7 +29,7 @@ def test_fitting_size_by_hand(image: tuple[int, int], scale: tuple[int, int], si
 
 
 def test_resizing_does_not_blur() -> None:
-    """Without antialiasing a pixel of a picture at a third of the size is that at the centre of nine."""
+    """Without antialiasing a pixel of a picture at a third of the size is that at the center of nine."""
     image = np.random.default_rng(0).integers(0, 256, (30, 42, 3), dtype=np.uint8)
     assert np.array_equal(resize_image(image, (10, 14)), image[1::3, 1::3])
 
@@ -42,13 +42,13 @@ def test_resizing_is_bilinear() -> None:
     assert np.abs(difference).max() < 1
 
 
-def test_normalise() -> None:
+def test_normalize() -> None:
     image = np.array([[[0, 128, 255]]], dtype=np.uint8)
     expected = (np.array([0, 128, 255]) / 255 - IMAGENET_DEFAULT_MEAN) / IMAGENET_DEFAULT_STD
-    np.testing.assert_allclose(normalise(image)[:, 0, 0], expected, atol=1e-6)
+    np.testing.assert_allclose(normalize(image)[:, 0, 0], expected, atol=1e-6)
 
 
-def labelled_image(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+def labeled_image(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """An image whose red value says the class of the pixel, 20 x class; classes are quarters of the width."""
     mask = np.broadcast_to(np.arange(width) * 4 // width, (height, width)).astype(np.uint8)
     image = np.zeros((height, width, 3), dtype=np.uint8)
@@ -57,10 +57,10 @@ def labelled_image(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_image_and_mask_are_cut_and_flipped_together() -> None:
-    transform = TrainTransform((96, 64), (0.5, 2.0), 32, colours=False)
+    transform = TrainTransform((96, 64), (0.5, 2.0), 32, colors=False)
     found = set()
     for seed in range(30):
-        image, labels = transform(*labelled_image(64, 96), np.random.default_rng(seed))
+        image, labels = transform(*labeled_image(64, 96), np.random.default_rng(seed))
         assert image.shape == (3, 32, 32)
         assert labels.shape == (32, 32)
         assert labels.dtype == torch.int64
@@ -76,8 +76,8 @@ def test_image_and_mask_are_cut_and_flipped_together() -> None:
 
 
 def test_small_images_are_padded_at_the_right_and_the_bottom() -> None:
-    transform = TrainTransform((40, 20), (1.0, 1.0), 48, hflip=0.0, colours=False)
-    image, labels = transform(*labelled_image(20, 40), np.random.default_rng(0))
+    transform = TrainTransform((40, 20), (1.0, 1.0), 48, hflip=0.0, colors=False)
+    image, labels = transform(*labeled_image(20, 40), np.random.default_rng(0))
     assert (labels[:20, :40] != 255).all()
     assert (labels[20:] == 255).all()
     assert (labels[:, 40:] == 255).all()
@@ -100,7 +100,7 @@ def test_a_crop_that_one_class_covers_is_drawn_anew() -> None:
 
 
 def test_ignored_pixels_are_no_class_of_a_crop() -> None:
-    """Most of it is ignored, but of the labelled pixels no class has three quarters: the first draw is taken."""
+    """Most of it is ignored, but of the labeled pixels no class has three quarters: the first draw is taken."""
     mask = np.full((40, 40), 255, dtype=np.uint8)
     mask[16], mask[17] = 0, 1  # in every crop
     first, second = np.random.default_rng(0).integers(9, size=2)
@@ -108,15 +108,15 @@ def test_ignored_pixels_are_no_class_of_a_crop() -> None:
     assert crop == (slice(first, first + 32), slice(second, second + 32))
 
 
-def test_colours_change_but_grey_keeps_its_hue() -> None:
+def test_colors_change_but_gray_keeps_its_hue() -> None:
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    results = [distort_colours(image, np.random.default_rng(seed)) for seed in range(40)]
+    results = [distort_colors(image, np.random.default_rng(seed)) for seed in range(40)]
     assert all(x.dtype == np.uint8 and x.shape == image.shape for x in results)
     changed = np.mean([not np.array_equal(x, image) for x in results])
     assert 0.8 < changed <= 1  # 1 - 0.5^4 in the mean
-    grey = np.full((4, 4, 3), 100, dtype=np.uint8)
+    gray = np.full((4, 4, 3), 100, dtype=np.uint8)
     for seed in range(20):
-        x = distort_colours(grey, np.random.default_rng(seed))
+        x = distort_colors(gray, np.random.default_rng(seed))
         assert (x == x[..., :1]).all()
         assert 34 <= x.max() <= 198  # (100 - 32) / 2 and (100 + 32) x 1.5
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from downstream.segmentation.data.transforms import normalise
+from downstream.segmentation.data.transforms import normalize
 from downstream.segmentation.model import inference
 from downstream.segmentation.model.inference import Inference, classes_at, predict_tiles, resized_rows, windows
 from downstream.segmentation.model.upernet import resize
@@ -32,7 +32,7 @@ def test_windows_by_hand() -> None:
     assert found == [(0, 20, 0, 20), (0, 20, 15, 35), (0, 20, 25, 45)]
 
 
-class Colours(nn.Module):
+class Colors(nn.Module):
     """The logits of three classes are the image's three values, with what surrounds them mixed in."""
 
     def __init__(self, radius: int) -> None:
@@ -51,7 +51,7 @@ def random_image(height: int, width: int) -> np.ndarray:
 
 
 def test_multi_scale_and_flip_against_plain_code() -> None:
-    model, inputs = Colours(2), [torch.randn(3, 20, 30), torch.randn(3, 31, 45)]
+    model, inputs = Colors(2), [torch.randn(3, 20, 30), torch.randn(3, 31, 45)]
     total = torch.zeros(1, 3, 26, 40)
     for image in inputs:
         for flipped in (False, True):
@@ -66,7 +66,7 @@ def test_multi_scale_and_flip_against_plain_code() -> None:
 
 
 def test_overlapping_windows_are_averaged() -> None:
-    model, image = Colours(1), torch.randn(3, 10, 25)
+    model, image = Colors(1), torch.randn(3, 10, 25)
     parts = torch.full((3, 3, 10, 25), float("nan"))
     for i, start in enumerate((0, 8, 15)):
         parts[i, ..., start : start + 10] = model(image[None, ..., start : start + 10])
@@ -76,7 +76,7 @@ def test_overlapping_windows_are_averaged() -> None:
 
 
 def test_one_window_is_the_whole_image() -> None:
-    model, image = Colours(2), torch.randn(3, 20, 30)
+    model, image = Colors(2), torch.randn(3, 20, 30)
     assert torch.equal(Inference(window=32, stride=16).logits(model, image, PRECISION), model(image[None]))
 
 
@@ -99,8 +99,8 @@ def test_strips_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("size", [(100, 140), (30, 200), (40, 25)])
 def test_tiles_equal_the_whole_where_the_margin_holds_all_surroundings(size: tuple[int, int]) -> None:
-    model, image = Colours(3), random_image(*size)
-    whole = Inference().predict(model, [normalise(image)], size, PRECISION)
+    model, image = Colors(3), random_image(*size)
+    whole = Inference().predict(model, [normalize(image)], size, PRECISION)
     tiled = predict_tiles(model, image, side=32, margin=4, device=CPU, precision=PRECISION)
     assert torch.equal(whole, tiled)
     assert not torch.equal(whole, predict_tiles(model, image, side=32, margin=0, device=CPU, precision=PRECISION))

@@ -90,7 +90,7 @@ def test_without_auxiliary_head() -> None:
 
 
 def slow_resize(x: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear resizing by definition: pixel centres, coordinates clamped to the map."""
+    """Bilinear resizing by definition: pixel centers, coordinates clamped to the map."""
     out = torch.empty(*x.shape[:2], height, width, dtype=x.dtype)
     for i in range(height):
         for j in range(width):
@@ -129,7 +129,7 @@ def test_pyramid_pooling_against_its_definition() -> None:
 
 
 def test_cross_entropy_by_hand() -> None:
-    """Two of four pixels are labelled; each costs log 3 where all three logits are equal."""
+    """Two of four pixels are labeled; each costs log 3 where all three logits are equal."""
     logits = torch.zeros(1, 3, 2, 2)
     labels = torch.tensor([[[0, 2], [255, 255]]])
     assert pixel_cross_entropy(logits, labels).item() == pytest.approx(np.log(3) / 2)
