@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
-from pycocotools import mask as rle
+from faster_coco_eval import mask as rle
 from torch import Tensor
 
 from downstream.detection.model.masks import paste_masks

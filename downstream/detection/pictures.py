@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
+from faster_coco_eval import mask as rle
 from matplotlib import colormaps, font_manager
-from pycocotools import mask as rle
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 SMALLEST_SIDE = 256  # of a picture, in pixels; smaller images are enlarged by a whole factor

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from pycocotools import mask as rle
+from faster_coco_eval import mask as rle
 
 MIN_SIDE = 32  # of images that are trained on
 Segmentation = Any  # polygons, a list of lists x y x y ..., or run lengths, a dict with size and counts

@@ -93,7 +93,7 @@ def test_pictures_show_what_was_found(tmp_path: Path) -> None:
 
 def test_results_below_the_threshold_are_not_drawn() -> None:
     mask = {"size": [50, 80], "counts": [500, 100, 3400]}
-    from pycocotools import mask as rle
+    from faster_coco_eval import mask as rle
 
     code = rle.frPyObjects(mask, 50, 80)
     results = [
