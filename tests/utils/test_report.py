@@ -14,9 +14,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from PIL import Image
-from test_compare import make_run
 
 from tests.helpers import exit_code
+from tests.utils.test_compare import make_run
 from utils import report
 from utils.tools.html_page import POLICY
 
