@@ -4,12 +4,15 @@ RUN is the folder of a run, finished or not: <output>/<MODEL.NAME>/<tag>. The fi
 holds results, curves, predictions, settings, environment and warnings, for light and dark screens of any width.
 """
 
+import base64
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
 
 from config import SCHEMA
 from downstream.detection import config as detection
@@ -19,26 +22,17 @@ from utils.config.schema import Schema
 from utils.logs.atomic_write import check_replaceable, write_atomic
 from utils.logs.logger import read_records
 from utils.logs.plots import Panel, panel_svg
-from utils.tools.html_page import (
-    Picture,
-    cards,
-    curves,
-    figure,
-    folded,
-    header,
-    page,
-    paragraph,
-    preformatted,
-    scrolling,
-    section,
-    table,
-)
 from utils.tools.run_history import SHOWN, RunMetrics, extremes, names_in, panels_of, read_run
 
 CREATOR = "MLLA utils.report"
+TEMPLATE = Path(__file__).parent / "tools" / "report.html"
 PICTURES = {"predictions.png": "image/png", "predictions.jpg": "image/jpeg"}
 MAX_WARNINGS = 30
-SVG = "image/svg+xml"
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """Return an image as a URI that a page can hold; `kind` is its media type, such as image/png."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def schema_of(config: Mapping[str, Any]) -> Schema:
@@ -47,19 +41,21 @@ def schema_of(config: Mapping[str, Any]) -> Schema:
     return min(schemas, key=lambda schema: len(set(config) - set(schema)))
 
 
-def overview(run: RunMetrics, name: str) -> str:
-    """The title, and how far the run is."""
+def summary(run: RunMetrics) -> str:
+    """How far the run is, and when the report was made."""
     done, planned = run.records[-1]["epoch"] + 1, run.planned_epochs
     progress = f"epoch {done}" if planned is None else f"{done} of {planned} epochs"
-    figures = []
+    return f"{progress}; report of {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
+
+
+def score_cards(run: RunMetrics) -> Iterator[tuple[str, str, str]]:
+    """(what, value, remark) of the best scores."""
     for key in names_in(run.records):
         kind = key.removeprefix("ema_")
         found = extremes(run.records, key)
         if kind in SHOWN and found and found.best is not None and not kind.endswith("loss"):
             who = f"EMA {kind}" if key.startswith("ema_") else kind
-            figures.append((f"best {who}", f"{found.best:.2f}", f"epoch {found.best_epoch}, last {found.last:.2f}"))
-    made = f"report of {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
-    return header(name, paragraph(f"{progress}; {made}"), cards([*figures, *speed_cards(run)]))
+            yield f"best {who}", f"{found.best:.2f}", f"epoch {found.best_epoch}, last {found.last:.2f}"
 
 
 def speed_cards(run: RunMetrics) -> Iterator[tuple[str, str, str]]:
@@ -83,8 +79,8 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
 
 
-def curve_figures(run: RunMetrics) -> Iterator[str]:
-    """A figure for each diagram; the losses' one has all their terms."""
+def curves(run: RunMetrics) -> Iterator[dict[str, str]]:
+    """Each diagram's title, text alternative, and images for light and dark pages; the losses' one has all terms."""
     names = names_in(run.records)
     terms = {name: name[6:] for name in names if name.startswith("train_") and not name.endswith("_seconds")}
     for panel in panels_of(names):
@@ -94,75 +90,46 @@ def curve_figures(run: RunMetrics) -> Iterator[str]:
         for name, label in panel.curves.items():
             values = [record[name] for record in run.records if name in record]
             described.append(f"{label} from {values[0]:.4g} to {values[-1]:.4g}")
-        light, dark = (Picture(panel_svg(run.records, panel, dark=dark), SVG) for dark in (False, True))
-        alt = f"Curve of {panel.title} by epoch: {', '.join(described)}"
-        yield figure(light, dark=dark, caption=panel.title, alt=alt)
+        yield {
+            "title": panel.title,
+            "alt": f"Curve of {panel.title} by epoch: {', '.join(described)}",
+            "light": data_uri(panel_svg(run.records, panel, dark=False), "image/svg+xml"),
+            "dark": data_uri(panel_svg(run.records, panel, dark=True), "image/svg+xml"),
+        }
 
 
-def results(run: RunMetrics) -> str:
-    """The table of all figures of evaluations and losses."""
-    rows = []
+def results(run: RunMetrics) -> Iterator[tuple[str, str, int | None, str]]:
+    """Name, best value, its epoch, and last value of each figure of evaluations and losses."""
     for name in names_in(run.records):
         found = extremes(run.records, name)
         if found and found.best is not None:
-            rows.append([name, f"{found.best:.5g}", str(found.best_epoch), f"{found.last:.5g}"])
-    caption = "Best and last value of each figure, by its name in metrics.jsonl. Epochs count from 1."
-    return table(["figure", "best", "epoch", "last"], rows, caption=caption, kind="number")
+            yield name, f"{found.best:.5g}", found.best_epoch, f"{found.last:.5g}"
 
 
-def predictions(folder: Path) -> Iterator[str]:
-    for name, kind in PICTURES.items():
-        if (folder / name).is_file():
-            caption = "Validation images, what is true of them, and what the run predicts"
-            yield scrolling(figure(Picture((folder / name).read_bytes(), kind), caption=caption, alt=caption), caption)
-
-
-def settings(config: Mapping[str, Any]) -> Iterator[str]:
-    """What differs from the defaults first, all in a fold."""
-    if not config:
-        return
+def changed_settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any, str]]:
+    """Key, value, default and meaning of the settings that differ from the defaults, and of unknown keys."""
     schema = schema_of(config)
-    changed = [
-        (name, str(value), str(schema[name].default), schema[name].about) if name in schema else (name, str(value))
-        for name, value in config.items()
-        if name not in schema or schema[name].default != value
-    ]
-    if changed:
-        rows = [(*row, *[""] * (4 - len(row))) for row in changed]
-        yield table(
-            ["key", "value", "default", "meaning"], rows, caption="Settings that differ from the defaults", kind="key"
-        )
-    else:
-        yield paragraph("All settings are the defaults.")
-    everything = [(name, str(value)) for name, value in config.items()]
-    yield folded(f"All {len(config)} settings", table(["key", "value"], everything, caption="All settings", kind="key"))
+    for name, value in config.items():
+        if name not in schema:
+            yield name, value, "", ""
+        elif schema[name].default != value:
+            yield name, value, schema[name].default, schema[name].about
 
 
-def surroundings(folder: Path) -> Iterator[str]:
-    """Where the run took place last, and how often it was started."""
-    starts = read_records(folder / "environment.jsonl")
-    if not starts:
-        return
-    facts = {name: value for name, value in starts[-1].items() if name != "epoch" and value is not None}
+def environment(start: Mapping[str, Any]) -> dict[str, Any]:
+    """What a start's record says of machine and versions."""
+    facts = {name: value for name, value in start.items() if name != "epoch" and value is not None}
     versions = facts.pop("packages", {})
     if isinstance(versions, dict):
         facts |= {name: version for name, version in versions.items() if version is not None}
-    rows = [(name.replace("_", " "), str(value)) for name, value in facts.items()]
-    yield table(["what", "where the run is"], rows, caption="Environment of the last start")
-    if len(starts) > 1:
-        rows = [(str(s.get("started")), f"from epoch {s['epoch'] + 1} on {s.get('host')}") for s in starts]
-        yield folded(f"All {len(starts)} starts", table(["started (UTC)", "what"], rows, caption="Starts of the run"))
+    return {name.replace("_", " "): value for name, value in facts.items()}
 
 
-def warnings(folder: Path) -> Iterator[str]:
-    """The last lines of the first process's log that warn or tell of errors."""
+def warnings(folder: Path) -> list[str]:
+    """Lines of the first process's log that warn or tell of errors."""
     path = folder / "log_rank0.txt"
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    found = [line for line in lines if " WARNING " in line[:40] or " ERROR " in line[:40]]
-    if found:
-        more = f"the last {MAX_WARNINGS} of {len(found)}" if len(found) > MAX_WARNINGS else str(len(found))
-        yield paragraph(f"Lines of the log that warn or tell of errors: {more}.")
-        yield preformatted("\n".join(found[-MAX_WARNINGS:]))
+    return [line for line in lines if " WARNING " in line[:40] or " ERROR " in line[:40]]
 
 
 def report(folder: Path) -> str:
@@ -173,19 +140,26 @@ def report(folder: Path) -> str:
         ValueError, OSError: a file of it that cannot be read.
     """
     run = read_run(folder)
-    name = "/".join(folder.resolve().parts[-2:])
-    return page(
-        name,
-        [
-            overview(run, name),
-            section("Curves", curves(curve_figures(run))),
-            section("Results", results(run)),
-            section("Predictions", *predictions(folder)),
-            section("Settings", *settings(run.config)),
-            section("Environment", *surroundings(folder)),
-            section("Warnings", *warnings(folder)),
-        ],
+    starts = read_records(folder / "environment.jsonl")
+    templates = Environment(
+        loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, trim_blocks=True, keep_trailing_newline=True
+    )
+    return templates.get_template(TEMPLATE.name).render(
+        name="/".join(folder.resolve().parts[-2:]),
         generator=CREATOR,
+        summary=summary(run),
+        cards=[*score_cards(run), *speed_cards(run)],
+        curves=curves(run),
+        results=results(run),
+        predictions=[
+            data_uri((folder / name).read_bytes(), kind) for name, kind in PICTURES.items() if (folder / name).is_file()
+        ],
+        settings=run.config,
+        changed=[*changed_settings(run.config)],
+        environment=environment(starts[-1]) if starts else {},
+        starts=[(start.get("started"), f"from epoch {start['epoch'] + 1} on {start.get('host')}") for start in starts],
+        warnings=warnings(folder),
+        shown_warnings=MAX_WARNINGS,
     )
 
 

@@ -15,7 +15,7 @@ from setuptools.command.build_py import build_py
 
 PACKAGE = "mlla"
 OWN = ("config", "data", "downstream", "main", "models", "utils")
-SUFFIXES = (".py", ".yaml", ".txt")
+SUFFIXES = (".py", ".yaml", ".txt", ".html")
 INIT = '''"""MLLA, Mamba-Like Linear Attention; importing this registers mlla_tiny, _small, _base and mila_* in timm."""
 
 from mlla.models import *
