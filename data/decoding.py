@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 try:
     import simplejpeg
@@ -80,27 +79,23 @@ def decode_plain(data: bytes) -> Image.Image:
 def decode_fast(data: bytes) -> Tensor:
     """RGB pixels (H, W, 3), uint8; the same as decode_plain's.
 
-    Ordinary JPEGs go to libjpeg-turbo without Pillow's copies, through simplejpeg, or torchvision where that is not
-    installed; the rest through Pillow. Only simplejpeg tells where the library made up pixels for damaged data.
+    Ordinary JPEGs go to libjpeg-turbo through simplejpeg, which saves Pillow's copies and reports where the library made
+    up pixels for damaged data. Everything else, and all images where simplejpeg is not installed, goes through Pillow.
 
     Raises:
         BrokenImageError: the data are no image, cut off, or too large.
     """
-    frame = jpeg_frame(data)
+    frame = None if simplejpeg is None else jpeg_frame(data)
     if frame is None or frame.components not in (1, 3) or frame.marker > 0xC2 or not frame.height:
         return image_to_tensor(decode_plain(data))
     refuse_broken(data)
     refuse_large(frame.width, frame.height)
     try:
-        if simplejpeg is not None:
-            return torch.from_numpy(simplejpeg.decode_jpeg(data, strict=True))  # (H, W, 3)
-        pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-        return pixels.permute(1, 2, 0)  # (H, W, 3), as it lies in memory
-    except (RuntimeError, ValueError) as error:
+        return torch.from_numpy(simplejpeg.decode_jpeg(data, strict=True))  # (H, W, 3)
+    except ValueError as error:
         if any(words in str(error) for words in HARMLESS):
             return image_to_tensor(decode_plain(data))
-        reason = str(error).splitlines()[0].split(", ")[-1]  # torchvision names its C++ function and file first
-        raise BrokenImageError(f"cannot be decoded: {reason}") from error
+        raise BrokenImageError(f"cannot be decoded: {error}") from error
 
 
 def image_to_tensor(image: Image.Image) -> Tensor:

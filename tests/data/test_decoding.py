@@ -117,7 +117,7 @@ def test_made_up_pixels_are_refused(data: bytes) -> None:
         decode_fast(data)
 
 
-def test_without_simplejpeg_torchvision_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pillow_decodes_where_simplejpeg_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "simplejpeg", None)
     for data in (JPEG, WHOLE["gray"], WHOLE["progressive"]):
         assert np.array_equal(fast(data), plain(data))
