@@ -32,7 +32,7 @@ from config import load_config
 from data.augmentation import posterize
 from data.build import eval_loader, train_loader
 from data.dataset import ImageSource, seed_generators
-from data.decoding import decode_fast, decode_plain
+from data.decoding import decode_fast, decode_pillow
 from data.samplers import TrainSampler
 from data.sources.image_folder import ImageFolder
 from data.sources.zip_folder import ZipFolder
@@ -196,7 +196,7 @@ def evaluation_pipelines(config: CfgNode) -> dict[str, Pipeline]:
     source = ImageFolder(config.DATA.DATA_PATH, "val")
     names = ("crop and resize", "cut", "to float", "normalize")
     pipelines = {"plain": plain_pipeline(source, names, is_training=False, crop_pct=CROP_FRACTION)}
-    for name, decode in (("exact", decode_plain), ("fast", decode_fast)):
+    for name, decode in (("exact", decode_pillow), ("fast", decode_fast)):
         changed = config.clone()
         changed.defrost()
         changed.DATA.EXACT_EVAL = name == "exact"

@@ -12,16 +12,16 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from data.dataset import ImageDataset, ImageSource, keep_batch
+from data.errors import DataError
 from data.prefetch import DeviceLoader, Normalizer
 from data.samplers import EvalSampler, SampleKey, TrainSampler
-from data.sources.archive_cache import cache_archives
 from data.sources.digits import Digits
 from data.sources.hugging_face import HuggingFaceImages
 from data.sources.image_folder import ImageFolder
 from data.sources.webdataset_shards import WebDatasetShards
-from data.sources.zip_folder import ZipFolder
+from data.sources.zip_folder import ZipFolder, cache_archives
 from data.transforms import EvalTransform, TrainTransform
-from data.workers import WatchfulDataLoader
+from data.workers import RestartingDataLoader
 
 TargetMaker = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -55,25 +55,26 @@ def build_data(config: CfgNode, *, rank: int = 0, num_processes: int = 1, device
     """Open the data set, check it against MODEL.NUM_CLASSES, and make this process's loaders.
 
     Raises:
-        OSError: folders, archives or images are missing, or an optional library, or memory for what is to be cached.
-        ValueError: classes differ between splits, or from MODEL.NUM_CLASSES; an archive or map is damaged.
+        MissingFileError: folders, archives or images are missing.
+        DataError: classes differ between splits or from MODEL.NUM_CLASSES, an archive or map is damaged, an optional
+            library is missing, or there is too little memory for the cache.
     """
     val_source = open_split(config, "val")
     train_source = None if config.EVAL_MODE else open_split(config, "train")
     classes = val_source.classes
     if train_source is not None and train_source.classes != classes:
         different = sorted(set(train_source.classes) ^ set(classes))
-        raise ValueError(
+        raise DataError(
             f"DATA.DATA_PATH {config.DATA.DATA_PATH!r}: train/ has {len(train_source.classes)} classes, val/ has "
             f"{len(classes)}; only in one of them: {', '.join(different[:5])}; both must have the same class folders"
         )
     if train_source is not None and len(unseen := np.setdiff1d(val_source.labels, train_source.labels)):
-        raise ValueError(
+        raise DataError(
             f"DATA.DATA_PATH {config.DATA.DATA_PATH!r}: the validation split has images of {len(unseen)} classes that "
             f"the training split has none of, such as {classes[unseen[0]]}"
         )
     if config.MODEL.NUM_CLASSES not in (None, len(classes)):
-        raise ValueError(
+        raise DataError(
             f"MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES}: the data set has {len(classes)} classes; "
             f"leave the key out, or point --data-path to the data set that is meant"
         )
@@ -143,7 +144,7 @@ def make_loader(
     *,
     drop_last: bool,
 ) -> DeviceLoader:
-    loader = WatchfulDataLoader(
+    loader = RestartingDataLoader(
         dataset,
         batch_size=config.DATA.BATCH_SIZE,
         sampler=sampler,

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from data.decoding import BrokenImageError, decode_fast, decode_plain, image_to_tensor
+from data.decoding import decode_fast, decode_pillow, image_to_tensor
+from data.errors import BrokenImageError
 from data.samplers import SampleKey
 from data.transforms import Transform
 
@@ -118,7 +119,7 @@ class ImageDataset(Dataset[Batch]):
         """A decoded image as the transform takes it."""
         content = self.source.read(index)
         if isinstance(content, bytes):
-            return decode_plain(content) if self.is_exact else decode_fast(content)
+            return decode_pillow(content) if self.is_exact else decode_fast(content)
         return content if self.is_exact else image_to_tensor(content)
 
 

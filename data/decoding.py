@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data.errors import BrokenImageError
+
 try:
     import simplejpeg
 except ImportError:
@@ -20,10 +22,6 @@ except ImportError:
 MAX_PIXELS = 89_478_485  # Pillow's limit for what may be a decompression bomb: 256 MiB of RGB
 END_OF_IMAGE = b"\xff\xd9"
 HARMLESS = ("extraneous bytes before marker", "JFIF revision", "SOS parameters")  # warnings, not about pixels
-
-
-class BrokenImageError(OSError):
-    """An image that cannot be read or decoded; the message says why."""
 
 
 class JpegFrame(NamedTuple):
@@ -55,7 +53,7 @@ def jpeg_frame(data: bytes) -> JpegFrame | None:
     return None
 
 
-def decode_plain(data: bytes) -> Image.Image:
+def decode_pillow(data: bytes) -> Image.Image:
     """An RGB image, by Pillow; colors and orientation as they are stored, whatever EXIF says of the orientation.
 
     Raises:
@@ -77,24 +75,24 @@ def decode_plain(data: bytes) -> Image.Image:
 
 
 def decode_fast(data: bytes) -> Tensor:
-    """RGB pixels (H, W, 3), uint8; the same as decode_plain's.
+    """RGB pixels (H, W, 3), uint8; the same as decode_pillow's.
 
-    Ordinary JPEGs go to libjpeg-turbo through simplejpeg, which saves Pillow's copies and reports where the library made
-    up pixels for damaged data. Everything else, and all images where simplejpeg is not installed, goes through Pillow.
+    Ordinary JPEGs go to libjpeg-turbo through simplejpeg, which saves Pillow's copies and reports where the library
+    made up pixels for damaged data. Everything else goes through Pillow, as do all images without simplejpeg.
 
     Raises:
         BrokenImageError: the data are no image, cut off, or too large.
     """
     frame = None if simplejpeg is None else jpeg_frame(data)
     if frame is None or frame.components not in (1, 3) or frame.marker > 0xC2 or not frame.height:
-        return image_to_tensor(decode_plain(data))
+        return image_to_tensor(decode_pillow(data))
     refuse_broken(data)
     refuse_large(frame.width, frame.height)
     try:
         return torch.from_numpy(simplejpeg.decode_jpeg(data, strict=True))  # (H, W, 3)
     except ValueError as error:
         if any(words in str(error) for words in HARMLESS):
-            return image_to_tensor(decode_plain(data))
+            return image_to_tensor(decode_pillow(data))
         raise BrokenImageError(f"cannot be decoded: {error}") from error
 
 

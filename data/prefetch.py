@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.dataset import Batch, ImageDataset
-from data.decoding import BrokenImageError
+from data.errors import BrokenImageError
 from data.samplers import TrainSampler
 
 logger = logging.getLogger("mlla.data")

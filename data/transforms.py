@@ -16,6 +16,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from data.augmentation import faster
+from data.errors import DataError
 
 CROP_FRACTION = 224 / 256
 ERASED_AREA = (0.02, 1 / 3)  # of the image, both as in timm's RandomErasing
@@ -43,7 +44,7 @@ class TrainTransform:
     from Pillow's by rounding; the policy works on the small image.
 
     Raises:
-        ValueError: timm does not understand the augmentation policy.
+        DataError: timm does not understand the augmentation policy.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class TrainTransform:
                 separate=True,
             )
         except (AssertionError, IndexError, KeyError, ValueError) as error:
-            raise ValueError(f"AUG.AUTO_AUGMENT {auto_augment!r}: timm cannot read this policy ({error})") from error
+            raise DataError(f"AUG.AUTO_AUGMENT {auto_augment!r}: timm cannot read this policy ({error})") from error
         self.size = size
         self.crop: RandomResizedCropAndInterpolation = geometry.transforms[0]
         self.hflip = hflip

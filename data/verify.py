@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data.dataset import Failure, ImageSource, keep_batch
-from data.decoding import BrokenImageError, decode_fast
+from data.decoding import decode_fast
+from data.errors import BrokenImageError
 from data.sources.image_folder import ImageFolder
 from data.sources.zip_folder import ZipFolder
 from utils.config.command_line import Parser, at_least, report_user_errors

@@ -1,81 +1,102 @@
-"""Processes that load images."""
+"""A DataLoader whose worker processes start reliably and report user errors in one line."""
 
 import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-START_SECONDS = 180.0  # a fork takes milliseconds; other ways to start import everything anew
-MOST_STARTS = 3
+from utils.config.errors import UserError
+
+START_SECONDS = 180.0  # a fork takes milliseconds; other start methods import everything again
+MAX_STARTS = 3
 
 logger = logging.getLogger("mlla.data")
 
 
-def leave_process_group(_: int) -> None:
-    """In a worker: signals to the group of the training process no longer reach this worker.
+class WorkerStartError(UserError):
+    """The worker processes of a DataLoader did not start."""
 
-    Launchers send SIGTERM, and terminals Ctrl-C, to all of a group. The training process has to save first, which it
-    could not do with dead workers; it ends them itself, and they end when it is gone.
+
+def leave_process_group(_: int) -> None:
+    """Shield this worker from signals to the process group of training.
+
+    Launchers send SIGTERM, and terminals Ctrl-C, to a whole group. The training process must save a checkpoint first,
+    which it could not with dead workers. It ends its workers itself, and they end when it is gone.
     """
     os.setpgrp()
 
 
-def begin(started: "Synchronized[int]", set_up: Callable[[int], None], number: int) -> None:
-    """A worker's first words: set it up, and count it among those that have started."""
+def set_up_and_count(started: "Synchronized[int]", set_up: Callable[[int], None], worker: int) -> None:
+    """Set up a worker and count it as started."""
     try:
-        set_up(number)  # what it raises reaches the DataLoader
+        set_up(worker)  # the DataLoader reports what it raises
     finally:
         with started.get_lock():
             started.value += 1
 
 
-class WatchfulDataLoader(DataLoader):
-    """A DataLoader that starts its workers anew if one of them does not come to life.
+class RestartingDataLoader(DataLoader):
+    """A DataLoader that restarts its workers if one of them hangs before it has started.
 
-    A fork copies the locks of all threads, but only one thread. In older releases of Python 3.11
-    and before, a worker forked while another thread held the interpreter's list of threads waits for it forever, and so
-    would the DataLoader.
+    A fork copies the locks of all threads, but only one thread. In older releases of Python up to 3.11, a worker forked
+    while another thread holds the interpreter's list of threads waits for it forever, and so would the DataLoader.
 
     Args:
-        set_up_worker: called with its number in each worker.
-        options: DataLoader's, but for worker_init_fn.
+        set_up_worker: called in each worker with the worker's number.
+        options: those of DataLoader, except worker_init_fn.
 
     Raises:
-        RuntimeError: when iterated, if workers did not start `MOST_STARTS` times.
+        WorkerStartError: when iterated, if workers did not start in `MAX_STARTS` attempts.
     """
 
     def __init__(self, *args: Any, set_up_worker: Callable[[int], None] = leave_process_group, **options: Any) -> None:
         self.started: Synchronized[int] = multiprocessing.Value("i", 0)
-        options["worker_init_fn"] = partial(begin, self.started, set_up_worker)
+        options["worker_init_fn"] = partial(set_up_and_count, self.started, set_up_worker)
         super().__init__(*args, **options)
+
+    def __iter__(self) -> Any:
+        iterator = super().__iter__()
+        return one_line_user_errors(iterator) if self.num_workers else iterator
 
     def _get_iterator(self) -> Any:
         if self.num_workers == 0:
             return super()._get_iterator()
-        for _ in range(MOST_STARTS):
+        for _ in range(MAX_STARTS):
             self.started.value = 0
             iterator: Any = super()._get_iterator()
-            if self.are_alive(iterator._workers):
+            if self.have_started(iterator._workers):
                 return iterator
-            logger.warning("a loader worker did not start within %g s; all are started again", START_SECONDS)
-            iterator._shutdown_workers()  # after which a worker that is killed is no error any more
+            logger.warning("a DataLoader worker did not start within %g s; restarting all workers", START_SECONDS)
+            iterator._shutdown_workers()  # after this, a killed worker is no error
             for worker in iterator._workers:
                 worker.kill()  # one that waits for a lock heeds no other signal
-        raise RuntimeError(
-            f"loader workers did not start, {MOST_STARTS} times in a row; lower DATA.NUM_WORKERS, 0 loads without them"
+        raise WorkerStartError(
+            f"DATA.NUM_WORKERS {self.num_workers}: loader workers did not start in {MAX_STARTS} attempts; lower "
+            "DATA.NUM_WORKERS, 0 loads without them"
         )
 
-    def are_alive(self, workers: list[multiprocessing.Process]) -> bool:
-        """Wait until all have begun. One that died instead is left to the DataLoader, which says so."""
+    def have_started(self, workers: list[multiprocessing.Process]) -> bool:
+        """Wait until all workers have started; return False after a timeout. The DataLoader reports one that died."""
         deadline = time.monotonic() + START_SECONDS
         while self.started.value < len(workers) and all(worker.is_alive() for worker in workers):
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.005)
         return True
+
+
+def one_line_user_errors(batches: Iterable[Any]) -> Iterator[Any]:
+    """Iterate; a UserError from a worker gets its own line back, where torch has put the worker's whole traceback."""
+    try:
+        yield from batches
+    except UserError as error:
+        lines = str(error).splitlines()
+        if len(lines) == 1:
+            raise
+        raise type(error)(lines[-1].partition(": ")[2]) from error  # the last line is `module.Class: message`

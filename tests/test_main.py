@@ -355,7 +355,7 @@ def test_kernels_that_cannot_run(run_main: RunMain, tmp_path: Path, mode: list[s
 
 
 def test_workers_that_do_not_start(run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.workers.WatchfulDataLoader.are_alive", lambda *_: False)
+    monkeypatch.setattr("data.workers.RestartingDataLoader.have_started", lambda *_: False)
     code, out, err = run_main("--cfg", "cfgs/digits.yaml", "--output", tmp_path, "--opts", "DATA.NUM_WORKERS", "1")
     assert code == 1
     assert "Traceback" not in out + err

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from config import load_config
-from data.decoding import decode_plain
+from data.decoding import decode_pillow
 from models import build_model
 from utils.checkpoint.download import LONG_NAMES
 from utils.checkpoint.weights import classes_in, load_weights, read_state_dict
@@ -65,7 +65,7 @@ class ImageFiles(Dataset):
     def __getitem__(self, index: int) -> tuple[Path, Tensor | None, str]:
         path = self.paths[index]
         try:
-            return path, self.transform(decode_plain(path.read_bytes())), ""
+            return path, self.transform(decode_pillow(path.read_bytes())), ""
         except OSError as error:
             return path, None, " ".join(str(error).split())
 
@@ -230,7 +230,7 @@ def draw(path: Path, predictions: Sequence[Prediction]) -> None:
     """The first images, as they are in their files, with their likeliest classes."""
     images, captions = [], []
     for prediction in predictions[:MAX_PICTURES]:
-        image = decode_plain(Path(prediction.file).read_bytes())
+        image = decode_pillow(Path(prediction.file).read_bytes())
         image.thumbnail((256, 256))
         images.append(np.asarray(image))
         name = prediction.classes[0].split(",")[0]

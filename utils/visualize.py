@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from config import ConfigError, load_config
-from data.decoding import BrokenImageError, decode_plain
+from data.decoding import decode_pillow
+from data.errors import BrokenImageError
 from data.prefetch import Normalizer
 from data.sources.digits import Digits
 from data.transforms import EvalTransform, denormalize
@@ -112,7 +113,7 @@ def read_image(path: Path) -> Image.Image:
         OSError: no such file, or no image.
     """
     try:
-        return decode_plain(path.read_bytes())
+        return decode_pillow(path.read_bytes())
     except BrokenImageError as error:
         raise BrokenImageError(f"{path}: {error}") from None
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from data.errors import DataError
+
 VAL_PER_CLASS = 36  # of about 180; 360 in all, which leaves 1,437 for training
 
 
@@ -19,7 +21,7 @@ class Digits:
         only: names of the digits to keep, which are then numbered from 0; None keeps all ten.
 
     Raises:
-        ValueError: a name that is no digit.
+        DataError: a name that is no digit.
     """
 
     def __init__(self, split: str, size: int = 32, only: Sequence[str] | None = None) -> None:
@@ -33,7 +35,7 @@ class Digits:
         self.split = split
         names = [str(name) for name in digits.target_names]
         if unknown := set(only or []) - set(names):
-            raise ValueError(f"DATA.CLASSES: no digit is called {', '.join(sorted(unknown))}; there are {names}")
+            raise DataError(f"DATA.CLASSES: no digit is called {', '.join(sorted(unknown))}; there are {names}")
         self.classes = [name for name in names if only is None or name in only]
         is_kept = np.isin(digits.target, [names.index(name) for name in self.classes])
         chosen = is_kept & (is_val if split == "val" else ~is_val)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from timm.data import create_dataset
 
-from data.decoding import BrokenImageError
+from data.errors import BrokenImageError, DataError
 
 SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "test")}
 
@@ -20,15 +20,14 @@ class HuggingFaceImages:
         split: "train" or "val".
 
     Raises:
-        OSError: the library is not installed.
-        ValueError: there is no such data set, split or column.
+        DataError: the library is not installed, or there is no such dataset, split or column.
     """
 
     def __init__(self, name: str, root: str, split: str) -> None:
         try:
             import datasets
         except ImportError as error:
-            raise OSError(
+            raise DataError(
                 f"DATA.DATASET hfds/{name}: the library `datasets` is not installed; pip install datasets"
             ) from error
         local = Path(root) / name
@@ -42,12 +41,12 @@ class HuggingFaceImages:
             self.reader = create_dataset(f"hfds/{self.path}", root=cache, split=found).reader
             self.labels = np.array(self.reader.dataset[self.reader.label_key], dtype=np.int32)
         except KeyError as error:
-            raise ValueError(f"DATA.DATASET hfds/{name}: it has no column {error}; image and label are read") from error
+            raise DataError(f"DATA.DATASET hfds/{name}: it has no column {error}; image and label are read") from error
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise ValueError(f"DATA.DATASET hfds/{name}: {' '.join(str(error).split())}") from error
+            raise DataError(f"DATA.DATASET hfds/{name}: {' '.join(str(error).split())}") from error
         self.classes = [key for key, _ in sorted(self.reader.class_to_idx.items(), key=lambda item: item[1])]
         if not self.classes or self.labels.min() < 0:
-            raise ValueError(
+            raise DataError(
                 f"DATA.DATASET hfds/{name}: the column label must be a ClassLabel, and known for each image"
             )
 

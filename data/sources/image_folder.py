@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from data.decoding import BrokenImageError
+from data.errors import BrokenImageError, as_data_error
 from data.sources.string_table import StringTable
+from utils.config.errors import MissingFileError
 
 
 class ImageFolder:
@@ -17,14 +18,15 @@ class ImageFolder:
         split: "train" or "val".
 
     Raises:
-        FileNotFoundError: the folder, its split, or images in a class are missing.
+        MissingFileError: the folder, its split, or images in a class are missing.
     """
 
     def __init__(self, root: str, split: str) -> None:
         self.folder = split_folder(root, split)
-        self.classes = sorted(entry.name for entry in self.folder.iterdir() if entry.is_dir())
+        with as_data_error(self.folder):
+            self.classes = sorted(entry.name for entry in self.folder.iterdir() if entry.is_dir())
         if not self.classes:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{self.folder}: no class folders in it; put the images of each class in a folder of its own"
             )
         indices = {name: label for label, name in enumerate(self.classes)}
@@ -33,7 +35,7 @@ class ImageFolder:
         counts = np.bincount(self.labels, minlength=len(self.classes))
         if not counts.all():
             empty = self.folder / self.classes[int(counts.argmin())]
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{empty}: a class folder without images ({', '.join(IMG_EXTENSIONS)}); add some or remove the folder"
             )
         self.paths = StringTable(path[len(str(self.folder)) + 1 :] for path, _ in samples)
@@ -55,10 +57,10 @@ class ImageFolder:
 def split_folder(root: str, split: str) -> Path:
     """<root>/<split>, once it is found to be a folder."""
     if not root:
-        raise FileNotFoundError("DATA.DATA_PATH is empty: name the folder that holds train/ and val/ with --data-path")
+        raise MissingFileError("DATA.DATA_PATH is empty: name the folder that holds train/ and val/ with --data-path")
     folder = Path(root) / split
     if not folder.is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"DATA.DATA_PATH {root!r}: no folder {folder}; it must hold train/ and val/, each with a folder per class"
         )
     return folder

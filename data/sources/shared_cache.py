@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data.errors import DataError
+
 TOKEN_BYTES = 16
 CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -36,12 +38,12 @@ class SharedCache:
         sizes: bytes of each slot (N,).
 
     Raises:
-        OSError: the system has no such memory; Linux does.
+        DataError: the system has no such memory; Linux does.
     """
 
     def __init__(self, sizes: np.ndarray) -> None:
         if not hasattr(os, "memfd_create"):
-            raise OSError(f"DATA.CACHE_MODE: {sys.platform} has no memory that processes can share; set it to no")
+            raise DataError(f"DATA.CACHE_MODE: {sys.platform} has no memory that processes can share; set it to no")
         self.num_slots = len(sizes)
         # Token, then a flag per slot, then the slots.
         self.starts = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64))) + TOKEN_BYTES + len(sizes)  # (N + 1,)

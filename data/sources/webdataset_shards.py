@@ -14,8 +14,9 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from data.decoding import BrokenImageError
+from data.errors import BrokenImageError, DataError, as_data_error
 from data.sources.string_table import StringTable
+from utils.config.errors import MissingFileError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm")
 SPLITS = {"train": ("train",), "val": ("val", "validation")}
@@ -38,15 +39,15 @@ class WebDatasetShards:
         split: "train" or "val".
 
     Raises:
-        FileNotFoundError: there are no shards.
-        ValueError: a shard cannot be read, or has an image without a label.
+        MissingFileError: there are no shards.
+        DataError: a shard cannot be read, or has an image without a label.
     """
 
     def __init__(self, folder: str, split: str) -> None:
         self.shards = find_shards(Path(folder), split)
         samples = [(number, sample) for number, shard in enumerate(self.shards) for sample in read_shard(shard)]
         if not samples:
-            raise FileNotFoundError(f"{self.shards[0]}: no images ({', '.join(IMAGES)}) in it, nor in other shards")
+            raise MissingFileError(f"{self.shards[0]}: no images ({', '.join(IMAGES)}) in it, nor in other shards")
         self.numbers = np.array([number for number, _ in samples], dtype=np.int32)
         self.starts = np.array([sample.start for _, sample in samples], dtype=np.int64)
         self.sizes = np.array([sample.size for _, sample in samples], dtype=np.int64)
@@ -72,7 +73,7 @@ def find_shards(folder: Path, split: str) -> list[Path]:
     for name in SPLITS[split]:
         if shards := sorted(folder.glob(f"{name}/*.tar")) or sorted(folder.glob(f"*{name}*.tar")):
             return shards
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"DATA.DATASET wds/: no shards {folder}/{split}/*.tar or {folder}/*{split}*.tar; they must be on a local disk, "
         "not compressed"
     )
@@ -81,7 +82,7 @@ def find_shards(folder: Path, split: str) -> list[Path]:
 def read_shard(shard: Path) -> Iterator[Sample]:
     """The samples of a shard. Their files lie next to each other, in any order."""
     try:
-        with tarfile.open(shard, "r:") as archive:
+        with as_data_error(shard), tarfile.open(shard, "r:") as archive:
             key, image, label = "", None, None
             for member in archive:
                 if not member.isfile():
@@ -97,7 +98,7 @@ def read_shard(shard: Path) -> Iterator[Sample]:
                     label = read_label(shard, member.name, archive.extractfile(member), label)
             yield from whole_sample(shard, key, image, label)
     except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{shard}: not a whole, uncompressed tar file ({error})") from error
+        raise DataError(f"{shard}: not a whole, uncompressed tar file ({error})") from error
 
 
 def read_label(shard: Path, name: str, content: IO[bytes] | None, former: int | None) -> int | None:
@@ -110,21 +111,22 @@ def read_label(shard: Path, name: str, content: IO[bytes] | None, former: int | 
     except KeyError:
         return former
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{shard}: {name} holds no label ({error})") from error
+        raise DataError(f"{shard}: {name} holds no label ({error})") from error
 
 
 def whole_sample(shard: Path, key: str, image: tuple[int, int] | None, label: int | None) -> Iterator[Sample]:
     if image is not None:
         if label is None or label < 0:
-            raise ValueError(f"{shard}: {key} has no label; it needs {key}.cls, or {key}.json with a label")
+            raise DataError(f"{shard}: {key} has no label; it needs {key}.cls, or {key}.json with a label")
         yield Sample(key, *image, label)
 
 
 def class_names(folder: Path, count: int) -> list[str]:
     """The lines of classes.txt, or else numbers, as many as the labels of both splits need."""
     if (path := folder / "classes.txt").is_file():
-        names = path.read_text().splitlines()
+        with as_data_error(path):
+            names = path.read_text().splitlines()
         if len(names) < count:
-            raise ValueError(f"{path}: {len(names)} names for {count} classes")
+            raise DataError(f"{path}: {len(names)} names for {count} classes")
         return names
     return [str(label) for label in range(count)]

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from data.decoding import BrokenImageError
-from data.sources.shared_cache import SharedCache
+from data.errors import BrokenImageError, DataError, as_data_error
+from data.sources.shared_cache import SharedCache, available_bytes, machine
 from data.sources.string_table import StringTable
+from utils.config.errors import MissingFileError
 
 LOCAL_HEADER_BYTES = 30
 MISSING = -1
@@ -30,8 +32,8 @@ class ZipFolder:
         archive: another file than <split>.zip.
 
     Raises:
-        FileNotFoundError: the archive or the map is missing.
-        ValueError: the map or the archive cannot be understood.
+        MissingFileError: the archive or the map is missing.
+        DataError: the map or the archive cannot be understood.
     """
 
     def __init__(self, root: str, split: str, archive: Path | None = None) -> None:
@@ -104,7 +106,7 @@ class ZipFolder:
 def existing_file(root: str, name: str) -> Path:
     path = Path(root) / name
     if not root or not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"DATA.DATA_PATH {root!r}: no {name} in it; --zip reads train.zip, val.zip, train_map.txt and val_map.txt, "
             "which python -m data.make_zip makes"
         )
@@ -115,17 +117,19 @@ def read_map(path: Path) -> tuple[list[str], np.ndarray]:
     """Names and labels (N,) of a map.
 
     Raises:
-        ValueError: a line is not `name<TAB>label`, or there is none.
+        DataError: a line is not `name<TAB>label`, or there is none.
     """
     paths, labels = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
+    with as_data_error(path):
+        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    for number, line in enumerate(lines, 1):
         name, _, label = line.rpartition("\t")
         if not name or not label.strip().isdecimal():
-            raise ValueError(f"{path}, line {number}: {line!r} is not `class/image.jpg<TAB>label`")
+            raise DataError(f"{path}, line {number}: {line!r} is not `class/image.jpg<TAB>label`")
         paths.append(name)
         labels.append(int(label))
     if not paths:
-        raise ValueError(f"{path}: it names no images")
+        raise DataError(f"{path}: it names no images")
     return paths, np.array(labels, dtype=np.int32)
 
 
@@ -147,27 +151,57 @@ def find_members(archive: Path, paths: list[str]) -> tuple[np.ndarray, np.ndarra
     checksums, each (N,). Archives made of the folder train/ as a whole have that before each name.
 
     Raises:
-        ValueError: the archive is damaged, or holds none of the images, or some in a form that cannot be read.
+        DataError: the archive is damaged, or holds none of the images, or some in a form that cannot be read.
     """
     try:
-        with zipfile.ZipFile(archive) as opened:
+        with as_data_error(archive), zipfile.ZipFile(archive) as opened:
             members = {info.filename: info for info in opened.infolist()}
     except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-        raise ValueError(f"{archive}: not a whole zip archive ({error}); make it again") from error
+        raise DataError(f"{archive}: not a whole zip archive ({error}); make it again") from error
     prefix = next((p for p in ("", f"{archive.stem}/") if any(p + path in members for path in paths)), None)
     if prefix is None:
-        raise ValueError(
-            f"{archive}: none of the images that {archive.stem}_map.txt names is in it, such as {paths[0]}"
-        )
+        raise DataError(f"{archive}: none of the images that {archive.stem}_map.txt names is in it, such as {paths[0]}")
     headers = np.full(len(paths), MISSING, dtype=np.int64)
     sizes, stored_sizes, checksums = (np.zeros(len(paths), dtype=np.int64) for _ in range(3))
     for index, path in enumerate(paths):
         if (info := members.get(prefix + path)) is None:
             continue
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
-            raise ValueError(
+            raise DataError(
                 f"{archive}: {path} is encrypted or packed in an unusual way; python -m data.make_zip does not"
             )
         headers[index], sizes[index] = info.header_offset, info.file_size
         stored_sizes[index], checksums[index] = info.compress_size, info.CRC
     return headers, sizes, stored_sizes, checksums
+
+
+def cache_archives(archives: list[ZipFolder], mode: str, rank: int, num_processes: int) -> None:
+    """Give each archive a cache: of this process's shard ("part"), or of all, which the machine's processes share.
+
+    Raises:
+        DataError: the machine does not have enough memory.
+    """
+    first, step = (rank, num_processes) if mode == "part" else (0, 1)
+    needed = sum(archive.bytes_of(first, step) for archive in archives)
+    if mode == "part":
+        needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by the launcher: processes on this machine
+    if needed > (available := available_bytes()):
+        raise DataError(
+            f"DATA.CACHE_MODE {mode!r}: the images would take {needed / 2**30:.1f} GiB of this machine's memory, "
+            f"{available / 2**30:.1f} GiB are available; set --cache-mode {'no' if mode == 'part' else 'part, or no'}"
+        )
+    caches = [archive.use_cache(first, step) for archive in archives]
+    if mode == "full" and num_processes > 1:
+        share_on_machine(caches, num_processes)
+
+
+def share_on_machine(caches: list[SharedCache], num_processes: int) -> None:
+    """Let the processes of each machine use the caches of the first one there."""
+    mine = (machine(), [cache.address for cache in caches])
+    everyone: list[Any] = [None] * num_processes
+    torch.distributed.all_gather_object(everyone, mine)
+    addresses = next(addresses for where, addresses in everyone if where == mine[0])
+    for cache, address in zip(caches, addresses, strict=True):
+        if address.pid != os.getpid():
+            cache.join(address)
+    torch.distributed.barrier()  # none may end before all have joined

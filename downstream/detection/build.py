@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from yacs.config import CfgNode
 
 from data.samplers import EvalSampler
-from data.workers import WatchfulDataLoader
+from data.workers import RestartingDataLoader
 from downstream.build import build_backbone
 from downstream.detection.data.coco import CocoImages
 from downstream.detection.data.dataset import EvalImages, TrainImages, collate
@@ -110,7 +110,7 @@ def build_transform(config: CfgNode) -> TrainTransform:
 
 
 def make_loader(config: CfgNode, dataset: Dataset[Any], batches: AspectBatches | Sequence[Any]) -> DataLoader[Any]:
-    return WatchfulDataLoader(
+    return RestartingDataLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=collate,

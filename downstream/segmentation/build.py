@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from data.workers import WatchfulDataLoader
+from data.workers import RestartingDataLoader
 from downstream.build import build_backbone
 from downstream.segmentation.data.dataset import MaskedImages
 from downstream.segmentation.data.samplers import EndlessBatches, EvalSample, EvalSamples, TrainSamples
@@ -89,7 +89,7 @@ def train_loader(config: CfgNode, images: MaskedImages, process: Process) -> Dat
         num_processes=process.num_processes,
         seed=config.SEED,
     )
-    return WatchfulDataLoader(
+    return RestartingDataLoader(
         TrainSamples(images, transform, config.SEED),
         batch_sampler=batches,
         persistent_workers=config.DATA.NUM_WORKERS > 0,
@@ -102,7 +102,7 @@ def val_loader(config: CfgNode, images: MaskedImages, process: Process) -> DataL
     factors = tuple(config.TEST.FACTORS) if config.TEST.MULTI_SCALE else (1.0,)
     samples = EvalSamples(images, EvalTransform(tuple(config.DATA.SCALE), factors))
     numbers = range(process.rank, len(images), process.num_processes)
-    return WatchfulDataLoader(samples, sampler=numbers, batch_size=None, **shared_options(config))
+    return RestartingDataLoader(samples, sampler=numbers, batch_size=None, **shared_options(config))
 
 
 def shared_options(config: CfgNode) -> dict[str, Any]:

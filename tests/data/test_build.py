@@ -12,10 +12,11 @@ from yacs.config import CfgNode
 
 from config import load_config
 from data import Data, build_data, build_targets, make_zip
-from data.decoding import BrokenImageError
+from data.errors import BrokenImageError, DataError
 from data.samplers import SampleKey
 from models import MLLA
 from tests.helpers import MICRO, encoded, fill_weights, make_image_folder, photo
+from utils.config.errors import MissingFileError, UserError
 
 
 def digits_config(*opts: str) -> CfgNode:
@@ -66,19 +67,19 @@ def test_evaluation_needs_no_training_images(tmp_path: Path) -> None:
 
 
 def test_data_mistakes(tmp_path: Path) -> None:
-    def complaint(*opts: str, kind: type[Exception] = FileNotFoundError) -> str:
+    def complaint(*opts: str, kind: type[UserError] = MissingFileError) -> str:
         with pytest.raises(kind) as caught:
             build_data(folder_config(tmp_path, *opts))
         return str(caught.value)
 
     assert "it must hold train/ and val/" in complaint()
     make_image_folder(tmp_path, train=1, val=1)
-    assert "the data set has 2 classes" in complaint("MODEL.NUM_CLASSES", "1000", kind=ValueError)
+    assert "the data set has 2 classes" in complaint("MODEL.NUM_CLASSES", "1000", kind=DataError)
     (tmp_path / "train" / "emu").mkdir()
     (tmp_path / "train" / "emu" / "notes.txt").write_text("no image")
     assert "emu: a class folder without images" in complaint()
     Image.new("RGB", (40, 40)).save(tmp_path / "train" / "emu" / "0.png")
-    assert "only in one of them: emu" in complaint(kind=ValueError)
+    assert "only in one of them: emu" in complaint(kind=DataError)
     assert "DATA.DATA_PATH is empty" in complaint("DATA.DATA_PATH", "")
 
 
@@ -228,7 +229,7 @@ def test_classes_that_only_the_validation_has(zipped_folder: Path, tmp_path: Pat
         shutil.copy(path, tmp_path)
     lines = (tmp_path / "train_map.txt").read_text().splitlines(keepends=True)
     (tmp_path / "train_map.txt").write_text("".join(line for line in lines if line.startswith("cat")))
-    with pytest.raises(ValueError, match="has images of 1 classes that the training split has none of, such as dog"):
+    with pytest.raises(DataError, match="has images of 1 classes that the training split has none of, such as dog"):
         build_data(folder_config(tmp_path, "DATA.ZIP_MODE", "True"))
 
 
@@ -244,7 +245,7 @@ def test_every_policy_runs_at_its_strongest(image_folder: Path, policy: str) -> 
 
 
 def test_unreadable_policy(image_folder: Path) -> None:
-    with pytest.raises(ValueError, match="timm cannot read this policy"):
+    with pytest.raises(DataError, match="timm cannot read this policy"):
         build_data(folder_config(image_folder, "AUG.AUTO_AUGMENT", "rand-x9"))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.dataset import Batch, ImageDataset, keep_batch, random_state_of
-from data.decoding import BrokenImageError
+from data.errors import BrokenImageError
 from data.samplers import EvalSampler, SampleKey, TrainSampler
 from data.transforms import Erasure, EvalTransform
 from tests.helpers import encoded, photo

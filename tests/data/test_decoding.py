@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 
 from data import decoding
-from data.decoding import BrokenImageError, decode_fast, decode_plain, jpeg_frame, simplejpeg
+from data.decoding import decode_fast, decode_pillow, jpeg_frame, simplejpeg
+from data.errors import BrokenImageError
 from tests.helpers import encoded, photo
 
 
 def plain(data: bytes) -> np.ndarray:
-    return np.asarray(decode_plain(data))
+    return np.asarray(decode_pillow(data))
 
 
 def fast(data: bytes) -> np.ndarray:
@@ -112,7 +113,7 @@ def test_broken_files_are_refused_with_a_reason(kind: str, decode: object) -> No
     ids=["cut out", "marker within"],
 )
 def test_made_up_pixels_are_refused(data: bytes) -> None:
-    decode_plain(data)  # Pillow does not notice
+    decode_pillow(data)  # Pillow does not notice
     with pytest.raises(BrokenImageError, match="cannot be decoded: Corrupt JPEG data"):
         decode_fast(data)
 

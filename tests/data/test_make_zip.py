@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from data import make_zip
-from data.decoding import BrokenImageError
+from data.errors import BrokenImageError
 from data.sources.image_folder import ImageFolder
 from data.sources.zip_folder import ZipFolder
 from tests.helpers import exit_code, make_image_folder

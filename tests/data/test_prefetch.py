@@ -9,7 +9,8 @@ import torch
 from torchvision import transforms
 
 from data.dataset import Batch, Failure
-from data.decoding import BrokenImageError, image_to_tensor
+from data.decoding import image_to_tensor
+from data.errors import BrokenImageError
 from data.prefetch import DeviceLoader, Normalizer
 from data.transforms import denormalize
 from tests.helpers import photo

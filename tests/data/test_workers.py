@@ -1,4 +1,4 @@
-"""Loader workers that do not come to life."""
+"""Loader workers that hang at their start, and errors that come from workers."""
 
 import logging
 import os
@@ -8,47 +8,51 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from torch.utils.data import Dataset
 
 from data import workers
-from data.workers import WatchfulDataLoader
+from data.errors import BrokenImageError, DataError
+from data.workers import RestartingDataLoader, WorkerStartError
 from tests.helpers import is_running, wait_for
 
 NUMBERS = list(range(6))
 
 
-def deaf_at_first(folder: Path, deaf_starts: int, number: int) -> None:
+def hang_at_first(folder: Path, hanging_starts: int, number: int) -> None:
     """Worker 1 hangs in its first starts and heeds no signal but SIGKILL, as if it waited for a lock in a fork."""
     marks = len(list(folder.iterdir()))
-    if number == 1 and marks < deaf_starts:
+    if number == 1 and marks < hanging_starts:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         (folder / str(os.getpid())).touch()
         time.sleep(600)
 
 
 @pytest.fixture(autouse=True)
-def _impatience(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "START_SECONDS", 1.5)
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.3)  # how long it waits for their end
 
 
 @pytest.mark.parametrize("persistent", [True, False])
-def test_workers_are_started_again(tmp_path: Path, caplog: pytest.LogCaptureFixture, persistent: bool) -> None:
-    set_up = partial(deaf_at_first, tmp_path, 1)
-    loader = WatchfulDataLoader(
+def test_hanging_workers_are_restarted(tmp_path: Path, caplog: pytest.LogCaptureFixture, persistent: bool) -> None:
+    set_up = partial(hang_at_first, tmp_path, 1)
+    loader = RestartingDataLoader(
         NUMBERS, batch_size=2, num_workers=2, persistent_workers=persistent, set_up_worker=set_up
     )
     with caplog.at_level(logging.WARNING, logger="mlla"):
         batches = [batch.tolist() for batch in loader]
     assert batches == [[0, 1], [2, 3], [4, 5]]
-    assert caplog.messages == ["a loader worker did not start within 1.5 s; all are started again"]
+    assert caplog.messages == ["a DataLoader worker did not start within 1.5 s; restarting all workers"]
     assert [batch.tolist() for batch in loader] == batches
-    (deaf,) = (int(mark.name) for mark in tmp_path.iterdir())
-    wait_for(lambda: not is_running(deaf))
+    (hanging,) = (int(mark.name) for mark in tmp_path.iterdir())
+    wait_for(lambda: not is_running(hanging))
 
 
 def test_workers_that_never_start_end_the_run(tmp_path: Path) -> None:
-    loader = WatchfulDataLoader(NUMBERS, num_workers=2, set_up_worker=partial(deaf_at_first, tmp_path, 99))
-    with pytest.raises(RuntimeError, match=r"did not start, 3 times in a row; lower DATA\.NUM_WORKERS"):
+    loader = RestartingDataLoader(NUMBERS, num_workers=2, set_up_worker=partial(hang_at_first, tmp_path, 99))
+    with pytest.raises(
+        WorkerStartError, match=r"^DATA\.NUM_WORKERS 2: .* did not start in 3 attempts; lower DATA\.NUM_WORKERS"
+    ):
         next(iter(loader))
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -57,10 +61,39 @@ def refuse(_: int) -> None:
     raise ValueError("cannot be set up")
 
 
-def test_what_setting_up_raises_is_seen() -> None:
+def test_an_error_in_set_up_reaches_the_training_process() -> None:
     with pytest.raises(ValueError, match="cannot be set up"):
-        next(iter(WatchfulDataLoader(NUMBERS, num_workers=1, set_up_worker=refuse)))
+        next(iter(RestartingDataLoader(NUMBERS, num_workers=1, set_up_worker=refuse)))
 
 
-def test_no_workers_no_watch() -> None:
-    assert [int(batch) for batch in WatchfulDataLoader(NUMBERS, batch_size=None, set_up_worker=refuse)] == NUMBERS
+def test_without_workers_there_is_no_set_up() -> None:
+    assert [int(batch) for batch in RestartingDataLoader(NUMBERS, batch_size=None, set_up_worker=refuse)] == NUMBERS
+
+
+class Failing(Dataset[int]):
+    """Samples 0 and 1, then an error."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> int:
+        if index == 2:
+            raise self.error
+        return index
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("kind", [DataError, BrokenImageError])
+def test_user_errors_in_workers_keep_their_type_and_line(kind: type[DataError], num_workers: int) -> None:
+    batches = iter(RestartingDataLoader(Failing(kind("a.jpg: no: image")), batch_size=None, num_workers=num_workers))
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(kind, match=r"^a\.jpg: no: image$"):
+        next(batches)
+
+
+def test_other_errors_in_workers_keep_the_traceback() -> None:
+    with pytest.raises(ValueError, match=r"(?s)Caught ValueError in DataLoader worker.*in __getitem__.*a bug"):
+        list(RestartingDataLoader(Failing(ValueError("a bug")), batch_size=None, num_workers=1))

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from utils.config.command_line import SECONDARY_RANK_DELAY_SECONDS, report_user_errors
+from utils.config.errors import UserError
 from utils.distributed.process import Process, start_process, stop_process
 from utils.logs.logger import logger
 from utils.training.train_step import NonFiniteLossError
@@ -17,7 +18,7 @@ from utils.training.train_step import NonFiniteLossError
 LOST_CONTACT = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 # What begins like this is for users to mend, though it is known only once the work has begun.
-MENDABLE = ("MODEL.KERNELS ", "loader workers did not start")
+MENDABLE = ("MODEL.KERNELS ",)
 
 
 class MissingCompilerError(ValueError):
@@ -107,6 +108,8 @@ def report(
             logger.error("%s", text)
     elif isinstance(error, torch.OutOfMemoryError):
         logger.error("%s%s", who, explain_out_of_memory(error))
+    elif isinstance(error, UserError):
+        logger.error("%s%s", who, text)
     elif isinstance(error, torch.distributed.DistError) or any(word in text for word in LOST_CONTACT):
         time.sleep(SECONDARY_RANK_DELAY_SECONDS)  # the launcher ends this process, after it has seen the first to fail
         logger.error("%slost contact with the other processes, one of which has failed (%s)", who, text[:200])

@@ -3,6 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from data.errors import DataError
 from data.sources.digits import Digits
 
 
@@ -25,5 +26,5 @@ def test_some_of_the_digits() -> None:
     assert some.labels == [(2, 7).index(whole.labels[i]) for i in positions]
     assert all(some.images[i].tobytes() == whole.images[p].tobytes() for i, p in enumerate(positions))
     assert len(Digits("val", 8, ["0"])) == 36
-    with pytest.raises(ValueError, match=r"DATA\.CLASSES: no digit is called ten, x; there are \['0', '1'"):
+    with pytest.raises(DataError, match=r"DATA\.CLASSES: no digit is called ten, x; there are \['0', '1'"):
         Digits("val", 8, ["x", "1", "ten"])

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from data.decoding import BrokenImageError, decode_fast
+from data.decoding import decode_fast
+from data.errors import BrokenImageError, DataError
 from data.sources.hugging_face import HuggingFaceImages
 from tests.helpers import encoded, make_image_folder, photo
 
@@ -59,15 +60,15 @@ def test_mistakes(tmp_path: Path) -> None:
     for path in (tmp_path / "images" / "val").rglob("*.jpg"):
         path.unlink()
     with pytest.raises(
-        ValueError, match=r"^DATA\.DATASET hfds/images: no split validation or val or valid or test, only"
+        DataError, match=r"^DATA\.DATASET hfds/images: no split validation or val or valid or test, only"
     ):
         HuggingFaceImages("images", str(tmp_path), "val")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"^DATA\.DATASET hfds/empty: [^\n]+$"):
+    with pytest.raises(DataError, match=r"^DATA\.DATASET hfds/empty: [^\n]+$"):
         HuggingFaceImages("empty", str(tmp_path), "val")
 
 
 def test_without_the_library_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(OSError, match="the library `datasets` is not installed; pip install datasets"):
+    with pytest.raises(DataError, match="the library `datasets` is not installed; pip install datasets"):
         HuggingFaceImages("images", str(tmp_path), "val")

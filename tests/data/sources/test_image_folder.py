@@ -3,10 +3,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.decoding import BrokenImageError
+from data.errors import BrokenImageError
 from data.sources.image_folder import ImageFolder
 from data.sources.string_table import StringTable
 from tests.helpers import make_image_folder
+from utils.config.errors import MissingFileError
 
 
 def test_images_labels_and_names(tmp_path: Path) -> None:
@@ -35,7 +36,7 @@ def test_links_and_deeper_folders_are_found(tmp_path: Path) -> None:
 
 def test_a_folder_without_classes(tmp_path: Path) -> None:
     (tmp_path / "val").mkdir()
-    with pytest.raises(FileNotFoundError, match="no class folders in it"):
+    with pytest.raises(MissingFileError, match="no class folders in it"):
         ImageFolder(str(tmp_path), "val")
 
 

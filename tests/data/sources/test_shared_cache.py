@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.errors import DataError
 from data.sources import shared_cache
 from data.sources.shared_cache import MemoryAddress, SharedCache, available_bytes, machine
 
@@ -74,5 +75,5 @@ def test_containers_have_less_memory_than_their_machine(tmp_path: Path, monkeypa
 
 def test_systems_without_such_memory_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "memfd_create")
-    with pytest.raises(OSError, match=r"CACHE_MODE: .* set it to no"):
+    with pytest.raises(DataError, match=r"CACHE_MODE: .* set it to no"):
         SharedCache(np.array([3]))

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from data.errors import DataError
 from data.sources.webdataset_shards import WebDatasetShards
 from tests.helpers import encoded, photo
+from utils.config.errors import MissingFileError
 
 IMAGES = [encoded(photo(30 + i, 40, i)) for i in range(7)]
 
@@ -54,9 +56,9 @@ def test_the_same_samples_as_timms_reader(tmp_path: Path) -> None:
     theirs = list(create_dataset("wds/", root=str(tmp_path), split="val-0000.tar", num_samples=7))
     assert [label for _, label in theirs] == source.labels.tolist()
     reference = [image.tobytes() for image, _ in theirs]
-    from data.decoding import decode_plain
+    from data.decoding import decode_pillow
 
-    assert [decode_plain(source.read(i)).tobytes() for i in range(7)] == reference
+    assert [decode_pillow(source.read(i)).tobytes() for i in range(7)] == reference
 
 
 @pytest.mark.parametrize(
@@ -72,16 +74,16 @@ def test_the_same_samples_as_timms_reader(tmp_path: Path) -> None:
 def test_shards_that_cannot_be_understood(tmp_path: Path, files: list[tuple[str, bytes]], reason: str) -> None:
     write_shard(tmp_path / "val.tar", files)
     (tmp_path / "classes.txt").write_text("ant\nbee\n")
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(DataError, match=reason):
         WebDatasetShards(str(tmp_path), "val")
 
 
 def test_missing_empty_and_torn_shards(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no shards .*/val/\*\.tar or .*\*val\*\.tar"):
+    with pytest.raises(MissingFileError, match=r"no shards .*/val/\*\.tar or .*\*val\*\.tar"):
         WebDatasetShards(str(tmp_path), "val")
     write_shard(tmp_path / "val.tar", [("notes.txt", b"")])
-    with pytest.raises(FileNotFoundError, match="no images"):
+    with pytest.raises(MissingFileError, match="no images"):
         WebDatasetShards(str(tmp_path), "val")
     (tmp_path / "val.tar").write_bytes(b"no tar" * 1000)
-    with pytest.raises(ValueError, match="not a whole, uncompressed tar file"):
+    with pytest.raises(DataError, match="not a whole, uncompressed tar file"):
         WebDatasetShards(str(tmp_path), "val")

@@ -1,18 +1,24 @@
-"""Reading the official archives; data/make_zip.py makes them for these tests."""
+"""Reading and caching the official archives; data/make_zip.py makes them for these tests."""
 
 import multiprocessing
 import os
 import pickle
+import shutil
 import zipfile
+from multiprocessing import Queue
 from pathlib import Path
 
 import pytest
+import torch
 
 from data import make_zip
-from data.decoding import BrokenImageError
+from data.errors import BrokenImageError, DataError
+from data.samplers import EvalSampler, TrainSampler
+from data.sources import zip_folder
 from data.sources.image_folder import ImageFolder
-from data.sources.zip_folder import ZipFolder
+from data.sources.zip_folder import ZipFolder, cache_archives
 from tests.helpers import make_image_folder
+from utils.config.errors import MissingFileError
 
 
 @pytest.fixture(scope="module")
@@ -123,15 +129,89 @@ def test_missing_and_damaged_members(tmp_path: Path) -> None:
 )
 def test_maps_that_cannot_be_understood(tmp_path: Path, lines: list[str], reason: str) -> None:
     write(tmp_path, {"cat/a.jpg": b"a"}, lines)
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(DataError, match=reason):
         ZipFolder(str(tmp_path), "val")
 
 
 def test_missing_and_torn_archives(tmp_path: Path) -> None:
     for root in ("", str(tmp_path)):
-        with pytest.raises(FileNotFoundError, match=r"no val\.zip in it; --zip reads .* data\.make_zip makes"):
+        with pytest.raises(MissingFileError, match=r"no val\.zip in it; --zip reads .* data\.make_zip makes"):
             ZipFolder(root, "val")
     write(tmp_path, {"cat/a.jpg": b"a" * 500}, ["cat/a.jpg\t0"])
     (tmp_path / "val.zip").write_bytes((tmp_path / "val.zip").read_bytes()[:-30])
-    with pytest.raises(ValueError, match="not a whole zip archive"):
+    with pytest.raises(DataError, match="not a whole zip archive"):
         ZipFolder(str(tmp_path), "val")
+
+
+def test_64_processes_cache_disjoint_complete_and_balanced_shards(tmp_path: Path) -> None:
+    """What each reads in training and evaluation is what it keeps in memory."""
+    num_images = 1000
+    with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
+        for index in range(num_images):
+            archive.writestr(f"class{index % 10}/{index}.jpg", b"%d" % index)
+    lines = [f"class{index % 10}/{index}.jpg\t{index % 10}\n" for index in range(num_images)]
+    (tmp_path / "train_map.txt").write_text("".join(lines))
+    cached: list[int] = []
+    for rank in range(64):
+        source = ZipFolder(str(tmp_path), "train")
+        cache_archives([source], "part", rank, 64)
+        sampler = TrainSampler(num_images, rank=rank, num_processes=64, seed=0, keeps_shard=True)
+        for keys in (sampler, EvalSampler(num_images, rank=rank, num_processes=64)):
+            assert all(key.position % source.step == source.first for key in keys)
+        for image in sampler.order(0):
+            source.read(int(image))
+        assert source.cache is not None
+        assert source.cache.num_slots in (15, 16)
+        held = [source.cache.get(slot) for slot in range(source.cache.num_slots)]
+        cached += [int(data) for data in held if data is not None]
+    assert sorted(cached) == list(range(num_images))
+
+
+def test_a_cache_larger_than_memory_is_refused(archives: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = sum(ZipFolder(str(archives[1]), split).bytes_of(0, 1) for split in ("train", "val"))
+
+    def cache_with(mode: str, available: int) -> None:
+        monkeypatch.setattr(zip_folder, "available_bytes", lambda: available)
+        cache_archives([ZipFolder(str(archives[1]), split) for split in ("train", "val")], mode, 0, 1)
+
+    with pytest.raises(DataError, match=r"CACHE_MODE 'full': .* GiB are available; set --cache-mode part, or no$"):
+        cache_with("full", needed - 1)
+    with pytest.raises(DataError, match=r"CACHE_MODE 'part': .* GiB are available; set --cache-mode no$"):
+        cache_with("part", needed - 1)
+    for mode, available in (("part", needed), ("full", needed)):
+        cache_with(mode, available)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # processes on this machine, each with a share of its own
+    cache_with("full", needed)
+    with pytest.raises(DataError, match="CACHE_MODE 'part'"):
+        cache_with("part", 8 * needed - 1)
+
+
+def share(rank: int, folder: Path, results: Queue) -> None:
+    """A process of two: the first reads all images, then the second reads them without the archive."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    source = ZipFolder(str(folder), "train")
+    cache_archives([source], "full", rank, 2)
+    if rank == 0:
+        for index in range(len(source)):
+            source.read(index)
+    torch.distributed.barrier()
+    if rank == 1:
+        source.archive = folder / "gone.zip"
+        results.put([source.read(index) for index in range(len(source))])
+    torch.distributed.barrier()  # the memory lives as long as the first process
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_of_a_machine_share_one_full_cache(archives: tuple[Path, Path], tmp_path: Path) -> None:
+    for name in ("train.zip", "train_map.txt"):
+        shutil.copy(archives[1] / name, tmp_path)
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=share, args=(rank, tmp_path, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    read = results.get(timeout=60)
+    for process in processes:
+        process.join()
+    source = ZipFolder(str(tmp_path), "train")
+    assert read == [source.read(index) for index in range(len(source))]
