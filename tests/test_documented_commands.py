@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import documentation
 import pytest
 import timm
 import torch
@@ -21,6 +20,7 @@ from torch.distributed import run as torchrun
 
 from downstream.segmentation.main import SWITCHES
 from models import variants
+from tests import documentation
 from tests.documentation import SMALL, SMALL_TIMM, TASKS, Block
 from tests.helpers import ROOT, exit_code
 from utils import convert

@@ -7,10 +7,10 @@ import re
 import shlex
 from typing import Any, NoReturn
 
-import documentation
 import pytest
 from torch.distributed import run as torchrun
 
+from tests import documentation
 from tests.documentation import TASKS
 from tests.helpers import ROOT
 from utils.config.schema import ConfigError, checked, parse_text

@@ -21,7 +21,7 @@ from models.layers import DropPath
 from models.timm_interface import checkpoint_filter_fn
 from models.variants import RELEASED
 from tests.helpers import fill_weights, random_values
-from utils.checkpoint.files import download
+from utils.checkpoint import download
 
 THIN = {"embed_dim": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8), "drop_path_rate": 0.0}
 WIDTHS = [8, 16, 32, 64]

@@ -3,12 +3,12 @@ from typing import Any
 
 import pytest
 import torch
-from segmentation_worker import make_data, run, small_config
 from torch import nn
 
 from downstream.run import prepare_model
 from downstream.segmentation.model.sync_norm import PlainSyncBatchNorm, synchronize_norms
 from downstream.segmentation.task import Segmentation
+from tests.downstream.segmentation.segmentation_worker import make_data, run, small_config
 from tests.helpers import run_python
 from utils.distributed.process import Process
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from segmentation_worker import CONFIG, SMALL, make_data
 
 from downstream.segmentation import main as command
 from downstream.segmentation.config import load_config
 from downstream.segmentation.task import Segmentation
+from tests.downstream.segmentation.segmentation_worker import CONFIG, SMALL, make_data
 from tests.helpers import exit_code
 
 Runner = Callable[..., tuple[int, str]]

@@ -4,9 +4,9 @@ import importlib
 import time
 
 import pytest
-from test_imports import COMMANDS
 
 from tests.helpers import exit_code, run_python
+from tests.test_imports import COMMANDS
 from utils.config.command_line import SECONDARY_RANK_DELAY_SECONDS, Parser, at_least, report_user_errors
 
 

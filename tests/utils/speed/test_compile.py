@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import batch, small_step
 from torch import nn
 
 from models import MLLA, prepare_for_inference
+from tests.utils.training.test_train_step import batch, small_step
 from utils.speed import compile
 from utils.speed.compile import compile_regions, effective_mode, resolve_mode, uses_graphs
 from utils.training import graphed_step
