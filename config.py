@@ -1,6 +1,7 @@
-"""Configuration: every key with its default, range and meaning; what contradicts; what follows from it.
+"""Configuration of classification: keys with default, allowed values and meaning, and checks across keys.
 
-Later wins: defaults, the files under BASE, the file itself, --opts, flags that were typed. The result is frozen.
+Later ones win: defaults, the files under BASE, the file itself, --opts, flags that were typed. The result is frozen.
+Steps are optimizer steps; learning rates are for a global batch size of 512.
 """
 
 from collections.abc import Mapping, Sequence, Set
@@ -10,20 +11,22 @@ from typing import Any
 
 from yacs.config import CfgNode
 
+from utils.config.errors import ConfigError
 from utils.config.schema import (
-    ANY,
+    ABOVE_0_TO_1,
     BELOW_ONE,
     FRACTION,
-    YES_NO,
-    ConfigError,
+    NOT_EMPTY,
     Key,
     Rule,
+    Section,
     above,
     at_least,
     between,
     frozen_node,
     merge_settings,
     one_of,
+    refuse,
 )
 
 COMPILE_MODE = one_of("auto", "off", "default", "reduce-overhead", "max-autotune")
@@ -43,211 +46,323 @@ SIZES = Rule(
     "whole numbers of at least 8, with commas between",
     lambda value: not value or all(size.isdecimal() and int(size) >= 8 for size in value.split(",")),
 )
-ABOVE_0_TO_1 = Rule("above 0, at most 1", lambda value: 0 < value <= 1)
 
-# The official keys with their defaults, and ours. Steps are optimizer steps; learning rates are for 512 images a step.
-SCHEMA: dict[str, Key] = {
-    "BASE": Key([""], ANY, "files to start from, relative to this one"),
-    "DATA.BATCH_SIZE": Key(128, at_least(1), "images per process and forward pass"),
-    "DATA.DATA_PATH": Key("", ANY, "folder with train/ and val/, a folder per class in each"),
-    "DATA.DATASET": Key("imagenet", DATASET, "imagenet and folder read DATA_PATH; data/README.md has the rest"),
-    "DATA.ON_ERROR": Key("raise", one_of("raise", "skip"), "at an image that cannot be used: stop, or leave it out"),
-    "DATA.MAX_BAD": Key(100, at_least(0), "images that skip leaves out at most, per process"),
-    "DATA.EXACT_EVAL": Key(True, YES_NO, "evaluate on Pillow's pixels, as published figures are; false is faster"),
-    "DATA.CLASSES": Key(None, ANY, "null: all; of the digits only these, ['0', '1'] say", str, True, True),
-    "DATA.IMG_SIZE": Key(224, at_least(8), "side of the images, pixels"),
-    "DATA.INTERPOLATION": Key("bicubic", one_of("bicubic", "bilinear", "random"), "resizing filter"),
-    "DATA.ZIP_MODE": Key(False, YES_NO, "read train.zip and val.zip with their maps, rather than folders"),
-    "DATA.CACHE_MODE": Key(
-        "part", one_of("no", "part", "full"), "of zip archives in memory: each process's share, or all"
-    ),
-    "DATA.PIN_MEMORY": Key(True, YES_NO, "page-locked batches, for faster copies to a GPU"),
-    "DATA.NUM_WORKERS": Key(8, at_least(0), "loader processes per training process; 0 loads in the training process"),
-    "MODEL.TYPE": Key("mlla", one_of("mlla", "linear_vit"), "model family; each reads the section of its name"),
-    "MODEL.NAME": Key("mlla_tiny", Rule("not empty", bool), "names the output folder"),
-    "MODEL.RESUME": Key("", ANY, "checkpoint to go on from, or weights to evaluate: path, URL or mlla-t, -s, -b"),
-    "MODEL.PRETRAINED": Key("", ANY, "weights to start from, likewise; a classifier of other width starts fresh"),
-    "MODEL.NUM_CLASSES": Key(None, at_least(1), "null: as many as the data set has, 1000 without one", int, True),
-    "MODEL.DROP_RATE": Key(0.0, FRACTION, "dropout after the stem and in the MLPs"),
-    "MODEL.DROP_PATH_RATE": Key(0.1, FRACTION, "stochastic depth of the last block, rising linearly from 0"),
-    "MODEL.LABEL_SMOOTHING": Key(0.1, FRACTION, "share of the label spread over all classes"),
-    "MODEL.KERNELS": Key(
-        "auto", one_of("auto", "triton", "torch"), "Triton kernels: where they can run, always, never"
-    ),
-    "MODEL.LAYER_DECAY": Key(1.0, ABOVE_0_TO_1, "each block's learning rate over that of the next one; 1: all alike"),
-    "MODEL.MLLA.PATCH_SIZE": Key(4, one_of(4), "stride of the stem"),
-    "MODEL.MLLA.IN_CHANS": Key(3, at_least(1), "channels of an image"),
-    "MODEL.MLLA.EMBED_DIM": Key(64, at_least(4), "token width of the first stage; it doubles with each stage"),
-    "MODEL.MLLA.DEPTHS": Key([2, 4, 8, 4], at_least(1), "blocks of each stage"),
-    "MODEL.MLLA.NUM_HEADS": Key([2, 4, 8, 16], at_least(1), "heads of each stage; must divide its width"),
-    "MODEL.MLLA.MLP_RATIO": Key(4.0, above(0), "hidden width of the MLP over its input width"),
-    "MODEL.MLLA.QKV_BIAS": Key(True, YES_NO, "bias in the projection to q and k"),
-    "MODEL.MLLA.APE": Key(False, YES_NO, "add a learned absolute position embedding"),
-    "MODEL.LINEAR_VIT.PATCH_SIZE": Key(4, at_least(1), "side of a patch, pixels"),
-    "MODEL.LINEAR_VIT.IN_CHANS": Key(3, at_least(1), "channels of linear_vit's images"),
-    "MODEL.LINEAR_VIT.EMBED_DIM": Key(96, at_least(4), "token width of linear_vit's first stage; doubles with each"),
-    "MODEL.LINEAR_VIT.DEPTHS": Key([2, 2, 6, 2], at_least(1), "blocks of each stage of linear_vit"),
-    "MODEL.LINEAR_VIT.NUM_HEADS": Key([3, 6, 12, 24], at_least(1), "heads of each stage of linear_vit"),
-    "MODEL.LINEAR_VIT.MLP_RATIO": Key(4.0, above(0), "hidden width of linear_vit's MLP over its input width"),
-    "MODEL.LINEAR_VIT.QKV_BIAS": Key(True, YES_NO, "bias in the projections to q, k and v"),
-    "MODEL.LINEAR_VIT.INPUT_GATE": Key(False, YES_NO, "multiply V by softplus(x W1 W2 + b)"),
-    "MODEL.LINEAR_VIT.FORGET_GATE": Key(False, YES_NO, "let the state decay; tokens are read in raster order"),
-    "MODEL.LINEAR_VIT.SHORTCUT": Key(False, YES_NO, "add D * V, D a learned vector"),
-    "MODEL.LINEAR_VIT.NORMALISE": Key(True, YES_NO, "divide by Q Z"),
-    "MODEL.LINEAR_VIT.SINGLE_HEAD": Key(
-        False, YES_NO, "one head of Q and K, as wide as one of NUM_HEADS, for all of V"
-    ),
-    "MODEL.LINEAR_VIT.BLOCK": Key(
-        "transformer", one_of("transformer", "sub", "all"), "what Mamba's gated block replaces: nothing, attention, all"
-    ),
-    "MODEL.LINEAR_VIT.APE": Key(False, YES_NO, "add learned absolute position embeddings, one in each block"),
-    "MODEL.LINEAR_VIT.LEPE": Key(False, YES_NO, "add a depthwise convolution of V after attention"),
-    "MODEL.LINEAR_VIT.CPE": Key(False, YES_NO, "add depthwise convolutions before attention and before the MLP"),
-    "MODEL.LINEAR_VIT.ROPE": Key(False, YES_NO, "rotate Q and K by their tokens' rows and columns"),
-    "TRAIN.START_EPOCH": Key(0, at_least(0), "first epoch where no checkpoint says it"),
-    "TRAIN.EPOCHS": Key(300, at_least(1), "epochs of the schedule, warm-up included"),
-    "TRAIN.WARMUP_EPOCHS": Key(20, at_least(0), "epochs of linear warm-up; below EPOCHS"),
-    "TRAIN.COOLDOWN_EPOCHS": Key(0, at_least(0), "epochs after the schedule, at its last rate"),
-    "TRAIN.WEIGHT_DECAY": Key(0.05, at_least(0), "on tensors of two or more dimensions"),
-    "TRAIN.BASE_LR": Key(5e-4, above(0), "learning rate after warm-up, per 512 images a step"),
-    "TRAIN.WARMUP_LR": Key(5e-7, at_least(0), "learning rate of the first step, per 512 images"),
-    "TRAIN.MIN_LR": Key(5e-6, at_least(0), "learning rate at the end of cosine, per 512 images"),
-    "TRAIN.CLIP_GRAD": Key(5.0, at_least(0), "largest L2 norm of all gradients together; 0: no clipping"),
-    "TRAIN.AUTO_RESUME": Key(True, YES_NO, "go on from the newest whole checkpoint in the output folder"),
-    "TRAIN.SAVE_STEPS": Key(0, at_least(0), "steps between checkpoints within epochs; 0: only at their ends"),
-    "TRAIN.ON_SAVE_ERROR": Key("continue", one_of("continue", "stop"), "what to do where a checkpoint cannot be saved"),
-    "TRAIN.SAVE_IN_BACKGROUND": Key(True, YES_NO, "train on while a checkpoint is brought to the disk"),
-    "TRAIN.ACCUMULATION_STEPS": Key(1, at_least(1), "forward passes per step"),
-    "TRAIN.FREEZE": Key(False, YES_NO, "train the classifier alone; all else keeps its weights and statistics"),
-    "TRAIN.USE_CHECKPOINT": Key(False, YES_NO, "recompute blocks in the backward pass to save memory"),
-    "TRAIN.COMPILE": Key(
-        "off", COMPILE_MODE, "torch.compile of blocks, from reduce-overhead on the step as a CUDA graph"
-    ),
-    "TRAIN.ACTIVATION_BUDGET": Key(
-        1.0,
-        between(0, 1),
-        "share of activations that compiled blocks keep for the backward pass; the rest is recomputed",
-    ),
-    "TRAIN.FIND_UNUSED_PARAMS": Key(False, YES_NO, "let DDP look for parameters without gradient"),
-    "TRAIN.LR_SCHEDULER.NAME": Key("cosine", one_of("cosine", "linear", "step"), "shape after warm-up"),
-    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, at_least(1), "epochs between decays of step"),
-    "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, FRACTION, "factor of each decay of step"),
-    "TRAIN.OPTIMIZER.NAME": Key("adamw", one_of("adamw", "sgd"), "sgd is with Nesterov momentum"),
-    "TRAIN.OPTIMIZER.EPS": Key(1e-8, above(0), "AdamW's epsilon"),
-    "TRAIN.OPTIMIZER.BETAS": Key([0.9, 0.999], BELOW_ONE, "AdamW's two decay rates"),
-    "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, FRACTION, "SGD's momentum"),
-    "EMA.ENABLED": Key(True, YES_NO, "keep an exponential moving average of the weights"),
-    "EMA.DECAY": Key(0.9996, FRACTION, "per 4096 images; a step uses DECAY ^ (images a step / 4096)"),
-    "EMA.FORCE_CPU": Key(False, YES_NO, "keep the average on the CPU; not with AUG.MESA"),
-    "AUG.COLOR_JITTER": Key(0.4, at_least(0), "only where AUTO_AUGMENT is none"),
-    "AUG.AUTO_AUGMENT": Key("rand-m9-mstd0.5-inc1", POLICY, "timm's augmentation policy"),
-    "AUG.HFLIP": Key(0.5, FRACTION, "probability of a horizontal flip"),
-    "AUG.SCALE": Key([0.08, 1.0], between(0, 1), "area of the random crop, smallest and largest share"),
-    "AUG.RATIO": Key([0.75, 4 / 3], above(0), "width over height of the random crop, smallest and largest"),
-    "AUG.REPROB": Key(0.25, FRACTION, "probability of random erasing"),
-    "AUG.REMODE": Key("pixel", one_of("pixel", "rand", "const"), "filling of the erased part"),
-    "AUG.RECOUNT": Key(1, at_least(1), "erased parts at most"),
-    "AUG.MIXUP": Key(0.8, at_least(0), "mixup alpha; 0: off"),
-    "AUG.CUTMIX": Key(1.0, at_least(0), "cutmix alpha; 0: off"),
-    "AUG.CUTMIX_MINMAX": Key(None, FRACTION, "null, or smallest and largest side of the cutmix box", float, True, True),
-    "AUG.MIXUP_PROB": Key(1.0, FRACTION, "probability of mixup or cutmix"),
-    "AUG.MIXUP_SWITCH_PROB": Key(0.5, FRACTION, "probability of cutmix where both are on"),
-    "AUG.MIXUP_MODE": Key("batch", one_of("batch", "pair", "elem"), "what shares one mixing ratio"),
-    "AUG.MESA": Key(0.0, at_least(0), "weight of the EMA model's output as a second target; 0: off"),
-    "TEST.CROP": Key(True, YES_NO, "resize the short side to 256/224 of the size and crop; else resize both sides"),
-    "TEST.COMPILE": Key("off", COMPILE_MODE, "as TRAIN.COMPILE, in --eval and --throughput; also prepares weights"),
-    "AMP": Key(False, YES_NO, "16-bit autocast"),
-    "AMP_DTYPE": Key("auto", one_of("auto", "float16", "bfloat16"), "auto: bfloat16 where the device has it"),
-    "OUTPUT": Key("output", Rule("not empty", bool), "results go to OUTPUT/MODEL.NAME/TAG"),
-    "TAG": Key("default", Rule("not empty", bool), "tells runs of one model apart"),
-    "SAVE_FREQ": Key(1, at_least(1), "epochs between checkpoints"),
-    "PRINT_FREQ": Key(10, at_least(1), "steps between lines in the log"),
-    "LOG.PICTURE_EPOCHS": Key(
-        10, at_least(0), "epochs (and 5 minutes) between pictures of predictions; 0: only at the end"
-    ),
-    "LOG.WANDB": Key("", ANY, "project at Weights & Biases to log to besides TensorBoard; '': none"),
-    "SEED": Key(0, between(0, 2**31), "of weights, order and augmentation"),
-    "EVAL_MODE": Key(False, YES_NO, "only evaluate"),
-    "THROUGHPUT_MODE": Key(False, YES_NO, "only measure speed, on synthetic images"),
-    "BENCHMARK.TRAIN": Key(False, YES_NO, "measure the training step instead of inference"),
-    "BENCHMARK.BASELINES": Key("", BASELINES, "models to measure beside it, timm:convnext_tiny,timm:swin_tiny say"),
-    "BENCHMARK.SIZES": Key("", SIZES, "sides of images for a table of the cost of a pixel, 224,384,512 say"),
-    "PROFILE_MODE": Key(False, YES_NO, "only count parameters and MACs"),
-    "LOCAL_RANK": Key(0, at_least(0), "set by the launcher"),
-}
+_C = Section()
+
+_C.BASE = Key([""], help="files to start from, relative to this one")
+
+# ---------------------------------------------------------------------------
+# Data settings
+# ---------------------------------------------------------------------------
+_C.DATA = Section()
+_C.DATA.BATCH_SIZE = Key(128, at_least(1), help="images per process and forward pass")
+_C.DATA.DATA_PATH = Key("", help="dataset folder with train/ and val/, which have a folder per class")
+_C.DATA.DATASET = Key("imagenet", DATASET, help="imagenet and folder read DATA_PATH; data/README.md has the rest")
+_C.DATA.ON_ERROR = Key("raise", one_of("raise", "skip"), help="at an image that cannot be read: stop, or skip it")
+_C.DATA.MAX_BAD = Key(100, at_least(0), help="maximum number of images that skip leaves out, per process")
+_C.DATA.EXACT_EVAL = Key(True, help="evaluate on images decoded by Pillow, as published results are; false is faster")
+_C.DATA.CLASSES = Key(
+    None, type=str, optional=True, is_list=True, help="digits only: classes to keep, such as ['0', '1']; null: all"
+)
+_C.DATA.IMG_SIZE = Key(224, at_least(8), help="side of the images, pixels")
+_C.DATA.INTERPOLATION = Key("bicubic", one_of("bicubic", "bilinear", "random"), help="resizing filter")
+_C.DATA.ZIP_MODE = Key(False, help="read train.zip and val.zip with their maps, rather than folders")
+_C.DATA.CACHE_MODE = Key(
+    "part",
+    one_of("no", "part", "full"),
+    help="zip archives kept in memory: none (no), each process's share (part) or all (full)",
+)
+_C.DATA.PIN_MEMORY = Key(True, help="page-locked batches, for faster copies to a GPU")
+_C.DATA.NUM_WORKERS = Key(8, at_least(0), help="loader processes per training process; 0 loads in the training process")
+
+# ---------------------------------------------------------------------------
+# Model settings
+# ---------------------------------------------------------------------------
+_C.MODEL = Section()
+_C.MODEL.TYPE = Key("mlla", one_of("mlla", "linear_vit"), help="model family; each reads the section of its name")
+_C.MODEL.NAME = Key("mlla_tiny", NOT_EMPTY, help="names the output folder")
+_C.MODEL.RESUME = Key("", help="checkpoint to resume from, or weights to evaluate: path, URL or mlla-t, -s, -b")
+_C.MODEL.PRETRAINED = Key(
+    "", help="weights to start from: path, URL or mlla-t, -s, -b; a head for other classes is re-initialized"
+)
+_C.MODEL.NUM_CLASSES = Key(
+    None, at_least(1), type=int, optional=True, help="null: as many as the dataset has, 1000 without one"
+)
+_C.MODEL.DROP_RATE = Key(0.0, FRACTION, help="dropout after the stem and in the MLPs")
+_C.MODEL.DROP_PATH_RATE = Key(0.1, FRACTION, help="stochastic depth of the last block, rising linearly from 0")
+_C.MODEL.LABEL_SMOOTHING = Key(0.1, FRACTION, help="share of the label spread over all classes")
+_C.MODEL.KERNELS = Key(
+    "auto", one_of("auto", "triton", "torch"), help="Triton kernels: where they can run, always, never"
+)
+_C.MODEL.LAYER_DECAY = Key(
+    1.0, ABOVE_0_TO_1, help="learning rate of each block over that of the next one; 1: all the same"
+)
+
+# MLLA
+_C.MODEL.MLLA = Section()
+_C.MODEL.MLLA.PATCH_SIZE = Key(4, one_of(4), help="stride of the stem")
+_C.MODEL.MLLA.IN_CHANS = Key(3, at_least(1), help="image channels")
+_C.MODEL.MLLA.EMBED_DIM = Key(64, at_least(4), help="token width of the first stage; it doubles with each stage")
+_C.MODEL.MLLA.DEPTHS = Key([2, 4, 8, 4], at_least(1), help="blocks per stage")
+_C.MODEL.MLLA.NUM_HEADS = Key([2, 4, 8, 16], at_least(1), help="heads per stage; must divide its width")
+_C.MODEL.MLLA.MLP_RATIO = Key(4.0, above(0), help="hidden width of the MLP over its input width")
+_C.MODEL.MLLA.QKV_BIAS = Key(True, help="bias in the projection to q and k")
+_C.MODEL.MLLA.APE = Key(False, help="add a learned absolute position embedding")
+
+# Linear ViT, the model of the ablation study
+_C.MODEL.LINEAR_VIT = Section()
+_C.MODEL.LINEAR_VIT.PATCH_SIZE = Key(4, at_least(1), help="side of a patch, pixels")
+_C.MODEL.LINEAR_VIT.IN_CHANS = Key(3, at_least(1), help="image channels of linear_vit")
+_C.MODEL.LINEAR_VIT.EMBED_DIM = Key(
+    96, at_least(4), help="token width of linear_vit's first stage; doubles with each stage"
+)
+_C.MODEL.LINEAR_VIT.DEPTHS = Key([2, 2, 6, 2], at_least(1), help="blocks per stage of linear_vit")
+_C.MODEL.LINEAR_VIT.NUM_HEADS = Key([3, 6, 12, 24], at_least(1), help="heads per stage of linear_vit")
+_C.MODEL.LINEAR_VIT.MLP_RATIO = Key(4.0, above(0), help="hidden width of linear_vit's MLP over its input width")
+_C.MODEL.LINEAR_VIT.QKV_BIAS = Key(True, help="bias in the projections to q, k and v")
+_C.MODEL.LINEAR_VIT.INPUT_GATE = Key(False, help="multiply V by softplus(x W1 W2 + b)")
+_C.MODEL.LINEAR_VIT.FORGET_GATE = Key(False, help="let the state decay; tokens are read in raster order")
+_C.MODEL.LINEAR_VIT.SHORTCUT = Key(False, help="add D * V, D a learned vector")
+_C.MODEL.LINEAR_VIT.NORMALISE = Key(True, help="divide by Q Z")
+_C.MODEL.LINEAR_VIT.SINGLE_HEAD = Key(False, help="one head of Q and K, as wide as one of NUM_HEADS, for all of V")
+_C.MODEL.LINEAR_VIT.BLOCK = Key(
+    "transformer",
+    one_of("transformer", "sub", "all"),
+    help="Mamba's gated block replaces nothing, the attention, or the whole block",
+)
+_C.MODEL.LINEAR_VIT.APE = Key(False, help="add learned absolute position embeddings, one in each block")
+_C.MODEL.LINEAR_VIT.LEPE = Key(False, help="add a depthwise convolution of V after attention")
+_C.MODEL.LINEAR_VIT.CPE = Key(False, help="add depthwise convolutions before attention and before the MLP")
+_C.MODEL.LINEAR_VIT.ROPE = Key(False, help="rotate Q and K by their tokens' rows and columns")
+
+# ---------------------------------------------------------------------------
+# Training settings
+# ---------------------------------------------------------------------------
+_C.TRAIN = Section()
+_C.TRAIN.START_EPOCH = Key(0, at_least(0), help="first epoch, unless a checkpoint is resumed")
+_C.TRAIN.EPOCHS = Key(300, at_least(1), help="epochs of the schedule, warm-up included")
+_C.TRAIN.WARMUP_EPOCHS = Key(20, at_least(0), help="epochs of linear warm-up; below EPOCHS")
+_C.TRAIN.COOLDOWN_EPOCHS = Key(0, at_least(0), help="epochs after the schedule, at its last learning rate")
+_C.TRAIN.WEIGHT_DECAY = Key(0.05, at_least(0), help="on tensors of two or more dimensions")
+_C.TRAIN.BASE_LR = Key(5e-4, above(0), help="learning rate after warm-up, for a global batch size of 512")
+_C.TRAIN.WARMUP_LR = Key(5e-7, at_least(0), help="learning rate of the first step, likewise for 512")
+_C.TRAIN.MIN_LR = Key(5e-6, at_least(0), help="learning rate at the end of cosine, likewise for 512")
+_C.TRAIN.CLIP_GRAD = Key(5.0, at_least(0), help="maximum L2 norm of all gradients together; 0: no clipping")
+_C.TRAIN.AUTO_RESUME = Key(True, help="resume from the newest complete checkpoint in the output folder")
+_C.TRAIN.SAVE_STEPS = Key(0, at_least(0), help="steps between checkpoints within epochs; 0: only at their ends")
+_C.TRAIN.ON_SAVE_ERROR = Key("continue", one_of("continue", "stop"), help="if a checkpoint cannot be saved")
+_C.TRAIN.SAVE_IN_BACKGROUND = Key(True, help="continue training while a checkpoint is written to disk")
+_C.TRAIN.ACCUMULATION_STEPS = Key(1, at_least(1), help="gradient accumulation steps: forward passes per optimizer step")
+_C.TRAIN.FREEZE = Key(False, help="train the classifier alone; all else keeps its weights and statistics")
+_C.TRAIN.USE_CHECKPOINT = Key(
+    False, help="activation checkpointing: recompute blocks in the backward pass to save memory"
+)
+_C.TRAIN.COMPILE = Key(
+    "off", COMPILE_MODE, help="torch.compile of blocks; from reduce-overhead on, the step is a CUDA graph"
+)
+_C.TRAIN.ACTIVATION_BUDGET = Key(
+    1.0,
+    FRACTION,
+    help="share of activations that compiled blocks keep for the backward pass; the rest is recomputed",
+)
+_C.TRAIN.FIND_UNUSED_PARAMS = Key(False, help="let DDP look for parameters without gradient")
+
+# Learning-rate schedule
+_C.TRAIN.LR_SCHEDULER = Section()
+_C.TRAIN.LR_SCHEDULER.NAME = Key("cosine", one_of("cosine", "linear", "step"), help="shape after warm-up")
+_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = Key(30, at_least(1), help="epochs between decays of the step schedule")
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = Key(0.1, FRACTION, help="factor of each decay of the step schedule")
+
+# Optimizer
+_C.TRAIN.OPTIMIZER = Section()
+_C.TRAIN.OPTIMIZER.NAME = Key("adamw", one_of("adamw", "sgd"), help="sgd is with Nesterov momentum")
+_C.TRAIN.OPTIMIZER.EPS = Key(1e-8, above(0), help="AdamW's epsilon")
+_C.TRAIN.OPTIMIZER.BETAS = Key([0.9, 0.999], BELOW_ONE, help="AdamW's two decay rates")
+_C.TRAIN.OPTIMIZER.MOMENTUM = Key(0.9, FRACTION, help="SGD's momentum")
+
+# Exponential moving average of the weights
+_C.EMA = Section()
+_C.EMA.ENABLED = Key(True, help="keep an exponential moving average (EMA) of the weights")
+_C.EMA.DECAY = Key(0.9996, FRACTION, help="EMA decay per 4096 images; a step uses DECAY ^ (global batch size / 4096)")
+_C.EMA.FORCE_CPU = Key(False, help="keep the EMA on the CPU; not with AUG.MESA")
+
+# ---------------------------------------------------------------------------
+# Augmentation settings
+# ---------------------------------------------------------------------------
+_C.AUG = Section()
+_C.AUG.COLOR_JITTER = Key(0.4, at_least(0), help="only if AUTO_AUGMENT is none")
+_C.AUG.AUTO_AUGMENT = Key("rand-m9-mstd0.5-inc1", POLICY, help="timm's augmentation policy")
+_C.AUG.HFLIP = Key(0.5, FRACTION, help="probability of a horizontal flip")
+_C.AUG.SCALE = Key([0.08, 1.0], FRACTION, help="area of the random crop, smallest and largest share")
+_C.AUG.RATIO = Key([0.75, 4 / 3], above(0), help="width over height of the random crop, smallest and largest")
+_C.AUG.REPROB = Key(0.25, FRACTION, help="probability of random erasing")
+_C.AUG.REMODE = Key("pixel", one_of("pixel", "rand", "const"), help="filling of the erased part")
+_C.AUG.RECOUNT = Key(1, at_least(1), help="maximum number of erased parts")
+_C.AUG.MIXUP = Key(0.8, at_least(0), help="mixup alpha; 0: off")
+_C.AUG.CUTMIX = Key(1.0, at_least(0), help="cutmix alpha; 0: off")
+_C.AUG.CUTMIX_MINMAX = Key(
+    None,
+    FRACTION,
+    type=float,
+    optional=True,
+    is_list=True,
+    help="null, or smallest and largest side of the cutmix box as a share of the image's",
+)
+_C.AUG.MIXUP_PROB = Key(1.0, FRACTION, help="probability of mixup or cutmix")
+_C.AUG.MIXUP_SWITCH_PROB = Key(0.5, FRACTION, help="probability of cutmix if both are on")
+_C.AUG.MIXUP_MODE = Key("batch", one_of("batch", "pair", "elem"), help="what shares one mixing ratio")
+_C.AUG.MESA = Key(0.0, at_least(0), help="loss weight of the EMA model's output as a second target; 0: off")
+
+# ---------------------------------------------------------------------------
+# Testing settings
+# ---------------------------------------------------------------------------
+_C.TEST = Section()
+_C.TEST.CROP = Key(True, help="resize the short side to 256/224 of IMG_SIZE and crop; false: resize both sides to it")
+_C.TEST.COMPILE = Key("off", COMPILE_MODE, help="as TRAIN.COMPILE, for --eval and --throughput; also prepares weights")
+
+# ---------------------------------------------------------------------------
+# Misc
+# ---------------------------------------------------------------------------
+_C.AMP = Key(False, help="mixed precision (AMP)")
+_C.AMP_DTYPE = Key(
+    "auto", one_of("auto", "float16", "bfloat16"), help="dtype of AMP; auto: bfloat16 if the device has it"
+)
+_C.OUTPUT = Key("output", NOT_EMPTY, help="results go to OUTPUT/MODEL.NAME/TAG")
+_C.TAG = Key("default", NOT_EMPTY, help="tells runs of one model apart")
+_C.SAVE_FREQ = Key(1, at_least(1), help="epochs between checkpoints")
+_C.PRINT_FREQ = Key(10, at_least(1), help="steps between log lines")
+
+_C.LOG = Section()
+_C.LOG.PICTURE_EPOCHS = Key(
+    10, at_least(0), help="epochs (and 5 minutes) between figures of predictions; 0: only at the end"
+)
+_C.LOG.WANDB = Key("", help="project at Weights & Biases to log to besides TensorBoard; '': none")
+
+_C.SEED = Key(0, between(0, 2**31), help="seed of weights, data order and augmentation")
+_C.EVAL_MODE = Key(False, help="only evaluate")
+_C.THROUGHPUT_MODE = Key(False, help="only measure speed, on synthetic images")
+
+_C.BENCHMARK = Section()
+_C.BENCHMARK.TRAIN = Key(False, help="with --throughput: measure the training step instead of inference")
+_C.BENCHMARK.BASELINES = Key(
+    "", BASELINES, help="with --throughput: models to compare with, such as timm:convnext_tiny,timm:swin_tiny"
+)
+_C.BENCHMARK.SIZES = Key(
+    "", SIZES, help="with --throughput: image sides for a table of time per pixel, such as 224,384,512"
+)
+
+_C.PROFILE_MODE = Key(False, help="only count parameters and MACs")
+_C.LOCAL_RANK = Key(0, at_least(0), help="set by the launcher")
+
+SCHEMA: dict[str, Key] = _C.flatten()
 
 
-def load_config(path: str | Path, opts: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> CfgNode:
-    """Merge defaults, a YAML file with its BASE files, `KEY VALUE ...` pairs and flags into a checked, frozen node.
+def load_config(source: str | Path, opts: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> CfgNode:
+    """Merge defaults, a YAML file or text, `KEY VALUE ...` pairs and flags into a checked, frozen node.
+
+    Args:
+        source: a YAML file with its BASE files, or YAML text (a str with a newline) such as the dump in a checkpoint.
+        opts: alternating keys and values, as typed after --opts.
+        flags: values by key, of those flags that were typed.
 
     Raises:
         ConfigError: a missing file, an unknown key, a wrong type, a value out of range, or values that contradict.
     """
-    values = merge_settings(SCHEMA, path, opts, flags)
-    refuse_idle_benchmark(values, {*opts[::2], *(flags or {})})
-    check_together(values)
+    values = merge_settings(SCHEMA, source, opts, flags)
+    check_benchmark_flags(values, {*opts[::2], *(flags or {})})
+    check_data(values)
+    for section in ("MODEL.MLLA", "MODEL.LINEAR_VIT"):
+        check_stages(values, section)
+        if not (values["THROUGHPUT_MODE"] or values["PROFILE_MODE"]):
+            check_channels(values, section)
+    check_schedule(values)
+    check_optimizer(values)
+    check_ranges(values, "AUG.SCALE", "AUG.RATIO", "AUG.CUTMIX_MINMAX")
+    if not (values["EVAL_MODE"] or values["THROUGHPUT_MODE"] or values["PROFILE_MODE"]):
+        check_training(values)
+        check_mixing(values)
     return frozen_node(values)
 
 
-def refuse_idle_benchmark(values: Mapping[str, Any], typed: Set[str]) -> None:
-    """Raise ConfigError where what to measure was typed, but not --throughput: it would be ignored.
+def check_benchmark_flags(values: Mapping[str, Any], typed: Set[str]) -> None:
+    """Raise ConfigError if a BENCHMARK key was typed without --throughput: it would be ignored.
 
     Files may hold it, as the configuration that a measurement leaves behind does.
     """
     for name in sorted(typed):
         if name.startswith("BENCHMARK.") and values[name] and not values["THROUGHPUT_MODE"]:
             flag = {"TRAIN": "--train", "BASELINES": "--baseline", "SIZES": "--sizes"}[name.removeprefix("BENCHMARK.")]
-            raise ConfigError(f"{name} {values[name]!r}: {flag} says what --throughput measures; add --throughput")
+            refuse(values, name, f"{flag} says what --throughput measures; add --throughput")
 
 
-def check_together(values: Mapping[str, Any]) -> None:
-    """Raise ConfigError where values that are right alone contradict each other."""
+def check_data(values: Mapping[str, Any]) -> None:
+    dataset = values["DATA.DATASET"]
+    if values["DATA.ZIP_MODE"] and dataset not in ("imagenet", "folder"):
+        refuse(values, "DATA.ZIP_MODE", f"DATA.DATASET is {dataset}, which comes without archives; leave out --zip")
+    if values["DATA.CLASSES"] and dataset != "digits":
+        refuse(values, "DATA.CLASSES", f"works with DATA.DATASET digits, not {dataset}: leave out class folders")
 
-    def refuse(name: str, reason: str) -> None:
-        raise ConfigError(f"{name} {values[name]!r}: {reason}")
 
+def check_stages(values: Mapping[str, Any], section: str) -> None:
+    """Raise ConfigError unless each stage of a model's section has a number of heads that divides its width."""
+    depths, num_heads = values[f"{section}.DEPTHS"], values[f"{section}.NUM_HEADS"]
+    if len(depths) != len(num_heads):
+        refuse(values, f"{section}.NUM_HEADS", f"must be as many as {section}.DEPTHS, {depths}")
+    for stage, heads in enumerate(num_heads):
+        if (width := values[f"{section}.EMBED_DIM"] * 2**stage) % heads or width % 4:
+            reason = f"stage {stage} is {width} wide: its {heads} heads and 4 must divide that"
+            refuse(values, f"{section}.NUM_HEADS", reason)
+
+
+def check_channels(values: Mapping[str, Any], section: str) -> None:
+    if values[f"{section}.IN_CHANS"] != 3:
+        refuse(values, f"{section}.IN_CHANS", "images are read as RGB: must be 3")
+
+
+def check_schedule(values: Mapping[str, Any]) -> None:
     if values["TRAIN.WARMUP_EPOCHS"] >= values["TRAIN.EPOCHS"]:
-        refuse("TRAIN.WARMUP_EPOCHS", f"must be below TRAIN.EPOCHS, which is {values['TRAIN.EPOCHS']}")
+        refuse(values, "TRAIN.WARMUP_EPOCHS", f"must be below TRAIN.EPOCHS, which is {values['TRAIN.EPOCHS']}")
     for name in ("TRAIN.MIN_LR", "TRAIN.WARMUP_LR"):
         if values[name] > values["TRAIN.BASE_LR"]:
-            refuse(name, f"must not be above TRAIN.BASE_LR, which is {values['TRAIN.BASE_LR']}")
-    for name in ("AUG.SCALE", "AUG.RATIO", "AUG.CUTMIX_MINMAX", "TRAIN.OPTIMIZER.BETAS"):
-        if values[name] is not None and len(values[name]) != 2:
-            refuse(name, "must have two values")
-        if values[name] is not None and name.startswith("AUG") and values[name][0] > values[name][1]:
-            refuse(name, "must have the smaller value first")
-    for section in ("MODEL.MLLA", "MODEL.LINEAR_VIT"):
-        depths, num_heads = values[f"{section}.DEPTHS"], values[f"{section}.NUM_HEADS"]
-        if len(depths) != len(num_heads):
-            refuse(f"{section}.NUM_HEADS", f"must be as many as {section}.DEPTHS, {depths}")
-        for stage, heads in enumerate(num_heads):
-            if (width := values[f"{section}.EMBED_DIM"] * 2**stage) % heads or width % 4:
-                reason = f"stage {stage} is {width} wide: its {heads} heads and 4 must divide that"
-                refuse(f"{section}.NUM_HEADS", reason)
-    if values["DATA.ZIP_MODE"] and values["DATA.DATASET"] not in ("imagenet", "folder"):
-        refuse(
-            "DATA.ZIP_MODE", f"DATA.DATASET is {values['DATA.DATASET']}, which comes without archives; leave out --zip"
-        )
+            refuse(values, name, f"must not be above TRAIN.BASE_LR, which is {values['TRAIN.BASE_LR']}")
     if values["TRAIN.ACTIVATION_BUDGET"] < 1 and values["TRAIN.COMPILE"] == "off":
-        refuse("TRAIN.ACTIVATION_BUDGET", "works in compiled blocks: set TRAIN.COMPILE auto, or use --use-checkpoint")
-    if values["DATA.CLASSES"] and values["DATA.DATASET"] != "digits":
-        refuse("DATA.CLASSES", f"works with DATA.DATASET digits, not {values['DATA.DATASET']}: leave out class folders")
-    for name in ("MODEL.MLLA.IN_CHANS", "MODEL.LINEAR_VIT.IN_CHANS"):
-        if values[name] != 3 and not (values["THROUGHPUT_MODE"] or values["PROFILE_MODE"]):
-            refuse(name, "images are read as RGB: must be 3")
-    if values["EVAL_MODE"] or values["THROUGHPUT_MODE"] or values["PROFILE_MODE"]:
-        return  # the rest is about training
+        reason = "works in compiled blocks: set TRAIN.COMPILE auto, or use --use-checkpoint"
+        refuse(values, "TRAIN.ACTIVATION_BUDGET", reason)
+
+
+def check_optimizer(values: Mapping[str, Any]) -> None:
+    if len(values["TRAIN.OPTIMIZER.BETAS"]) != 2:
+        refuse(values, "TRAIN.OPTIMIZER.BETAS", "must have two values")
+
+
+def check_ranges(values: Mapping[str, Any], *names: str) -> None:
+    """Raise ConfigError unless each of these keys is null or has two values, the smaller one first."""
+    for name in names:
+        if values[name] is not None and len(values[name]) != 2:
+            refuse(values, name, "must have two values")
+        if values[name] is not None and values[name][0] > values[name][1]:
+            refuse(values, name, "must have the smaller value first")
+
+
+def check_training(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError where settings contradict each other that matter to training alone."""
     if values["TRAIN.FREEZE"] and not (values["MODEL.PRETRAINED"] or values["MODEL.RESUME"]):
-        refuse("TRAIN.FREEZE", "a backbone that stays as it is needs weights; name some with --pretrained")
+        refuse(values, "TRAIN.FREEZE", "a frozen backbone needs weights; name some with --pretrained")
     if values["TRAIN.START_EPOCH"] >= (epochs := values["TRAIN.EPOCHS"] + values["TRAIN.COOLDOWN_EPOCHS"]):
-        refuse("TRAIN.START_EPOCH", f"must be below the number of epochs, {epochs}")
-    if (sides := values["AUG.CUTMIX_MINMAX"]) and len({int(values["DATA.IMG_SIZE"] * side) for side in sides}) == 1:
-        refuse("AUG.CUTMIX_MINMAX", f"must differ by a pixel at least, at DATA.IMG_SIZE {values['DATA.IMG_SIZE']}")
-    mixes = values["AUG.MIXUP"] or values["AUG.CUTMIX"] or values["AUG.CUTMIX_MINMAX"]
-    if mixes and values["DATA.BATCH_SIZE"] % 2:
-        refuse("DATA.BATCH_SIZE", "must be even with mixup or cutmix, which pair images; or set those AUG keys to 0")
+        refuse(values, "TRAIN.START_EPOCH", f"must be below the number of epochs, {epochs}")
     if values["EMA.FORCE_CPU"] and values["EMA.ENABLED"] and values["AUG.MESA"]:
-        refuse("EMA.FORCE_CPU", "MESA runs the EMA model on every batch; set AUG.MESA to 0 or EMA.FORCE_CPU to False")
+        reason = "MESA runs the EMA model on every batch; set AUG.MESA to 0 or EMA.FORCE_CPU to False"
+        refuse(values, "EMA.FORCE_CPU", reason)
+
+
+def check_mixing(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError where mixup or cutmix cannot work in training."""
+    size, sides = values["DATA.IMG_SIZE"], values["AUG.CUTMIX_MINMAX"]
+    if sides and len({int(size * side) for side in sides}) == 1:
+        refuse(values, "AUG.CUTMIX_MINMAX", f"must differ by a pixel at least, at DATA.IMG_SIZE {size}")
+    if (values["AUG.MIXUP"] or values["AUG.CUTMIX"] or sides) and values["DATA.BATCH_SIZE"] % 2:
+        reason = "must be even with mixup or cutmix, which pair images; or set those AUG keys to 0"
+        refuse(values, "DATA.BATCH_SIZE", reason)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ IMAGENET_IMAGES = 1_281_167  # of the run whose training step is measured
 
 def main(argv: Sequence[str] | None = None) -> int:
     with report_user_errors():
-        config = load_config(*parse_command_line(__doc__, argv, keys=SCHEMA))
+        config = load_config(*parse_command_line(__doc__, argv, schema=SCHEMA))
     if config.PROFILE_MODE:
         return run_profile(config)
     work = run_throughput if config.THROUGHPUT_MODE else run_evaluation if config.EVAL_MODE else run_training

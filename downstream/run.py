@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from downstream.dense_config import REFERENCE_BATCH_SIZE
 from utils.checkpoint.weights import check_classes, load_pretrained, load_weights, read_weights
 from utils.config.command_line import report_user_errors
-from utils.config.schema import ConfigError
+from utils.config.errors import ConfigError
 from utils.distributed.process import Process, wrap_ddp
 from utils.logs.environment import record_environment
 from utils.logs.logger import Tracker, logger

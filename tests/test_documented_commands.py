@@ -18,7 +18,7 @@ import torch
 from torch.distributed import launch
 from torch.distributed import run as torchrun
 
-from downstream.segmentation.main import SWITCHES
+from downstream.segmentation.config import FLAGS
 from models import variants
 from tests import documentation
 from tests.documentation import SMALL, SMALL_TIMM, TASKS, Block
@@ -91,8 +91,8 @@ def settles(words: list[str]) -> None:
 
 def check_settings(name: str, words: list[str]) -> None:
     schema = TASKS[name].SCHEMA
-    switches = SWITCHES if name == "downstream.segmentation.main" else None
-    TASKS[name].load_config(*command_line.parse_command_line("", words, keys=schema, switches=switches))
+    extra_flags = FLAGS if name == "downstream.segmentation.main" else None
+    TASKS[name].load_config(*command_line.parse_command_line("", words, schema=schema, extra_flags=extra_flags))
 
 
 def parses(words: list[str]) -> None:

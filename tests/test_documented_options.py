@@ -13,7 +13,8 @@ from torch.distributed import run as torchrun
 from tests import documentation
 from tests.documentation import TASKS
 from tests.helpers import ROOT
-from utils.config.schema import ConfigError, checked, parse_text
+from utils.config.errors import ConfigError
+from utils.config.schema import checked, parse_text
 
 
 class Parsed(BaseException):

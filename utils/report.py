@@ -113,7 +113,7 @@ def changed_settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any,
         if name not in schema:
             yield name, value, "", ""
         elif schema[name].default != value:
-            yield name, value, schema[name].default, schema[name].about
+            yield name, value, schema[name].default, schema[name].help
 
 
 def environment(start: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from downstream.detection.model.masks import paste_masks
 from downstream.detection.model.structures import Frame, Target
 from utils.benchmark.measure import synchronize
 from utils.config.command_line import Parser, at_least, report_user_errors
-from utils.config.schema import ConfigError
+from utils.config.errors import ConfigError
 from utils.speed.compile import compile_regions
 from utils.training.amp import Precision, make_precision
 from utils.training.launch import MissingCompilerError, explain_missing_compiler

@@ -24,7 +24,7 @@ COCO_CLASSES = 80
 
 def main(argv: Sequence[str] | None = None) -> int:
     with report_user_errors():
-        config = load_config(*parse_command_line(__doc__, argv, keys=SCHEMA))
+        config = load_config(*parse_command_line(__doc__, argv, schema=SCHEMA))
     if config.PROFILE_MODE:
         with report_user_errors():
             model = build_detector(config, COCO_CLASSES)

@@ -24,7 +24,7 @@ from downstream.detection.evaluation import Result, results_of
 from downstream.detection.pictures import annotated, found_of, save_picture
 from utils.checkpoint.weights import load_weights, read_weights
 from utils.config.command_line import Parser, report_user_errors
-from utils.config.schema import ConfigError
+from utils.config.errors import ConfigError
 from utils.logs.output_dir import unused_name
 from utils.training.amp import make_precision
 

@@ -16,7 +16,7 @@ from downstream.detection.data.transforms import normalize
 from downstream.detection.evaluation import CocoEvaluator, Result, results_of, table, write_results
 from downstream.detection.pictures import Found, found_of, save_comparison
 from downstream.run import Run, Task
-from utils.config.schema import ConfigError
+from utils.config.errors import ConfigError
 from utils.distributed.process import Process, gather_objects
 from utils.logs.logger import logger
 from utils.logs.plots import STEP_PANELS, Panel

@@ -1,4 +1,7 @@
-"""Configuration of segmentation: every key with its default, range and meaning; what contradicts."""
+"""Configuration of segmentation: its keys, those that it shares with other dense tasks, and checks across keys.
+
+Steps are optimizer steps, of 16 images in the published recipe.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,77 +9,104 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from downstream.dense_config import DENSE_KEYS, check_dense
+from config import check_ranges
+from downstream.dense_config import _C as DENSE
+from downstream.dense_config import check_dense
 from downstream.segmentation.data.dataset import LAYOUTS
-from utils.config.schema import FRACTION, YES_NO, Key, above, at_least, between, frozen_node, merge_settings, one_of
+from utils.config.schema import (
+    FRACTION,
+    Key,
+    Section,
+    above,
+    at_least,
+    between,
+    frozen_node,
+    merge_settings,
+    one_of,
+    refuse,
+)
 
+_C = DENSE.clone()
 
-def with_default(name: str, default: Any) -> Key:
-    return DENSE_KEYS[name]._replace(default=default)
+# Data settings
+_C.DATA.DATASET = Key("ade20k", one_of(*LAYOUTS), help="layout of DATA_PATH, see README.md")
+_C.DATA.REDUCE_ZERO_LABEL = Key(
+    None, type=bool, optional=True, help="ignore label 0, classes start at 1; null: true for ade20k, false for folder"
+)
+_C.DATA.SCALE = Key([2048, 512], at_least(32), help="long and short side that images are fitted into, pixels")
 
+# Model settings
+_C.MODEL.NUM_CLASSES = Key(None, at_least(1), type=int, optional=True, help="null: as many as the dataset has")
+_C.MODEL.HEAD = Section()
+_C.MODEL.HEAD.CHANNELS = Key(512, at_least(1), help="width of the head")
+_C.MODEL.HEAD.AUXILIARY_CHANNELS = Key(256, at_least(0), help="width of the auxiliary head; 0: none")
+_C.MODEL.HEAD.DROPOUT = Key(0.1, FRACTION, help="dropout of whole channels before each classifier")
+_C.MODEL.HEAD.SYNC_NORM = Key(True, help="synchronize the heads' batch norm over all processes")
 
-# Steps are optimizer steps, of 16 images in the published recipe.
-SCHEMA: dict[str, Key] = DENSE_KEYS | {
-    "DATA.DATASET": Key("ade20k", one_of(*LAYOUTS), "layout of DATA_PATH, see README.md"),
-    "DATA.REDUCE_ZERO_LABEL": Key(
-        None, YES_NO, "label 0 is ignored, classes start at 1; null: as ade20k has it, not so in folder", bool, True
-    ),
-    "DATA.SCALE": Key([2048, 512], at_least(32), "long and short side that images are fitted into, pixels"),
-    "MODEL.NUM_CLASSES": Key(None, at_least(1), "null: as many as the data set has", int, True),
-    "MODEL.HEAD.CHANNELS": Key(512, at_least(1), "width of the head"),
-    "MODEL.HEAD.AUXILIARY_CHANNELS": Key(256, at_least(0), "width of the auxiliary head; 0: without it"),
-    "MODEL.HEAD.DROPOUT": Key(0.1, FRACTION, "of whole channels before each classifier"),
-    "MODEL.HEAD.SYNC_NORM": Key(True, YES_NO, "the heads' batch statistics are of all processes' images"),
-    "TRAIN.STEPS": Key(160000, at_least(1), "steps of the run, warm-up included"),
-    "TRAIN.EVAL_STEPS": Key(16000, at_least(1), "steps between evaluations, which count as epochs; divides STEPS"),
-    "TRAIN.BASE_LR": with_default("TRAIN.BASE_LR", 6e-5),
-    "TRAIN.WARMUP_STEPS": with_default("TRAIN.WARMUP_STEPS", 1500),
-    "TRAIN.WARMUP_FACTOR": with_default("TRAIN.WARMUP_FACTOR", 1e-6),
-    "TRAIN.WEIGHT_DECAY": with_default("TRAIN.WEIGHT_DECAY", 0.01),
-    "TRAIN.AUXILIARY_WEIGHT": Key(0.4, at_least(0), "weight of the auxiliary head's loss"),
-    "TRAIN.LOSS_AVERAGE": Key(
-        "all", one_of("all", "labelled"), "pixels that the loss is averaged over: all, ignored ones too, as published"
-    ),
-    "AUG.RATIO": Key([0.5, 2.0], above(0), "smallest and largest factor of SCALE"),
-    "AUG.CROP_SIZE": Key(512, at_least(32), "side of the crop, pixels"),
-    "AUG.MAX_CATEGORY_SHARE": Key(0.75, FRACTION, "a crop of which one class covers as much is drawn anew; 1: never"),
-    "AUG.HFLIP": Key(0.5, FRACTION, "probability of a horizontal flip"),
-    "AUG.COLOURS": Key(True, YES_NO, "change brightness, contrast, saturation and hue"),
-    "TEST.MULTI_SCALE": Key(False, YES_NO, "average over FACTORS and mirror images"),
-    "TEST.FACTORS": Key([0.5, 0.75, 1.0, 1.25, 1.5, 1.75], between(0.05, 20), "of SCALE, for MULTI_SCALE"),
-    "TEST.SLIDE": Key(False, YES_NO, "cut images into overlapping windows, instead of whole"),
-    "TEST.WINDOW": Key(512, at_least(32), "side of a window, pixels"),
-    "TEST.STRIDE": Key(341, at_least(1), "from one window to the next, pixels; at most WINDOW"),
-    "TEST.SAVE_PREDICTIONS": Key(False, YES_NO, "write predictions of evaluation as palette PNGs and overlays"),
+# Training settings
+_C.TRAIN.STEPS = Key(160000, at_least(1), help="steps of the run, warm-up included")
+_C.TRAIN.EVAL_STEPS = Key(16000, at_least(1), help="steps between evaluations, which count as epochs; divides STEPS")
+_C.TRAIN.BASE_LR = 6e-5
+_C.TRAIN.WARMUP_STEPS = 1500
+_C.TRAIN.WARMUP_FACTOR = 1e-6
+_C.TRAIN.WEIGHT_DECAY = 0.01
+_C.TRAIN.AUXILIARY_WEIGHT = Key(0.4, at_least(0), help="weight of the auxiliary head's loss")
+_C.TRAIN.LOSS_AVERAGE = Key(
+    "all",
+    one_of("all", "labelled"),
+    help="pixels that the loss is averaged over: all, ignored ones too, as published; or only those with a label",
+)
+
+# Augmentation settings
+_C.AUG.RATIO = Key([0.5, 2.0], above(0), help="smallest and largest factor of SCALE")
+_C.AUG.CROP_SIZE = Key(512, at_least(32), help="side of the crop, pixels")
+_C.AUG.MAX_CATEGORY_SHARE = Key(
+    0.75, FRACTION, help="a crop is redrawn if one class covers at least this share; 1: never"
+)
+_C.AUG.COLOURS = Key(True, help="change brightness, contrast, saturation and hue")
+
+# Testing settings
+_C.TEST = Section()
+_C.TEST.MULTI_SCALE = Key(False, help="average over the scales of FACTORS, with horizontal flip")
+_C.TEST.FACTORS = Key([0.5, 0.75, 1.0, 1.25, 1.5, 1.75], between(0.05, 20), help="factors of SCALE, for MULTI_SCALE")
+_C.TEST.SLIDE = Key(False, help="evaluate in overlapping windows, instead of whole images")
+_C.TEST.WINDOW = Key(512, at_least(32), help="side of a window, pixels")
+_C.TEST.STRIDE = Key(341, at_least(1), help="from one window to the next, pixels; at most WINDOW")
+_C.TEST.SAVE_PREDICTIONS = Key(False, help="write predictions of evaluation as palette PNGs and overlays")
+
+SCHEMA: dict[str, Key] = _C.flatten()
+FLAGS = {
+    "--multi-scale": "TEST.MULTI_SCALE",
+    "--slide": "TEST.SLIDE",
+    "--save-predictions": "TEST.SAVE_PREDICTIONS",
 }
-SWITCHES = {
-    "--multi-scale": ("TEST.MULTI_SCALE", "evaluate at six scales, with flip"),
-    "--slide": ("TEST.SLIDE", "evaluate in overlapping windows"),
-    "--save-predictions": ("TEST.SAVE_PREDICTIONS", "write predictions as palette PNGs and overlays"),
-}
 
 
-def load_config(path: str | Path, opts: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> CfgNode:
-    """A checked, frozen node; see `utils.config.schema.merge_settings`.
+def load_config(source: str | Path, opts: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> CfgNode:
+    """Merge defaults, a YAML file or text, `KEY VALUE ...` pairs and flags; see `config.load_config`.
 
     Raises:
         ConfigError: a missing file, an unknown key, a wrong type, a value out of range, or values that contradict.
     """
-    values = merge_settings(SCHEMA, path, opts, flags)
-    refuse = check_dense(values)
-    for name in ("DATA.SCALE", "AUG.RATIO"):
-        if len(values[name]) != 2:
-            refuse(name, "must have two values")
+    values = merge_settings(SCHEMA, source, opts, flags)
+    check_dense(values)
+    check_ranges(values, "AUG.RATIO")
+    check_steps(values)
+    if len(values["DATA.SCALE"]) != 2:
+        refuse(values, "DATA.SCALE", "must have two values")
     if values["DATA.SCALE"][0] < values["DATA.SCALE"][1]:
-        refuse("DATA.SCALE", "must have the long side first")
-    if values["AUG.RATIO"][0] > values["AUG.RATIO"][1]:
-        refuse("AUG.RATIO", "must have the smaller value first")
+        refuse(values, "DATA.SCALE", "must have the long side first")
     if not values["MODEL.NAME"]:
-        refuse("MODEL.NAME", "must be set: it names the output folder")
-    if values["TRAIN.STEPS"] % values["TRAIN.EVAL_STEPS"]:
-        refuse("TRAIN.EVAL_STEPS", f"must divide TRAIN.STEPS, which is {values['TRAIN.STEPS']}")
-    if values["TRAIN.WARMUP_STEPS"] >= values["TRAIN.STEPS"]:
-        refuse("TRAIN.WARMUP_STEPS", f"must be below TRAIN.STEPS, which is {values['TRAIN.STEPS']}")
+        refuse(values, "MODEL.NAME", "must be set: it names the output folder")
     if values["TEST.STRIDE"] > values["TEST.WINDOW"]:
-        refuse("TEST.STRIDE", f"must not be above TEST.WINDOW, {values['TEST.WINDOW']}: pixels would be left out")
+        reason = f"must not be above TEST.WINDOW, {values['TEST.WINDOW']}: pixels would be left out"
+        refuse(values, "TEST.STRIDE", reason)
     return frozen_node(values)
+
+
+def check_steps(values: Mapping[str, Any]) -> None:
+    steps = values["TRAIN.STEPS"]
+    if steps % values["TRAIN.EVAL_STEPS"]:
+        refuse(values, "TRAIN.EVAL_STEPS", f"must divide TRAIN.STEPS, which is {steps}")
+    if values["TRAIN.WARMUP_STEPS"] >= steps:
+        refuse(values, "TRAIN.WARMUP_STEPS", f"must be below TRAIN.STEPS, which is {steps}")

@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 
 from downstream.run import describe_out_of_memory, run_evaluation, run_training
 from downstream.segmentation.build import build_model
-from downstream.segmentation.config import SCHEMA, SWITCHES, load_config
+from downstream.segmentation.config import FLAGS, SCHEMA, load_config
 from downstream.segmentation.task import Segmentation
 from utils.config.command_line import parse_command_line, report_user_errors
 from utils.speed.flops import profile, profile_table
@@ -29,7 +29,7 @@ PUBLISHED_FIGURES = {"mlla_b_upernet": (128, 1183)}  # millions of parameters, G
 
 def main(argv: Sequence[str] | None = None) -> int:
     with report_user_errors():
-        config = load_config(*parse_command_line(__doc__, argv, keys=SCHEMA, switches=SWITCHES))
+        config = load_config(*parse_command_line(__doc__, argv, schema=SCHEMA, extra_flags=FLAGS))
     if config.PROFILE_MODE:
         return run_profile(config)
     torch.backends.cudnn.benchmark = True  # crops have one size

@@ -24,7 +24,7 @@ from downstream.segmentation.metrics import ConfusionMatrix, SegmentationScores,
 from downstream.segmentation.model.inference import Inference
 from downstream.segmentation.model.losses import segmentation_loss
 from downstream.segmentation.pictures import overlay, plot_segmentations, save_mask
-from utils.config.schema import ConfigError
+from utils.config.errors import ConfigError
 from utils.distributed.process import Process, gather_objects
 from utils.logs.logger import append_records, logger
 from utils.logs.output_dir import unused_name

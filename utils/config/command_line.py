@@ -1,6 +1,6 @@
-"""The command line: the official script's flags, and one line for mistakes in what a command is given.
+"""Parsing of command lines, with the official script's flags, and one-line reports of user errors.
 
-Light, for commands of every kind: neither torch nor anything else that takes long to import.
+Light, for commands of every kind: imports neither torch nor anything else that takes long.
 """
 
 import argparse
@@ -8,87 +8,87 @@ import difflib
 import os
 import sys
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from utils.config.schema import Schema
 
 SECONDARY_RANK_DELAY_SECONDS = 5.0
 
 # Flags and the keys they set; a flag that is not typed sets nothing.
-TEXT_FLAGS = {
-    "--data-path": ("DATA.DATA_PATH", "folder with train/ and val/"),
-    "--cache-mode": ("DATA.CACHE_MODE", "no, part or full: what to keep in memory of zip archives"),
-    "--resume": ("MODEL.RESUME", "checkpoint to go on from, or weights to evaluate: a path, a URL, or mlla-t, -s, -b"),
-    "--pretrained": ("MODEL.PRETRAINED", "weights to start from, likewise"),
-    "--output": ("OUTPUT", "results go to <output>/<MODEL.NAME>/<tag>"),
-    "--baseline": ("BENCHMARK.BASELINES", "with --throughput: models to measure beside it, timm:NAME,..."),
-    "--sizes": ("BENCHMARK.SIZES", "with --throughput: image sides for a table of the cost of a pixel"),
-    "--tag": ("TAG", "tells runs of one model apart"),
+FLAGS = {
+    "--data-path": "DATA.DATA_PATH",
+    "--cache-mode": "DATA.CACHE_MODE",
+    "--resume": "MODEL.RESUME",
+    "--pretrained": "MODEL.PRETRAINED",
+    "--output": "OUTPUT",
+    "--baseline": "BENCHMARK.BASELINES",
+    "--sizes": "BENCHMARK.SIZES",
+    "--tag": "TAG",
+    "--batch-size": "DATA.BATCH_SIZE",
+    "--model-ema-decay": "EMA.DECAY",
+    "--local-rank": "LOCAL_RANK",
+    "--zip": "DATA.ZIP_MODE",
+    "--use-checkpoint": "TRAIN.USE_CHECKPOINT",
+    "--freeze-backbone": "TRAIN.FREEZE",
+    "--amp": "AMP",
+    "--eval": "EVAL_MODE",
+    "--throughput": "THROUGHPUT_MODE",
+    "--train": "BENCHMARK.TRAIN",
+    "--profile": "PROFILE_MODE",
+    "--find-unused-params": "TRAIN.FIND_UNUSED_PARAMS",
+    "--model-ema": "EMA.ENABLED",
+    "--model-ema-force-cpu": "EMA.FORCE_CPU",
 }
-NUMBER_FLAGS = {
-    "--batch-size": ("DATA.BATCH_SIZE", int, "images per process and forward pass"),
-    "--model-ema-decay": ("EMA.DECAY", float, "EMA decay per 4096 images"),
-    "--local-rank": ("LOCAL_RANK", int, "set by torch.distributed.launch"),
-}
-SWITCHES = {
-    "--zip": ("DATA.ZIP_MODE", "read zip archives"),
-    "--use-checkpoint": ("TRAIN.USE_CHECKPOINT", "recompute blocks in the backward pass to save memory"),
-    "--freeze-backbone": ("TRAIN.FREEZE", "train the classifier alone"),
-    "--amp": ("AMP", "16-bit autocast"),
-    "--eval": ("EVAL_MODE", "only evaluate"),
-    "--throughput": ("THROUGHPUT_MODE", "only measure speed, on synthetic images"),
-    "--train": ("BENCHMARK.TRAIN", "with --throughput: measure the training step"),
-    "--profile": ("PROFILE_MODE", "only count parameters and MACs"),
-    "--find-unused-params": ("TRAIN.FIND_UNUSED_PARAMS", "let DDP look for parameters without gradient"),
-    "--model-ema": ("EMA.ENABLED", "keep an average of the weights"),
-    "--model-ema-force-cpu": ("EMA.FORCE_CPU", "keep the average on the CPU"),
-}
+ALIASES = {"--local-rank": ["--local_rank"]}  # as launchers before torch 2.0 write it
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaint is one line, with the nearest flag; flags are written in full."""
+    """An ArgumentParser with one-line errors that suggest the nearest flag; flags cannot be abbreviated."""
 
     def __init__(self, description: str | None, *, prog: str | None = None) -> None:
         keep_lines = argparse.RawDescriptionHelpFormatter
         super().__init__(prog, description=description, formatter_class=keep_lines, allow_abbrev=False)
-        self.words: list[str] = []
+        self.argv: list[str] = []
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        self.words = list(sys.argv[1:] if args is None else args)
+        self.argv = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         flags = [flag for action in self._actions for flag in action.option_strings]
-        unknown = [word for word in self.words if word.startswith("--") and word.split("=")[0] not in ("--", *flags)]
+        unknown = [arg for arg in self.argv if arg.startswith("--") and arg.split("=")[0] not in ("--", *flags)]
         if unknown and message.startswith("the following arguments are required"):  # maybe it is one of them, mistyped
             message = f"unrecognized arguments: {unknown[0]}"
-        words = message.removeprefix("unrecognized arguments: ").split()
-        near = difflib.get_close_matches(words[0].split("=")[0], flags, n=1) if words[0].startswith("-") else []
+        first = message.removeprefix("unrecognized arguments: ").split()[0]
+        near = difflib.get_close_matches(first.split("=")[0], flags, n=1) if first.startswith("-") else []
         hint = f"; did you mean {near[0]}?" if near else "; see --help"
         print(f"error: {message}{hint}", file=sys.stderr)
         sys.exit(2)
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """A type for `Parser.add_argument`: a whole number, no smaller."""
+def at_least(low: int) -> Callable[[str], int]:
+    """Return a type for `Parser.add_argument` that accepts integers of at least `low`."""
 
-    def number(word: str) -> int:
+    def parse(arg: str) -> int:
         try:
-            value = int(word)
+            value = int(arg)
         except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{word}: must be a whole number, at least {least}")
+            value = low - 1
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{arg}: must be a whole number, at least {low}")
         return value
 
-    return number
+    return parse
 
 
 @contextmanager
 def report_user_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
-    """While a command is set up, what is wrong with its inputs ends it with one line and exit code 2.
+    """Print errors of these kinds in one line and exit with code 2.
 
-    Of several processes the first speaks first; the launcher then ends the others, before they repeat it.
+    Of several processes, rank 0 prints first; the launcher then ends the others before they repeat it.
     """
     try:
         yield
@@ -103,29 +103,35 @@ def parse_command_line(
     description: str,
     argv: Sequence[str] | None = None,
     *,
-    keys: Container[str],
-    switches: Mapping[str, tuple[str, str]] | None = None,
+    schema: "Schema",
+    extra_flags: Mapping[str, str] | None = None,
 ) -> tuple[str, list[str], dict[str, Any]]:
-    """A command line (by default this process's) as (YAML file, words after --opts, values by key of typed flags).
+    """Parse a command line (by default this process's) into the arguments of `load_config`.
 
-    Offered are those flags that set one of `keys`, and `switches` (key and meaning by flag) beside them.
-    A mistyped command line ends the process with one line and exit code 2.
+    Args:
+        description: text for --help.
+        argv: the command line without the program's name.
+        schema: the task's keys; each of FLAGS is offered if its key is one of them, with the key's type and help.
+        extra_flags: further flags of the task, and the keys they set.
+
+    Returns:
+        The YAML file, the KEY VALUE pairs after --opts, and the values by key of the flags that were typed.
+        A wrong command line ends the process with one line and exit code 2.
     """
     parser = Parser(description)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file, such as cfgs/mlla_t.yaml")
     parser.add_argument(
         "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="settings over the file's"
     )
-    for flag, (key, about) in TEXT_FLAGS.items():
-        if key in keys:
-            parser.add_argument(flag, dest=key, metavar="TEXT", help=about)
-    for flag, (key, kind, about) in NUMBER_FLAGS.items():
-        aliases = ["--local_rank"] if flag == "--local-rank" else []  # launchers before torch 2.0 write it so
-        if key in keys:
-            parser.add_argument(flag, *aliases, dest=key, type=kind, metavar="NUMBER", help=about)
-    for flag, (key, about) in {**SWITCHES, **(switches or {})}.items():
-        if key in keys:
-            parser.add_argument(flag, dest=key, action=argparse.BooleanOptionalAction, help=about)
-    arguments = vars(parser.parse_args(argv))
-    path, opts = arguments.pop("cfg"), arguments.pop("opts")
-    return path, opts, {key: value for key, value in arguments.items() if value is not None}
+    for flag, key in {**FLAGS, **(extra_flags or {})}.items():
+        if key not in schema:
+            continue
+        names, about = [flag, *ALIASES.get(flag, [])], schema[key].help
+        if schema[key].type is bool:
+            parser.add_argument(*names, dest=key, action=argparse.BooleanOptionalAction, help=about)
+        else:
+            metavar = "TEXT" if schema[key].type is str else "NUMBER"
+            parser.add_argument(*names, dest=key, type=schema[key].type, metavar=metavar, help=about)
+    args = vars(parser.parse_args(argv))
+    path, opts = args.pop("cfg"), args.pop("opts")
+    return path, opts, {key: value for key, value in args.items() if value is not None}

@@ -10,3 +10,15 @@ class UserError(ValueError):
 
 class MissingFileError(UserError, FileNotFoundError):
     """A file or folder that the user named does not exist."""
+
+
+class ConfigError(UserError):
+    """A mistake in a configuration file, in --opts or in a flag.
+
+    Attributes:
+        key: the dotted key at fault, such as "TRAIN.EPOCHS"; None where it is not a single key's.
+    """
+
+    def __init__(self, message: str, *, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key

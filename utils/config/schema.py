@@ -1,24 +1,24 @@
-"""Settings of a run: declared as keys with default, range and meaning; merged from files, pairs and flags; checked."""
+"""Schema of a configuration (a tree of keys), and the merging and checking of values against it."""
 
 import ast
 import contextlib
+import copy
 import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import yaml
 from yacs.config import CfgNode
 
-from utils.config.yaml_file import read_yaml
-
-
-class ConfigError(ValueError):
-    """A mistake in a configuration file, in --opts or in a flag: one line with key, value, what is allowed, remedy."""
+from utils.config.errors import ConfigError
+from utils.config.yaml_file import parse_yaml, read_yaml
 
 
 class Rule(NamedTuple):
+    """Constraint on a value, with the text that names it in errors and tables of keys."""
+
     text: str
     holds: Callable[[Any], bool]
 
@@ -40,43 +40,108 @@ def one_of(*values: object) -> Rule:
 
 
 ANY, YES_NO = Rule("any", lambda _: True), Rule("true or false", lambda _: True)
+NOT_EMPTY = Rule("not empty", bool)
 FRACTION = between(0, 1)
 BELOW_ONE = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
+ABOVE_0_TO_1 = Rule("above 0, at most 1", lambda value: 0 < value <= 1)
 
 
-class Key(NamedTuple):
-    default: Any
-    rule: Rule
-    about: str
-    kind: type | None = None  # of the value, or of a list's elements; that of the default where None
-    optional: bool = False  # may be null
-    many: bool = False  # a list, though the default does not show it
+class Key:
+    """A setting: its default, the rule that its values must hold, and its meaning.
+
+    Args:
+        default: a bool, int, float or str, a list of one of these, or None.
+        rule: holds for the value, or for each element of a list; by default every value of the type.
+        help: meaning and unit, for --help and the tables of keys.
+        type: type of the value or of the list's elements; by default the default's.
+        optional: accept null.
+        is_list: accept a list, where the default does not show it.
+    """
+
+    def __init__(
+        self,
+        default: Any,
+        rule: Rule | None = None,
+        *,
+        help: str,
+        type: type | None = None,
+        optional: bool = False,
+        is_list: bool = False,
+    ) -> None:
+        self.is_list = is_list or isinstance(default, list)
+        self.type = type or (default[0] if self.is_list else default).__class__
+        self.default, self.help, self.optional = default, help, optional
+        self.rule = rule or (YES_NO if self.type is bool else ANY)
 
 
 Schema = Mapping[str, Key]
 
 
+class Section:
+    """Section of a schema: keys and further sections as attributes, in the order of their first assignment.
+
+    Assigning a Key or a Section adds or replaces it; any other value becomes the default of a key that exists.
+    """
+
+    def __setattr__(self, name: str, member: Any) -> None:
+        if not isinstance(member, Key | Section):
+            key = copy.copy(getattr(self, name))
+            key.default = member
+            member = key
+        super().__setattr__(name, member)
+
+    def __getattr__(self, name: str) -> Any:  # for mypy; called only where there is no such attribute
+        raise AttributeError(f"no key or section {name}; there are {', '.join(vars(self))}")
+
+    def flatten(self, prefix: str = "") -> dict[str, Key]:
+        """Return the keys by dotted name, such as "TRAIN.EPOCHS"."""
+        schema: dict[str, Key] = {}
+        for name, member in vars(self).items():
+            schema |= member.flatten(f"{prefix}{name}.") if isinstance(member, Section) else {f"{prefix}{name}": member}
+        return schema
+
+    def subset(self, *names: str) -> "Section":
+        """Return a copy of the keys and whole sections with these dotted names."""
+        subset = Section()
+        for name in names:
+            *sections, leaf = name.split(".")
+            source, target = self, subset
+            for section in sections:
+                source = getattr(source, section)
+                if section not in vars(target):
+                    setattr(target, section, Section())
+                target = getattr(target, section)
+            member = getattr(source, leaf)
+            setattr(target, leaf, member.clone() if isinstance(member, Section) else member)
+        return subset
+
+    def clone(self) -> "Section":
+        """Return a copy, to be changed apart from this one."""
+        return self.subset(*vars(self))
+
+
 def merge_settings(
-    schema: Schema, path: str | Path, opts: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+    schema: Schema, source: str | Path, opts: Sequence[str] = (), flags: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Values by key, later ones winning: defaults, the files under BASE, the file itself, `KEY VALUE ...` pairs, flags.
+    """Return values by key. Later ones win: defaults, BASE files, the file itself, `KEY VALUE ...` pairs, flags.
 
     Args:
         schema: the known keys; "BASE" must be one of them.
-        path: the YAML file.
+        source: a YAML file, or YAML text, which is a str with a newline in it.
         opts: alternating keys and values, as typed after --opts.
         flags: values by key, of those flags that were typed.
 
     Raises:
-        ConfigError: a missing file, an unknown key, a wrong type or a value out of range.
+        ConfigError: a missing or unreadable file, an unknown key, a wrong type or a value out of range.
     """
     values = {name: key.default for name, key in schema.items()}
-    for name, value, source in read_file(schema, Path(path)):
-        values[name] = checked(schema, name, value, source)
+    is_text = isinstance(source, str) and "\n" in source
+    for name, value, origin in read_text(schema, str(source)) if is_text else read_file(schema, Path(source)):
+        values[name] = checked(schema, name, value, origin)
     if len(opts) % 2:
         raise ConfigError(f"--opts takes pairs of KEY VALUE, got {len(opts)} words: {' '.join(opts)}")
     if "BASE" in opts[::2]:
-        raise ConfigError("BASE (in --opts): only a configuration file can name files to start from")
+        raise ConfigError("BASE (in --opts): only a configuration file can name files to start from", key="BASE")
     for name, text in zip(opts[::2], opts[1::2], strict=True):
         values[name] = checked(schema, name, parse_text(schema, name, text), "--opts")
     for name, value in (flags or {}).items():
@@ -84,8 +149,13 @@ def merge_settings(
     return values
 
 
+def refuse(values: Mapping[str, Any], name: str, reason: str) -> NoReturn:
+    """Raise ConfigError about a key's value, for a reason that says what is allowed."""
+    raise ConfigError(f"{name} {values[name]!r}: {reason}", key=name)
+
+
 def frozen_node(values: Mapping[str, Any]) -> CfgNode:
-    """Values by dotted key as a tree of sections that cannot be changed."""
+    """Return values by dotted key as a tree of sections that cannot be changed."""
     config = CfgNode()
     for name, value in values.items():
         *sections, leaf = name.split(".")
@@ -98,23 +168,36 @@ def frozen_node(values: Mapping[str, Any]) -> CfgNode:
 
 
 def read_file(schema: Schema, path: Path, within: tuple[Path, ...] = ()) -> Iterator[tuple[str, Any, str]]:
-    """(key, value, file) of a YAML file, those of its BASE files first."""
+    """Yield (key, value, file) of a YAML file, those of its BASE files first."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file; see cfgs/ for those that come with the project")
     if path.resolve() in within:
-        raise ConfigError(f"{path}: BASE files include each other in a circle")
+        raise ConfigError(f"{path}: BASE files include each other in a circle", key="BASE")
     content = read_yaml(path)
     for base in checked(schema, "BASE", content.pop("BASE", [""]), str(path)):
         if base:
             yield from read_file(schema, path.parent / base, (*within, path.resolve()))
+    yield from settings_in(schema, content, str(path))
+
+
+def read_text(schema: Schema, text: str) -> Iterator[tuple[str, Any, str]]:
+    """Yield (key, value, origin) of a configuration's text, such as the dump in a checkpoint."""
+    origin = "configuration text"
+    content = parse_yaml(text, origin)
+    if any(checked(schema, "BASE", content.pop("BASE", [""]), origin)):
+        raise ConfigError(f"BASE (in {origin}): only a configuration file can name files to start from", key="BASE")
+    yield from settings_in(schema, content, origin)
+
+
+def settings_in(schema: Schema, content: Mapping[str, Any], origin: str) -> Iterator[tuple[str, Any, str]]:
     for name, value in content.items():
         is_empty_section = not value and any(key.startswith(f"{name}.") for key in schema)
         if not is_empty_section:
-            yield name, value, str(path)
+            yield name, value, origin
 
 
 def parse_text(schema: Schema, name: str, text: str) -> Any:
-    """A value typed after --opts: text as it stands for text keys, else a Python or YAML literal."""
+    """Return a value typed after --opts: text as it stands for text keys, else a Python or YAML literal."""
     if name in schema and isinstance(schema[name].default, str):
         return text
     for parse in (ast.literal_eval, yaml.safe_load):
@@ -123,33 +206,35 @@ def parse_text(schema: Schema, name: str, text: str) -> Any:
     return text
 
 
-def checked(schema: Schema, name: str, value: Any, source: str) -> Any:
-    """The value in the key's own type, once its type and range are found right."""
+def checked(schema: Schema, name: str, value: Any, origin: str) -> Any:
+    """Return the value in the key's own type.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, or a value that its rule does not hold for.
+    """
     if name not in schema:
         near = [key for key in schema if key.split(".")[-1] == name.split(".")[-1]]
         near = near or difflib.get_close_matches(name, schema, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{name} (in {source}): unknown key{hint}")
+        raise ConfigError(f"{name} (in {origin}): unknown key{hint}", key=name)
     key = schema[name]
     if value is None and key.optional:
         return None
-    is_list = isinstance(key.default, list) or key.many
-    kind = key.kind or type(key.default[0] if is_list else key.default)
-    if is_list and not (isinstance(value, list | tuple) and value):
-        raise ConfigError(f"{name} {value!r} (in {source}): must be a list of {kind.__name__}")
-    items = [coerced(name, item, kind, key.rule, source) for item in (value if is_list else [value])]
+    if key.is_list and not (isinstance(value, list | tuple) and value):
+        raise ConfigError(f"{name} {value!r} (in {origin}): must be a list of {key.type.__name__}", key=name)
+    items = [coerced(name, item, key, origin) for item in (value if key.is_list else [value])]
     if not all(map(key.rule.holds, items)):
-        raise ConfigError(f"{name} {value!r} (in {source}): must be {key.rule.text}")
-    return items if is_list else items[0]
+        raise ConfigError(f"{name} {value!r} (in {origin}): must be {key.rule.text}", key=name)
+    return items if key.is_list else items[0]
 
 
-def coerced(name: str, value: Any, kind: type, rule: Rule, source: str) -> Any:
-    """The value as a bool, int, float or str; YAML reads 5e-4 as text, so text is tried as a number."""
-    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+def coerced(name: str, value: Any, key: Key, origin: str) -> Any:
+    """Return the value as a bool, int, float or str; YAML reads 5e-4 as text, so text is tried as a number."""
+    if key.type is float and isinstance(value, int | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
             value = float(value)
-    if kind is str and value is False:  # YAML reads a bare off or no so
-        value = "off" if rule.holds("off") else "no"
-    if type(value) is not kind or value in (math.inf, -math.inf) or value != value:
-        raise ConfigError(f"{name} {value!r} (in {source}): must be of type {kind.__name__}")
+    if key.type is str and value is False:  # YAML reads a bare off or no so
+        value = "off" if key.rule.holds("off") else "no"
+    if type(value) is not key.type or value in (math.inf, -math.inf) or value != value:
+        raise ConfigError(f"{name} {value!r} (in {origin}): must be of type {key.type.__name__}", key=name)
     return value

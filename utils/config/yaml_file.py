@@ -1,10 +1,12 @@
-"""YAML files as flat dictionaries of dotted keys, with the mistakes that PyYAML lets pass."""
+"""YAML as flat dictionaries of dotted keys; refuses the mistakes that PyYAML lets pass."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from utils.config.errors import ConfigError
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -19,23 +21,33 @@ class StrictLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file's values by dotted key, such as "TRAIN.EPOCHS"; empty sections come as None.
+    """Return a YAML file's values by dotted key, such as "TRAIN.EPOCHS"; empty sections come as None.
 
     Raises:
-        ValueError: not a YAML file of sections and keys.
-        OSError: it cannot be read.
+        ConfigError: it cannot be read, or is not a YAML file of sections and keys.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, TypeError) as error:
-        raise ValueError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read this configuration file: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a YAML file: {error}") from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, origin: str) -> dict[str, Any]:
+    """Return the values of YAML text, as `read_yaml` does; errors name its origin."""
+    try:
+        content = yaml.load(text, StrictLoader)
+    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
+        raise ConfigError(f"{origin}: not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict | None):
-        raise ValueError(f"{path}: must hold 'KEY: value' lines, but holds a {type(content).__name__}")
+        raise ConfigError(f"{origin}: must hold 'KEY: value' lines, but holds a {type(content).__name__}")
     return dict(flatten(content or {}))
 
 
 def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested sections to (dotted key, value)."""
+    """Yield (dotted key, value) of nested sections."""
     for name, value in tree.items():
         if isinstance(value, dict) and value:
             yield from flatten(value, f"{prefix}{name}.")

@@ -37,13 +37,13 @@ def test_the_published_recipe(size: str, schedule: str, epochs: int, falls: list
 
 
 def test_every_key_is_explained_once() -> None:
-    abouts = [key.about for key in SCHEMA.values()]
-    assert all(abouts)
-    assert len(set(abouts)) == len(abouts)
+    helps = [key.help for key in SCHEMA.values()]
+    assert all(helps)
+    assert len(set(helps)) == len(helps)
 
 
 def test_readme_lists_every_key() -> None:
-    rows = [f"| `{name}` | `{key.default!r}` | {key.rule.text} | {key.about} |" for name, key in SCHEMA.items()]
+    rows = [f"| `{name}` | `{key.default!r}` | {key.rule.text} | {key.help} |" for name, key in SCHEMA.items()]
     listed = re.findall(r"^\| `[A-Z_.]+` \| .*$", (FOLDER / "README.md").read_text(), flags=re.MULTILINE)
     assert listed == rows
 

@@ -8,14 +8,14 @@ README = (ROOT / "downstream/segmentation/README.md").read_text()
 
 
 def test_readme_lists_every_key() -> None:
-    rows = [f"| `{name}` | `{key.default!r}` | {key.rule.text} | {key.about} |" for name, key in SCHEMA.items()]
+    rows = [f"| `{name}` | `{key.default!r}` | {key.rule.text} | {key.help} |" for name, key in SCHEMA.items()]
     assert re.findall(r"^\| `[A-Z_.]+` \| .*$", README, flags=re.MULTILINE) == rows
 
 
 def test_every_key_is_explained_once() -> None:
-    abouts = [key.about for key in SCHEMA.values()]
-    assert all(abouts)
-    assert len(set(abouts)) == len(abouts)
+    helps = [key.help for key in SCHEMA.values()]
+    assert all(helps)
+    assert len(set(helps)) == len(helps)
 
 
 def test_dump_can_be_used_again(tmp_path: Path) -> None:
