@@ -13,7 +13,7 @@ def write(folder: Path, name: str, text: str) -> Path:
     return path
 
 
-def test_later_wins(tmp_path: Path) -> None:
+def test_later_sources_win(tmp_path: Path) -> None:
     write(tmp_path, "base.yaml", "TRAIN: {EPOCHS: 100, BASE_LR: 1e-3}\nTAG: base\nSEED: 5\n")
     path = write(tmp_path, "run.yaml", "BASE: [base.yaml]\nTRAIN:\n  EPOCHS: 50\nTAG: file\n")
     config = load_config(path, ["TAG", "opts", "DATA.BATCH_SIZE", "64"], {"DATA.BATCH_SIZE": 32})
@@ -28,13 +28,25 @@ def test_later_wins(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["mlla_t", "mlla_s", "mlla_b", "digits"])
 def test_dump_can_be_used_again(tmp_path: Path, name: str) -> None:
     config = load_config(f"cfgs/{name}.yaml", ["AUG.CUTMIX_MINMAX", "[0.2, 0.8]", "TAG", "12"])
-    again = load_config(write(tmp_path, "config.yaml", config.dump()))
-    assert again == config
-    assert again.TAG == "12"
+    for source in (write(tmp_path, "config.yaml", config.dump()), config.dump()):
+        again = load_config(source)
+        assert again == config
+        assert again.TAG == "12"
+
+
+def test_text_names_no_base_files() -> None:
+    with pytest.raises(ConfigError, match="only a configuration file") as caught:
+        load_config("BASE: [cfgs/mlla_t.yaml]\nTAG: x\n")
+    assert caught.value.key == "BASE"
+
+
+def test_opts_and_flags_override_text() -> None:
+    config = load_config("TAG: text\nSEED: 5\n", ["TAG", "opts"], {"DATA.BATCH_SIZE": 32})
+    assert (config.TAG, config.SEED, config.DATA.BATCH_SIZE) == ("opts", 5, 32)
 
 
 def test_dump_of_a_measurement_can_be_used_again(tmp_path: Path) -> None:
-    """What it measured stays in the file, and is in the way of nothing else."""
+    """The BENCHMARK keys stay in the file and do not block other modes."""
     flags = {"THROUGHPUT_MODE": True, "BENCHMARK.TRAIN": True, "BENCHMARK.SIZES": "32"}
     path = write(tmp_path, "config.yaml", load_config("cfgs/digits.yaml", flags=flags).dump())
     assert load_config(path, flags={"THROUGHPUT_MODE": False}).BENCHMARK.TRAIN
@@ -63,60 +75,74 @@ def test_lists_are_not_shared() -> None:
 
 
 @pytest.mark.parametrize(
-    ("opts", "message"),
+    ("opts", "key", "message"),
     [
-        (["TRAIN.BASE_LRR", "1"], r"TRAIN.BASE_LRR \(in --opts\): unknown key; did you mean TRAIN.BASE_LR\?"),
-        (["BATCH_SIZE", "1"], r"did you mean DATA.BATCH_SIZE\?"),
-        (["MODEL.SWIN.EMBED_DIM", "96"], r"did you mean MODEL.MLLA.EMBED_DIM\?"),
-        (["TRAIN.BASE_LR", "fast"], r"TRAIN.BASE_LR 'fast' \(in --opts\): must be of type float"),
-        (["TRAIN.BASE_LR", "nan"], "must be of type float"),
-        (["AMP", "1"], "AMP 1 .*: must be of type bool"),
-        (["TRAIN.EPOCHS", "True"], "must be of type int"),
-        (["TRAIN.EPOCHS", "2.5"], "must be of type int"),
-        (["MODEL.MLLA.DEPTHS", "4"], "must be a list of int"),
-        (["TRAIN.EPOCHS", "0"], r"TRAIN.EPOCHS 0 \(in --opts\): must be at least 1"),
-        (["MODEL.LABEL_SMOOTHING", "1.5"], "must be from 0 to 1"),
-        (["DATA.DATASET", "cifar"], "must be imagenet, folder, digits, hfds/<folder or name> or wds/<folder>"),
-        (["AUG.AUTO_AUGMENT", "randm9"], "must be none, rand-"),
-        (["MODEL.MLLA.NUM_HEADS", "[3, 4, 8, 16]"], "stage 0 is 64 wide: its 3 heads and 4 must divide that"),
-        (["MODEL.MLLA.NUM_HEADS", "[2, 4]"], "must be as many as MODEL.MLLA.DEPTHS"),
-        (["MODEL.LINEAR_VIT.NUM_HEADS", "[5, 6, 12, 24]"], "stage 0 is 96 wide: its 5 heads and 4 must divide that"),
-        (["MODEL.LINEAR_VIT.DEPTHS", "[2]"], "MODEL.LINEAR_VIT.NUM_HEADS .*: must be as many as"),
-        (["MODEL.LINEAR_VIT.IN_CHANS", "4"], "MODEL.LINEAR_VIT.IN_CHANS 4: images are read as RGB"),
-        (["MODEL.LINEAR_VIT.BLOCK", "mamba"], "must be one of transformer, sub, all"),
-        (["TRAIN.WARMUP_EPOCHS", "300"], "must be below TRAIN.EPOCHS"),
-        (["TRAIN.MIN_LR", "1.0"], "must not be above TRAIN.BASE_LR"),
-        (["DATA.BATCH_SIZE", "7"], "must be even with mixup"),
-        (["AUG.SCALE", "[1.0, 0.1]"], "smaller value first"),
-        (["AUG.SCALE", "[0.5]"], "two values"),
-        (["DATA.ZIP_MODE", "True", "DATA.DATASET", "digits"], "DATA.DATASET is digits, which comes without archives"),
-        (["DATA.CLASSES", "['1']"], "DATA.CLASSES .*: works with DATA.DATASET digits, not imagenet"),
-        (["MODEL.LAYER_DECAY", "0"], "must be above 0, at most 1"),
-        (["TRAIN.FREEZE", "True"], "needs weights; name some with --pretrained"),
+        (["TRAIN.BASE_LRR", "1"], "TRAIN.BASE_LRR", r"\(in --opts\): unknown key; did you mean TRAIN.BASE_LR\?"),
+        (["BATCH_SIZE", "1"], "BATCH_SIZE", r"did you mean DATA.BATCH_SIZE\?"),
+        (["MODEL.SWIN.EMBED_DIM", "96"], "MODEL.SWIN.EMBED_DIM", r"did you mean MODEL.MLLA.EMBED_DIM\?"),
+        (["TRAIN.BASE_LR", "fast"], "TRAIN.BASE_LR", r"'fast' \(in --opts\): must be of type float"),
+        (["TRAIN.BASE_LR", "nan"], "TRAIN.BASE_LR", "must be of type float"),
+        (["AMP", "1"], "AMP", "AMP 1 .*: must be of type bool"),
+        (["TRAIN.EPOCHS", "True"], "TRAIN.EPOCHS", "must be of type int"),
+        (["TRAIN.EPOCHS", "2.5"], "TRAIN.EPOCHS", "must be of type int"),
+        (["TRAIN.EPOCHS", "["], "TRAIN.EPOCHS", "must be of type int"),
+        (["TRAIN.EPOCHS", "{[]: 1}"], "TRAIN.EPOCHS", "must be of type int"),
+        (["MODEL.MLLA.DEPTHS", "4"], "MODEL.MLLA.DEPTHS", "must be a list of int"),
+        (["MODEL.MLLA.DEPTHS", "[]"], "MODEL.MLLA.DEPTHS", "must be a list of int"),
+        (["TRAIN.EPOCHS", "0"], "TRAIN.EPOCHS", r"0 \(in --opts\): must be at least 1"),
+        (["MODEL.LABEL_SMOOTHING", "1.5"], "MODEL.LABEL_SMOOTHING", "must be from 0 to 1"),
+        (["MODEL.LAYER_DECAY", "0"], "MODEL.LAYER_DECAY", "must be above 0, at most 1"),
+        (["TRAIN.OPTIMIZER.BETAS", "[0.9, 1.0]"], "TRAIN.OPTIMIZER.BETAS", "at least 0 and below 1"),
+        (["TRAIN.OPTIMIZER.BETAS", "[0.9]"], "TRAIN.OPTIMIZER.BETAS", "two values"),
+        (["DATA.DATASET", "cifar"], "DATA.DATASET", "must be imagenet, folder, digits, hfds/<.*> or wds/<folder>"),
+        (["AUG.AUTO_AUGMENT", "randm9"], "AUG.AUTO_AUGMENT", "must be none, rand-"),
+        (["MODEL.LINEAR_VIT.BLOCK", "mamba"], "MODEL.LINEAR_VIT.BLOCK", "must be one of transformer, sub, all"),
+        (["MODEL.MLLA.NUM_HEADS", "[3, 4, 8, 16]"], "MODEL.MLLA.NUM_HEADS", "stage 0 is 64 wide: its 3 heads and 4"),
+        (["MODEL.MLLA.NUM_HEADS", "[2, 4]"], "MODEL.MLLA.NUM_HEADS", "must be as many as MODEL.MLLA.DEPTHS"),
+        (
+            ["MODEL.LINEAR_VIT.NUM_HEADS", "[5, 6, 12, 24]"],
+            "MODEL.LINEAR_VIT.NUM_HEADS",
+            "stage 0 is 96 wide: its 5 heads and 4 must divide that",
+        ),
+        (["MODEL.LINEAR_VIT.DEPTHS", "[2]"], "MODEL.LINEAR_VIT.NUM_HEADS", "must be as many as"),
+        (["MODEL.LINEAR_VIT.IN_CHANS", "4"], "MODEL.LINEAR_VIT.IN_CHANS", "4: images are read as RGB"),
+        (["TRAIN.WARMUP_EPOCHS", "300"], "TRAIN.WARMUP_EPOCHS", "must be below TRAIN.EPOCHS"),
+        (["TRAIN.START_EPOCH", "300"], "TRAIN.START_EPOCH", "must be below the number of epochs, 300"),
+        (["TRAIN.MIN_LR", "1.0"], "TRAIN.MIN_LR", "must not be above TRAIN.BASE_LR"),
+        (["TRAIN.FREEZE", "True"], "TRAIN.FREEZE", "needs weights; name some with --pretrained"),
+        (["DATA.BATCH_SIZE", "7"], "DATA.BATCH_SIZE", "must be even with mixup"),
         (
             ["AUG.MIXUP", "0", "AUG.CUTMIX", "0", "AUG.CUTMIX_MINMAX", "[0.2, 0.8]", "DATA.BATCH_SIZE", "7"],
+            "DATA.BATCH_SIZE",
             "must be even",
         ),
-        (["AUG.CUTMIX_MINMAX", "[0.5, 0.5]"], "differ by a pixel"),
-        (["MODEL.MLLA.DEPTHS", "[]"], "must be a list of int"),
-        (["TRAIN.OPTIMIZER.BETAS", "[0.9, 1.0]"], "at least 0 and below 1"),
-        (["TRAIN.START_EPOCH", "300"], "must be below the number of epochs, 300"),
-        (["TRAIN.EPOCHS", "["], "must be of type int"),
-        (["TRAIN.EPOCHS", "{[]: 1}"], "must be of type int"),
-        (["BASE", "['other.yaml']"], "only a configuration file"),
-        (["EMA.FORCE_CPU", "True"], "MESA runs the EMA model"),
-        (["TAG"], "pairs of KEY VALUE"),
+        (["AUG.CUTMIX_MINMAX", "[0.5, 0.5]"], "AUG.CUTMIX_MINMAX", "differ by a pixel"),
+        (["AUG.SCALE", "[1.0, 0.1]"], "AUG.SCALE", "smaller value first"),
+        (["AUG.SCALE", "[0.5]"], "AUG.SCALE", "two values"),
+        (["EMA.FORCE_CPU", "True"], "EMA.FORCE_CPU", "MESA runs the EMA model"),
+        (
+            ["DATA.ZIP_MODE", "True", "DATA.DATASET", "digits"],
+            "DATA.ZIP_MODE",
+            "digits, which comes without archives",
+        ),
+        (["DATA.CLASSES", "['1']"], "DATA.CLASSES", "works with DATA.DATASET digits, not imagenet"),
+        (["BENCHMARK.TRAIN", "True"], "BENCHMARK.TRAIN", "add --throughput"),
+        (["BASE", "['other.yaml']"], "BASE", "only a configuration file"),
+        (["TAG"], None, "pairs of KEY VALUE"),
     ],
 )
-def test_mistakes(opts: list[str], message: str) -> None:
+def test_wrong_settings(opts: list[str], key: str | None, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         load_config("cfgs/mlla_t.yaml", opts)
+    assert caught.value.key == key
+    assert str(caught.value).startswith(key or "--opts")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("TAG: 2024-13-45", "not a YAML file"),
         ("TRAIN: 5", "TRAIN .*: unknown key"),
         ("a: [", "not a YAML file"),
         ("- 1", "must hold 'KEY: value' lines"),
@@ -124,23 +150,38 @@ def test_mistakes(opts: list[str], message: str) -> None:
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        load_config(write(tmp_path, "bad.yaml", text))
-    assert "\n" not in str(caught.value)
+    path = write(tmp_path, "bad.yaml", text)
+    for source in (path, f"{text}\n"):
+        with pytest.raises(ConfigError, match=message) as caught:
+            load_config(source)
+        assert "\n" not in str(caught.value)
 
 
-def test_bare_off_and_no(tmp_path: Path) -> None:
+def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", deny)
+    with pytest.raises(ConfigError, match=r"run.yaml: cannot read .*: Permission denied"):
+        load_config(write(tmp_path, "run.yaml", ""))
+    monkeypatch.undo()
+    (tmp_path / "run.yaml").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"run.yaml: not a YAML file"):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_unquoted_off_and_no_are_text(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, "off.yaml", "TEST: {COMPILE: off}\nDATA: {CACHE_MODE: no}\n"))
     assert (config.TEST.COMPILE, config.DATA.CACHE_MODE) == ("off", "no")
 
 
-def test_empty_sections_say_nothing(tmp_path: Path) -> None:
+def test_empty_sections_keep_the_defaults(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, "empty.yaml", "TRAIN:\nMODEL: {MLLA: }\n")).TRAIN.EPOCHS == 300
     assert load_config(write(tmp_path, "nothing.yaml", "")).TRAIN.EPOCHS == 300
 
 
 @pytest.mark.parametrize("mode", ["EVAL_MODE", "THROUGHPUT_MODE", "PROFILE_MODE"])
-def test_what_only_training_needs_is_not_asked_of_other_modes(mode: str) -> None:
+def test_training_checks_do_not_run_in_other_modes(mode: str) -> None:
     assert load_config("cfgs/mlla_t.yaml", ["DATA.BATCH_SIZE", "1", "EMA.FORCE_CPU", "True", mode, "True"])[mode]
 
 
@@ -183,7 +224,7 @@ def test_a_batch_larger_than_the_training_set() -> None:
         derived_of(images=1000)
 
 
-def test_every_key_is_explained_once() -> None:
+def test_every_key_has_a_help_text_of_its_own() -> None:
     helps = [key.help for key in SCHEMA.values()]
     assert all(helps)
     assert len(set(helps)) == len(helps)

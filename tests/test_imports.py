@@ -17,7 +17,7 @@ ALLOWED = {
     "main": {"config", "models", "data", "utils"},
 }
 COMMAND = set(ALLOWED) - {"main"}  # of files that are run with `python -m`, as main.py is
-READERS = ("build.py", "config.py", "main.py", "settings.py")
+READERS = ("build.py", "config.py", "main.py", "schema.py")
 FILES = [path for name in ALLOWED for path in [*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/**/*.py")]]
 
 

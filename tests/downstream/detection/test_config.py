@@ -1,11 +1,13 @@
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from downstream.detection.config import SCHEMA, load_config
 from downstream.detection.task import Detection
 from tests.helpers import ROOT
+from utils.config.errors import ConfigError
 
 FOLDER = ROOT / "downstream" / "detection"
 SIZES = {"t": (64, [2, 4, 8, 4]), "s": (64, [3, 6, 21, 6]), "b": (96, [3, 6, 21, 6])}
@@ -36,10 +38,32 @@ def test_the_published_recipe(size: str, schedule: str, epochs: int, falls: list
     assert config.TRAIN.OPTIMIZER.BETAS == [0.9, 0.999]
 
 
-def test_every_key_is_explained_once() -> None:
+def test_every_key_has_a_help_text_of_its_own() -> None:
     helps = [key.help for key in SCHEMA.values()]
     assert all(helps)
     assert len(set(helps)) == len(helps)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("AUG.CROP_SIZE", [600]),
+        ("AUG.CROP_SIZE", [600, 384]),
+        ("AUG.LONG_SIDE", 799),
+        ("TEST.LONG_SIDE", 799),
+        ("TRAIN.OPTIMIZER.BETAS", [0.9]),
+        ("TRAIN.COMPILE", "max-autotune"),
+        ("MODEL.MLLA.DEPTHS", [2, 4, 8]),
+        ("MODEL.MLLA.NUM_HEADS", [2, 4, 8]),
+        ("MODEL.MLLA.NUM_HEADS", [3, 4, 8, 16]),
+        ("MODEL.MLLA.IN_CHANS", 4),
+    ],
+)
+def test_wrong_settings(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(FOLDER / "cfgs" / "mlla_t_mrcnn_1x.yaml", flags={key: value})
+    assert caught.value.key == key
+    assert str(caught.value).startswith(f"{key} {value!r}")
 
 
 def test_readme_lists_every_key() -> None:

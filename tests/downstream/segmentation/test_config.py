@@ -1,10 +1,40 @@
 import re
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from downstream.segmentation.config import SCHEMA, load_config
 from tests.helpers import ROOT
+from utils.config.errors import ConfigError
 
 README = (ROOT / "downstream/segmentation/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("AUG.RATIO", [0.5]),
+        ("AUG.RATIO", [2.0, 0.5]),
+        ("DATA.SCALE", [2048]),
+        ("DATA.SCALE", [512, 2048]),
+        ("MODEL.NAME", ""),
+        ("TRAIN.EVAL_STEPS", 7),
+        ("TRAIN.WARMUP_STEPS", 160000),
+        ("TEST.STRIDE", 600),
+        ("TRAIN.OPTIMIZER.BETAS", [0.9]),
+        ("TRAIN.COMPILE", "max-autotune"),
+        ("MODEL.MLLA.DEPTHS", [2, 4, 8]),
+        ("MODEL.MLLA.NUM_HEADS", [2, 4, 8]),
+        ("MODEL.MLLA.NUM_HEADS", [3, 4, 8, 16]),
+        ("MODEL.MLLA.IN_CHANS", 4),
+    ],
+)
+def test_wrong_settings(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(ROOT / "downstream/segmentation/cfgs/mlla_t_upernet.yaml", flags={key: value})
+    assert caught.value.key == key
+    assert str(caught.value).startswith(f"{key} {value!r}")
 
 
 def test_readme_lists_every_key() -> None:
@@ -12,7 +42,7 @@ def test_readme_lists_every_key() -> None:
     assert re.findall(r"^\| `[A-Z_.]+` \| .*$", README, flags=re.MULTILINE) == rows
 
 
-def test_every_key_is_explained_once() -> None:
+def test_every_key_has_a_help_text_of_its_own() -> None:
     helps = [key.help for key in SCHEMA.values()]
     assert all(helps)
     assert len(set(helps)) == len(helps)

@@ -1,4 +1,4 @@
-"""One line for mistakes; what main.py's own flags do is in test_main.py."""
+"""Parser and one-line errors; main.py's own flags are tested in test_main.py."""
 
 import importlib
 import time
@@ -11,20 +11,20 @@ from utils.config.command_line import SECONDARY_RANK_DELAY_SECONDS, Parser, at_l
 
 
 @pytest.mark.parametrize("error", [ValueError("KEY 3: too many; lower it"), FileNotFoundError(2, "No such file", "x")])
-def test_a_mistake_is_one_line_and_exit_code_2(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_user_error_is_one_line_and_exit_code_2(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop, report_user_errors():
         raise error
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"error: {error}\n"
 
 
-def test_other_errors_are_no_mistakes() -> None:
+def test_other_errors_keep_their_traceback() -> None:
     with pytest.raises(RuntimeError, match="a defect"), report_user_errors():
         raise RuntimeError("a defect")
 
 
 @pytest.mark.parametrize(("rank", "waits"), [("0", []), ("3", [SECONDARY_RANK_DELAY_SECONDS])])
-def test_the_first_process_speaks_first(monkeypatch: pytest.MonkeyPatch, rank: str, waits: list[float]) -> None:
+def test_rank_0_prints_first(monkeypatch: pytest.MonkeyPatch, rank: str, waits: list[float]) -> None:
     slept: list[float] = []
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(time, "sleep", slept.append)
@@ -33,7 +33,7 @@ def test_the_first_process_speaks_first(monkeypatch: pytest.MonkeyPatch, rank: s
     assert slept == waits
 
 
-def test_imports_nothing_that_takes_long() -> None:
+def test_imports_nothing_slow() -> None:
     done = run_python(
         "-c", "import sys, utils.config.command_line; print(*{'torch', 'numpy', 'yacs'} & {*sys.modules})"
     )
@@ -41,13 +41,13 @@ def test_imports_nothing_that_takes_long() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_every_command_names_a_mistyped_flag(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_suggests_the_nearest_flag(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(importlib.import_module(name).main, ["--hepl"]) == 2
     assert capsys.readouterr().err == "error: unrecognized arguments: --hepl; did you mean --help?\n"
 
 
 @pytest.mark.parametrize(
-    ("words", "line"),
+    ("args", "line"),
     [
         (["x", "--image-sise", "3"], "unrecognized arguments: --image-sise 3; did you mean --image-size?"),
         (["x", "--image-sise=3"], "unrecognized arguments: --image-sise=3; did you mean --image-size?"),
@@ -61,12 +61,12 @@ def test_every_command_names_a_mistyped_flag(name: str, capsys: pytest.CaptureFi
         (["--", "--zzz", "y"], "unrecognized arguments: y; see --help"),
     ],
 )
-def test_the_line_of_a_mistyped_command_line(words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_line_of_a_wrong_command_line(args: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
     parser = Parser("A command.", prog="command")
     parser.add_argument("path")
     parser.add_argument("--image-size", type=at_least(8))
     assert parser.parse_args(["x", "--image-size", "8"]).image_size == 8
     with pytest.raises(SystemExit) as stop:
-        parser.parse_args(words)
+        parser.parse_args(args)
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"error: {line}\n"
