@@ -123,7 +123,7 @@ def test_content(run: Path, text: str) -> None:
     for part in ("3 of 4 epochs", "95.50", "epoch 2, last 95.25", "torch", "9.9", "All 2 starts"):
         assert any(part in found for found in page.texts), part
     seed = page.texts.index("SEED")
-    assert page.texts[seed : seed + 4] == ["SEED", "7", "0", "of weights, order and augmentation"]
+    assert page.texts[seed : seed + 4] == ["SEED", "7", "0", report.SCHEMA["SEED"].help]
     settings = page.texts[
         page.texts.index("Settings that differ from the defaults") : page.texts.index("All 6 settings")
     ]
