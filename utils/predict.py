@@ -7,7 +7,6 @@ import csv
 import difflib
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,10 +152,7 @@ def config_in(content: dict[str, Any], source: str) -> CfgNode:
     """
     if not isinstance(content.get("config"), str):
         raise PredictionError(f"{source}: does not say which model it is for; add --model or --cfg")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        path.write_text(content["config"])
-        return load_config(path, flags=ONLY_EVALUATION)
+    return load_config(content["config"], flags=ONLY_EVALUATION)
 
 
 def preparation(size: int, *, crop: bool, interpolation: str) -> Callable[[Image.Image], Tensor]:

@@ -9,7 +9,6 @@ Writes receptive_field.png and attention.png, and for models with gates delta.pn
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,10 +79,7 @@ def find_config(path: str | None, checkpoint: str) -> CfgNode:
     content = load_checkpoint(checkpoint).get("config")
     if not isinstance(content, str):
         raise ConfigError(f"{checkpoint}: holds no configuration; name the model's with --cfg FILE")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.yaml"
-        file.write_text(content)
-        return load_config(file)
+    return load_config(content)
 
 
 def trained_model(config: CfgNode, checkpoint: str) -> nn.Module:

@@ -6,7 +6,6 @@ python -m downstream.segmentation.predict aerial.tif --weights max_miou.pth --ou
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,10 +162,7 @@ def config_of(content: dict[str, Any], arguments: argparse.Namespace, flags: dic
         return load_config(arguments.cfg, flags=flags)
     if not isinstance(content.get("config"), str):
         raise ValueError(f"{arguments.weights}: holds no configuration; name its YAML file with --cfg")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        path.write_text(content["config"])
-        return load_config(path, flags=flags)
+    return load_config(content["config"], flags=flags)
 
 
 def predict(segmentor: Segmentor, image: np.ndarray, arguments: argparse.Namespace) -> np.ndarray:
