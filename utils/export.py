@@ -229,7 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="settings over the file's"
     )
-    parser.add_argument("--resume", required=True, metavar="WEIGHTS", help="a path, a URL, or mlla-t, mlla-s, mlla-b")
+    parser.add_argument(
+        "--resume", "--weights", required=True, metavar="WEIGHTS", help="a path, a URL, or mlla-t, mlla-s, mlla-b"
+    )
     parser.add_argument("--to", required=True, choices=sorted(SUFFIXES), dest="form")
     parser.add_argument("--size", help="a side (default DATA.IMG_SIZE), HxW, or dynamic: multiples of 32, at least 64")
     parser.add_argument("--part", default="classifier", choices=PARTS, help="logits, one vector, or maps; README.md")

@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__, prog="python -m utils.predict")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="files, or folders with images")
     parser.add_argument("--model", default="", help="timm's name of the model, such as mlla_tiny")
-    parser.add_argument("--weights", default="", help="a path, a URL, or mlla-t, mlla-s, mlla-b")
+    parser.add_argument("--weights", "--resume", default="", help="a path, a URL, or mlla-t, mlla-s, mlla-b")
     parser.add_argument("--cfg", default="", help="in place of --model: the YAML file that the weights were made with")
     parser.add_argument("--topk", type=positive, default=5, help="classes an image")
     parser.add_argument("--size", type=positive, help="side of the images in pixels, if not as in training")

@@ -51,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--resume", required=True, help="checkpoint or weights; the EMA's are taken where it has some")
+    parser.add_argument(
+        "--resume", "--weights", required=True, help="checkpoint or weights; the EMA's are taken where it has some"
+    )
     parser.add_argument("--cfg", help="the model's configuration; without it the one that the checkpoint holds")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--images", type=Path, nargs="+", help="image files")

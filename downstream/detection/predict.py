@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("images", nargs="+", type=Path, help="image files, of any size")
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file that the detector was trained with")
-    parser.add_argument("--resume", required=True, metavar="FILE", help="the detector's weights, EMA's if there")
+    parser.add_argument(
+        "--resume", "--weights", required=True, metavar="FILE", help="the detector's weights, EMA's if there"
+    )
     parser.add_argument("--output", type=Path, default=Path("output/predictions"), metavar="FOLDER")
     parser.add_argument("--threshold", type=float, default=0.5, metavar="SCORE", help="lowest score that is drawn")
     parser.add_argument("--amp", action="store_true", help="16-bit autocast")

@@ -65,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files, or folders of them")
-    parser.add_argument("--weights", required=True, metavar="FILE", help="checkpoint of a run, or published weights")
+    parser.add_argument(
+        "--weights", "--resume", required=True, metavar="FILE", help="checkpoint of a run, or published weights"
+    )
     parser.add_argument(
         "--output", required=True, type=Path, metavar="FOLDER", help="<name>.png and <name>_overlay.jpg"
     )

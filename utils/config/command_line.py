@@ -42,7 +42,10 @@ FLAGS = {
     "--model-ema": "EMA.ENABLED",
     "--model-ema-force-cpu": "EMA.FORCE_CPU",
 }
-ALIASES = {"--local-rank": ["--local_rank"]}  # as launchers before torch 2.0 write it
+ALIASES = {
+    "--resume": ["--weights"],  # as utils.predict and the tasks' predict call it, which know both names too
+    "--local-rank": ["--local_rank"],  # as launchers before torch 2.0 write it
+}
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,6 +1,7 @@
 """Parser and one-line errors; main.py's own flags are tested in test_main.py."""
 
 import importlib
+import re
 import time
 
 import pytest
@@ -44,6 +45,18 @@ def test_imports_nothing_slow() -> None:
 def test_every_command_suggests_the_nearest_flag(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(importlib.import_module(name).main, ["--hepl"]) == 2
     assert capsys.readouterr().err == "error: unrecognized arguments: --hepl; did you mean --help?\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("main", "utils.predict", "utils.export", "utils.visualize"),
+        *(f"downstream.{task}.{command}" for task in ("detection", "segmentation") for command in ("main", "predict")),
+    ],
+)
+def test_resume_and_weights_are_one_flag(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(importlib.import_module(name).main, ["--help"]) == 0
+    assert re.search(r"--resume( \S+)?, --weights \S|--weights( \S+)?, --resume \S", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
