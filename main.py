@@ -27,9 +27,10 @@ from utils.checkpoint.weights import check_classes, load_pretrained, load_weight
 from utils.config.command_line import parse_command_line, report_user_errors
 from utils.distributed.process import Process, wrap_ddp
 from utils.logs.environment import record_environment
-from utils.logs.logger import Tracker, logger
+from utils.logs.logger import logger
 from utils.logs.output_dir import RunLock, move_replaced_checkpoints, open_output_dir, save_config
 from utils.logs.plots import CLASSIFIER_PANELS, plot_predictions
+from utils.logs.wandb_logger import WandbLogger
 from utils.speed.compile import prepared_for_inference, resolve_mode
 from utils.speed.flops import profile, profile_table
 from utils.training.amp import Precision
@@ -124,7 +125,7 @@ class Run:
     derived: Derived
     precision: Precision
     state: TrainState
-    tracker: Tracker | None
+    tracker: WandbLogger | None
 
     @property
     def uses_mesa(self) -> bool:

@@ -17,9 +17,10 @@ from utils.config.command_line import report_user_errors
 from utils.config.errors import ConfigError
 from utils.distributed.process import Process, wrap_ddp
 from utils.logs.environment import record_environment
-from utils.logs.logger import Tracker, logger
+from utils.logs.logger import logger
 from utils.logs.output_dir import RunLock, move_replaced_checkpoints, open_output_dir, save_config
 from utils.logs.plots import Panel
+from utils.logs.wandb_logger import WandbLogger
 from utils.speed.compile import compile_regions
 from utils.speed.memory import out_of_memory_message
 from utils.training.amp import Precision, make_precision
@@ -58,7 +59,7 @@ class Run:
     data: Any
     model: nn.Module
     precision: Precision
-    tracker: Tracker | None = None
+    tracker: WandbLogger | None = None
 
 
 class Task(ABC):

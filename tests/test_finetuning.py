@@ -28,7 +28,7 @@ def _no_pictures() -> Iterator[None]:
     """Drawing them takes longer than these trainings."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main, "draw_predictions", lambda *_: None)  # no picture to log
-        patch.setattr("utils.logs.logger.plot_curves", lambda *_: None)
+        patch.setattr("utils.logs.recorder.plot_curves", lambda *_: None)
         yield
 
 

@@ -20,8 +20,8 @@ from downstream.segmentation import config as segmentation
 from utils.config.command_line import Parser, report_user_errors
 from utils.config.schema import Schema
 from utils.logs.atomic_write import check_replaceable, write_atomic
-from utils.logs.logger import read_records
 from utils.logs.plots import Panel, panel_svg
+from utils.logs.recorder import read_records
 from utils.tools.run_history import SHOWN, RunMetrics, extremes, names_in, panels_of, read_run
 
 CREATOR = "MLLA utils.report"

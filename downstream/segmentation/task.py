@@ -26,9 +26,10 @@ from downstream.segmentation.model.losses import segmentation_loss
 from downstream.segmentation.pictures import overlay, plot_segmentations, save_mask
 from utils.config.errors import ConfigError
 from utils.distributed.process import Process, gather_objects
-from utils.logs.logger import append_records, logger
+from utils.logs.logger import logger
 from utils.logs.output_dir import unused_name
 from utils.logs.plots import STEP_PANELS, Panel
+from utils.logs.recorder import append_records
 from utils.training.recipe import WarmupSchedule
 
 NUM_PREVIEWS = 8

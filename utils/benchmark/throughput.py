@@ -13,7 +13,8 @@ from yacs.config import CfgNode
 from utils.benchmark.measure import Conditions, Throughput, measure_inference, measure_training
 from utils.benchmark.tables import draw_bars, pixel_table, throughput_table
 from utils.distributed.process import Process, wrap_ddp
-from utils.logs.logger import append_records, logger
+from utils.logs.logger import logger
+from utils.logs.recorder import append_records
 from utils.speed.compile import effective_mode, prepared_for_inference, resolve_mode, uses_graphs
 from utils.training.build import build_ema, build_optimizer, build_precision, build_train_step
 from utils.training.graphed_step import GraphedTrainStep

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from utils.distributed.process import Process
-from utils.logs.logger import append_records
+from utils.logs.recorder import append_records
 
 PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "pillow", "simplejpeg", "opencv-python-headless")
 GIT_SECONDS = 10

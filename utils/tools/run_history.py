@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.config.yaml_file import read_yaml
-from utils.logs.logger import read_records
 from utils.logs.plots import Panel
+from utils.logs.recorder import read_records
 
 # Figures of all tasks in the order in which they are shown, model and average in one diagram.
 SHOWN = {

@@ -12,9 +12,10 @@ from torch import nn
 from utils.checkpoint.files import CheckpointWriter, Progress
 from utils.distributed.process import Process, sum_over_processes
 from utils.distributed.stop_signal import Cause, StopRequest
-from utils.logs.histograms import weight_samples
-from utils.logs.logger import ProgressBar, RunRecorder, Tracker, logger
+from utils.logs.logger import ProgressBar, logger
 from utils.logs.plots import Panel
+from utils.logs.recorder import RunRecorder, weight_samples
+from utils.logs.wandb_logger import WandbLogger
 from utils.speed.memory import peak_memory_mib
 from utils.training.train_state import TrainState
 from utils.training.train_step import NonFiniteLossError, StepResult, TrainStep
@@ -111,7 +112,7 @@ class Trainer:
         evaluate: Callable[[nn.Module, str], Mapping[str, float]],
         facts: Mapping[str, Any],
         illustrate: Callable[[nn.Module], Path] | None = None,
-        tracker: Tracker | None = None,
+        tracker: WandbLogger | None = None,
     ) -> None:
         self.plan = plan
         self.state = state

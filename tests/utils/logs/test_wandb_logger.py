@@ -1,4 +1,4 @@
-"""Weights & Biases behind LOG.WANDB: with a stand-in for the package, and with the package where it is installed."""
+"""LOG.WANDB, with a fake of the package, and with the package where it is installed."""
 
 import importlib.util
 import logging
@@ -29,7 +29,7 @@ class CommError(Exception):
 
 
 class FakeWandb:
-    """Notes what is asked of it; `failures` are raised by name of the call, one after the other."""
+    """Records its calls; `failures` holds the exceptions to raise, by name of the call."""
 
     errors = SimpleNamespace(UsageError=UsageError, CommError=CommError)
     offline = False
@@ -55,7 +55,7 @@ class FakeWandb:
         return values
 
     def Image(self, path: str) -> str:  # noqa: N802
-        return f"picture {Path(path).name}"
+        return f"image {Path(path).name}"
 
     def define_metric(self, *names: str, **_: str) -> None:
         self.note("define_metric", names)
@@ -78,12 +78,12 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     return module
 
 
-def test_a_run_there_goes_on_with_the_run_here(
+def test_the_wandb_run_resumes_with_this_run(
     fake: FakeWandb, tmp_path: Path, run_main: Callable[..., tuple[int, str, str]]
 ) -> None:
-    words = ["--output", tmp_path, *SMALL, "LOG.WANDB", "digits"]
-    assert run_main(*words, "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")[0] == 0
-    code, out, _ = run_main(*words, "TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "0")
+    args = ["--output", tmp_path, *SMALL, "LOG.WANDB", "digits"]
+    assert run_main(*args, "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")[0] == 0
+    code, out, _ = run_main(*args, "TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "0")
     assert code == 0
     assert "Weights & Biases: https://example.com/run" in out
     first, second = fake.named("init")
@@ -91,13 +91,13 @@ def test_a_run_there_goes_on_with_the_run_here(
     assert first["id"] == second["id"] == (folder / "wandb_id.txt").read_text().strip()
     assert (first["project"], first["name"], first["resume"]) == ("digits", "mlla_digits/default", "allow")
     assert (first["config"]["TRAIN.EPOCHS"], second["config"]["TRAIN.EPOCHS"]) == (1, 2)
-    figures = [values for values in fake.named("log") if "acc1" in values]
-    assert [values["epoch"] for values in figures] == [0, 1]
-    assert {"train_loss", "ema_acc1", "lr", "images_per_second"} <= set(figures[0])
-    pictures = [values for values in fake.named("log") if "acc1" not in values]
-    assert pictures == [{"predictions": "picture predictions.png", "epoch": epoch} for epoch in (0, 1)]
+    metrics = [values for values in fake.named("log") if "acc1" in values]
+    assert [values["epoch"] for values in metrics] == [0, 1]
+    assert {"train_loss", "ema_acc1", "lr", "images_per_second"} <= set(metrics[0])
+    images = [values for values in fake.named("log") if "acc1" not in values]
+    assert images == [{"predictions": "image predictions.png", "epoch": epoch} for epoch in (0, 1)]
     assert len(fake.named("finish")) == 2
-    assert WandbLogger("p", folder, config={}, continues=False).run is fake  # another run begins: another number
+    assert WandbLogger("p", folder, config={}, continues=False).run is fake  # another run: another id
     assert fake.named("init")[-1]["id"] != first["id"]
 
 
@@ -107,16 +107,16 @@ def test_failures_do_not_end_training(fake: FakeWandb, tmp_path: Path, caplog: p
     online, offline = fake.named("init")
     assert "mode" not in online
     assert (offline["mode"], offline["id"]) == ("offline", online["id"])
-    assert "cannot be reached (no network); its figures are kept in" in caplog.text
+    assert "cannot be reached (no network); its metrics are kept in" in caplog.text
     for epoch in range(3):
         log.add({"epoch": epoch, "x": None})
     log.close()
     assert fake.named("log") == [{"epoch": 0}]
     assert fake.named("finish") == []
-    assert caplog.text.count("Weights & Biases failed and is left alone from now on (gone)") == 1
+    assert caplog.text.count("Weights & Biases failed and is turned off (gone)") == 1
 
 
-def test_mistakes_are_one_line(
+def test_setup_errors_are_one_line(
     fake: FakeWandb,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -134,7 +134,7 @@ def test_mistakes_are_one_line(
 
 @pytest.fixture
 def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The package, with no key and none of this user's settings."""
+    """The package, without a key and without this user's settings."""
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "HOME"):
         monkeypatch.setenv(name, str(tmp_path / "user"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -146,10 +146,10 @@ def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @needs_wandb
 @pytest.mark.usefixtures("real")
 def test_the_package_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two processes one logs; all its figures are in its file."""
-    words = ["--output", tmp_path, *SMALL, "LOG.WANDB", "digits", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
+    """Of two processes one logs, and its file has all metrics."""
+    args = ["--output", tmp_path, *SMALL, "LOG.WANDB", "digits", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = run_python(*launcher, "main.py", *map(str, words), WANDB_MODE="offline")
+    done = run_python(*launcher, "main.py", *map(str, args), WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "mlla_digits" / "default"
     number = (folder / "wandb_id.txt").read_text().strip()

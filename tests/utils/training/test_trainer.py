@@ -1,6 +1,5 @@
 """What the run loop leaves for TensorBoard beside an epoch's figures."""
 
-import io
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from tests.soak import SETTINGS
-from utils.logs.logger import PICTURE_SIDE, logger, picture_summary
+from utils.logs.logger import logger
 from utils.training.trainer import Trainer
 
 
@@ -75,11 +73,3 @@ def trainer_of_five_epochs(every: int, illustrate: Callable[[nn.Module], Path]) 
         illustrate=illustrate,
         last_picture=time.monotonic(),
     )
-
-
-def test_large_pictures_are_made_smaller(tmp_path: Path) -> None:
-    Image.effect_noise((3000, 1500), 60).save(tmp_path / "noise.png")
-    (value,) = picture_summary(tmp_path / "noise.png").value
-    picture = Image.open(io.BytesIO(value.image.encoded_image_string))
-    assert picture.format == "JPEG"
-    assert picture.size == (value.image.width, value.image.height) == (PICTURE_SIDE, PICTURE_SIDE // 2)

@@ -1,0 +1,60 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from utils.logs.logger import start_logging
+from utils.logs.plots import CLASSIFIER_PANELS
+from utils.logs.recorder import IMAGE_SIDE, MAX_PARTS, MAX_VALUES, RunRecorder, weight_samples
+
+
+def test_weight_samples_by_part() -> None:
+    """Up to MAX_VALUES of each part, evenly spaced; lists count by their items, parts without weights do not."""
+    model = nn.Module()
+    model.stem = nn.Linear(3, 2)
+    model.layers = nn.ModuleList([nn.Linear(200, 200), nn.Identity(), nn.Linear(4, 4)])
+    model.drop = nn.Dropout()
+    samples = weight_samples(model)
+    assert {name: len(values) for name, values in samples.items()} == {
+        "stem": 8,
+        "layers.0": 8040,  # each fifth of 40,000 and of 200
+        "layers.2": 20,
+    }
+    assert np.array_equal(samples["layers.0"][:8000], model.layers[0].weight.detach().flatten()[::5].numpy())
+
+
+def test_weight_samples_are_limited_and_finite() -> None:
+    model = nn.ModuleDict({str(i): nn.Linear(1, 1) for i in range(MAX_PARTS + 3)})
+    model["0"].weight.data.fill_(torch.nan)
+    samples = weight_samples(model)
+    assert len(samples) == MAX_PARTS
+    assert samples["0"].tolist() == model["0"].bias.tolist()
+    many = nn.ModuleDict({"a": nn.ModuleDict({str(i): nn.Linear(50, 50) for i in range(30)})})
+    assert 0.9 * MAX_VALUES < len(weight_samples(many)["a"]) <= MAX_VALUES
+
+
+def test_metrics_that_cannot_be_written_do_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start_logging(tmp_path, rank=0)
+    recorder = RunRecorder(tmp_path, 0, CLASSIFIER_PANELS)
+    recorder.path = tmp_path / "gone" / "metrics.jsonl"
+    recorder.add({"epoch": 0}, {"epoch": 0})
+    recorder.draw_curves(is_last=True)
+    recorder.close()
+    assert "gone: metrics could not be written (No such file or directory)" in capsys.readouterr().out
+
+
+def test_large_images_are_resized(tmp_path: Path) -> None:
+    Image.effect_noise((3000, 1500), 60).save(tmp_path / "noise.png")
+    recorder = RunRecorder(tmp_path, 0, CLASSIFIER_PANELS)
+    recorder.add_details(4, {}, tmp_path / "noise.png")
+    recorder.close()
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
+    (event,) = events.Images("predictions")
+    image = Image.open(io.BytesIO(event.encoded_image_string))
+    assert (image.format, event.step) == ("PNG", 4)
+    assert image.size == (event.width, event.height) == (IMAGE_SIDE, IMAGE_SIDE // 2)
