@@ -28,7 +28,7 @@ from utils.config.command_line import parse_command_line, report_user_errors
 from utils.distributed.process import Process, wrap_ddp
 from utils.logs.environment import record_environment
 from utils.logs.logger import logger
-from utils.logs.output_dir import RunLock, move_replaced_checkpoints, open_output_dir, save_config
+from utils.logs.output_dir import lock_output_dir, move_replaced_checkpoints, open_output_dir, save_config
 from utils.logs.plots import CLASSIFIER_PANELS, plot_predictions
 from utils.logs.wandb_logger import WandbLogger
 from utils.speed.compile import prepared_for_inference, resolve_mode
@@ -135,7 +135,7 @@ class Run:
 def run_training(config: CfgNode, process: Process) -> int:
     with report_user_errors():
         folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
-        lock = RunLock(folder) if process.is_main else nullcontext()
+        lock = lock_output_dir(folder) if process.is_main else nullcontext()
     with lock:
         with report_user_errors():
             run = set_up(config, process, folder)

@@ -18,7 +18,7 @@ from utils.config.errors import ConfigError
 from utils.distributed.process import Process, wrap_ddp
 from utils.logs.environment import record_environment
 from utils.logs.logger import logger
-from utils.logs.output_dir import RunLock, move_replaced_checkpoints, open_output_dir, save_config
+from utils.logs.output_dir import lock_output_dir, move_replaced_checkpoints, open_output_dir, save_config
 from utils.logs.plots import Panel
 from utils.logs.wandb_logger import WandbLogger
 from utils.speed.compile import compile_regions
@@ -133,7 +133,7 @@ def run_training(task: Task, config: Any, process: Process) -> int:
     """Train from wherever the run's folder is to the end."""
     with report_user_errors():
         folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
-        lock = RunLock(folder) if process.is_main else nullcontext()
+        lock = lock_output_dir(folder) if process.is_main else nullcontext()
     with lock:
         with report_user_errors():
             run, state, plan = set_up(task, config, process, folder)

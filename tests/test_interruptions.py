@@ -18,7 +18,7 @@ import torch
 import data.sources.digits
 from tests.helpers import ROOT, is_running, run_python, wait_for
 from tests.soak import SETTINGS, Run, descendants, differing
-from utils.logs.output_dir import RunLock
+from utils.logs.output_dir import lock_output_dir
 
 RunMain = Callable[..., tuple[int, str, str]]
 WORDS = ["--cfg", "cfgs/digits.yaml", "--batch-size", "64", "--opts", *SETTINGS, "TRAIN.EPOCHS", "2"]
@@ -60,7 +60,7 @@ def test_a_worker_that_is_killed_is_started_again(tmp_path: Path, two_processes_
     run = Run(tmp_path, processes=2, epochs=2, save_steps=3, amp=False, max_restarts=3)
     process = run.start()
     wait_for(lambda: list(run.folder.glob("ckpt_epoch_0_step_*.pth")))
-    pid = int((run.folder / "run.lock").read_text().split()[1])
+    pid = int((run.folder / "run_holder.txt").read_text().split()[1])
     os.kill(pid, signal.SIGKILL)
     assert process.wait(200) == 0, run.printed()
     assert "resumed from" in run.printed()
@@ -172,13 +172,13 @@ def test_a_second_run_in_the_same_folder_is_refused(
     monkeypatch.setattr("utils.logs.output_dir.LOCK_SECONDS", 0.5)
     folder = tmp_path / "mlla_digits" / "default"
     folder.mkdir(parents=True)
-    with RunLock(folder):
+    with lock_output_dir(folder):
         code, _, err = run_main("--output", tmp_path, *WORDS)
     assert code == 2
     assert re.search(
-        rf"a run writes here already, pid {os.getpid()} on \S+, since .*; stop it, or name another --tag", err
+        rf"a run writes here already, pid {os.getpid()} on \S+, since .*; stop it, or use another --tag", err
     )
-    with RunLock(folder):  # free again
+    with lock_output_dir(folder):  # free again
         pass
 
 

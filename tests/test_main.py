@@ -98,7 +98,7 @@ def test_evaluation_gives_the_trainings_figures(
 
 
 def test_a_complete_run_says_so_and_changes_nothing(finished_run: Path, run_main: RunMain) -> None:
-    noted = ("log_rank0.txt", "run.lock")  # that there was another call
+    noted = ("log_rank0.txt", "run.lock", "run_holder.txt")  # that there was another call
     before = {path: path.stat().st_mtime_ns for path in finished_run.iterdir() if path.name not in noted}
     code, out, _ = run_main("--cfg", finished_run / "config.yaml")
     assert code == 0

@@ -1,14 +1,15 @@
 """Where a run's results go, and the configuration that is kept beside them."""
 
-import fcntl
 import os
 import socket
-import time
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
+
+from filelock import FileLock, Timeout
 
 from utils.checkpoint.files import Progress, checkpoints_in, link_checkpoint
+from utils.config.errors import UserError
 from utils.config.yaml_file import read_yaml
 from utils.logs.logger import logger, start_logging
 
@@ -30,44 +31,27 @@ def open_output_dir(output: str, name: str, tag: str, *, rank: int) -> Path:
     return folder
 
 
-class RunLock:
-    """Holds a run's folder, so that no second run writes into it. It ends with the process, however that ends.
+def lock_output_dir(folder: Path) -> AbstractContextManager[object]:
+    """Lock an output folder against a second run. The lock ends with the process, however that ends.
+
+    The holder is named in a file of its own, since filelock may truncate run.lock when another process tries to lock.
+
+    Returns:
+        The lock, already held; leaving its context releases it.
 
     Raises:
-        ValueError: another process holds it, and still does after LOCK_SECONDS; says which, and on which host.
+        UserError: another run holds it, and still does after LOCK_SECONDS.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.file = (folder / "run.lock").open("a+")
-        deadline = time.monotonic() + LOCK_SECONDS  # a former run may be about to end
-        while not self.is_taken():
-            if time.monotonic() > deadline:
-                self.file.seek(0)
-                holder = self.file.read().strip() or "another process"
-                self.file.close()
-                raise ValueError(f"{folder}: a run writes here already, {holder}; stop it, or name another --tag")
-            time.sleep(0.2)
-        self.file.seek(0)
-        self.file.truncate()
-        self.file.write(f"pid {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
-        self.file.flush()
-        for leftover in folder.glob("*.tmp"):  # of a run that was killed while it wrote
-            leftover.unlink()
-
-    def is_taken(self) -> bool:
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def __enter__(self) -> "RunLock":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.file.close()
+    holder = folder / "run_holder.txt"
+    try:
+        lock = FileLock(folder / "run.lock").acquire(LOCK_SECONDS, 0.2)  # the last run may be about to end
+    except Timeout as error:
+        name = holder.read_text().strip() if holder.is_file() else "another process"
+        raise UserError(f"{folder}: a run writes here already, {name}; stop it, or use another --tag") from error
+    holder.write_text(f"pid {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+    for leftover in folder.glob("*.tmp"):  # of a run that was killed while it wrote
+        leftover.unlink()
+    return lock
 
 
 def save_config(folder: Path, text: str) -> None:
