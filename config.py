@@ -85,18 +85,12 @@ _C.MODEL.RESUME = Key("", help="checkpoint to resume from, or weights to evaluat
 _C.MODEL.PRETRAINED = Key(
     "", help="weights to start from: path, URL or mlla-t, -s, -b; a head for other classes is re-initialized"
 )
-_C.MODEL.NUM_CLASSES = Key(
-    None, at_least(1), type=int, optional=True, help="null: as many as the dataset has, 1000 without one"
-)
+_C.MODEL.NUM_CLASSES = Key(None, at_least(1), type=int, optional=True, help="null: as many as the dataset, else 1000")
 _C.MODEL.DROP_RATE = Key(0.0, FRACTION, help="dropout after the stem and in the MLPs")
 _C.MODEL.DROP_PATH_RATE = Key(0.1, FRACTION, help="stochastic depth of the last block, rising linearly from 0")
 _C.MODEL.LABEL_SMOOTHING = Key(0.1, FRACTION, help="share of the label spread over all classes")
-_C.MODEL.KERNELS = Key(
-    "auto", one_of("auto", "triton", "torch"), help="Triton kernels: where they can run, always, never"
-)
-_C.MODEL.LAYER_DECAY = Key(
-    1.0, ABOVE_0_TO_1, help="learning rate of each block over that of the next one; 1: all the same"
-)
+_C.MODEL.KERNELS = Key("auto", one_of("auto", "triton", "torch"), help="Triton kernels: if supported, always, or never")
+_C.MODEL.LAYER_DECAY = Key(1.0, ABOVE_0_TO_1, help="learning rate of each block over the next one's; 1: all the same")
 
 # MLLA
 _C.MODEL.MLLA = Section()
@@ -113,9 +107,7 @@ _C.MODEL.MLLA.APE = Key(False, help="add a learned absolute position embedding")
 _C.MODEL.LINEAR_VIT = Section()
 _C.MODEL.LINEAR_VIT.PATCH_SIZE = Key(4, at_least(1), help="side of a patch, pixels")
 _C.MODEL.LINEAR_VIT.IN_CHANS = Key(3, at_least(1), help="image channels of linear_vit")
-_C.MODEL.LINEAR_VIT.EMBED_DIM = Key(
-    96, at_least(4), help="token width of linear_vit's first stage; doubles with each stage"
-)
+_C.MODEL.LINEAR_VIT.EMBED_DIM = Key(96, at_least(4), help="token width of linear_vit's first stage; it then doubles")
 _C.MODEL.LINEAR_VIT.DEPTHS = Key([2, 2, 6, 2], at_least(1), help="blocks per stage of linear_vit")
 _C.MODEL.LINEAR_VIT.NUM_HEADS = Key([3, 6, 12, 24], at_least(1), help="heads per stage of linear_vit")
 _C.MODEL.LINEAR_VIT.MLP_RATIO = Key(4.0, above(0), help="hidden width of linear_vit's MLP over its input width")
@@ -154,9 +146,7 @@ _C.TRAIN.ON_SAVE_ERROR = Key("continue", one_of("continue", "stop"), help="if a 
 _C.TRAIN.SAVE_IN_BACKGROUND = Key(True, help="continue training while a checkpoint is written to disk")
 _C.TRAIN.ACCUMULATION_STEPS = Key(1, at_least(1), help="gradient accumulation steps: forward passes per optimizer step")
 _C.TRAIN.FREEZE = Key(False, help="train the classifier alone; all else keeps its weights and statistics")
-_C.TRAIN.USE_CHECKPOINT = Key(
-    False, help="activation checkpointing: recompute blocks in the backward pass to save memory"
-)
+_C.TRAIN.USE_CHECKPOINT = Key(False, help="activation checkpointing: recompute blocks in backward to save memory")
 _C.TRAIN.COMPILE = Key(
     "off", COMPILE_MODE, help="torch.compile of blocks; from reduce-overhead on, the step is a CUDA graph"
 )
@@ -224,9 +214,7 @@ _C.TEST.COMPILE = Key("off", COMPILE_MODE, help="as TRAIN.COMPILE, for --eval an
 # Misc
 # ---------------------------------------------------------------------------
 _C.AMP = Key(False, help="mixed precision (AMP)")
-_C.AMP_DTYPE = Key(
-    "auto", one_of("auto", "float16", "bfloat16"), help="dtype of AMP; auto: bfloat16 if the device has it"
-)
+_C.AMP_DTYPE = Key("auto", one_of("auto", "float16", "bfloat16"), help="auto: bfloat16 if the device has it")
 _C.OUTPUT = Key("output", NOT_EMPTY, help="results go to OUTPUT/MODEL.NAME/TAG")
 _C.TAG = Key("default", NOT_EMPTY, help="tells runs of one model apart")
 _C.SAVE_FREQ = Key(1, at_least(1), help="epochs between checkpoints")
@@ -282,6 +270,9 @@ def load_config(source: str | Path, opts: Sequence[str] = (), flags: Mapping[str
         check_training(values)
         check_mixing(values)
     return frozen_node(values)
+
+
+# Checks across keys, by section; each raises ConfigError.
 
 
 def check_benchmark_flags(values: Mapping[str, Any], typed: Set[str]) -> None:

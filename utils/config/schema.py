@@ -139,7 +139,7 @@ def merge_settings(
     for name, value, origin in read_text(schema, str(source)) if is_text else read_file(schema, Path(source)):
         values[name] = checked(schema, name, value, origin)
     if len(opts) % 2:
-        raise ConfigError(f"--opts takes pairs of KEY VALUE, got {len(opts)} words: {' '.join(opts)}")
+        raise ConfigError(f"--opts takes pairs of KEY VALUE, got {len(opts)} values: {' '.join(opts)}")
     if "BASE" in opts[::2]:
         raise ConfigError("BASE (in --opts): only a configuration file can name files to start from", key="BASE")
     for name, text in zip(opts[::2], opts[1::2], strict=True):

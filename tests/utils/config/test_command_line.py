@@ -6,9 +6,18 @@ import time
 
 import pytest
 
+from config import SCHEMA
+from downstream.segmentation import config as segmentation
 from tests.helpers import exit_code, run_python
 from tests.test_imports import COMMANDS
-from utils.config.command_line import SECONDARY_RANK_DELAY_SECONDS, Parser, at_least, report_user_errors
+from utils.config.command_line import (
+    FLAGS,
+    SECONDARY_RANK_DELAY_SECONDS,
+    Parser,
+    at_least,
+    parse_command_line,
+    report_user_errors,
+)
 
 
 @pytest.mark.parametrize("error", [ValueError("KEY 3: too many; lower it"), FileNotFoundError(2, "No such file", "x")])
@@ -39,6 +48,17 @@ def test_imports_nothing_slow() -> None:
         "-c", "import sys, utils.config.command_line; print(*{'torch', 'numpy', 'yacs'} & {*sys.modules})"
     )
     assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+
+
+def test_flags_set_keys_that_exist() -> None:
+    assert set(FLAGS.values()) <= set(SCHEMA)
+    assert set(segmentation.FLAGS.values()) <= set(segmentation.SCHEMA)
+    args = ["--cfg", "x.yaml", "--weights", "w.pth", "--local_rank", "1", "--no-amp", "--opts", "TAG", "x"]
+    assert parse_command_line("", args, schema=SCHEMA) == (
+        "x.yaml",
+        ["TAG", "x"],
+        {"MODEL.RESUME": "w.pth", "LOCAL_RANK": 1, "AMP": False},
+    )
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
