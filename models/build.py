@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 from yacs.config import CfgNode
 
+from models.kernels.scan import use_scan_kernels
 from models.mlla import MLLA
 from models.unified.block import Switches
 from models.unified.linear_vit import LinearViT
@@ -70,7 +71,7 @@ def build_linear_vit(config: CfgNode, num_classes: int) -> LinearViT:
         cpe=sizes.CPE,
         rope=sizes.ROPE,
     )
-    return LinearViT(
+    model = LinearViT(
         img_size=config.DATA.IMG_SIZE,
         patch_size=sizes.PATCH_SIZE,
         in_chans=sizes.IN_CHANS,
@@ -84,8 +85,9 @@ def build_linear_vit(config: CfgNode, num_classes: int) -> LinearViT:
         drop_path_rate=config.MODEL.DROP_PATH_RATE,
         use_checkpoint=config.TRAIN.USE_CHECKPOINT,
         switches=switches,
-        kernels=config.MODEL.KERNELS,
     )
+    use_scan_kernels(model, config.MODEL.KERNELS)
+    return model
 
 
 def input_channels(config: CfgNode) -> int:

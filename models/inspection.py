@@ -111,7 +111,7 @@ def unified_map(
     row, column = query
     v = torch.zeros_like(x, requires_grad=True)  # as wide as x
     with torch.enable_grad():
-        read = layer.exchange(x.detach(), v, rotary)[:, row, column]  # (B, C)
+        read = layer.attend(x.detach(), v, rotary)[:, row, column]  # (B, C)
         (weights,) = torch.autograd.grad(read.sum(), v)  # (B, H, W, C)
     return weights.unflatten(-1, (layer.num_heads, -1)).mean(dim=-1).permute(0, 3, 1, 2)  # (B, heads, H, W)
 

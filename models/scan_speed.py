@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from models.kernels.scan import triton_scan
 from models.unified.scan import gated_scan, step_scan
 from models.unified.ssm import unified_attention
 from utils.benchmark.measure import synchronize
@@ -31,7 +32,7 @@ Layer = Callable[[Sequence[Tensor]], Tensor]
 LAYERS: dict[str, Layer] = {
     "linear attention": lambda x: unified_attention(*x[:3], normalize=False),
     "forget gate, in chunks": lambda x: gated_scan(*x),
-    "forget gate, Triton": lambda x: gated_scan(*x, kernels="triton"),
+    "forget gate, Triton": lambda x: gated_scan(*x, operator=triton_scan),
     "forget gate, step by step": lambda x: step_scan(*x),
 }
 STEPWISE, TRITON = "forget gate, step by step", "forget gate, Triton"

@@ -1,1 +1,1 @@
-"""The unified view of linear attention and Mamba: the models of the paper's ablation study."""
+"""The paper's unified view of linear attention and Mamba, and the models of its ablation study."""

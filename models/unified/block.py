@@ -1,4 +1,4 @@
-"""Blocks around the unified operator: a Transformer's, or Mamba's gated one with or without an MLP after it."""
+"""Blocks around the unified operator (paper eq. 11 and 12): Transformer and Mamba designs."""
 
 import math
 from dataclasses import dataclass
@@ -10,33 +10,34 @@ from torch import Tensor, nn
 
 from models.layers import TokenConv
 from models.rope import rotate_pairs
+from models.unified.scan import gated_scan
 from models.unified.ssm import ForgetGate, unified_attention
 
 BLOCK_DESIGNS = ("transformer", "sub", "all")
-GATE_RANK_DIVISOR = 16  # W1 is C x C / 16, as Mamba's
-MAMBA_STEPS = 1e-3, 0.1  # Mamba draws its first Delta from here, evenly by logarithm
+GATE_RANK_DIVISOR = 16  # W1 is C x C / 16, as in Mamba
+MAMBA_DELTA_RANGE = 1e-3, 0.1  # Mamba initializes Delta log-uniformly in this range
 Rotary = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Switches:
-    """What a model takes over from Mamba (table 1 of the paper), and what replaces the forget gate (table 2).
+    """Components of Mamba (table 1 of the paper) and replacements of its forget gate (table 2) that a model has.
 
     Args:
         input_gate: multiply V by Delta = softplus(x W1 W2 + b).
-        forget_gate: let the state decay by exp(A Delta); the tokens are then read in raster order.
-        shortcut: add D * V.
+        forget_gate: decay the state by exp(A Delta); makes attention causal, over tokens in raster order.
+        shortcut: add D * V to the output.
         normalize: divide by Q Z.
         single_head: one group of Q and K for all channels.
-        block: "transformer"; "sub" puts Mamba's gated block in place of the attention sub-block; "all" puts one of
-            twice the width in place of the whole block, MLP included.
-        ape: a learned table of positions added before each block.
-        lepe: a depthwise convolution of V added to the output.
-        cpe: a depthwise convolution added before attention and before the MLP.
-        rope: rotate Q and K by their tokens' rows and columns.
+        block: "transformer"; "sub": Mamba's gated block replaces the attention sub-block; "all": a gated block of twice
+            the width replaces the whole block, MLP included.
+        ape: add a learned absolute position embedding before each block.
+        lepe: add a depthwise convolution of V to the output.
+        cpe: add a depthwise convolution before attention and before the MLP.
+        rope: rotate Q and K by the rows and columns of their tokens.
 
     Raises:
-        ValueError: an unknown block.
+        ValueError: unknown block.
     """
 
     input_gate: bool = False
@@ -56,7 +57,7 @@ class Switches:
 
 
 class Gate(nn.Module):
-    """Delta = softplus(x W1 W2 + b) of tokens (..., C): (..., C) in float32 at least, positive and finite."""
+    """Delta = softplus(x W1 W2 + b) of tokens (..., C): (..., C), positive and finite, in float32 or better."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -67,54 +68,51 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits = self.up(self.down(x))
         if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float().clamp(max=torch.finfo(torch.float16).max)  # where 16 bits overflowed
+            logits = logits.float().clamp(max=torch.finfo(torch.float16).max)  # in case 16 bits overflowed
         return F.softplus(logits)
 
     @torch.no_grad()
     def reset(self, *, as_mamba: bool) -> None:
-        """Let Delta start from Mamba's range, whose decays remember 10 to 1000 tokens, or open, at 1."""
-        low, high = MAMBA_STEPS if as_mamba else (1.0, 1.0)
+        """Initialize b so that Delta starts in Mamba's range, a memory of 10 to 1000 tokens, or else at 1."""
+        low, high = MAMBA_DELTA_RANGE if as_mamba else (1.0, 1.0)
         start = torch.empty_like(self.up.bias).uniform_(math.log(low), math.log(high)).exp()
         self.up.bias.copy_(start + torch.log(-torch.expm1(-start)))  # softplus of this is `start`
 
 
 class UnifiedAttention(nn.Module):
-    """`unified_attention` on tokens, with the projection to q and k, the gates and the position encodings switched on.
+    """`unified_attention` on a token grid, with projections to q and k, gates and position encodings by `switches`.
 
-    q, k = ELU(linear(x)) + 1, as in MLLA; rotary embedding turns them over their whole width, before the heads.
+    q, k = ELU(linear(x)) + 1, as in MLLA; rotary embedding rotates them over their whole width, before they are split
+    into heads.
 
     Args:
         dim: width C of the values.
-        num_heads: heads of q and k; with switches.single_head there is one, of the same width d.
-        head_dim: width d of a head.
-        switches: what is on.
-        qkv_bias: whether the projection to q and k has a bias.
-        kernels: "torch"; "auto" for Triton kernels of the forget gate where they can run; "triton".
+        num_heads: heads of q and k; with switches.single_head there is one, of the same width.
+        head_dim: width d of a head of q and k.
+        switches: components.
+        qkv_bias: bias of the projection to q and k.
     """
 
-    def __init__(
-        self, dim: int, num_heads: int, head_dim: int, switches: Switches, qkv_bias: bool = True, kernels: str = "torch"
-    ) -> None:
+    def __init__(self, dim: int, num_heads: int, head_dim: int, switches: Switches, qkv_bias: bool = True) -> None:
         super().__init__()
-        self.kernels = kernels
         self.num_heads = 1 if switches.single_head else num_heads
         self.switches = switches
         self.qk = nn.Linear(dim, 2 * self.num_heads * head_dim, bias=qkv_bias)
         self.gate = Gate(dim) if switches.input_gate or switches.forget_gate else None
-        # As Mamba starts: row i of the state decays i + 1 times as fast as row 0.
+        # Mamba's initialization: row i of the state decays i + 1 times as fast as row 0.
         rows = torch.arange(1, head_dim + 1, dtype=torch.get_default_dtype())[:, None].expand(-1, dim)  # (d, C)
         self.A_log = nn.Parameter(rows.log()) if switches.forget_gate else None
         self.D = nn.Parameter(torch.ones(dim)) if switches.shortcut else None
         self.lepe = TokenConv(dim) if switches.lepe else None
 
     def forward(self, x: Tensor, v: Tensor, rotary: Rotary | None = None) -> Tensor:
-        """x (B, H, W, C) gives q, k and Delta, v (B, H, W, C) the values -> (B, H, W, C)."""
-        out = self.exchange(x, v, rotary, self.D)
+        """Attention and LePE, (B, H, W, C): q, k and Delta from x (B, H, W, C), values v (B, H, W, C)."""
+        out = self.attend(x, v, rotary, self.D)
         return out if self.lepe is None else out + self.lepe(v)
 
-    def exchange(self, x: Tensor, v: Tensor, rotary: Rotary | None, shortcut: Tensor | None = None) -> Tensor:
-        """The operator alone: what each token reads of all, plus `shortcut` (C,) times v; shapes as in `forward`."""
-        q, k = self.queries_and_keys(x)  # (B, H, W, heads * d) each
+    def attend(self, x: Tensor, v: Tensor, rotary: Rotary | None, shortcut: Tensor | None = None) -> Tensor:
+        """Attention alone, (B, H, W, C), plus `shortcut` (C,) times v; arguments are those of `forward`."""
+        q, k = self.project_qk(x)  # (B, H, W, heads * d) each
         rotated = None
         if rotary is not None:
             cos, sin = rotary
@@ -129,19 +127,23 @@ class UnifiedAttention(nn.Module):
             shortcut=None if shortcut is None else shortcut.unflatten(0, (self.num_heads, 1, -1)),
             normalize=self.switches.normalize,
             rotated=rotated,
-            kernels=self.kernels,
+            scan=self.scan,
         )
         return out.transpose(1, 2).reshape(v.shape)  # (B, H, W, C)
 
-    def queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """q and k of tokens (B, H, W, C), (B, H, W, heads * d) each, in float32 at least."""
+    def scan(self, q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor) -> Tensor:
+        """Compute the recurrence of the forget gate, see `gated_scan`; models/kernels/scan.py overrides it."""
+        return gated_scan(q, k, v, delta, a)
+
+    def project_qk(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Project tokens (B, H, W, C) to q and k, (B, H, W, heads * d) each, in float32 or better."""
         qk = self.qk(x)
         qk = F.elu(qk.float() if qk.dtype in (torch.float16, torch.bfloat16) else qk) + 1
         q, k = qk.chunk(2, dim=-1)
         return q, k
 
     def decay_rates(self) -> Tensor:
-        """A, negative, (heads, d, e)."""
+        """Return A = -exp(A_log), (heads, d, e)."""
         assert self.A_log is not None
         return -self.A_log.exp().unflatten(1, (self.num_heads, -1)).transpose(0, 1)
 
@@ -150,12 +152,13 @@ class UnifiedAttention(nn.Module):
         return x.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def reset_gate(self) -> None:
+        """Initialize Delta: in Mamba's range with a forget gate, else at 1, an open input gate."""
         if self.gate is not None:
             self.gate.reset(as_mamba=self.switches.forget_gate)
 
 
-class PositionTable(nn.Module):
-    """Adds a learned vector for each place of a token grid; bicubic for other grids than the one it was made for."""
+class AbsolutePositionEmbedding(nn.Module):
+    """Adds a learned vector for each token of `grid` (H, W); bicubic interpolation gives those of other grids."""
 
     def __init__(self, grid: tuple[int, int], dim: int) -> None:
         super().__init__()
@@ -172,13 +175,17 @@ class PositionTable(nn.Module):
 
 
 class UnifiedBlock(nn.Module):
-    """A residual block on tokens (B, H, W, C); `switches.block` says which. Parts that are off are identities.
+    """Residual block on tokens (B, H, W, C), of the design `switches.block`.
 
     Args:
         dim: token width C.
-        num_heads: heads; a head's width is C / num_heads, in a block of twice the width too.
-        grid: token grid that a table of positions is made for.
-        switches: what is on.
+        num_heads: heads; their width is C / num_heads, also in a block of twice the width.
+        grid: token grid (H, W) of the absolute position embedding.
+        switches: components.
+        mlp_ratio: hidden width of the MLP over C.
+        qkv_bias: bias of the projections to q and k, and in a Transformer block to v.
+        drop: dropout rate of the MLP.
+        drop_path: stochastic depth rate.
     """
 
     def __init__(
@@ -192,21 +199,20 @@ class UnifiedBlock(nn.Module):
         qkv_bias: bool = True,
         drop: float = 0.0,
         drop_path: float = 0.0,
-        kernels: str = "torch",
     ) -> None:
         super().__init__()
         self.is_gated = switches.block != "transformer"
         self.has_mlp = switches.block != "all"
         expansion = 1 if self.has_mlp else 2
         inner = dim * expansion
-        self.ape = PositionTable(grid, dim) if switches.ape else nn.Identity()
+        self.ape = AbsolutePositionEmbedding(grid, dim) if switches.ape else nn.Identity()
         self.cpe1 = TokenConv(dim) if switches.cpe else None
         self.norm1 = nn.LayerNorm(dim)
-        self.in_proj = nn.Linear(dim, inner, bias=self.is_gated or qkv_bias)  # a Transformer's projection to V
+        self.in_proj = nn.Linear(dim, inner, bias=self.is_gated or qkv_bias)  # in a Transformer block, to v
         if self.is_gated:
             self.act_proj = nn.Linear(dim, inner)
             self.dwc = TokenConv(inner)
-        self.attn = UnifiedAttention(inner, num_heads * expansion, dim // num_heads, switches, qkv_bias, kernels)
+        self.attn = UnifiedAttention(inner, num_heads * expansion, dim // num_heads, switches, qkv_bias)
         self.out_proj = nn.Linear(inner, dim)
         self.drop_path = DropPath(drop_path)
         if self.has_mlp:
@@ -215,6 +221,7 @@ class UnifiedBlock(nn.Module):
             self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
 
     def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C); `rotary` holds cos and sin of `rotary_tables` if switches.rope."""
         x = self.ape(x)
         if self.cpe1 is not None:
             x = x + self.cpe1(x)
@@ -226,7 +233,7 @@ class UnifiedBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def mix(self, y: Tensor, rotary: Rotary | None) -> Tensor:
-        """The tokens' exchange: normalized tokens (B, H, W, C) -> (B, H, W, C)."""
+        """Token mixer, paper section 4: normalized tokens (B, H, W, C) -> (B, H, W, C)."""
         if not self.is_gated:
             return self.out_proj(self.attn(y, self.in_proj(y), rotary))
         gate = F.silu(self.act_proj(y))  # (B, H, W, inner)

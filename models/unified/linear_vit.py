@@ -1,4 +1,4 @@
-"""The models of the paper's tables 1 and 2: Swin's pyramid around the unified operator, every difference a switch."""
+"""LinearViT, the network of the paper's tables 1 and 2: Swin's pyramid with the unified operator."""
 
 from collections.abc import Iterable, Sequence
 from typing import cast
@@ -28,7 +28,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Swin's: four neighbors to one token, (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2 C)."""
+    """Swin's downsampling: merges 2x2 tokens, (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2 C)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class PatchMerging(nn.Module):
 
 
 class UnifiedStage(nn.Module):
-    """Blocks at one resolution; `downsample` leads to the next stage and is None in the last one."""
+    """Blocks at one resolution, then `downsample`, which is None in the last stage."""
 
     def __init__(self, blocks: list[UnifiedBlock], downsample: PatchMerging | None, use_checkpoint: bool) -> None:
         super().__init__()
@@ -51,9 +51,7 @@ class UnifiedStage(nn.Module):
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, H, W, C) to what the next stage takes, (B, ceil(H / 2), ceil(W / 2), 2 C), or in the last stage to
-        the blocks' output (B, H, W, C).
-        """
+        """(B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2 C), in the last stage (B, H, W, C)."""
         attention = cast("UnifiedAttention", self.blocks[0].attn)
         rotary = None
         if attention.switches.rope:
@@ -67,31 +65,30 @@ class UnifiedStage(nn.Module):
 
 
 class LinearViT(PyramidClassifier):
-    """Classifier for images (B, in_chans, H, W) of any H and W; gives logits (B, num_classes).
+    """Classifier of images (B, in_chans, H, W), of any H and W, to logits (B, num_classes).
 
-    The defaults are the paper's baseline: Swin-T with linear attention in place of window attention. Sizes that
-    8 * patch_size does not divide are padded at the right and the bottom with zeros: the image to a multiple of
-    patch_size, the tokens to an even grid before each downsampling.
+    The defaults are the paper's baseline: Swin-T with linear attention in place of window attention. Sizes that are not
+    multiples of 8 * patch_size are zero-padded at the right and the bottom: images to a multiple of patch_size, tokens
+    to an even grid before each downsampling.
 
     Args:
-        img_size: side in pixels of the images for which tables of positions are made; other sizes interpolate them.
+        img_size: image side in pixels that absolute position embeddings are made for; interpolated for others.
         patch_size: side of a patch in pixels.
         in_chans: channels of an image.
-        num_classes: width of the classifier; 0 leaves it out, and the model gives features (B, C).
-        embed_dim: token width of the first stage; it doubles with each stage.
+        num_classes: classes; 0 for no classifier, the output is then features (B, C).
+        embed_dim: token width of the first stage; doubles with each stage.
         depths: blocks of each stage.
         num_heads: heads of each stage.
         mlp_ratio: hidden width of the MLP over its input width.
-        qkv_bias: bias of a Transformer block's projections to q, k and v, and of a gated block's to q and k.
+        qkv_bias: bias of the projections to q and k, and in a Transformer block to v.
         drop_rate: dropout after the patch embedding and in the MLPs.
-        drop_path_rate: stochastic depth of the last block; rises linearly from 0 over the blocks.
-        use_checkpoint: recompute each block in the backward pass, to save memory.
-        switches: what differs from the baseline.
-        kernels: "torch"; "auto" for Triton kernels of the forget gate where they can run; "triton".
+        drop_path_rate: stochastic depth rate of the last block; rises linearly from 0 over the blocks.
+        use_checkpoint: activation checkpointing of each block.
+        switches: differences from the baseline; None for none.
 
     Raises:
-        ValueError: depths and num_heads differ in length, a stage's heads do not divide its width, or rotary embedding
-            is asked for q and k of a width that is not a multiple of 4.
+        ValueError: depths and num_heads differ in length, a stage's heads do not divide its width, or q and k that
+            rotary embedding rotates have a width that is not a multiple of 4.
     """
 
     def __init__(
@@ -109,7 +106,6 @@ class LinearViT(PyramidClassifier):
         drop_path_rate: float = 0.2,
         use_checkpoint: bool = False,
         switches: Switches | None = None,
-        kernels: str = "torch",
     ) -> None:
         super().__init__()
         switches = switches or Switches()
@@ -127,7 +123,7 @@ class LinearViT(PyramidClassifier):
         side = -(-img_size // patch_size)
         self.layers = nn.ModuleList()
         for i, (width, heads) in enumerate(zip(widths, num_heads, strict=True)):
-            settings = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "drop": drop_rate, "kernels": kernels}
+            settings = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "drop": drop_rate}
             blocks = [
                 UnifiedBlock(width, heads, (side, side), switches, drop_path=rate, **settings)  # type: ignore[arg-type]
                 for rate in rates[i].tolist()
@@ -147,19 +143,20 @@ class LinearViT(PyramidClassifier):
         return cast("Iterable[UnifiedStage]", self.layers)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters with two or more dimensions that are not decayed all the same: positions and A."""
+        """Return the names of further parameters without weight decay: absolute position embeddings and A."""
         return {name for name, _ in self.named_parameters() if name.endswith(NOT_DECAYED)}
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to normalized tokens of the last stage, (B, H / 32, W / 32, num_features)."""
+        """Images (B, in_chans, H, W) -> normalized tokens of the last stage, (B, H / 32, W / 32, num_features)."""
         x = pad_to_multiple(images, self.patch_size).contiguous(memory_format=torch.channels_last)
         x = self.pos_drop(self.patch_embed(x))  # (B, H / 4, W / 4, E)
         for stage in self.stages:
-            x = stage(x)  # (B, H / 2, W / 2, 2 C) but for the last
+            x = stage(x)  # (B, H / 2, W / 2, 2 C), in the last stage (B, H, W, C)
         return self.norm(x)
 
 
 def check_heads(stage: int, width: int, heads: int, switches: Switches) -> None:
+    """Raise ValueError unless a stage's heads fit its width and rotary embedding."""
     if heads < 1 or width % heads:
         raise ValueError(
             f"stage {stage} is {width} wide, which {heads} heads do not divide; change num_heads or embed_dim"

@@ -1,19 +1,19 @@
-"""What the paper's tables 1 and 2 print, row by row; cfgs/ablation/<name>.yaml describes each model."""
+"""Rows of the paper's tables 1 and 2, with the results it reports; cfgs/ablation/<name>.yaml is each one's model."""
 
 from typing import NamedTuple
 
 
 class Ablation(NamedTuple):
-    """A row of the paper: Swin-T's pyramid at 224x224, trained on ImageNet-1K for 300 epochs.
+    """One row: a LinearViT at 224x224, trained on ImageNet-1K for 300 epochs.
 
     Args:
-        name: of the configuration in cfgs/ablation.
-        label: what the row changes.
+        name: name of the configuration in cfgs/ablation.
+        label: difference from the baseline.
         table: 1 or 2.
-        parameters_m: millions of parameters.
-        gmacs: multiply-accumulates of an image, 10^9; the paper calls them FLOPs.
-        images_per_second: inference on an RTX 3090, batch and precision not stated.
-        top1: accuracy, per cent.
+        parameters_m: parameters, in millions.
+        gmacs: multiply-accumulates per image, in 10^9; the paper calls them FLOPs.
+        images_per_second: inference speed on an RTX 3090, batch size and precision not stated.
+        top1: top-1 accuracy, in percent.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Ablation(NamedTuple):
 
     @property
     def model(self) -> str:
-        """MODEL.NAME in the configuration."""
+        """MODEL.NAME of the configuration."""
         return f"linear_vit_{self.name}"
 
 

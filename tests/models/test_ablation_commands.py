@@ -1,4 +1,4 @@
-"""The commands behind the paper's tables: counts, training at small scale with going on, speed by tokens."""
+"""Commands of the ablation study: ablation_table, ablation_study, scan_speed."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ def cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 
-def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ablation_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     counts = iter([ablation_table.Counts(30.8, 4.5), *[ablation_table.Counts(28.0, 4.5)] * 11])
     monkeypatch.setattr(ablation_table, "count", lambda _row: next(counts))
     assert ablation_table.main(["--output", str(tmp_path / "table.md")]) == 0
@@ -32,13 +32,15 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert rows[2][5:] == ["78.4", "743 (0.64)"]
 
 
-def test_table_with_speeds() -> None:
+def test_ablation_table_with_speeds() -> None:
     speeds = {row.name: 100.0 - i for i, row in enumerate(ABLATIONS)}
     rows = cells(ablation_table.table([ablation_table.Counts(28, 4.5)] * 12, speeds))[2:]
     assert [rows[0][-1], rows[10][-1]] == ["100 (1.00)", "90 (0.90)"]
 
 
-def test_table_to_nowhere(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_ablation_table_to_a_missing_folder(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(ablation_table, "count", lambda _row: ablation_table.Counts(28, 4.5))
     assert exit_code(ablation_table.main, ["--output", str(tmp_path / "no" / "table.md")]) == 2
     assert "No such file or directory" in capsys.readouterr().err
@@ -46,7 +48,7 @@ def test_table_to_nowhere(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 
 @pytest.fixture
 def scale(tmp_path: Path) -> Path:
-    """Smaller than small: one epoch of the digits at 8x8."""
+    """A scale of one epoch of the digits at 8x8."""
     path = tmp_path / "tiny.yaml"
     path.write_text(
         "DATA: {DATASET: digits, IMG_SIZE: 8, BATCH_SIZE: 128, NUM_WORKERS: 0}\n"
@@ -62,15 +64,14 @@ ACCURACY = {("baseline", 0): 90.0, ("rope", 0): 95.0, ("baseline", 1): 92.0, ("r
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """In place of main.py: notes how it is called, and leaves the figures of ACCURACY behind."""
+    """Replace main.py: record its command lines, and write the metrics of ACCURACY."""
     calls: list[list[str]] = []
 
     def call(command: list[str], **_settings: object) -> int:
         assert command[1] == "main.py"
         calls.append(command)
-        value = {
-            word: command[command.index(word) + 1] for word in ("--cfg", "--output", "--tag", "SEED", "TRAIN.EPOCHS")
-        }
+        flags = "--cfg", "--output", "--tag", "SEED", "TRAIN.EPOCHS"
+        value = {flag: command[command.index(flag) + 1] for flag in flags}
         row = Path(value["--cfg"]).stem
         folder = Path(value["--output"]) / f"linear_vit_{row}" / value["--tag"]
         records = [{"epoch": i, "acc1": ACCURACY[row, int(value["SEED"])]} for i in range(int(value["TRAIN.EPOCHS"]))]
@@ -82,64 +83,64 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return calls
 
 
-def test_study_goes_on_and_repeats_nothing(
+def test_study_resumes_and_repeats_no_run(
     tmp_path: Path, scale: Path, trained: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--output", str(tmp_path / "out"), "--scale", str(scale), "--jobs", "1", "--rows", "baseline", "rope"]
-    assert ablation_study.main([*words, "--seeds", "0", "1", "--minutes", "-1"]) == 3
+    args = ["--output", str(tmp_path / "out"), "--scale", str(scale), "--jobs", "1", "--rows", "baseline", "rope"]
+    assert ablation_study.main([*args, "--seeds", "0", "1", "--minutes", "-1"]) == 3
     assert "0 runs are done, 4 are left" in capsys.readouterr().out
     assert not trained
-    assert ablation_study.main([*words, "--seeds", "0"]) == 0
+    assert ablation_study.main([*args, "--seeds", "0"]) == 0
     assert len(trained) == 2
-    assert ablation_study.main([*words, "--seeds", "0", "1"]) == 0
+    assert ablation_study.main([*args, "--seeds", "0", "1"]) == 0
     assert len(trained) == 4
     rows = cells((tmp_path / "out" / "results.md").read_text())[2:]
     assert rows[0] == ["baseline", "77.6", "91.00 ± 1.41", "1152 (1.00)", "50 (1.00)"]
     assert rows[1] == ["+ RoPE", "80.0", "95.00 ± 0.00", "1113 (0.97)", "50 (1.00)"]
     assert Image.open(tmp_path / "out" / "results.png").width > 500
-    assert ablation_study.main([*words, "--seeds", "0", "--epochs", "2"]) == 0  # another budget: its own runs
+    assert ablation_study.main([*args, "--seeds", "0", "--epochs", "2"]) == 0  # another budget has its own runs
     assert len(trained) == 6
 
 
-def test_a_stopped_run_is_not_a_result(tmp_path: Path, scale: Path, trained: list[list[str]]) -> None:
+def test_stopped_run_is_no_result(tmp_path: Path, scale: Path, trained: list[list[str]]) -> None:
     def stopped(command: list[str], **_settings: object) -> int:
-        words = list(command)
-        words[words.index("TRAIN.EPOCHS") + 1] = "1"  # of the two that are asked for
-        return finish(words)
+        command = list(command)
+        command[command.index("TRAIN.EPOCHS") + 1] = "1"  # of the requested two
+        return finish(command)
 
     finish = subprocess.call
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, "call", stopped)
-        words = ["--output", str(tmp_path), "--scale", str(scale), "--rows", "rope", "--seeds", "0", "--epochs", "2"]
-        assert ablation_study.main(words) == 3
+        args = ["--output", str(tmp_path), "--scale", str(scale), "--rows", "rope", "--seeds", "0", "--epochs", "2"]
+        assert ablation_study.main(args) == 3
     assert not (tmp_path / "results.jsonl").exists()
-    assert ablation_study.main(words) == 0
+    assert ablation_study.main(args) == 0
     assert len(trained) == 2
 
 
-def test_precisions_have_results_of_their_own(
+def test_results_are_kept_by_precision(
     tmp_path: Path, scale: Path, trained: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Lines that do not say theirs are of float32."""
+    """A line without `amp` is a float32 result."""
     old = {"row": "rope", "seed": 0, "epochs": 1, "scale": "tiny", "acc1": 50.0, "seconds": 1.0}
     (tmp_path / "results.jsonl").write_text(json.dumps(old) + "\n")
-    words = ["--output", str(tmp_path), "--scale", str(scale), "--rows", "rope", "--seeds", "0"]
-    assert ablation_study.main(words) == 0
+    args = ["--output", str(tmp_path), "--scale", str(scale), "--rows", "rope", "--seeds", "0"]
+    assert ablation_study.main(args) == 0
     assert not trained
     assert "50.00" in capsys.readouterr().out
-    assert ablation_study.main([*words, "--amp"]) == 0
+    assert ablation_study.main([*args, "--amp"]) == 0
     assert trained[0][trained[0].index("--tag") + 1] == "seed0_epochs1_amp"
     assert "95.00" in capsys.readouterr().out
-    assert ablation_study.main([*words, "--amp"]) == 0
+    assert ablation_study.main([*args, "--amp"]) == 0
     assert len(trained) == 1
 
 
-def test_a_run_of_main(tmp_path: Path, scale: Path, run_main: RunMain, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the study asks of main.py, main.py does, at the row's switches and the scale's sizes."""
+def test_study_runs_main(tmp_path: Path, scale: Path, run_main: RunMain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real main.py runs with the row's switches and the scale's sizes."""
     monkeypatch.setattr(subprocess, "call", lambda command, **_: run_main(*command[2:])[0])
     monkeypatch.setattr(ablation_study, "measure_in_turns", lambda models, **_: dict.fromkeys(models, 50.0))
-    words = ["--output", str(tmp_path), "--scale", str(scale), "--rows", "cpe", "--seeds", "7", "--amp"]
-    assert ablation_study.main(words) == 0
+    args = ["--output", str(tmp_path), "--scale", str(scale), "--rows", "cpe", "--seeds", "7", "--amp"]
+    assert ablation_study.main(args) == 0
     (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
     folder = tmp_path / "runs/linear_vit_cpe/seed7_epochs1_amp"
     assert json.loads(line)["acc1"] == json.loads((folder / "metrics.jsonl").read_text())["acc1"]
@@ -150,29 +151,29 @@ def test_a_run_of_main(tmp_path: Path, scale: Path, run_main: RunMain, monkeypat
 
 
 @pytest.mark.parametrize("rows", [["baseline", "softmax"], ["mamba_like"]])
-def test_unknown_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: list[str]) -> None:
+def test_study_rejects_unknown_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: list[str]) -> None:
     assert exit_code(ablation_study.main, ["--output", str(tmp_path), "--rows", *rows]) == 2
     assert f"--rows {rows[-1]}: known are baseline, input_gate" in capsys.readouterr().err
 
 
-def test_a_failed_run_says_where_to_look(
+def test_failed_run_names_its_console_log(
     tmp_path: Path, scale: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(subprocess, "call", lambda *_, **__: 1)
-    words = ["--output", str(tmp_path / "out"), "--scale", str(scale), "--rows", "ape", "--seeds", "3"]
+    args = ["--output", str(tmp_path / "out"), "--scale", str(scale), "--rows", "ape", "--seeds", "3"]
     assert exit_code(ablation_study.main, words) == 2
     error = capsys.readouterr().err
     assert "ape, seed 3: main.py ended with code 1; see " in error
     assert "console.txt" in error
 
 
-def test_speed_by_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scan_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert scan_speed.main(["--tokens", "4", "9", "--most-steps", "4", "--output", str(tmp_path)]) == 0
     head, _, *rows = cells((tmp_path / "scan_speed.md").read_text())
     assert len(head) == 7
     assert [row[0] for row in rows] == ["4", "9"]
     assert all(float(value) > 0 for value in rows[0][1:])
-    assert rows[1][-1] == ""  # step by step with gradients: too long
+    assert rows[1][-1] == ""  # step by step with gradients, beyond --most-steps
     assert Image.open(tmp_path / "scan_speed.png").width > 500
     assert "float32" in capsys.readouterr().out
     assert scan_speed.main(["--tokens", "4", "--forward-only", "--cpu-time", "--output", str(tmp_path)]) == 0
@@ -181,7 +182,7 @@ def test_speed_by_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         scan_speed.main(["--tokens", "0", "--output", str(tmp_path)])
 
 
-def test_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch import device, nn
 
     from utils.benchmark import measure
@@ -198,6 +199,8 @@ def test_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = device("cpu")
     precision = make_precision(cpu, amp=False, dtype="auto")
     models = {"a": nn.Identity(), "b": nn.Identity()}
-    found = measure.measure_in_turns(models, device=cpu, precision=precision, batch_size=1, image_size=8, rounds=3)
+    measured_speeds = measure.measure_in_turns(
+        models, device=cpu, precision=precision, batch_size=1, image_size=8, rounds=3
+    )
     assert order == ["a", "b"] * 3
-    assert found == {"a": 3.0, "b": 5.0}
+    assert measured_speeds == {"a": 3.0, "b": 5.0}

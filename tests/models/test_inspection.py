@@ -63,7 +63,7 @@ def test_what_one_token_says_is_read_with_the_maps_weight(switches: Switches) ->
     for place in ((0, 0), (3, 4), (3, 5), (7, 7)):
         v = torch.zeros_like(seen.x)
         v[:, place[0], place[1]] = 1.0
-        read = seen.layer.exchange(seen.x, v, seen.rotary)[0, 3, 5].unflatten(0, (seen.layer.num_heads, -1)).mean(dim=1)
+        read = seen.layer.attend(seen.x, v, seen.rotary)[0, 3, 5].unflatten(0, (seen.layer.num_heads, -1)).mean(dim=1)
         torch.testing.assert_close(weights[0, :, place[0], place[1]], read, rtol=1e-4, atol=1e-6)
 
 

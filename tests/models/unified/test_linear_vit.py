@@ -1,4 +1,4 @@
-"""The models of the paper's tables: counts beside the paper's, structure, any size, 16 bits."""
+"""LinearViT: parameters and MACs of the paper's rows, structure, any image size, 16 bits, training."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ from utils.checkpoint.weights import load_pretrained
 from utils.speed.flops import profile
 from utils.training.optimizer import parameter_groups
 
-# In millions and 10^9, by hand from the widths, or from what a plain reading of the paper gives.
+# Parameters in millions and GMACs, calculated by hand from the widths.
 COUNTS = {
     "baseline": (28.27, 4.44),
     "input_gate": (28.54, 4.49),
@@ -49,19 +49,19 @@ def small(switches: Switches | None = None, **changes: object) -> LinearViT:
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_counts(name: str) -> None:
+def test_parameters_and_macs(name: str) -> None:
     config = load_config(f"cfgs/ablation/{name}.yaml")
     with torch.device("meta"):
         model = build_model(config)
     total = profile(model, 224)[-1]
     assert (total.parameters / 1e6, total.macs / 1e9) == pytest.approx(COUNTS[name], abs=0.006)
-    if name in {row.name for row in ABLATIONS} - {"block_all"}:  # no plain reading fits that one
-        figures = PAPER_PROFILES[config.MODEL.NAME]
-        assert total.parameters / 1e6 == pytest.approx(figures.parameters_m, rel=0.03)
-        assert total.macs / 1e9 == pytest.approx(figures.gmacs, rel=0.03)
+    if name in {row.name for row in ABLATIONS} - {"block_all"}:  # the paper leaves it open, see cfgs/ablation
+        paper = PAPER_PROFILES[config.MODEL.NAME]
+        assert total.parameters / 1e6 == pytest.approx(paper.parameters_m, rel=0.03)
+        assert total.macs / 1e9 == pytest.approx(paper.gmacs, rel=0.03)
 
 
-def test_every_row_has_its_configuration_and_changes_one_thing() -> None:
+def test_every_row_has_a_configuration_that_changes_one_key() -> None:
     names = {path.stem for path in Path("cfgs/ablation").glob("*.yaml")}
     assert names == {row.name for row in ABLATIONS} | {"base", "digits", "mamba_like", "mlla_like"}
     baseline = load_config("cfgs/ablation/baseline.yaml").MODEL.LINEAR_VIT
@@ -72,8 +72,8 @@ def test_every_row_has_its_configuration_and_changes_one_thing() -> None:
 
 
 @pytest.mark.parametrize("value", [False, True])
-def test_any_subset_of_switches_trains(value: bool) -> None:
-    """All pairs of switches, on an odd image of another shape than the tables of positions were made for."""
+def test_pairs_of_switches_train(value: bool) -> None:
+    """With only two switches on, or only two off, on an image of another size than img_size."""
     names = [field.name for field in fields(Switches) if field.name != "block"]
     choices = [dict.fromkeys(pair, value) for pair in itertools.combinations(names, 2)]
     for i, chosen in enumerate(choices):
@@ -85,8 +85,8 @@ def test_any_subset_of_switches_trains(value: bool) -> None:
 
 
 @torch.no_grad()
-def test_the_walks_last_step_is_the_mlla_block() -> None:
-    """Block design, LePE, CPE and RoPE on: the same names, shapes and arithmetic as MLLA's own block."""
+def test_mlla_like_block_equals_mlla_block() -> None:
+    """With block design, LePE, CPE and RoPE: the same state_dict and outputs as MLLA's own block."""
     ours = UnifiedBlock(16, 2, (5, 7), MLLA_LIKE).double().eval()
     theirs = MLLABlock(16, 2).double().eval()
     fill_weights(theirs)
@@ -98,10 +98,8 @@ def test_the_walks_last_step_is_the_mlla_block() -> None:
     )
 
 
-def test_mambas_block() -> None:
-    """Twice the width and no MLP; one head, whose state has the width of one of the stage's heads, a decay for each
-    state and channel, and the gates of the selective state space.
-    """
+def test_structure_of_the_mamba_block() -> None:
+    """Twice the width, no MLP, one head, and a decay for each state row and channel."""
     block = UnifiedBlock(32, 4, (4, 4), MAMBA)
     names = {name.split(".")[0] for name, _ in block.named_children()}
     assert names == {"ape", "norm1", "in_proj", "act_proj", "dwc", "attn", "out_proj", "drop_path"}
@@ -112,7 +110,7 @@ def test_mambas_block() -> None:
     torch.testing.assert_close(block.attn.decay_rates()[0, :, 5], -torch.arange(1.0, 9.0))
 
 
-def test_where_delta_starts() -> None:
+def test_initial_delta() -> None:
     torch.manual_seed(0)
     for switches, low, high in ((Switches(input_gate=True), 0.9, 1.1), (Switches(forget_gate=True), 8e-4, 0.12)):
         gates = [module for module in small(switches).modules() if isinstance(module, Gate)]
@@ -121,19 +119,19 @@ def test_where_delta_starts() -> None:
         assert ((delta > low) & (delta < high)).all()
 
 
-def test_causality() -> None:
-    """With a forget gate, what a token says reaches later tokens of the raster only; without, all of them."""
-    for switches, reaches_back in ((Switches(forget_gate=True), False), (Switches(input_gate=True), True)):
+def test_only_a_forget_gate_makes_attention_causal() -> None:
+    """Changing a token changes itself and later tokens in raster order; without a forget gate earlier ones too."""
+    for switches, changes_earlier in ((Switches(forget_gate=True), False), (Switches(input_gate=True), True)):
         attention = UnifiedAttention(16, 2, 8, switches)
         x = torch.randn(1, 3, 4, 16)
         changed = x.clone()
         changed[:, 1, 2] += 1.0
         difference = (attention(x, x) - attention(changed, changed)).abs().sum(dim=-1).flatten()
         assert (difference[7:] > 0).all()
-        assert (difference[:6] > 1e-7).any() == reaches_back
+        assert (difference[:6] > 1e-7).any() == changes_earlier
 
 
-def test_patch_merging_pads_at_right_and_bottom() -> None:
+def test_patch_merging_zero_pads_at_right_and_bottom() -> None:
     merging = PatchMerging(4)
     tokens = torch.randn(2, 3, 5, 4)
     out = merging(tokens)
@@ -143,7 +141,7 @@ def test_patch_merging_pads_at_right_and_bottom() -> None:
     torch.testing.assert_close(out[0, 0, 1], merging.reduction(neighbors))
 
 
-def test_what_is_not_decayed() -> None:
+def test_parameters_without_weight_decay() -> None:
     model = small(Switches(forget_gate=True, shortcut=True, ape=True))
     decayed, exempt = (set(map(id, group["params"])) for group in parameter_groups(model, 0.05))
     for name, parameter in model.named_parameters():
@@ -153,8 +151,8 @@ def test_what_is_not_decayed() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bias", [-1e4, 1e4, 6e4])
-def test_adversarial_gates_in_16_bits(dtype: torch.dtype, bias: float) -> None:
-    """Gates driven shut or open as far as the number format goes: logits and gradients stay finite."""
+def test_extreme_gates_in_16_bits_stay_finite(dtype: torch.dtype, bias: float) -> None:
+    """Gates closed or open to the limits of the number format, forward and backward."""
     for switches in (Switches(input_gate=True), Switches(forget_gate=True), EVERYTHING):
         model = small(switches)
         for module in model.modules():
@@ -170,7 +168,7 @@ def test_adversarial_gates_in_16_bits(dtype: torch.dtype, bias: float) -> None:
 
 
 @pytest.mark.parametrize("switches", [Switches(forget_gate=True), EVERYTHING])
-def test_checkpointing_changes_nothing_but_memory(switches: Switches) -> None:
+def test_activation_checkpointing_gives_the_same_gradients(switches: Switches) -> None:
     model = small(switches)
     images = torch.randn(2, 3, 32, 32)
     grads = []
@@ -182,8 +180,8 @@ def test_checkpointing_changes_nothing_but_memory(switches: Switches) -> None:
     assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
 
 
-def test_tables_of_positions_of_another_size(tmp_path: Path) -> None:
-    """Fine-tuning at another size than the weights were trained at: every block's table is resized."""
+def test_position_embeddings_are_resized_when_loaded(tmp_path: Path) -> None:
+    """Fine-tuning at another image size than the weights were trained at."""
     trained, larger = small(Switches(ape=True)), small(Switches(ape=True), img_size=64)
     torch.save(trained.state_dict(), tmp_path / "trained.pth")
     load_pretrained(larger, str(tmp_path / "trained.pth"))
@@ -193,7 +191,7 @@ def test_tables_of_positions_of_another_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("switches", [EVERYTHING, MAMBA])
-def test_freezing_and_rates_by_layer(switches: Switches) -> None:
+def test_frozen_backbone_and_layer_decay(switches: Switches) -> None:
     model = small(switches)
     rates = {}
     for group in parameter_groups(model, 0.05, layer_decay=0.5):
@@ -208,7 +206,7 @@ def test_freezing_and_rates_by_layer(switches: Switches) -> None:
     assert model.head.training
 
 
-def test_timms_interface() -> None:
+def test_timm_interface() -> None:
     model = small()
     assert model.get_classifier() is model.head
     model.reset_classifier(3)
@@ -226,18 +224,20 @@ def test_timms_interface() -> None:
         (Switches(rope=True, single_head=True), {"num_heads": (4, 8)}, "q is 2 wide; rotary embedding"),
     ],
 )
-def test_wrong_sizes(switches: Switches | None, changes: dict[str, object], message: str) -> None:
+def test_sizes_that_do_not_fit_raise(switches: Switches | None, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small(switches, **changes)
 
 
-def test_an_unknown_block() -> None:
+def test_unknown_block_raises() -> None:
     with pytest.raises(ValueError, match="must be one of transformer, sub, all"):
         Switches(block="mamba")
 
 
-def test_all_that_main_does(run_main: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
-    """Training with AMP, EMA, MESA and checkpointing, going on, evaluation, speed, counts."""
+def test_main_trains_resumes_evaluates_and_measures(
+    run_main: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    """AMP, EMA, MESA, activation checkpointing, --resume of the next epoch, --eval, --throughput, --profile."""
     config = tmp_path / "gated.yaml"
     config.write_text(
         f"BASE: ['{Path('cfgs/ablation/digits.yaml').resolve()}']\n"
@@ -245,13 +245,13 @@ def test_all_that_main_does(run_main: Callable[..., tuple[int, str, str]], tmp_p
         "MODEL:\n  NAME: gated\n  LINEAR_VIT: {DEPTHS: [1, 1], NUM_HEADS: [1, 2], FORGET_GATE: True, ROPE: True}\n"
         "TRAIN: {WARMUP_EPOCHS: 0}\nSAVE_FREQ: 1\n"
     )
-    words = ["--cfg", config, "--output", tmp_path, "--amp"]
+    args = ["--cfg", config, "--output", tmp_path, "--amp"]
     folder = tmp_path / "gated/default"
-    for epochs in (1, 2):  # the second call goes on
-        assert run_main(*words, "--use-checkpoint", "--opts", "TRAIN.EPOCHS", epochs)[0] == 0
+    for epochs in (1, 2):  # the second call resumes
+        assert run_main(*args, "--use-checkpoint", "--opts", "TRAIN.EPOCHS", epochs)[0] == 0
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in records] == [0, 1]
-    code, out, _ = run_main(*words, "--eval", "--resume", folder / "max_acc.pth")
+    code, out, _ = run_main(*args, "--eval", "--resume", folder / "max_acc.pth")
     assert code == 0
     assert f"Acc@1 {max(record['acc1'] for record in records):.3f}" in out
     code, out, _ = run_main("--cfg", config, "--output", tmp_path, "--throughput", "--batch-size", "2")

@@ -1,4 +1,4 @@
-"""The chunked recurrence against the token-by-token one, its gradients, and gates that would break a careless form."""
+"""Chunked scan: agreement with the token-by-token reference, gradients, extreme gates, Triton kernels."""
 
 import importlib.util
 
@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.kernels.scan import supports_scan, triton_scan, use_scan_kernels
 from models.unified import scan
-from models.unified.scan import gated_scan, step_scan
+from models.unified.block import Switches, UnifiedAttention
+from models.unified.scan import chunked_scan, gated_scan, step_scan
 from tests.helpers import run_python
 
 
@@ -23,8 +25,8 @@ def scan_inputs(
     return [x.to(dtype).requires_grad_() for x in (q, k, v, delta, a)]
 
 
-def test_by_hand() -> None:
-    """One state, halved at each token: 1, 1/2 + 2, 5/4 + 3; read out by 1, 10, 100."""
+def test_values_by_hand() -> None:
+    """One state, halved at each token: 1, 1/2 + 2, 5/4 + 3; multiplied by q = 1, 10, 100."""
     q = torch.tensor([1.0, 10.0, 100.0]).reshape(1, 1, 3, 1)
     k = torch.ones(1, 1, 3, 1)
     v = torch.tensor([1.0, 2.0, 3.0]).reshape(1, 1, 3, 1)
@@ -34,7 +36,7 @@ def test_by_hand() -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 8, 9, 37])
 @pytest.mark.parametrize("chunk", [1, 5, 8, 64])
-def test_chunks_equal_steps(monkeypatch: pytest.MonkeyPatch, num_tokens: int, chunk: int) -> None:
+def test_chunked_scan_equals_reference(monkeypatch: pytest.MonkeyPatch, num_tokens: int, chunk: int) -> None:
     monkeypatch.setattr(scan, "CHUNK_CPU", chunk)
     inputs = scan_inputs(num_tokens)
     fast, slow = gated_scan(*inputs), step_scan(*inputs)
@@ -46,13 +48,13 @@ def test_chunks_equal_steps(monkeypatch: pytest.MonkeyPatch, num_tokens: int, ch
         torch.testing.assert_close(one, other)
 
 
-def test_gradcheck() -> None:
+def test_gradients_pass_gradcheck() -> None:
     assert torch.autograd.gradcheck(gated_scan, scan_inputs(11, heads=2, d=2, e=2))
 
 
 @pytest.mark.parametrize("log_decay", [0.0, -1e-7, -69.0, -1e4, -1e30])
-def test_weak_and_strong_decay(log_decay: float) -> None:
-    """From no forgetting at all, over a factor of 1e-30 a token, to everything at once: finite, and as step by step."""
+def test_extreme_decays_stay_finite_and_exact(log_decay: float) -> None:
+    """From no decay, over a factor of 1e-30 per token, to full decay."""
     inputs = [x.detach().float().requires_grad_() for x in scan_inputs(40)]
     with torch.no_grad():
         inputs[3].fill_(1.0)
@@ -62,15 +64,15 @@ def test_weak_and_strong_decay(log_decay: float) -> None:
     assert all(torch.isfinite(grad).all() for grad in torch.autograd.grad(fast.sum(), inputs))
 
 
-def test_gates_that_change_from_token_to_token() -> None:
-    """Zeros and huge values side by side: a difference of running sums would lose the small ones beside the large."""
+def test_gates_that_vary_by_token_stay_exact() -> None:
+    """Zeros beside huge values: differences of running sums would lose the small ones."""
     q, k, v, delta, a = (x.detach().float() for x in scan_inputs(64))
     delta = delta * torch.tensor([0.0, 1e-6, 1.0, 1e4]).repeat(16)[:, None]
     exact = step_scan(*(x.double() for x in (q, k, v, delta, a)))
     torch.testing.assert_close(gated_scan(q, k, v, delta, a).double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def test_the_past_does_not_see_the_future() -> None:
+def test_scan_is_causal() -> None:
     q, k, v, delta, a = (x.detach() for x in scan_inputs(20))
     before = gated_scan(q, k, v, delta, a)
     v[:, :, 13:] += 100.0
@@ -91,8 +93,8 @@ def test_autocast_computes_in_float32(dtype: torch.dtype) -> None:
     assert (low - exact).norm() / exact.norm() < 0.02
 
 
-def test_work_and_memory_are_linear_in_tokens() -> None:
-    """Nine multiply-accumulates a token, channel and state row; backwards twice as many."""
+def test_flops_are_linear_in_tokens() -> None:
+    """Nine multiply-accumulates per token, channel and state row; twice as many backward."""
     for num_tokens in (16, 32):
         inputs = scan_inputs(num_tokens, heads=2, d=3, e=4)
         with FlopCounterMode(display=False) as counter:
@@ -102,17 +104,18 @@ def test_work_and_memory_are_linear_in_tokens() -> None:
         assert counter.get_total_flops() == 3 * 2 * 9 * 2 * num_tokens * 8 * 3
 
 
-def test_the_operator_is_well_formed() -> None:
-    """Shapes without data, autograd and aliasing, as torch.compile relies on them."""
+def test_operator_passes_opcheck() -> None:
+    """Fake tensors, autograd and aliasing, as torch.compile needs them."""
     inputs = scan_inputs(9)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(scan.chunked_scan, (*inputs, False), test_utils=tests)
+    torch.library.opcheck(scan.chunked_scan, tuple(inputs), test_utils=tests)
 
 
 INTERPRETED = """
 import torch
 from models.kernels.triton.scan import scan, scan_backward
-from models.unified.scan import step_scan
+from models.kernels.scan import triton_scan
+from models.unified.scan import gated_scan, step_scan
 
 shapes = (2, 2, 11, 3, 5, 4), (1, 1, 9, 4, 40, 16), (2, 3, 8, 8, 8, 8), (1, 1, 1, 4, 4, 8)
 for batch, heads, tokens, d, e, chunk in shapes:
@@ -128,40 +131,48 @@ for batch, heads, tokens, d, e, chunk in shapes:
     inputs = [x.detach() for x in inputs]
     out, states = scan(*inputs, chunk)
     torch.testing.assert_close(out, exact.detach(), rtol=1e-4, atol=1e-5)
-    for found, wanted in zip(scan_backward(grad, *inputs, states, chunk), expected):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    for actual, wanted in zip(scan_backward(grad, *inputs, states, chunk), expected):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+    inputs = [x.requires_grad_() for x in inputs]
+    out = gated_scan(*inputs, operator=triton_scan)
+    for actual, wanted in zip((out, *torch.autograd.grad(out, inputs, grad)), (exact, *expected)):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
 print("kernels agree")
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-def test_kernels_interpreted() -> None:
-    """The Triton kernels on a CPU, through Triton's interpreter, which must be chosen before the import."""
+def test_triton_scan_in_the_interpreter() -> None:
+    """In a process of its own: TRITON_INTERPRET must be set before Triton is imported."""
     done = run_python("-c", INTERPRETED, TRITON_INTERPRET="1")
     assert "kernels agree" in done.stdout, done.stderr
 
 
-def test_kernels_that_cannot_run_are_refused_or_replaced() -> None:
+def test_without_triton_auto_falls_back_and_triton_raises() -> None:
     inputs = [torch.rand(1, 1, 4, 3) for _ in range(4)]
     a = -torch.rand(1, 3, 3)
-    torch.testing.assert_close(gated_scan(*inputs, a, kernels="auto"), gated_scan(*inputs, a))
+    attention = UnifiedAttention(3, 1, 3, Switches(forget_gate=True))
+    for mode in ("torch", "auto"):
+        use_scan_kernels(attention, mode)
+        assert torch.equal(attention.scan(*inputs, a), gated_scan(*inputs, a))
+    use_scan_kernels(attention, "triton")
     with pytest.raises(ValueError, match=r"MODEL\.KERNELS triton: .* use auto or torch"):
-        gated_scan(*inputs, a, kernels="triton")
+        attention.scan(*inputs, a)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("shape", [(2, 2, 100, 32, 32), (1, 1, 70, 32, 96), (3, 2, 33, 16, 16), (1, 1, 5, 3, 5)])
-def test_kernels_on_a_gpu(shape: tuple[int, ...]) -> None:
+def test_triton_scan_on_a_gpu(shape: tuple[int, ...]) -> None:
     batch, heads, num_tokens, d, e = shape
     q, k = (torch.rand(batch, heads, num_tokens, d, device="cuda") for _ in range(2))
     v, delta = torch.randn(batch, heads, num_tokens, e, device="cuda"), torch.rand(batch, heads, num_tokens, e).cuda()
     inputs = [x.requires_grad_() for x in (q, k, v, delta, -torch.rand(heads, d, e, device="cuda"))]
-    assert scan.kernels_take("triton", v, inputs[4])
+    assert supports_scan("triton", v, inputs[4])
     exact = step_scan(*(x.double() for x in inputs))
     grad = torch.randn_like(v)
     expected = torch.autograd.grad(exact, inputs, grad.double())
-    for kernels in ("triton", "torch"):
-        out = gated_scan(*inputs, kernels=kernels)
+    for operator in (triton_scan, chunked_scan):
+        out = gated_scan(*inputs, operator=operator)
         torch.testing.assert_close(out, exact.float(), rtol=1e-4, atol=1e-4)
-        for found, wanted in zip(torch.autograd.grad(out, inputs, grad), expected, strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+        for actual, wanted in zip(torch.autograd.grad(out, inputs, grad), expected, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-3)

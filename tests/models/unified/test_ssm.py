@@ -1,4 +1,4 @@
-"""The unified operator: every switch against the definition, and its two ends, Mamba and linear attention."""
+"""Unified operator: every option against the reference, and its two special cases, Mamba and linear attention."""
 
 import itertools
 from typing import Any
@@ -23,7 +23,7 @@ def qkv(heads: int = HEADS) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, make(3, heads, TOKENS, width, seed=2) - 0.5
 
 
-def all_switches(heads: int = HEADS) -> dict[str, Any]:
+def all_options(heads: int = HEADS) -> dict[str, Any]:
     width = HEADS * VALUES // heads
     delta = 0.1 + make(3, heads, TOKENS, width, seed=3)
     return {
@@ -35,19 +35,19 @@ def all_switches(heads: int = HEADS) -> dict[str, Any]:
     }
 
 
-SUBSETS = [subset for n in range(6) for subset in itertools.combinations(all_switches(), n)]
+SUBSETS = [subset for n in range(6) for subset in itertools.combinations(all_options(), n)]
 
 
 @pytest.mark.parametrize("subset", SUBSETS, ids="+".join)
 @pytest.mark.parametrize("heads", [1, HEADS])
-def test_every_subset_of_switches(subset: tuple[str, ...], heads: int) -> None:
-    chosen = {name: all_switches(heads)[name] for name in subset}
+def test_every_subset_of_options_equals_the_reference(subset: tuple[str, ...], heads: int) -> None:
+    chosen = {name: all_options(heads)[name] for name in subset}
     fast = unified_attention(*qkv(heads), **chosen)
     torch.testing.assert_close(fast, unified_attention_stepwise(*qkv(heads), **chosen), rtol=1e-5, atol=1e-6)
 
 
 def selective_scan(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    """Equation 10 for one channel at a time, with Mamba's own letters and shapes, written without the project's code.
+    """Compute equation 10 one channel at a time, in Mamba's notation and shapes, independently of the project's code.
 
     x, delta (B, N, channels); a (channels, states); b, c (B, N, states); d (channels).
     """
@@ -62,59 +62,61 @@ def selective_scan(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d:
     return y
 
 
-def test_with_all_of_mamba_on_it_is_the_selective_scan() -> None:
+def test_all_options_on_is_mambas_selective_scan() -> None:
     c, b, x = qkv(heads=1)
-    gates = all_switches(heads=1)
+    gates = all_options(heads=1)
     ours = unified_attention(c, b, x, **gates)
     delta, a = gates["forget_gate"]
     theirs = selective_scan(x[:, 0], delta[:, 0], a[0].T, b[:, 0], c[:, 0], gates["shortcut"].flatten())
     torch.testing.assert_close(ours[:, 0], theirs)
 
 
-def test_with_all_off_it_is_quadratic_linear_attention() -> None:
+def test_all_options_off_is_linear_attention() -> None:
     q, k, v = qkv()
     weights = q @ k.transpose(-2, -1)  # (B, heads, N, N)
     expected = weights / weights.sum(dim=-1, keepdim=True) @ v
     torch.testing.assert_close(unified_attention(q, k, v), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_causal_linear_attention_is_the_masked_quadratic_one() -> None:
+def test_causal_is_masked_linear_attention() -> None:
     q, k, v = qkv()
     weights = (q @ k.transpose(-2, -1)).tril()
     expected = weights / weights.sum(dim=-1, keepdim=True) @ v
     torch.testing.assert_close(unified_attention(q, k, v, causal=True), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_each_switch_changes_what_the_paper_says() -> None:
+def test_effect_of_each_option() -> None:
     q, k, v = qkv()
-    switches = all_switches()
-    plain = unified_attention(q, k, v)
-    gate = switches["input_gate"]
+    options = all_options()
+    baseline = unified_attention(q, k, v)
+    gate = options["input_gate"]
     torch.testing.assert_close(unified_attention(q, k, v, input_gate=gate), unified_attention(q, k, gate * v))
-    shortcut = unified_attention(q, k, v, shortcut=switches["shortcut"])
-    torch.testing.assert_close(shortcut - plain, switches["shortcut"] * v)
+    shortcut = unified_attention(q, k, v, shortcut=options["shortcut"])
+    torch.testing.assert_close(shortcut - baseline, options["shortcut"] * v)
     normalizer = q @ k.mean(dim=2, keepdim=True).transpose(-2, -1)  # (B, heads, N, 1)
-    torch.testing.assert_close(unified_attention(q, k, v, normalize=False) / normalizer, plain, rtol=1e-4, atol=1e-5)
-    forgetful = unified_attention(q, k, v, forget_gate=switches["forget_gate"])
+    torch.testing.assert_close(unified_attention(q, k, v, normalize=False) / normalizer, baseline, rtol=1e-4, atol=1e-5)
+    gated = unified_attention(q, k, v, forget_gate=options["forget_gate"])
     first = unified_attention(q[:, :, :1], k[:, :, :1], v[:, :, :1])
-    torch.testing.assert_close(forgetful[:, :, :1], first)  # nothing to forget yet
-    never = ForgetGate(torch.zeros_like(v), -torch.ones(HEADS, KEYS, VALUES, dtype=v.dtype))
-    torch.testing.assert_close(unified_attention(q, k, v, forget_gate=never), unified_attention(q, k, v, causal=True))
+    torch.testing.assert_close(gated[:, :, :1], first)  # no earlier state to decay
+    no_decay = ForgetGate(torch.zeros_like(v), -torch.ones(HEADS, KEYS, VALUES, dtype=v.dtype))
+    torch.testing.assert_close(
+        unified_attention(q, k, v, forget_gate=no_decay), unified_attention(q, k, v, causal=True)
+    )
 
 
-def test_rotation_is_for_the_numerator_alone() -> None:
+def test_only_the_numerator_is_rotated() -> None:
     q, k, v = qkv(heads=1)
     cos, sin = rotary_tables(1, TOKENS, KEYS, q.device)
-    turned = rotate_pairs(q, cos[0], sin[0]), rotate_pairs(k, cos[0], sin[0])
-    weights = turned[0] @ turned[1].transpose(-2, -1)
+    rotated = rotate_pairs(q, cos[0], sin[0]), rotate_pairs(k, cos[0], sin[0])
+    weights = rotated[0] @ rotated[1].transpose(-2, -1)
     expected = weights / (q @ k.transpose(-2, -1)).sum(dim=-1, keepdim=True) @ v
-    torch.testing.assert_close(unified_attention(q, k, v, rotated=turned), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(unified_attention(q, k, v, rotated=rotated), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_adversarial_gates_stay_finite(dtype: torch.dtype, normalize: bool) -> None:
-    """Gates from 0 to what float16 just holds, values as large, forward and backward under autocast."""
+def test_extreme_gates_stay_finite(dtype: torch.dtype, normalize: bool) -> None:
+    """Gates and values from 0 to the range of float16, forward and backward under autocast."""
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.rand(1, 2, 200, 8, generator=generator) * 1e3 for _ in range(2))
     v = torch.randn(1, 2, 200, 8, generator=generator) * 1e4
