@@ -1,10 +1,10 @@
-"""Train every row of the paper's tables 1 and 2 at small scale, with several seeds, and set them beside the paper's.
+"""Train every row of the paper's tables 1 and 2 at small scale, with several seeds, and compare with the paper.
 
 python -m models.ablation_study                          twelve rows, three seeds, cfgs/ablation/digits.yaml
-python -m models.ablation_study --epochs 100 --amp       longer, on a GPU say
-python -m models.ablation_study --minutes 5              start no run after five minutes; the same command goes on
+python -m models.ablation_study --epochs 100 --amp       longer, for example on a GPU
+python -m models.ablation_study --minutes 5              start no run after five minutes; the same command resumes
 
-Each run is one of main.py. Finished ones are noted in <output>/results.jsonl and not repeated; a broken one resumes.
+Each run is a process of main.py. Finished runs are recorded in <output>/results.jsonl and skipped; others resume.
 """
 
 import argparse
@@ -27,14 +27,15 @@ from models.build import build_model
 from models.unified.paper_rows import ABLATIONS, Ablation
 from utils.benchmark.measure import measure_in_turns
 from utils.config.command_line import Parser, at_least, report_user_errors
+from utils.config.errors import UserError
 from utils.tools.paper_plots import plot_ablation
 from utils.training.build import build_precision
 
 ROOT = Path(__file__).parent.parent
 
 
-class Trained(NamedTuple):
-    """A finished run: accuracy of the last epoch on the validation images, per cent."""
+class RunResult(NamedTuple):
+    """A finished run: acc1 is the last epoch's validation accuracy in percent."""
 
     row: str
     seed: int
@@ -46,83 +47,103 @@ class Trained(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(argv)
+    args = parse_args(argv)
     with report_user_errors():
-        rows = chosen_rows(options.rows)
-        options.output.mkdir(parents=True, exist_ok=True)
-        configs = {row.name: row_config(options, row) for row in rows}
-        missing = train_missing(options, rows)
-    results = read_results(options)
+        rows = select_rows(args.rows)
+        make_output_folder(args.output)
+        configs = {row.name: row_config(args, row) for row in rows}
+        missing = train_missing(args, rows)
+    results = read_results(args)
     if missing:
-        print(f"{len(results)} runs are done, {missing} are left; the same command goes on")
+        print(f"{len(results)} runs finished, {missing} left; run the same command again to resume")
         return 3
     speeds = measure_rows(configs)
     text = results_table(rows, results, speeds, configs[rows[0].name])
-    (options.output / "results.md").write_text(text)
-    (options.output / "speeds.json").write_text(json.dumps(speeds, indent=1))
+    (args.output / "results.md").write_text(text)
+    (args.output / "speeds.json").write_text(json.dumps(speeds, indent=1))
     plot_ablation(
         [row.label for row in rows],
         paper=[row.top1 for row in rows],
         scores=[[run.acc1 for run in results if run.row == row.name] for row in rows],
-        title=f"{options.scale.stem}, {epochs_of(options)} epochs",
-        picture=options.output / "results.png",
+        title=f"{args.scale.stem}, {num_epochs(args)} epochs",
+        picture=args.output / "results.png",
     )
     print(text)
     return 0
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--output", type=Path, default=Path("output/ablation"), help="folder of runs and results")
-    parser.add_argument("--rows", nargs="+", default=[row.name for row in ABLATIONS], help="all of them by default")
+    parser.add_argument("--output", type=Path, default=Path("output/ablation"), help="folder for runs and results")
+    parser.add_argument(
+        "--rows", nargs="+", default=[row.name for row in ABLATIONS], help="names of rows, by default all"
+    )
     parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--scale", type=Path, default=ROOT / "cfgs/ablation/digits.yaml", help="sizes, data and schedule"
+        "--scale",
+        type=Path,
+        default=ROOT / "cfgs/ablation/digits.yaml",
+        help="YAML file of sizes, data and schedule",
     )
-    parser.add_argument("--epochs", type=at_least(1), help="instead of the scale's")
-    parser.add_argument("--amp", action="store_true", help="16-bit autocast")
+    parser.add_argument("--epochs", type=at_least(1), help="override TRAIN.EPOCHS")
+    parser.add_argument("--amp", action="store_true", help="mixed precision")
     parser.add_argument(
-        "--jobs", type=at_least(1), default=1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
+        "--jobs",
+        type=at_least(1),
+        default=1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1),
+        help="concurrent runs",
     )
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further run after this time")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")
     return parser.parse_args(argv)
 
 
-def chosen_rows(names: Sequence[str]) -> list[Ablation]:
+def make_output_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "cfgs").mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: {error.strerror}; choose a folder that can be written") from error
+
+
+def select_rows(names: Sequence[str]) -> list[Ablation]:
+    """Return the rows of these names.
+
+    Raises:
+        UserError: unknown name.
+    """
     known = {row.name: row for row in ABLATIONS}
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"--rows {' '.join(unknown)}: known are {', '.join(known)}")
+        raise UserError(f"--rows {' '.join(unknown)}: must be among {', '.join(known)}")
     return [known[name] for name in names]
 
 
-def row_config(options: argparse.Namespace, row: Ablation) -> CfgNode:
-    """The row's switches at the scale's sizes, written to <output>/cfgs/<row>.yaml for main.py to take."""
-    path = options.output / "cfgs" / f"{row.name}.yaml"
-    path.parent.mkdir(exist_ok=True)
-    bases = [str(ROOT / "cfgs/ablation" / f"{row.name}.yaml"), str(options.scale.resolve())]
+def row_config(args: argparse.Namespace, row: Ablation) -> CfgNode:
+    """Write the configuration of a row at this scale to <output>/cfgs/<row>.yaml, and load it."""
+    path = args.output / "cfgs" / f"{row.name}.yaml"
+    bases = [str(ROOT / "cfgs/ablation" / f"{row.name}.yaml"), str(args.scale.resolve())]
     path.write_text(f"BASE: {json.dumps(bases)}\nMODEL:\n  NAME: {row.model}\n")
-    return load_config(path, ["AMP", str(options.amp)])
+    return load_config(path, ["AMP", str(args.amp)])
 
 
-def epochs_of(options: argparse.Namespace) -> int:
-    return options.epochs or load_config(options.scale).TRAIN.EPOCHS
+def num_epochs(args: argparse.Namespace) -> int:
+    return args.epochs or load_config(args.scale).TRAIN.EPOCHS
 
 
-def train_missing(options: argparse.Namespace, rows: Sequence[Ablation]) -> int:
-    """Train what has no result, a few runs at a time, until the time is up; gives how many are still missing."""
-    done = {(run.row, run.seed) for run in read_results(options)}
-    todo = [(row, seed) for seed in options.seeds for row in rows if (row.name, seed) not in done]
-    deadline = time.monotonic() + 60 * options.minutes
+def train_missing(args: argparse.Namespace, rows: Sequence[Ablation]) -> int:
+    """Train the runs that have no result, --jobs at a time, until --minutes; return how many are still missing."""
+    done = {(run.row, run.seed) for run in read_results(args)}
+    todo = [(row, seed) for seed in args.seeds for row in rows if (row.name, seed) not in done]
+    deadline = time.monotonic() + 60 * args.minutes
     finished = 0
-    with ThreadPoolExecutor(max_workers=options.jobs) as pool:
-        futures: list[Future[Trained | None]] = [
-            pool.submit(train, options, row, seed, deadline=deadline) for row, seed in todo
+    with ThreadPoolExecutor(max_workers=args.jobs) as pool:
+        futures: list[Future[RunResult | None]] = [
+            pool.submit(train, args, row, seed, deadline=deadline) for row, seed in todo
         ]
         try:
             for future in as_completed(futures):
                 if (run := future.result()) is not None:
                     finished += 1
-                    with (options.output / "results.jsonl").open("a") as file:
+                    with (args.output / "results.jsonl").open("a") as file:
                         file.write(json.dumps(run._asdict()) + "\n")
                     print(f"{run.row}, seed {run.seed}: {run.acc1:.2f}% in {run.seconds:.0f} s", flush=True)
         except BaseException:
@@ -131,47 +152,56 @@ def train_missing(options: argparse.Namespace, rows: Sequence[Ablation]) -> int:
     return len(todo) - finished
 
 
-def train(options: argparse.Namespace, row: Ablation, seed: int, *, deadline: float) -> Trained | None:
-    """One run of main.py; None where the time was up before it started, or main.py was stopped.
+def train(args: argparse.Namespace, row: Ablation, seed: int, *, deadline: float) -> RunResult | None:
+    """Run main.py once; return None if the deadline passed before it started, or if it was stopped.
 
     Raises:
-        ValueError: main.py failed; says where its messages are.
+        UserError: main.py failed; the message names its console log.
     """
-    start, epochs = time.monotonic(), epochs_of(options)
+    start, epochs = time.monotonic(), num_epochs(args)
     if start > deadline:
         return None
-    tag = f"seed{seed}_epochs{epochs}{'_amp' if options.amp else ''}"
-    folder = options.output / "runs" / row.model / tag
+    tag = f"seed{seed}_epochs{epochs}{'_amp' if args.amp else ''}"
+    folder = args.output / "runs" / row.model / tag
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "main.py", "--cfg", options.output.resolve() / "cfgs" / f"{row.name}.yaml"]
-    command += ["--output", (options.output / "runs").resolve(), "--tag", tag, *(["--amp"] if options.amp else [])]
+    command = [sys.executable, "main.py", "--cfg", args.output.resolve() / "cfgs" / f"{row.name}.yaml"]
+    command += ["--output", (args.output / "runs").resolve(), "--tag", tag, *(["--amp"] if args.amp else [])]
     command += ["--opts", "SEED", str(seed), "TRAIN.EPOCHS", str(epochs)]
     with (folder / "console.txt").open("a") as console:
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         code = subprocess.call(list(map(str, command)), cwd=ROOT, env=environment, stdout=console, stderr=console)
     if code:
-        raise ValueError(f"{row.name}, seed {seed}: main.py ended with code {code}; see {folder / 'console.txt'}")
+        raise UserError(f"{row.name}, seed {seed}: main.py exited with code {code}; see {folder / 'console.txt'}")
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    if last["epoch"] + 1 < epochs:  # it was told to stop, and saved what it had
+    if last["epoch"] + 1 < epochs:  # stopped by a signal, after it saved a checkpoint
         return None
-    return Trained(row.name, seed, epochs, options.scale.stem, last["acc1"], time.monotonic() - start, options.amp)
+    return RunResult(row.name, seed, epochs, args.scale.stem, last["acc1"], time.monotonic() - start, args.amp)
 
 
-def read_results(options: argparse.Namespace) -> list[Trained]:
-    """What results.jsonl holds of this scale, epochs and precision, and of the rows and seeds that were asked for."""
-    path = options.output / "results.jsonl"
+def read_results(args: argparse.Namespace) -> list[RunResult]:
+    """Return the results for this scale, number of epochs, precision, rows and seeds.
+
+    Raises:
+        UserError: a line of results.jsonl is no result.
+    """
+    path = args.output / "results.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    runs = [Trained(**json.loads(line)) for line in lines]
-    wanted = epochs_of(options), options.scale.stem, options.amp
+    runs = []
+    for number, line in enumerate(lines, 1):
+        try:
+            runs.append(RunResult(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}, line {number} is not a result ({error}); delete that line") from error
+    budget = num_epochs(args), args.scale.stem, args.amp
     return [
         run
         for run in runs
-        if (run.epochs, run.scale, run.amp) == wanted and run.row in options.rows and run.seed in options.seeds
+        if (run.epochs, run.scale, run.amp) == budget and run.row in args.rows and run.seed in args.seeds
     ]
 
 
 def measure_rows(configs: dict[str, CfgNode]) -> dict[str, float]:
-    """Images per second of inference by row, at the scale's size, on this machine."""
+    """Measure inference on this machine: images per second by row."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = next(iter(configs.values()))
     return measure_in_turns(
@@ -184,9 +214,9 @@ def measure_rows(configs: dict[str, CfgNode]) -> dict[str, float]:
 
 
 def results_table(
-    rows: Sequence[Ablation], results: Sequence[Trained], speeds: dict[str, float], config: CfgNode
+    rows: Sequence[Ablation], results: Sequence[RunResult], speeds: dict[str, float], config: CfgNode
 ) -> str:
-    """Accuracy, mean and standard deviation over the seeds, and speed relative to the first row, beside the paper's."""
+    """Return a Markdown table of accuracy (mean and standard deviation over seeds) and speed, beside the paper's."""
     seeds = len({run.seed for run in results})
     size, batch = config.DATA.IMG_SIZE, config.DATA.BATCH_SIZE
     lines = [
@@ -203,14 +233,14 @@ def results_table(
     return "\n".join(lines) + "\n" + "".join(rank_agreement(rows, results))
 
 
-def rank_agreement(rows: Sequence[Ablation], results: Sequence[Trained]) -> Iterator[str]:
-    """Spearman's rank correlation between the paper's accuracies and these, of three rows or more."""
+def rank_agreement(rows: Sequence[Ablation], results: Sequence[RunResult]) -> Iterator[str]:
+    """Yield a line with Spearman's rank correlation with the paper's accuracies, if there are three rows or more."""
     from scipy.stats import spearmanr
 
     if len(rows) > 2:
         means = [statistics.mean(run.acc1 for run in results if run.row == row.name) for row in rows]
-        found: Any = spearmanr([row.top1 for row in rows], means)
-        yield f"\nSpearman's rank correlation with the paper's top-1: {found.statistic:.2f} (p = {found.pvalue:.2f}).\n"
+        rank: Any = spearmanr([row.top1 for row in rows], means)
+        yield f"\nSpearman's rank correlation with the paper's top-1: {rank.statistic:.2f} (p = {rank.pvalue:.2f}).\n"
 
 
 if __name__ == "__main__":

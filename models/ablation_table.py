@@ -1,8 +1,8 @@
-"""Parameters and multiply-accumulates of every row of the paper's tables 1 and 2, beside the paper's, as Markdown.
+"""Print parameters and MACs of every row of the paper's tables 1 and 2, beside the paper's, as a Markdown table.
 
-python -m models.ablation_table                              counts alone, a second
-python -m models.ablation_table --output table.md            also to a file
-python -m models.ablation_table --throughput --amp           with inference speed on this machine, by turns
+python -m models.ablation_table                              takes a second
+python -m models.ablation_table --output table.md            also writes a file
+python -m models.ablation_table --throughput --amp           also measures inference on this machine
 """
 
 import sys
@@ -18,6 +18,7 @@ from models.build import build_model, input_channels
 from models.unified.paper_rows import ABLATIONS, Ablation
 from utils.benchmark.measure import measure_in_turns
 from utils.config.command_line import Parser, at_least, report_user_errors
+from utils.config.errors import UserError
 from utils.speed.flops import profile
 from utils.training.build import build_precision
 
@@ -32,28 +33,33 @@ class Counts(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, help="Markdown file to write")
-    parser.add_argument("--throughput", action="store_true", help="measure inference too")
-    parser.add_argument("--batch-size", type=at_least(1), default=128, help="of --throughput")
-    parser.add_argument("--amp", action="store_true", help="16-bit autocast in --throughput")
-    options = parser.parse_args(argv)
-    speeds = measure(options.batch_size, amp=options.amp) if options.throughput else None
+    parser.add_argument("--throughput", action="store_true", help="also measure inference")
+    parser.add_argument("--batch-size", type=at_least(1), default=128, help="for --throughput")
+    parser.add_argument("--amp", action="store_true", help="mixed precision for --throughput")
+    args = parser.parse_args(argv)
+    speeds = measure(args.batch_size, amp=args.amp) if args.throughput else None
     text = table([count(row) for row in ABLATIONS], speeds)
     print(text, end="")
     with report_user_errors():
-        if options.output is not None:
-            write(options.output, text)
+        if args.output is not None:
+            write(args.output, text)
     return 0
 
 
 def write(path: Path, text: str) -> None:
+    """Write the table to a file.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     try:
         path.write_text(text)
     except OSError as error:
-        raise ValueError(f"--output {path}: {error.strerror}") from error
+        raise UserError(f"--output {path}: {error.strerror}; choose a file that can be written") from error
 
 
 def count(row: Ablation) -> Counts:
-    """Of the model of a row at 224x224, in millions and 10^9; nothing is computed."""
+    """Count the parameters, in millions, and GMACs of a row's model at 224x224, on the meta device."""
     config = row_config(row)
     with torch.device("meta"):
         model = build_model(config)
@@ -62,7 +68,7 @@ def count(row: Ablation) -> Counts:
 
 
 def measure(batch_size: int, *, amp: bool) -> dict[str, float]:
-    """Images per second of each row at 224x224, on this machine."""
+    """Measure inference on this machine at 224x224: images per second by row."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     configs = {row.name: row_config(row, amp=amp) for row in ABLATIONS}
     return measure_in_turns(
@@ -79,15 +85,15 @@ def row_config(row: Ablation, *, amp: bool = False) -> CfgNode:
 
 
 def table(counts: Sequence[Counts], speeds: dict[str, float] | None = None) -> str:
-    """The rows in the paper's order; deviations from its figures in per cent, speeds also as shares."""
+    """Return the Markdown table: deviations from the paper in percent, speeds also relative to the baseline."""
     titles = ["row", "parameters, M", "paper", "GMACs", "paper", "paper, top-1", "paper, img/s"]
     lines = [titles if speeds is None else [*titles, "img/s"]]
     lines.append(["---"] * len(lines[0]))
     first = ABLATIONS[0]
-    for row, found in zip(ABLATIONS, counts, strict=True):
+    for row, ours in zip(ABLATIONS, counts, strict=True):
         line = [row.label]
-        for ours, paper in ((found.parameters_m, row.parameters_m), (found.gmacs, row.gmacs)):
-            line += [f"{ours:.2f}", f"{paper:g} ({100 * (ours / paper - 1):+.1f}%)"]
+        for value, paper in ((ours.parameters_m, row.parameters_m), (ours.gmacs, row.gmacs)):
+            line += [f"{value:.2f}", f"{paper:g} ({100 * (value / paper - 1):+.1f}%)"]
         speed = row.images_per_second
         line += [f"{row.top1}", f"{speed} ({speed / first.images_per_second:.2f})"]
         if speeds is not None:

@@ -88,7 +88,7 @@ def test_study_resumes_and_repeats_no_run(
 ) -> None:
     args = ["--output", str(tmp_path / "out"), "--scale", str(scale), "--jobs", "1", "--rows", "baseline", "rope"]
     assert ablation_study.main([*args, "--seeds", "0", "1", "--minutes", "-1"]) == 3
-    assert "0 runs are done, 4 are left" in capsys.readouterr().out
+    assert "0 runs finished, 4 left" in capsys.readouterr().out
     assert not trained
     assert ablation_study.main([*args, "--seeds", "0"]) == 0
     assert len(trained) == 2
@@ -135,6 +135,13 @@ def test_results_are_kept_by_precision(
     assert len(trained) == 1
 
 
+def test_torn_line_of_results(tmp_path: Path, scale: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for torn in ('{"row": "rope", "se', '{"row": "rope"}'):
+        (tmp_path / "results.jsonl").write_text(torn)
+        assert exit_code(ablation_study.main, ["--output", str(tmp_path), "--scale", str(scale)]) == 2
+        assert f"{tmp_path / 'results.jsonl'}, line 1 is not a result" in capsys.readouterr().err
+
+
 def test_study_runs_main(tmp_path: Path, scale: Path, run_main: RunMain, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real main.py runs with the row's switches and the scale's sizes."""
     monkeypatch.setattr(subprocess, "call", lambda command, **_: run_main(*command[2:])[0])
@@ -153,7 +160,7 @@ def test_study_runs_main(tmp_path: Path, scale: Path, run_main: RunMain, monkeyp
 @pytest.mark.parametrize("rows", [["baseline", "softmax"], ["mamba_like"]])
 def test_study_rejects_unknown_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: list[str]) -> None:
     assert exit_code(ablation_study.main, ["--output", str(tmp_path), "--rows", *rows]) == 2
-    assert f"--rows {rows[-1]}: known are baseline, input_gate" in capsys.readouterr().err
+    assert f"--rows {rows[-1]}: must be among baseline, input_gate" in capsys.readouterr().err
 
 
 def test_failed_run_names_its_console_log(
@@ -161,9 +168,9 @@ def test_failed_run_names_its_console_log(
 ) -> None:
     monkeypatch.setattr(subprocess, "call", lambda *_, **__: 1)
     args = ["--output", str(tmp_path / "out"), "--scale", str(scale), "--rows", "ape", "--seeds", "3"]
-    assert exit_code(ablation_study.main, words) == 2
+    assert exit_code(ablation_study.main, args) == 2
     error = capsys.readouterr().err
-    assert "ape, seed 3: main.py ended with code 1; see " in error
+    assert "ape, seed 3: main.py exited with code 1; see " in error
     assert "console.txt" in error
 
 
@@ -180,6 +187,15 @@ def test_scan_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(cells((tmp_path / "scan_speed.md").read_text())[0]) == 4
     with pytest.raises(SystemExit):
         scan_speed.main(["--tokens", "0", "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize("command", [ablation_study.main, scan_speed.main])
+def test_output_that_is_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: Callable[[list[str]], int]
+) -> None:
+    (tmp_path / "file").touch()
+    assert exit_code(command, ["--output", str(tmp_path / "file")]) == 2
+    assert f"--output {tmp_path / 'file'}: File exists" in capsys.readouterr().err
 
 
 def test_models_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,8 +215,6 @@ def test_models_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = device("cpu")
     precision = make_precision(cpu, amp=False, dtype="auto")
     models = {"a": nn.Identity(), "b": nn.Identity()}
-    measured_speeds = measure.measure_in_turns(
-        models, device=cpu, precision=precision, batch_size=1, image_size=8, rounds=3
-    )
+    medians = measure.measure_in_turns(models, device=cpu, precision=precision, batch_size=1, image_size=8, rounds=3)
     assert order == ["a", "b"] * 3
-    assert measured_speeds == {"a": 3.0, "b": 5.0}
+    assert medians == {"a": 3.0, "b": 5.0}
