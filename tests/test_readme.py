@@ -70,8 +70,8 @@ def test_citation_file() -> None:
 
 
 def test_changelog() -> None:
-    """Versions in order, the newest one that of the package, with Keep a Changelog's sections."""
-    text = (ROOT / "CHANGELOG.md").read_text()
+    """Unreleased changes, then versions, the newest one that of the package, with Keep a Changelog's sections."""
+    text = (ROOT / "CHANGELOG.md").read_text().replace("## [Unreleased]\n", "", 1)
     versions = re.findall(r"^## \[(.+?)\] - (?:unreleased|\d{4}-\d{2}-\d{2})$", text, re.M)
     assert versions[0] == citation()["version"]
     assert len(versions) == len(set(versions)) == len(re.findall(r"^## ", text, re.M))
