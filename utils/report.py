@@ -1,7 +1,7 @@
-"""A report of a run as one HTML file: python -m utils.report RUN [--output report.html]
+"""Report a run as one HTML file: python -m utils.report RUN [--output report.html]
 
-RUN is the folder of a run, finished or not: <output>/<MODEL.NAME>/<tag>. The file needs no other and no network. It
-holds results, curves, predictions, settings, environment and warnings, for light and dark screens of any width.
+RUN is the folder of a run, finished or not: <output>/<MODEL.NAME>/<tag>. The page is one file,
+works offline, and holds results, curves, predictions, settings, environment and warnings.
 """
 
 import base64
@@ -19,14 +19,15 @@ from downstream.detection import config as detection
 from downstream.segmentation import config as segmentation
 from utils.config.command_line import Parser, report_user_errors
 from utils.config.schema import Schema
-from utils.logs.atomic_write import check_replaceable, write_atomic
+from utils.logs.atomic_write import write_atomic
 from utils.logs.plots import Panel, panel_svg
 from utils.logs.recorder import read_records
-from utils.tools.run_history import SHOWN, RunMetrics, extremes, names_in, panels_of, read_run
+from utils.tools.run_history import METRIC_TITLES, RunMetrics, best_and_last, metric_names, read_run, select_panels
+from utils.tools.user_files import check_output, user_file
 
 CREATOR = "MLLA utils.report"
 TEMPLATE = Path(__file__).parent / "tools" / "report.html"
-PICTURES = {"predictions.png": "image/png", "predictions.jpg": "image/jpeg"}
+PREDICTIONS = {"predictions.png": "image/png", "predictions.jpg": "image/jpeg"}
 MAX_WARNINGS = 30
 
 
@@ -36,41 +37,41 @@ def data_uri(content: bytes, kind: str) -> str:
 
 
 def schema_of(config: Mapping[str, Any]) -> Schema:
-    """That of the task whose keys the configuration has."""
+    """Return the schema of the task that the configuration is for: the one with the fewest unknown keys."""
     schemas: list[Schema] = [SCHEMA, detection.SCHEMA, segmentation.SCHEMA]
     return min(schemas, key=lambda schema: len(set(config) - set(schema)))
 
 
 def summary(run: RunMetrics) -> str:
-    """How far the run is, and when the report was made."""
+    """Return the line below the title: progress of the run and date of the report."""
     done, planned = run.records[-1]["epoch"] + 1, run.planned_epochs
     progress = f"epoch {done}" if planned is None else f"{done} of {planned} epochs"
     return f"{progress}; report of {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
 
 
 def score_cards(run: RunMetrics) -> Iterator[tuple[str, str, str]]:
-    """(what, value, remark) of the best scores."""
-    for key in names_in(run.records):
+    """Yield (name, value, remark) of each best score."""
+    for key in metric_names(run.records):
         kind = key.removeprefix("ema_")
-        found = extremes(run.records, key)
-        if kind in SHOWN and found and found.best is not None and not kind.endswith("loss"):
-            who = f"EMA {kind}" if key.startswith("ema_") else kind
-            yield f"best {who}", f"{found.best:.2f}", f"epoch {found.best_epoch}, last {found.last:.2f}"
+        value = best_and_last(run.records, key)
+        if kind in METRIC_TITLES and value and value.best is not None and not kind.endswith("loss"):
+            label = f"EMA {kind}" if key.startswith("ema_") else kind
+            yield f"best {label}", f"{value.best:.2f}", f"epoch {value.best_epoch}, last {value.last:.2f}"
 
 
 def speed_cards(run: RunMetrics) -> Iterator[tuple[str, str, str]]:
-    """What training took, as far as speed.jsonl says it."""
+    """Yield (name, value, remark) of speed, time and memory, as far as speed.jsonl has them."""
     rates = [record["images_per_second"] for record in run.records if "images_per_second" in record]
     if rates:
         rate = statistics.median(rates)
-        yield "images a second", f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}", "in training, median of the epochs"
+        yield "images/s", f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}", "in training, median over epochs"
     seconds = [sum(record.get(f"{part}_seconds", 0) for part in ("train", "eval")) for record in run.records]
     if all(seconds):
         waited = sum(record.get("data_wait_seconds", 0) for record in run.records) / sum(seconds)
-        yield "time", duration(sum(seconds)), f"training and evaluation; {waited:.0%} of it waiting for data"
+        yield "time", duration(sum(seconds)), f"training and evaluation; {waited:.0%} of it spent waiting for data"
     memory = [record["memory_mib"] for record in run.records if "memory_mib" in record]
     if memory:
-        yield "memory", f"{max(memory) / 1024:.2f} GiB", "most at once, first process"
+        yield "memory", f"{max(memory) / 1024:.2f} GiB", "peak on the first process"
 
 
 def duration(seconds: float) -> str:
@@ -80,10 +81,10 @@ def duration(seconds: float) -> str:
 
 
 def curves(run: RunMetrics) -> Iterator[dict[str, str]]:
-    """Each diagram's title, text alternative, and images for light and dark pages; the losses' one has all terms."""
-    names = names_in(run.records)
+    """Yield each plot: title, alternative text, and images for light and dark pages. The loss has all its terms."""
+    names = metric_names(run.records)
     terms = {name: name[6:] for name in names if name.startswith("train_") and not name.endswith("_seconds")}
-    for panel in panels_of(names):
+    for panel in select_panels(names):
         if "train_loss" in panel.curves and len(terms) > 1:
             panel = Panel(panel.title, terms | {"train_loss": "all terms"})
         described = []
@@ -99,15 +100,15 @@ def curves(run: RunMetrics) -> Iterator[dict[str, str]]:
 
 
 def results(run: RunMetrics) -> Iterator[tuple[str, str, int | None, str]]:
-    """Name, best value, its epoch, and last value of each figure of evaluations and losses."""
-    for name in names_in(run.records):
-        found = extremes(run.records, name)
-        if found and found.best is not None:
-            yield name, f"{found.best:.5g}", found.best_epoch, f"{found.last:.5g}"
+    """Yield name, best value, its epoch, and last value of each score and loss."""
+    for name in metric_names(run.records):
+        value = best_and_last(run.records, name)
+        if value and value.best is not None:
+            yield name, f"{value.best:.5g}", value.best_epoch, f"{value.last:.5g}"
 
 
 def changed_settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any, str]]:
-    """Key, value, default and meaning of the settings that differ from the defaults, and of unknown keys."""
+    """Yield key, value, default and meaning of settings that differ from the defaults, and of unknown keys."""
     schema = schema_of(config)
     for name, value in config.items():
         if name not in schema:
@@ -117,30 +118,34 @@ def changed_settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any,
 
 
 def environment(start: Mapping[str, Any]) -> dict[str, Any]:
-    """What a start's record says of machine and versions."""
-    facts = {name: value for name, value in start.items() if name != "epoch" and value is not None}
-    versions = facts.pop("packages", {})
+    """Return machine, command and versions of a start, by name."""
+    metadata = {name: value for name, value in start.items() if name != "epoch" and value is not None}
+    versions = metadata.pop("packages", {})
     if isinstance(versions, dict):
-        facts |= {name: version for name, version in versions.items() if version is not None}
-    return {name.replace("_", " "): value for name, value in facts.items()}
+        metadata |= {name: version for name, version in versions.items() if version is not None}
+    return {name.replace("_", " "): value for name, value in metadata.items()}
 
 
 def warnings(folder: Path) -> list[str]:
-    """Lines of the first process's log that warn or tell of errors."""
+    """Return the warnings and errors in the log of the first process."""
     path = folder / "log_rank0.txt"
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     return [line for line in lines if " WARNING " in line[:40] or " ERROR " in line[:40]]
 
 
 def report(folder: Path) -> str:
-    """The page.
+    """Return the page.
 
     Raises:
-        OutputDirError: no run there.
-        ValueError, OSError: a file of it that cannot be read.
+        RunFolderError: the folder holds no run.
+        UserFileError: a file in it cannot be read.
     """
     run = read_run(folder)
-    starts = read_records(folder / "environment.jsonl")
+    with user_file(folder, "read"):
+        starts = read_records(folder / "environment.jsonl")
+        log_warnings = warnings(folder)
+        images = {path: kind for name, kind in PREDICTIONS.items() if (path := folder / name).is_file()}
+        predictions = [data_uri(path.read_bytes(), kind) for path, kind in images.items()]
     templates = Environment(
         loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, trim_blocks=True, keep_trailing_newline=True
     )
@@ -151,14 +156,12 @@ def report(folder: Path) -> str:
         cards=[*score_cards(run), *speed_cards(run)],
         curves=curves(run),
         results=results(run),
-        predictions=[
-            data_uri((folder / name).read_bytes(), kind) for name, kind in PICTURES.items() if (folder / name).is_file()
-        ],
+        predictions=predictions,
         settings=run.config,
         changed=[*changed_settings(run.config)],
         environment=environment(starts[-1]) if starts else {},
         starts=[(start.get("started"), f"from epoch {start['epoch'] + 1} on {start.get('host')}") for start in starts],
-        warnings=warnings(folder),
+        warnings=log_warnings,
         shown_warnings=MAX_WARNINGS,
     )
 
@@ -168,12 +171,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--output", type=Path, metavar="FILE", help="by default RUN/report.html")
     parser.add_argument("--force", action="store_true", help="replace a file that another program made")
-    words = parser.parse_args(argv)
-    target = words.output or words.run / "report.html"
+    args = parser.parse_args(argv)
+    target = args.output or args.run / "report.html"
     with report_user_errors():
-        text = report(words.run)
-        check_replaceable(target, CREATOR, force=words.force)
-        write_atomic(target, lambda path: path.write_text(text, encoding="utf-8"))
+        text = report(args.run)
+        check_output(target, force=args.force, creator=CREATOR)
+        with user_file(target, "written"):
+            write_atomic(target, lambda path: path.write_text(text, encoding="utf-8"))
     print(f"report: {target} ({target.stat().st_size / 1024:.0f} KiB)")
     return 0
 

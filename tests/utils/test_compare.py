@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.helpers import exit_code
 from utils import compare
-from utils.tools.run_history import OutputDirError, extremes, panels_of, read_run
+from utils.tools.run_history import RunFolderError, best_and_last, read_run, select_panels
 
 Compare = Callable[..., tuple[int, str, str]]
 
@@ -74,7 +74,7 @@ def test_chosen_figures(run_compare: Compare, tmp_path: Path) -> None:
     assert run_compare(a, "--keys", "los") == (
         2,
         "",
-        "error: --keys los: no run has such a figure; did you mean loss?\n",
+        "error: --keys los: no run has this metric; did you mean loss?\n",
     )
 
 
@@ -109,7 +109,7 @@ def test_mistakes(run_compare: Compare, tmp_path: Path) -> None:
         ([empty], "empty: holds no metrics.jsonl; name the folder of a run"),
         ([tmp_path / "gone"], "gone: holds no metrics.jsonl"),
         ([tmp_path / "out"], f"out: holds no metrics.jsonl; in it are {run}"),
-        ([run, "--output", "a.gif"], "a.gif: its name must end in .png, .svg or .pdf"),
+        ([run, "--output", "a.gif"], "a.gif: the file name must end in .png, .svg or .pdf"),
         ([run, "--output", "gone/a.png"], "there is no folder gone"),
     ]
     for words, message in cases:
@@ -123,24 +123,24 @@ def test_mistakes(run_compare: Compare, tmp_path: Path) -> None:
     assert "replace it with --force" in err
     assert run_compare(run, "--output", "mine.png", "--force")[0] == 0
     (run / "metrics.jsonl").write_text('{"epoch": 0, "acc')
-    with pytest.raises(OutputDirError, match="no epoch is complete yet"):
+    with pytest.raises(RunFolderError, match="no epoch is complete yet"):
         read_run(run)
     (run / "metrics.jsonl").write_text('{"epoch": 0, "odd": 1}\n{"epoch": "1"}\n')
     (run / "speed.jsonl").unlink()
-    assert "nothing to draw among odd" in run_compare(run)[2]
+    assert "nothing to plot among odd" in run_compare(run)[2]
 
 
 def test_figures_that_are_not_finite_or_missing(run_compare: Compare, tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", [1, 2, 3], loss=[2, float("nan"), float("inf")], lr=[float("nan")] * 3)
     records = read_run(run).records
-    assert extremes(records, "loss") == (2, 1, 2)
-    assert extremes(records, "lr") is None
-    assert extremes(records, "images_per_second") == (None, None, 300)
+    assert best_and_last(records, "loss") == (2, 1, 2)
+    assert best_and_last(records, "lr") is None
+    assert best_and_last(records, "images_per_second") == (None, None, 300)
     assert run_compare(run, "--keys", "lr")[0] == 0
 
 
 def test_figures_of_dense_tasks() -> None:
     names = ["box_AP", "ema_box_AP", "mask_AP", "miou", "train_loss", "lr"]
-    assert [list(panel.curves) for panel in panels_of(names)] == [
+    assert [list(panel.curves) for panel in select_panels(names)] == [
         *(["box_AP", "ema_box_AP"], ["mask_AP"], ["miou"], ["train_loss"], ["lr"])
     ]

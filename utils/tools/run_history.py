@@ -1,16 +1,18 @@
-"""What the folder of a run says of it, while it goes on or afterwards: figures by epoch, and configuration."""
+"""Metrics by epoch and configuration of a run, read from its folder during the run or afterwards."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from utils.config.errors import UserError
 from utils.config.yaml_file import read_yaml
 from utils.logs.plots import Panel
 from utils.logs.recorder import read_records
+from utils.tools.user_files import user_file
 
-# Figures of all tasks in the order in which they are shown, model and average in one diagram.
-SHOWN = {
+# Metrics of all tasks in the order of their plots; the model and its EMA share a plot.
+METRIC_TITLES = {
     "acc1": "validation top-1 accuracy, %",
     "box_AP": "validation box AP, %",
     "mask_AP": "validation mask AP, %",
@@ -20,17 +22,17 @@ SHOWN = {
     "loss": "validation loss",
     "lr": "learning rate",
     "grad_norm": "gradient norm before clipping",
-    "images_per_second": "images a second in training",
+    "images_per_second": "images per second in training",
 }
-NEITHER_BEST = {"step", "steps", "lr", "grad_norm", "memory_mib", "images_per_second"}
+WITHOUT_BEST = {"step", "steps", "lr", "grad_norm", "memory_mib", "images_per_second"}
 
 
-class OutputDirError(ValueError):
-    """A folder that holds no run, or none that can be read: one line with the remedy."""
+class RunFolderError(UserError):
+    """A folder that holds no run, or metrics that the runs do not have."""
 
 
 class RunMetrics(NamedTuple):
-    """A run: a record an epoch with the numbers of metrics.jsonl and speed.jsonl, and its settings by dotted key."""
+    """One record per epoch with the numbers of metrics.jsonl and speed.jsonl, and the settings by dotted key."""
 
     folder: Path
     records: list[dict[str, Any]]
@@ -38,7 +40,7 @@ class RunMetrics(NamedTuple):
 
     @property
     def planned_epochs(self) -> int | None:
-        """Evaluations until its end, where its configuration says it."""
+        """Number of evaluations in the whole run, if its configuration is known."""
         if "TRAIN.EVAL_STEPS" in self.config:
             return int(self.config["TRAIN.STEPS"] // self.config["TRAIN.EVAL_STEPS"])
         if "TRAIN.EPOCHS" in self.config:
@@ -46,8 +48,11 @@ class RunMetrics(NamedTuple):
         return None
 
 
-class Extremes(NamedTuple):
-    """A figure's best value, the epoch (from 1) where it had it first, and its last; best is None where none is."""
+class BestAndLast(NamedTuple):
+    """A metric's best value, the first epoch (from 1) that reached it, and its last value.
+
+    `best` and `best_epoch` are None for metrics without a best value, such as the learning rate.
+    """
 
     best: float | None
     best_epoch: int | None
@@ -55,61 +60,66 @@ class Extremes(NamedTuple):
 
 
 def read_run(folder: Path) -> RunMetrics:
-    """Lines that are cut short, as by a run that writes them now, are left out; of an epoch's lines the last counts.
+    """Read a run, finished or not.
+
+    Incomplete lines, of a run that is being written, are skipped; the last line of an epoch counts.
 
     Raises:
-        OutputDirError: no figures there, or none yet.
+        RunFolderError: the folder holds no metrics, or none yet.
+        UserFileError: a file in it cannot be read.
+        ValueError: config.yaml is not a configuration.
     """
     path = folder / "metrics.jsonl"
     if not path.is_file():
-        inside = [str(found.parent) for found in sorted(folder.glob("**/metrics.jsonl"))[:3]]
-        hint = f"in it are {', '.join(inside)}" if inside else "name the folder of a run, <output>/<MODEL.NAME>/<tag>"
-        raise OutputDirError(f"{folder}: holds no metrics.jsonl; {hint}")
+        runs = [str(file.parent) for file in sorted(folder.glob("**/metrics.jsonl"))[:3]]
+        hint = f"in it are {', '.join(runs)}" if runs else "name the folder of a run, <output>/<MODEL.NAME>/<tag>"
+        raise RunFolderError(f"{folder}: holds no metrics.jsonl; {hint}")
     records: dict[int, dict[str, Any]] = {}
-    for record in read_records(path):
-        if isinstance(record["epoch"], int):
-            records[record["epoch"]] = numbers_in(record)
-    if not records:
-        raise OutputDirError(f"{path}: no epoch is complete yet")
-    for record in read_records(folder / "speed.jsonl"):
-        if record["epoch"] in records:
-            records[record["epoch"]] |= numbers_in(record)
-    config = folder / "config.yaml"
-    return RunMetrics(
-        folder, [records[epoch] for epoch in sorted(records)], read_yaml(config) if config.is_file() else {}
-    )
+    with user_file(folder, "read"):
+        for record in read_records(path):
+            if isinstance(record["epoch"], int):
+                records[record["epoch"]] = numbers_in(record)
+        if not records:
+            raise RunFolderError(f"{path}: no epoch is complete yet")
+        for record in read_records(folder / "speed.jsonl"):
+            if record["epoch"] in records:
+                records[record["epoch"]] |= numbers_in(record)
+        config = folder / "config.yaml"
+        return RunMetrics(
+            folder, [records[epoch] for epoch in sorted(records)], read_yaml(config) if config.is_file() else {}
+        )
 
 
 def numbers_in(record: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if type(value) in (int, float)}
 
 
-def names_in(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the figures, in the order of their first appearance."""
+def metric_names(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names of all metrics, in the order of their first appearance."""
     return list({name: None for record in records for name in record if name != "epoch"})
 
 
-def panels_of(names: Sequence[str], keys: Sequence[str] = ()) -> list[Panel]:
-    """Diagrams of `keys`, or of what is SHOWN, as far as `names` holds them; each with the average's curve."""
+def select_panels(names: Sequence[str], keys: Sequence[str] = ()) -> list[Panel]:
+    """Return one plot for each of `keys` (by default of METRIC_TITLES) that is in `names`, with the EMA's curve."""
     panels = []
-    for key in keys or SHOWN:
+    for key in keys or METRIC_TITLES:
         curves = {name: label for name, label in ((key, "model"), (f"ema_{key}", "EMA")) if name in names}
         if curves:
-            panels.append(Panel(SHOWN.get(key, key), curves))
+            panels.append(Panel(METRIC_TITLES.get(key, key), curves))
     return panels
 
 
-def extremes(records: Sequence[Mapping[str, Any]], name: str) -> Extremes | None:
-    """Of a figure; lower is better of losses, higher of scores. None where it has no finite value."""
-    found = [(record[name], record["epoch"] + 1) for record in records if math.isfinite(record.get(name, math.nan))]
-    if not found:
+def best_and_last(records: Sequence[Mapping[str, Any]], name: str) -> BestAndLast | None:
+    """Return a metric's best (lowest loss, highest score) and last value, or None if no value is finite."""
+    values = [(record[name], record["epoch"] + 1) for record in records if math.isfinite(record.get(name, math.nan))]
+    if not values:
         return None
-    last = found[-1][0]
-    if name in NEITHER_BEST or name.endswith("seconds"):
-        return Extremes(None, None, last)
+    last = values[-1][0]
+    if name in WITHOUT_BEST or name.endswith("seconds"):
+        return BestAndLast(None, None, last)
     sign = 1 if is_loss(name) else -1
-    best, epoch = min(found, key=lambda pair: sign * pair[0])
-    return Extremes(best, epoch, last)
+    best, epoch = min(values, key=lambda pair: sign * pair[0])
+    return BestAndLast(best, epoch, last)
 
 
 def is_loss(name: str) -> bool:
@@ -117,7 +127,7 @@ def is_loss(name: str) -> bool:
 
 
 def differing_settings(configs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Any]]]:
-    """Keys whose values are not the same in all configurations, with the values; "" where a key is missing."""
+    """Yield the keys whose values differ between configurations, with the values; "" where a key is missing."""
     for name in sorted({name for config in configs for name in config}):
         values = [config.get(name, "") for config in configs]
         if any(value != values[0] for value in values):
