@@ -1,4 +1,4 @@
-"""Predictions of files and folders: what is printed, written and drawn, and what is skipped."""
+"""Predictions for files and folders: printed, written and plotted; broken files are skipped."""
 
 import csv
 import json
@@ -21,21 +21,21 @@ OPTS = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.DEPTHS", "[1,1,1,1]", "MODEL.ML
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As a run writes it: weights, an average, the names of two classes and the configuration."""
+    """A checkpoint as a run writes it: weights, EMA, two class names and the configuration."""
     config = load_config(ROOT / "cfgs" / "digits.yaml", [*OPTS, "DATA.IMG_SIZE", "64", "TEST.CROP", "True"])
     model = build_model(config, 2)
-    average = build_model(config, 2)
-    fill_weights(average)
+    ema = build_model(config, 2)
+    fill_weights(ema)
     path = tmp_path_factory.mktemp("weights") / "w.pth"
-    facts = {"classes": ["cat", "dog, hound"], "config": config.dump()}
-    torch.save({"model": model.state_dict(), "state_dict_ema": average.state_dict(), **facts}, path)
+    metadata = {"classes": ["cat", "dog, hound"], "config": config.dump()}
+    torch.save({"model": model.state_dict(), "state_dict_ema": ema.state_dict(), **metadata}, path)
     return path
 
 
 def expected_scores(checkpoint: Path, folder: Path) -> torch.Tensor:
-    """Probabilities (N, 2) of the validation images by the training code's own data and model."""
-    options = [*OPTS, "DATA.IMG_SIZE", "64", "TEST.CROP", "True", "DATA.DATASET", "folder"]
-    config = load_config(ROOT / "cfgs" / "digits.yaml", [*options, "DATA.DATA_PATH", str(folder)], {"EVAL_MODE": True})
+    """Return probabilities (N, 2) of the validation images from the data and model that training uses."""
+    opts = [*OPTS, "DATA.IMG_SIZE", "64", "TEST.CROP", "True", "DATA.DATASET", "folder"]
+    config = load_config(ROOT / "cfgs" / "digits.yaml", [*opts, "DATA.DATA_PATH", str(folder)], {"EVAL_MODE": True})
     model = build_model(config, 2).eval()
     model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict_ema"])
     images, _ = build_data(config, rank=0, num_processes=1).preview(100)
@@ -52,15 +52,15 @@ def test_folder_with_a_broken_file(
     (tmp_path / "images" / "cat2.5.jpg").write_bytes(next(image_folder.rglob("*.jpg")).read_bytes()[:300])
     (tmp_path / "images" / "notes.txt").write_text("not an image")
     output, picture = tmp_path / "p.json", tmp_path / "p.png"
-    words = [str(tmp_path / "images"), "--weights", str(checkpoint), "--batch-size", "4"]
-    assert predict.main([*words, "--output", str(output), "--picture", str(picture)]) == 0
+    args = [str(tmp_path / "images"), "--weights", str(checkpoint), "--batch-size", "4"]
+    assert predict.main([*args, "--output", str(output), "--picture", str(picture)]) == 0
     out, err = capsys.readouterr()
     assert err.count("\n") == 1
     assert err.startswith(f"skipped {tmp_path}/images/cat2.5.jpg: ")
     assert len(out.splitlines()) == 10
-    found = json.loads(output.read_text())
+    items = json.loads(output.read_text())
     scores = expected_scores(checkpoint, image_folder)
-    for item, row in zip(found, scores, strict=True):
+    for item, row in zip(items, scores, strict=True):
         assert sorted(item["classes"]) == ["cat", "dog, hound"]
         assert item["probabilities"] == pytest.approx(row.sort(descending=True).values.tolist(), abs=1e-5)
         assert item["classes"][0] == ["cat", "dog, hound"][row.argmax()]
@@ -69,13 +69,13 @@ def test_folder_with_a_broken_file(
         assert min(image.size) > 100
 
 
-def test_csv_sizes_and_the_models_own_weights(
+def test_csv_other_sizes_and_no_ema(
     checkpoint: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = [str(path) for path in sorted((image_folder / "val" / "dog").iterdir())[:2]]
-    words = [*files, "--weights", str(checkpoint), "--topk", "1", "--size", "97", "--output"]
-    assert predict.main([*words, str(tmp_path / "a.csv")]) == 0
-    assert predict.main([*words, str(tmp_path / "b.csv"), "--no-ema"]) == 0
+    args = [*files, "--weights", str(checkpoint), "--topk", "1", "--size", "97", "--output"]
+    assert predict.main([*args, str(tmp_path / "a.csv")]) == 0
+    assert predict.main([*args, str(tmp_path / "b.csv"), "--no-ema"]) == 0
     rows = list(csv.DictReader((tmp_path / "a.csv").open()))
     assert [row["file"] for row in rows] == files
     assert {row["rank"] for row in rows} == {"1"}
@@ -83,7 +83,7 @@ def test_csv_sizes_and_the_models_own_weights(
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
-def test_models_of_timm_name_imagenets_classes(
+def test_timm_models_use_imagenet_class_names(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = load_config(ROOT / "cfgs" / "mlla_t.yaml", OPTS)
@@ -98,44 +98,45 @@ def test_models_of_timm_name_imagenets_classes(
 
 
 @pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
-def test_sixteen_bits_keep_their_upper_eight(
+def test_sixteen_bit_images_keep_their_upper_eight_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, name: str
 ) -> None:
     deep_gray().save(tmp_path / name)
-    _, image, _ = predict.ImageFiles([tmp_path / name], np.asarray)[0]
-    assert np.mean(image) == pytest.approx(127.5, abs=1)  # type: ignore[arg-type]
+    _, image, _ = predict.ImageFiles([tmp_path / name], lambda image: (torch.tensor(np.asarray(image)), []))[0]
+    assert image is not None
+    assert image.float().mean().item() == pytest.approx(127.5, abs=1)
     drawn: list[np.ndarray] = []
     monkeypatch.setattr(predict, "plot_grid", lambda images, *_, **__: drawn.extend(images))
-    words = [str(tmp_path / name), "--weights", str(checkpoint), "--picture", str(tmp_path / "p.png")]
-    assert predict.main(words) == 0
+    args = [str(tmp_path / name), "--weights", str(checkpoint), "--picture", str(tmp_path / "p.png")]
+    assert predict.main(args) == 0
     assert drawn[0].mean() == pytest.approx(127.5, abs=1)
 
 
 @pytest.mark.parametrize("name", ["mlla_small", "mila_small", "mlla_small.in1k"])
-def test_released_weights_by_timms_names(name: str) -> None:
+def test_released_weights_by_timm_name(name: str) -> None:
     assert predict.released_weights(name) == "mlla_small"
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (["no.jpg", "--weights", "W"], "no.jpg: no such file or folder"),
         (["empty", "--weights", "W"], "empty: no images in it"),
-        (["empty/x.jpg", "--weights", "W"], "none of 1 files could be read"),
-        (["empty/x.jpg"], "which model?"),
-        (["empty/x.jpg", "--weights", "bare.pth"], "does not say which model it is for; add --model or --cfg"),
+        (["empty/x.jpg", "--weights", "W"], "none of 1 files can be read"),
+        (["empty/x.jpg"], "no model is named"),
+        (["empty/x.jpg", "--weights", "bare.pth"], "holds no configuration of a model; add --model or --cfg"),
         (
             ["empty/x.jpg", "--model", "mlla_tinny"],
             "mlla_tinny: timm has no such model; did you mean mlla_tiny?",
         ),
-        (["empty/x.jpg", "--model", "42", "--weights", "W"], "timm has no such model; there are mlla_tiny"),
-        (["empty/x.jpg", "--model", "resnet18"], "--model resnet18: no weights of it come with this project; name a"),
+        (["empty/x.jpg", "--model", "42", "--weights", "W"], "timm has no such model; for example mlla_tiny"),
+        (["empty/x.jpg", "--model", "resnet18"], "--model resnet18: this project has no weights of it; name a"),
         (
             ["empty/x.jpg", "--model", "mlla_tiny", "--cfg", "a.yaml"],
             "--cfg a.yaml and --model mlla_tiny both name",
         ),
         (["empty/x.jpg", "--weights", "W", "--output", "x.txt"], "must end in .json or .csv"),
-        (["empty/x.jpg", "--weights", "W", "--picture", "there.png"], "is there already"),
+        (["empty/x.jpg", "--weights", "W", "--picture", "there.png"], "already exists"),
     ],
 )
 def test_mistakes(
@@ -143,14 +144,14 @@ def test_mistakes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    words: list[str],
+    args: list[str],
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    if words[0] != "empty":
+    if args[0] != "empty":
         (tmp_path / "empty" / "x.jpg").write_text("not an image")
     (tmp_path / "there.png").touch()
     torch.save({"head.weight": torch.zeros(2, 4)}, tmp_path / "bare.pth")
-    assert exit_code(predict.main, [str(checkpoint) if word == "W" else word for word in words]) == 2
+    assert exit_code(predict.main, [str(checkpoint) if word == "W" else word for word in args]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
