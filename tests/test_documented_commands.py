@@ -25,7 +25,7 @@ from tests.documentation import SMALL, SMALL_TIMM, TASKS, Block
 from tests.helpers import ROOT, exit_code
 from utils import convert
 from utils.config import command_line
-from utils.tools.onnx_export import has_translator
+from utils.tools.onnx_export import has_exporter
 
 
 class Rule(NamedTuple):
@@ -186,7 +186,7 @@ RULES = [
     Rule(r"(python|torchrun) .* LOG\.WANDB .*", settles),
     Rule(r"(python|torchrun) .*\bmain(\.py)? .*", runs),
     # ONNX and dynamic sizes take long, and tests/utils/test_export.py has them.
-    Rule(r"python -m utils\.export mlla_t\.onnx .*", runs if has_translator() else parses, {"224": "32"}),
+    Rule(r"python -m utils\.export mlla_t\.onnx .*", runs if has_exporter() else parses, {"224": "32"}),
     Rule(r"python -m utils\.export (maps|backbone)\.onnx .*", runs, SAFETENSORS),
     Rule(r"python -m utils\.(predict|visualize|compare|report) .*", runs),
     Rule(r"python -m downstream\.\w+\.predict .*", runs),

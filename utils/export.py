@@ -1,8 +1,8 @@
-"""Export a model: python -m utils.export OUT --cfg FILE --resume WEIGHTS --to FORM
+"""Export a model: python -m utils.export OUT --cfg FILE --resume WEIGHTS --to FORMAT
 
-FORM is onnx, torchscript, exported_program or safetensors; OUT ends in .onnx, .pt, .pt2 or .safetensors.
+FORMAT is onnx, torchscript, exported_program or safetensors; OUT ends in .onnx, .pt, .pt2 or .safetensors.
 
---size 224, 224x288 or dynamic; any number of images at once. What was written is read again and compared with PyTorch.
+--size is 224, 224x288 or dynamic; the batch size is dynamic. The file is read back and compared with PyTorch.
 """
 
 import sys
@@ -31,21 +31,22 @@ from utils.tools.export_formats import (
     SUFFIXES,
     ExportError,
     Runner,
-    largest_error,
+    latency_table,
+    max_relative_error,
     open_runner,
     read_size,
-    time_table,
     write,
 )
-from utils.tools.onnx_export import check_packages, write_smaller
+from utils.tools.onnx_export import check_packages, write_reduced
+from utils.tools.user_files import check_output, user_file
 from utils.training.amp import Precision
 from utils.training.build import build_precision
 from utils.training.train_step import evaluate
 
 PARTS = ("classifier", "features", "maps", "backbone")
 PRECISIONS = ("float32", "float16", "int8")
-TOLERANCE = 1e-4  # of the largest value
-# Of each task: what reads its configuration.
+TOLERANCE = 1e-4  # relative to the largest output
+# How each task reads its configuration.
 TASKS = (
     (SCHEMA, load_config),
     (detection.SCHEMA, detection.load_config),
@@ -54,7 +55,7 @@ TASKS = (
 
 
 class Maps(nn.Module):
-    """The stages' maps of a classifier: images (B, 3, H, W) to four of (B, C, H, W)."""
+    """Feature maps of a classifier's stages: images (B, 3, H, W) to one (B, C, H, W) per stage."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -66,7 +67,7 @@ class Maps(nn.Module):
 
 
 class Backbone(nn.Module):
-    """A dense predictor's backbone with its outputs as a tuple, which TorchScript asks for."""
+    """Backbone of a detector or segmentor that returns a tuple, as TorchScript requires."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -77,10 +78,10 @@ class Backbone(nn.Module):
 
 
 def read_config(path: str, opts: Sequence[str], part: str) -> CfgNode:
-    """A classifier's configuration; for a backbone also a detector's or segmentor's, the first that has all its keys.
+    """Read a classifier's configuration or, for --part backbone, that of the first task that has all its keys.
 
     Raises:
-        ConfigError: no task has them, or a value is wrong.
+        ConfigError: no task has all keys, or a value is wrong.
     """
     load = load_config
     if part == "backbone":
@@ -89,17 +90,17 @@ def read_config(path: str, opts: Sequence[str], part: str) -> CfgNode:
     return load(path, opts, {"EVAL_MODE": True, "AMP": False})
 
 
-def make_part(config: CfgNode, source: str, part: str, *, average: bool) -> nn.Module:
-    """The model, or a part of it, with a file's weights, in evaluation mode on the CPU.
+def build_part(config: CfgNode, source: str, part: str, *, average: bool) -> nn.Module:
+    """Build the model, or a part of it, with weights from a file, in evaluation mode on the CPU.
 
     Raises:
-        ExportError: a part that the model or the file does not have.
+        ExportError: the model or the file has no such part.
         CheckpointError, DownloadError: the file cannot be read, or its weights do not fit.
     """
     weights = read_state_dict(source, average=average)
     model: Any
     if part == "backbone":
-        model = Backbone(make_backbone(config, weights, source))
+        model = Backbone(dense_backbone(config, weights, source))
     else:
         model = build_model(config, len(weights["head.weight"]) if "head.weight" in weights else None)
         load_weights(model, weights, source)
@@ -112,17 +113,17 @@ def make_part(config: CfgNode, source: str, part: str, *, average: bool) -> nn.M
     return model.eval().requires_grad_(False)
 
 
-def make_backbone(config: CfgNode, weights: dict[str, Tensor], source: str) -> nn.Module:
-    """The backbone of a detector or segmentor, from the whole one's weights or its own.
+def dense_backbone(config: CfgNode, weights: dict[str, Tensor], source: str) -> nn.Module:
+    """Build the backbone of a detector or segmentor from weights of the whole model or of the backbone.
 
     Raises:
-        ExportError: the weights are a classifier's, or the configuration another model's.
+        ExportError: the weights are a classifier's, or MODEL.TYPE has no backbone.
     """
     if config.MODEL.TYPE == "linear_vit":
         raise ExportError("--part backbone works with MODEL.TYPE mlla or timm:NAME, not linear_vit")
     weights = {n.removeprefix("backbone."): v for n, v in weights.items() if n.startswith("backbone.")} or weights
     if "norm0.weight" not in weights:
-        raise ExportError(f"{source}: has no backbone with norms of its maps; for a classifier's use --part maps")
+        raise ExportError(f"{source}: has no backbone with a norm per feature map; for a classifier use --part maps")
     backbone = build_backbone(config)
     load_weights(backbone, weights, source)
     return backbone
@@ -136,7 +137,7 @@ def output_names(part: str, model: nn.Module, channels: int) -> list[str]:
 
 
 class AsModule(nn.Module):
-    """A runner where a model is expected."""
+    """Adapter from a runner to a module."""
 
     def __init__(self, runner: Runner) -> None:
         super().__init__()
@@ -147,7 +148,7 @@ class AsModule(nn.Module):
 
 
 def accuracy_table(config: CfgNode, model: nn.Module, runner: Runner, form: str) -> str:
-    """Scores on the configuration's validation images: PyTorch's, and of what was written."""
+    """Format the accuracies of PyTorch and of the exported file on the configuration's validation images."""
     process = Process(0, 1, torch.device("cpu"))
     precision: Precision = build_precision(config, process.device)
     loader = build_data(config, rank=0, num_processes=1).val
@@ -159,72 +160,70 @@ def accuracy_table(config: CfgNode, model: nn.Module, runner: Runner, form: str)
     )
 
 
-def check_request(words: Any) -> None:
-    """Raise ExportError before anything is read, if the command line contradicts itself."""
-    target, form = words.target, words.form
-    if target.exists() and not words.force:
-        raise ExportError(f"{target}: is there already; name another file, or replace it with --force")
-    if target.suffix != SUFFIXES[form]:
-        raise ExportError(f"{target}: the name of a file for --to {form} ends in {SUFFIXES[form]}")
-    if not target.parent.is_dir():
-        raise ExportError(f"{target}: there is no folder {target.parent}")
-    if words.precision != "float32" and form != "onnx":
-        raise ExportError(f"--precision {words.precision} works with --to onnx, not {form}")
-    if words.size == "dynamic" and form == "torchscript":
-        raise ExportError("--size dynamic works with onnx and exported_program; a TorchScript trace has one size")
-    if words.evaluate and (words.part != "classifier" or words.size == "dynamic"):
+def check_args(args: Any) -> None:
+    """Raise ExportError or UserFileError if the command line contradicts itself or the file cannot be written."""
+    form = args.form
+    check_output(args.target, suffixes=[SUFFIXES[form]], force=args.force)
+    if args.precision != "float32" and form != "onnx":
+        raise ExportError(f"--precision {args.precision} works with --to onnx, not {form}")
+    if args.size == "dynamic" and form == "torchscript":
+        raise ExportError("--size dynamic works with onnx and exported_program; a TorchScript trace has a fixed size")
+    if args.evaluate and (args.part != "classifier" or args.size == "dynamic"):
         raise ExportError("--evaluate works with --part classifier and the size of the configuration's images")
     if form == "onnx":
         check_packages()
 
 
-def export(words: Any) -> None:
-    """Do what the command line says.
+def export(args: Any) -> None:
+    """Run the command.
 
     Raises:
-        ExportError: --size is wrong, or not that of --evaluate's images; or the file computes something else.
+        ExportError: --size is wrong, or not DATA.IMG_SIZE with --evaluate; or the file does not compute the same.
     """
-    config = read_config(words.cfg, words.opts, words.part)
-    size = read_size(words.size or str(config.DATA.get("IMG_SIZE", 224)))
-    if words.evaluate and (size.height, size.width) != (config.DATA.IMG_SIZE, config.DATA.IMG_SIZE):
+    config = read_config(args.cfg, args.opts, args.part)
+    size = read_size(args.size or str(config.DATA.get("IMG_SIZE", 224)))
+    if args.evaluate and (size.height, size.width) != (config.DATA.IMG_SIZE, config.DATA.IMG_SIZE):
         raise ExportError(
-            f"--size {words.size}: --evaluate scores images of DATA.IMG_SIZE {config.DATA.IMG_SIZE}; leave out --size"
+            f"--size {args.size}: --evaluate scores images of DATA.IMG_SIZE {config.DATA.IMG_SIZE}; leave out --size"
         )
-    model = make_part(config, words.resume, words.part, average=words.ema)
+    model = build_part(config, args.resume, args.part, average=args.ema)
     channels = 3 if config.MODEL.TYPE.startswith("timm:") else input_channels(config)
-    classes = read_weights(words.resume, tolerant=True).classes
-    facts = {"classes": classes, "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    classes = read_weights(args.resume, tolerant=True).classes
+    metadata = {"classes": classes, "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     report = ""
 
     def write_verified(path: Path) -> None:
         nonlocal report
-        names = output_names(words.part, model, channels)
-        report = write(words.form, model, path, size=size, channels=channels, names=names, facts=facts)
-        error = largest_error(model, open_runner(words.form, path, model), size.examples(channels))
+        names = output_names(args.part, model, channels)
+        report = write(args.form, model, path, size=size, channels=channels, names=names, metadata=metadata)
+        error = max_relative_error(model, open_runner(args.form, path, model), size.examples(channels))
         if not error <= TOLERANCE:
-            raise ExportError(f"{words.target}: is off by {error:.1e} of the largest value, allowed is {TOLERANCE}")
-        if words.precision != "float32":
+            raise ExportError(
+                f"{args.target}: differs from PyTorch by {error:.1e} of the largest output, above {TOLERANCE}"
+            )
+        if args.precision != "float32":
             exact = path.rename(path.with_suffix(".float32"))
             try:
-                write_smaller(exact, path, words.precision)
+                write_reduced(exact, path, args.precision)
             finally:
                 exact.unlink()
-            error = largest_error(model, open_runner(words.form, path, model), size.examples(channels))
-        report += f", off by {error:.1e} of the largest value"
+            error = max_relative_error(model, open_runner(args.form, path, model), size.examples(channels))
+        report += f", relative error {error:.1e}"
 
-    write_atomic(words.target, write_verified)
-    mib = words.target.stat().st_size / 2**20
-    print(f"{words.target}: {words.part} in {words.form}, {words.precision}, {mib:.1f} MiB{report}")
-    runner = open_runner(words.form, words.target, model)
-    if words.evaluate:
-        print(accuracy_table(config, model, runner, words.form))
-    if words.benchmark:
-        print(time_table(model, runner, words.form, torch.randn(1, channels, *size.timed)))
+    with user_file(args.target, "written"):
+        write_atomic(args.target, write_verified)
+    mib = args.target.stat().st_size / 2**20
+    print(f"{args.target}: {args.part} in {args.form}, {args.precision}, {mib:.1f} MiB{report}")
+    runner = open_runner(args.form, args.target, model)
+    if args.evaluate:
+        print(accuracy_table(config, model, runner, args.form))
+    if args.benchmark:
+        print(latency_table(model, runner, args.form, torch.randn(1, channels, *size.timed)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__, prog="python -m utils.export")
-    parser.add_argument("target", metavar="OUT", type=Path, help="the file to write")
+    parser.add_argument("target", metavar="OUT", type=Path, help="file to write")
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file, such as cfgs/mlla_t.yaml")
     parser.add_argument(
         "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="settings over the file's"
@@ -233,17 +232,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--resume", "--weights", required=True, metavar="WEIGHTS", help="a path, a URL, or mlla-t, mlla-s, mlla-b"
     )
     parser.add_argument("--to", required=True, choices=sorted(SUFFIXES), dest="form")
-    parser.add_argument("--size", help="a side (default DATA.IMG_SIZE), HxW, or dynamic: multiples of 32, at least 64")
-    parser.add_argument("--part", default="classifier", choices=PARTS, help="logits, one vector, or maps; README.md")
+    parser.add_argument("--size", help="a side (default DATA.IMG_SIZE), HxW, or dynamic: multiples of 32 from 64 on")
+    parser.add_argument("--part", default="classifier", choices=PARTS, help="logits, features or feature maps")
     parser.add_argument("--precision", default="float32", choices=PRECISIONS, help="of an ONNX file")
-    parser.add_argument("--no-ema", dest="ema", action="store_false", help="the model's weights, not the average's")
-    parser.add_argument("--evaluate", action="store_true", help="score it on the configuration's validation images")
-    parser.add_argument("--benchmark", action="store_true", help="time it on this CPU against PyTorch")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
-    words = parser.parse_args(argv)
+    parser.add_argument("--no-ema", dest="ema", action="store_false", help="use the model's weights, not the EMA's")
+    parser.add_argument("--evaluate", action="store_true", help="measure accuracy on the validation images")
+    parser.add_argument("--benchmark", action="store_true", help="measure latency on this CPU against PyTorch")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    args = parser.parse_args(argv)
     with report_user_errors():
-        check_request(words)
-        export(words)
+        check_args(args)
+        export(args)
     return 0
 
 

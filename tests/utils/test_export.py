@@ -1,4 +1,4 @@
-"""Exported files compute what the model does; what cannot be exported says so in one line."""
+"""Exported files compute what the model computes; what cannot be exported is reported in one line."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from models import build_model
 from tests.helpers import ROOT, exit_code, fill_weights, random_values
 from utils import export
 from utils.tools import export_formats
-from utils.tools.onnx_export import OLDEST_TORCH, check_plain, has_translator, onnx_runner, write_smaller
+from utils.tools.onnx_export import OLDEST_TORCH, check_standard, has_exporter, onnx_runner, write_reduced
 
 CFG = str(ROOT / "cfgs" / "digits.yaml")
 OPTS = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.DEPTHS", "[1,1,1,1]", "MODEL.MLLA.NUM_HEADS", "[1,1,1,1]"]
@@ -24,7 +24,7 @@ CLASSES = list("abcdefghij")
 LINEAR_VIT = ["--to", "torchscript", "--opts", "MODEL.TYPE", "linear_vit"]
 SHAPES = {task: str(ROOT / "downstream" / task / "cfgs" / "shapes.yaml") for task in ("detection", "segmentation")}
 
-NEEDS_TRANSLATOR = pytest.mark.skipif(not has_translator(), reason=f"ONNX needs torch {OLDEST_TORCH}")
+NEEDS_EXPORTER = pytest.mark.skipif(not has_exporter(), reason=f"ONNX needs torch {OLDEST_TORCH}")
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,9 @@ def weights(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(target: Path, weights: Path, form: str, *words: str) -> int:
-    words = ("--cfg", CFG, "--resume", str(weights), "--to", form, *words, "--opts", *OPTS)
-    return exit_code(export.main, [target, *words])
+def run(target: Path, weights: Path, form: str, *args: str) -> int:
+    args = ("--cfg", CFG, "--resume", str(weights), "--to", form, *args, "--opts", *OPTS)
+    return exit_code(export.main, [target, *args])
 
 
 def test_onnx_with_an_old_torch_is_refused(
@@ -55,30 +55,32 @@ def test_onnx_with_an_old_torch_is_refused(
     assert f"--to onnx needs torch {OLDEST_TORCH} or later; this is 2.7.1+cu126" in capsys.readouterr().err
 
 
-@NEEDS_TRANSLATOR
-def test_onnx_of_one_size(tmp_path: Path, weights: Path, model: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+@NEEDS_EXPORTER
+def test_onnx_of_a_fixed_size(
+    tmp_path: Path, weights: Path, model: nn.Module, capsys: pytest.CaptureFixture[str]
+) -> None:
     onnx = pytest.importorskip("onnx")
     target = tmp_path / "m.onnx"
     assert run(target, weights, "onnx", "--size", "32", "--evaluate") == 0
     out = capsys.readouterr().out
     assert "classifier in onnx, float32" in out
     assert out.count(" on 360 images") == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]  # the weights are in it
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]  # with the weights inside
     graph = onnx.load(str(target))
-    check_plain(graph)
-    facts = {item.key: json.loads(item.value) for item in graph.metadata_props}
-    assert facts["classes"] == CLASSES
+    check_standard(graph)
+    metadata = {item.key: json.loads(item.value) for item in graph.metadata_props}
+    assert metadata["classes"] == CLASSES
     assert graph.opset_import[0].version >= 18
     images = random_values(1, 5, 3, 32, 32)
     torch.testing.assert_close(onnx_runner(target)(images)[0], model(images), atol=1e-4, rtol=1e-4)
     for precision, bound in (("float16", 0.01), ("int8", 0.1)):
-        write_smaller(target, smaller := tmp_path / "s.onnx", precision)
+        write_reduced(target, smaller := tmp_path / "s.onnx", precision)
         error = (onnx_runner(smaller)(images)[0] - model(images)).abs().max() / model(images).abs().max()
         assert 0 < error < bound
         assert smaller.stat().st_size < 0.9 * target.stat().st_size
 
 
-def test_the_size_is_the_configurations(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_default_size_is_img_size(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "m.pt", weights, "torchscript", "--evaluate") == 0
     assert capsys.readouterr().out.count(" on 360 images") == 2
     assert run(tmp_path / "n.pt", weights, "torchscript", "--evaluate", "--size", "64") == 2
@@ -88,7 +90,7 @@ def test_the_size_is_the_configurations(tmp_path: Path, weights: Path, capsys: p
 
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, MLLABackbone]:
-    """A file as OpenMMLab writes a whole detector's, and its backbone, of the sizes in OPTS."""
+    """A detector's file as OpenMMLab writes it, and its backbone, with the sizes in OPTS."""
     backbone = MLLABackbone(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1)).eval()
     fill_weights(backbone)
     path = tmp_path_factory.mktemp("detector") / "d.pth"
@@ -99,64 +101,64 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, MLLABackbo
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("task", "name", "words", "sizes"),
+    ("task", "name", "args", "sizes"),
     [
         pytest.param(
             *("detection", "m.onnx", ["--to", "onnx", "--size", "dynamic"], [(64, 96), (160, 128)]),
-            marks=NEEDS_TRANSLATOR,
+            marks=NEEDS_EXPORTER,
         ),
         ("segmentation", "m.pt", ["--to", "torchscript", "--size", "50x72"], [(50, 72)]),
     ],
 )
-def test_backbone_of_a_dense_predictor(
-    tmp_path: Path, detector: Any, task: str, name: str, words: list[str], sizes: list[tuple[int, int]]
+def test_backbone_of_a_detector_or_segmentor(
+    tmp_path: Path, detector: Any, task: str, name: str, args: list[str], sizes: list[tuple[int, int]]
 ) -> None:
     pytest.importorskip("onnx")
     source, backbone = detector
     target = tmp_path / name
-    words += ["--cfg", SHAPES[task], "--resume", str(source), "--part", "backbone", "--opts", *OPTS]
-    assert export.main([str(target), *words]) == 0
+    args += ["--cfg", SHAPES[task], "--resume", str(source), "--part", "backbone", "--opts", *OPTS]
+    assert export.main([str(target), *args]) == 0
     for size in sizes:
         images = random_values(2, 2, 3, *size)
-        found = onnx_runner(target)(images) if name == "m.onnx" else torch.jit.load(target)(images)
-        for one, other in zip(found, backbone(images), strict=True):
+        outputs = onnx_runner(target)(images) if name == "m.onnx" else torch.jit.load(target)(images)
+        for one, other in zip(outputs, backbone(images), strict=True):
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
-def test_weights_of_a_backbone_alone(tmp_path: Path, detector: Any) -> None:
+def test_safetensors_of_a_backbone(tmp_path: Path, detector: Any) -> None:
     source, backbone = detector
     target = tmp_path / "b.safetensors"
-    words = ["--cfg", SHAPES["detection"], "--resume", str(source), "--part", "backbone", "--opts", *OPTS]
-    assert export.main([str(target), "--to", "safetensors", *words]) == 0
-    found = safetensors.torch.load_file(target)
-    assert set(found) == set(backbone.state_dict())
-    assert all(found[name].equal(value) for name, value in backbone.state_dict().items())
+    args = ["--cfg", SHAPES["detection"], "--resume", str(source), "--part", "backbone", "--opts", *OPTS]
+    assert export.main([str(target), "--to", "safetensors", *args]) == 0
+    saved = safetensors.torch.load_file(target)
+    assert set(saved) == set(backbone.state_dict())
+    assert all(saved[name].equal(value) for name, value in backbone.state_dict().items())
 
 
-def test_backbone_of_timm(tmp_path: Path) -> None:
+def test_timm_backbone(tmp_path: Path) -> None:
     backbone = TimmBackbone("test_convnext")
     torch.save({f"backbone.{name}": value for name, value in backbone.state_dict().items()}, tmp_path / "d.pth")
-    words = ["--resume", str(tmp_path / "d.pth"), "--to", "exported_program", "--part", "backbone", "--size", "64"]
+    args = ["--resume", str(tmp_path / "d.pth"), "--to", "exported_program", "--part", "backbone", "--size", "64"]
     target = tmp_path / "m.pt2"
     assert (
-        export.main([str(target), "--cfg", SHAPES["detection"], *words, "--opts", "MODEL.TYPE", "timm:test_convnext"])
+        export.main([str(target), "--cfg", SHAPES["detection"], *args, "--opts", "MODEL.TYPE", "timm:test_convnext"])
         == 0
     )
     images = random_values(2, 2, 3, 64, 64)
-    for found, expected in zip(torch.export.load(target).module()(images), backbone.eval()(images), strict=True):
-        torch.testing.assert_close(found, expected)
+    for output, expected in zip(torch.export.load(target).module()(images), backbone.eval()(images), strict=True):
+        torch.testing.assert_close(output, expected)
 
 
-def test_maps_of_any_size(tmp_path: Path, weights: Path, model: Any) -> None:
+def test_feature_maps_with_dynamic_sizes(tmp_path: Path, weights: Path, model: Any) -> None:
     target = tmp_path / "m.pt2"
     assert run(target, weights, "exported_program", "--size", "dynamic", "--part", "maps") == 0
     program = torch.export.load(target).module()
     for shape in ((1, 3, 64, 64), (4, 3, 96, 224), (2, 3, 224, 64)):
         images = random_values(1, *shape)
         maps = model.forward_intermediates(images, intermediates_only=True)
-        for found, expected in zip(program(images), maps, strict=True):
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    # Not a multiple of 32; the second words are of torch before 2.9.
+        for output, expected in zip(program(images), maps, strict=True):
+            torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    # Not a multiple of 32; the second message is from torch before 2.9.
     with pytest.raises((AssertionError, RuntimeError), match=r"Guard failed|to be of the form 32"):
         program(random_values(1, 1, 3, 80, 96))
 
@@ -166,21 +168,21 @@ def test_custom_operators_and_complex_numbers_are_refused() -> None:
     for domain, kind in (("com.microsoft", "FLOAT"), ("", "COMPLEX64")):
         values = [helper.make_tensor_value_info(name, getattr(helper.TensorProto, kind), [1]) for name in "xy"]
         node = helper.make_node("Relu", ["x"], ["y"], domain=domain)
-        with pytest.raises(ValueError, match="not plain ONNX"):
-            check_plain(helper.make_model(helper.make_graph([node], "g", values[:1], values[1:])))
+        with pytest.raises(ValueError, match="not standard ONNX"):
+            check_standard(helper.make_model(helper.make_graph([node], "g", values[:1], values[1:])))
 
 
 @pytest.mark.parametrize(
-    ("form", "name", "words"),
+    ("form", "name", "args"),
     [
         ("torchscript", "m.pt", ["--size", "32x64"]),
         ("exported_program", "m.pt2", ["--size", "32x64", "--part", "features"]),
         ("safetensors", "m.safetensors", []),
     ],
 )
-def test_other_forms(tmp_path: Path, weights: Path, model: Any, form: str, name: str, words: list[str]) -> None:
+def test_other_formats(tmp_path: Path, weights: Path, model: Any, form: str, name: str, args: list[str]) -> None:
     target = tmp_path / name
-    assert run(target, weights, form, *words) == 0
+    assert run(target, weights, form, *args) == 0
     if form == "safetensors":
         with safetensors.safe_open(target, "pt") as file:
             assert set(file.keys()) == set(model.state_dict())
@@ -195,7 +197,7 @@ def test_other_forms(tmp_path: Path, weights: Path, model: Any, form: str, name:
     torch.testing.assert_close(torch.export.load(target).module()(images), expected)
 
 
-def test_a_file_that_computes_something_else_is_not_kept(
+def test_a_file_that_differs_from_the_model_is_not_kept(
     tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def wrong(form: str, path: Path, model: nn.Module) -> export.Runner:  # noqa: ARG001
@@ -203,40 +205,40 @@ def test_a_file_that_computes_something_else_is_not_kept(
 
     monkeypatch.setattr(export, "open_runner", wrong)
     assert run(tmp_path / "m.safetensors", weights, "safetensors", "--size", "32") == 2
-    assert "is off by" in capsys.readouterr().err
+    assert "differs from PyTorch by" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("name", "words", "message"),
+    ("name", "args", "message"),
     [
-        ("m.onnx", ["--to", "torchscript"], "ends in .pt"),
-        ("m.pt", ["--to", "torchscript", "--size", "dynamic"], "a TorchScript trace has one size"),
+        ("m.onnx", ["--to", "torchscript"], "must end in .pt"),
+        ("m.pt", ["--to", "torchscript", "--size", "dynamic"], "a TorchScript trace has a fixed size"),
         ("m.pt", ["--to", "torchscript", "--precision", "int8"], "--precision int8 works with --to onnx"),
         ("m.pt", ["--to", "torchscript", "--size", "4x"], "--size 4x: write a side in pixels"),
         ("m.pt", ["--to", "torchscript", "--part", "maps", "--evaluate"], "--evaluate works with --part classifier"),
         ("no/m.pt", ["--to", "torchscript"], "there is no folder"),
-        ("there.pt", ["--to", "torchscript"], "is there already; name another file"),
+        ("there.pt", ["--to", "torchscript"], "already exists; name another file"),
         ("m.pt", ["--to", "torchscript", "--resume", "none.pth"], "no such checkpoint file"),
-        ("m.pt", ["--to", "torchscript", "--part", "backbone"], "w.pth: has no backbone with norms of its maps"),
+        ("m.pt", ["--to", "torchscript", "--part", "backbone"], "w.pth: has no backbone with a norm per feature map"),
         ("m.pt", [*LINEAR_VIT, "--part", "backbone"], "MODEL.TYPE mlla or timm:NAME, not linear_vit"),
     ],
 )
 def test_mistakes(
-    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str], name: str, words: list[str], message: str
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str], name: str, args: list[str], message: str
 ) -> None:
     (tmp_path / "there.pt").write_text("mine")
-    resume = [] if "--resume" in words else ["--resume", str(weights)]
-    assert exit_code(export.main, [str(tmp_path / name), "--cfg", CFG, *resume, *words, "--opts", *OPTS]) == 2
+    resume = [] if "--resume" in args else ["--resume", str(weights)]
+    assert exit_code(export.main, [str(tmp_path / name), "--cfg", CFG, *resume, *args, "--opts", *OPTS]) == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
     assert (tmp_path / "there.pt").read_text() == "mine"
 
 
-def test_times_are_medians_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latencies_are_medians_of_calls_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    ticks = iter([0, 9] * 2 + [0, 0.003, 0, 0.5] * 8 + [0, 8, 0, 9] * 7)  # the first of each is not counted
+    ticks = iter([0, 9] * 2 + [0, 0.003, 0, 0.5] * 8 + [0, 8, 0, 9] * 7)  # the first call of each is warm-up
     monkeypatch.setattr(export_formats.time, "perf_counter", lambda: next(ticks))
     runners = {name: lambda _, name=name: calls.append(name) for name in "ab"}
     medians = export_formats.milliseconds(runners, torch.zeros(1, 3, 8, 8))
@@ -250,5 +252,5 @@ def test_benchmark(
     monkeypatch.setattr(export_formats.torch, "compile", lambda model: model)  # which takes long
     assert run(tmp_path / "m.pt", weights, "torchscript", "--size", "32", "--benchmark") == 0
     out = capsys.readouterr().out
-    assert "one image of 32x32, 1 thread(s), median of 15 by turns" in out
+    assert "one image of 32x32, 1 thread(s), median of 15 calls in turns" in out
     assert all(re.search(rf"^{name} +\d+\.\d ms$", out, re.M) for name in ("PyTorch", "torch.compile", "torchscript"))

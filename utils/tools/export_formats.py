@@ -1,4 +1,4 @@
-"""Files of exported models: written from PyTorch modules, opened again as functions, compared and timed."""
+"""Write PyTorch modules in export formats, open the files as functions, compare and time them."""
 
 import statistics
 import time
@@ -12,45 +12,46 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from utils.checkpoint.weights_file import load_checkpoint
+from utils.config.errors import UserError
 from utils.tools.onnx_export import onnx_runner, write_onnx
 
 Runner = Callable[[Tensor], list[Tensor]]
 
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "exported_program": ".pt2", "safetensors": ".safetensors"}
-STRIDE = 32  # sides of dynamic sizes are multiples of it
-MOST_IMAGES = 2**31 - 1  # at once; without a bound torch before 2.8 refuses timm's models
+STRIDE = 32  # dynamic sides are multiples of it
+MAX_BATCH_SIZE = 2**31 - 1  # without a bound, torch before 2.8 refuses timm's models
 ROUNDS = 15
-TIMED_SIDE = 224  # pixels, of files for any size
+TIMED_SIDE = 224  # pixels, of files with dynamic sizes
 
 
-class ExportError(ValueError):
-    """An export that cannot be made, or does not compute what the model does: one line with cause and remedy."""
+class ExportError(UserError):
+    """An export that is not possible, or that does not compute what the model does."""
 
 
 class Size(NamedTuple):
-    """Images' height and width; `is_dynamic`: they are an example of multiples of 32."""
+    """Height and width of the images in pixels; an example if `is_dynamic`, when any multiples of 32 are allowed."""
 
     height: int
     width: int
     is_dynamic: bool = False
 
     def examples(self, channels: int) -> list[tuple[int, int, int, int]]:
-        """Shapes of images to compare on."""
+        """Return the image shapes on which file and model are compared."""
         if not self.is_dynamic:
             return [(count, channels, self.height, self.width) for count in (1, 3)]
         return [(1, channels, 64, 64), (2, channels, 96, 160), (1, channels, 224, 224), (1, channels, 256, 192)]
 
     @property
     def timed(self) -> tuple[int, int]:
-        """Height and width of the image to time."""
+        """Height and width of the image that is timed."""
         return (TIMED_SIDE, TIMED_SIDE) if self.is_dynamic else (self.height, self.width)
 
 
 def read_size(text: str) -> Size:
-    """What --size says.
+    """Parse --size.
 
     Raises:
-        ExportError: neither a side, nor HxW, nor dynamic.
+        ExportError: not a side, HxW, or dynamic.
     """
     if text == "dynamic":
         return Size(96, 128, is_dynamic=True)
@@ -60,33 +61,35 @@ def read_size(text: str) -> Size:
     return Size(int(sides[0]), int(sides[-1]))
 
 
-def program_of(model: nn.Module, images: Tensor, size: Size) -> torch.export.ExportedProgram:
-    """torch.export's graph for any number of images, and for sizes that are multiples of 32 if they are dynamic."""
-    shapes: dict[int, Any] = {0: Dim("batch", max=MOST_IMAGES)}
+def export_program(model: nn.Module, images: Tensor, size: Size) -> torch.export.ExportedProgram:
+    """Return the graph of torch.export with a dynamic batch size and, if the size is dynamic, dynamic sides."""
+    shapes: dict[int, Any] = {0: Dim("batch", max=MAX_BATCH_SIZE)}
     if size.is_dynamic:
         shapes |= {2: STRIDE * Dim("rows", min=2), 3: STRIDE * Dim("columns", min=2)}
     return torch.export.export(model, (images,), dynamic_shapes=(shapes,), strict=False)
 
 
-def write(form: str, model: nn.Module, target: Path, *, size: Size, channels: int, names: list[str], facts: Any) -> str:
-    """Write one form in float32; gives what there is to say of it."""
+def write(
+    form: str, model: nn.Module, target: Path, *, size: Size, channels: int, names: list[str], metadata: Any
+) -> str:
+    """Write a file in float32 and return what to report about it."""
     images = torch.randn(2, channels, size.height, size.width)
     if form == "safetensors":
-        save_file({name: value.contiguous() for name, value in named(model).state_dict().items()}, target)
+        save_file({name: value.contiguous() for name, value in unwrapped(model).state_dict().items()}, target)
         return ""
     if form == "torchscript":
         torch.jit.trace(model, images, check_trace=False).save(str(target))
         return ""
-    program = program_of(model, images, size)
+    program = export_program(model, images, size)
     if form == "exported_program":
-        with target.open("wb") as file:  # since a path would have to end in .pt2
+        with target.open("wb") as file:  # because a path would have to end in .pt2
             torch.export.save(program, file)
         return ""
-    return f", opset {write_onnx(program, target, outputs=names, facts=facts)}"
+    return f", opset {write_onnx(program, target, outputs=names, metadata=metadata)}"
 
 
 def open_runner(form: str, path: Path, model: nn.Module) -> Runner:
-    """What was written, as a function from images to a list of outputs."""
+    """Open an exported file as a function from images to a list of outputs."""
     if form == "onnx":
         return onnx_runner(path)
     if form == "torchscript":
@@ -96,12 +99,12 @@ def open_runner(form: str, path: Path, model: nn.Module) -> Runner:
             loaded = torch.export.load(file).module()
     else:
         loaded = model
-        named(model).load_state_dict(load_checkpoint(path)["model"])
+        unwrapped(model).load_state_dict(load_checkpoint(path)["model"])
     return lambda images: as_list(loaded(images))
 
 
-def named(model: nn.Module) -> nn.Module:
-    """The module by whose names weights are kept: the model, or what it wraps."""
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module whose state_dict is saved: the model, or the module that it wraps."""
     return getattr(model, "wrapped", model)
 
 
@@ -110,19 +113,19 @@ def as_list(outputs: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-def largest_error(model: nn.Module, runner: Runner, shapes: Sequence[tuple[int, ...]]) -> float:
-    """Largest difference from PyTorch on random images, over the largest value of the output (1 at least)."""
+def max_relative_error(model: nn.Module, runner: Runner, shapes: Sequence[tuple[int, ...]]) -> float:
+    """Return the largest difference from PyTorch on random images, relative to the largest output (at least 1)."""
     worst = 0.0
     for shape in shapes:
         images = torch.randn(shape)
-        for expected, found in zip(as_list(model(images)), runner(images), strict=True):
-            worst = max(worst, ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item())
+        for expected, output in zip(as_list(model(images)), runner(images), strict=True):
+            worst = max(worst, ((output - expected).abs().max() / expected.abs().max().clamp(min=1)).item())
     return worst
 
 
 @torch.no_grad()
 def milliseconds(runners: Mapping[str, Callable[[Tensor], Any]], images: Tensor) -> dict[str, float]:
-    """Median time of a call of each, after a first one; by turns, so that a busy machine slows them alike."""
+    """Return the median milliseconds per call, without warm-up; in turns, so that a busy machine slows all alike."""
     times: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(ROUNDS + 1):
         for name, run in runners.items():
@@ -132,13 +135,13 @@ def milliseconds(runners: Mapping[str, Callable[[Tensor], Any]], images: Tensor)
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def time_table(model: nn.Module, runner: Runner, form: str, images: Tensor) -> str:
-    """Time of one image on this CPU: PyTorch, compiled, and what was written."""
+def latency_table(model: nn.Module, runner: Runner, form: str, images: Tensor) -> str:
+    """Format the latency of one image on this CPU: PyTorch, torch.compile and the exported file."""
     medians = milliseconds({"PyTorch": model, "torch.compile": torch.compile(model), form: runner}, images)
     shape = "x".join(map(str, images.shape[2:]))
     return "\n".join(
         [
-            f"one image of {shape}, {torch.get_num_threads()} thread(s), median of {ROUNDS} by turns:",
+            f"one image of {shape}, {torch.get_num_threads()} thread(s), median of {ROUNDS} calls in turns:",
             *(f"{name:18} {value:8.1f} ms" for name, value in medians.items()),
         ]
     )

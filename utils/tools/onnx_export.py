@@ -1,6 +1,6 @@
-"""ONNX files: written from an exported program, checked, made smaller, and run by ONNX Runtime.
+"""Write ONNX files from an exported program, check them, reduce their precision, and run them with ONNX Runtime.
 
-Needs onnx, onnxscript and onnxruntime, which nothing else here does; they are imported where they are used.
+Needs onnx, onnxscript and onnxruntime, which are optional and therefore imported inside functions.
 """
 
 import importlib.util
@@ -15,64 +15,66 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-OLDEST_TORCH = "2.8"  # the translators of those before fail on batch norm or on sizes
+from utils.config.errors import UserError
+
+OLDEST_TORCH = "2.8"  # older exporters fail on batch norm or on dynamic sizes
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 COMPLEX = ("COMPLEX64", "COMPLEX128")
-# Of the float16 form these stay float32: sums over all tokens and divisions by them, and the angles of the rotation.
+# These stay float32 in float16 files: sums over all tokens, divisions by them, and the angles of rotary embeddings.
 FLOAT32_OPS = ("ReduceMean", "ReduceSum", "Div", "Pow", "Range", "Cos", "Sin")
 
 
-class MissingPackageError(ValueError):
-    """A package that is needed for this form alone is not installed."""
+class MissingPackageError(UserError):
+    """A package that ONNX export needs is missing or too old."""
 
 
-def has_translator() -> bool:
+def has_exporter() -> bool:
     return TorchVersion(torch.__version__) >= OLDEST_TORCH
 
 
 def check_packages() -> None:
-    """Raise MissingPackageError with the remedy where ONNX's packages are missing, or torch is too old for them."""
-    if not has_translator():
+    """Raise MissingPackageError if the ONNX packages are missing, or torch is too old."""
+    if not has_exporter():
         raise MissingPackageError(f"--to onnx needs torch {OLDEST_TORCH} or later; this is {torch.__version__}")
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise MissingPackageError(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def write_onnx(
-    program: torch.export.ExportedProgram, target: Path, *, outputs: Sequence[str], facts: Mapping[str, Any]
+    program: torch.export.ExportedProgram, target: Path, *, outputs: Sequence[str], metadata: Mapping[str, Any]
 ) -> int:
-    """Translate a program whose one input is `images`, and write it with its weights in one file.
+    """Write a program with one input, `images`, and its weights as one ONNX file.
 
     Args:
-        outputs: names of what it gives.
-        facts: kept in the file's metadata as JSON, such as the names of classes.
+        outputs: names of the outputs.
+        metadata: stored in the file's metadata as JSON, for example the class names.
 
     Returns:
-        The version of ONNX's operator set.
+        The version of the ONNX operator set.
 
     Raises:
-        ValueError: the graph is not of plain ONNX operators and real numbers.
+        ValueError: the graph has operators outside of the ONNX standard, or complex numbers.
     """
     import onnx
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the translation's own calls
-        translated = torch.onnx.export(
+        warnings.simplefilter("ignore")  # about calls within torch.onnx
+        exported = torch.onnx.export(
             program, (), dynamo=True, input_names=["images"], output_names=list(outputs), optimize=True, verbose=False
         )
-    assert translated is not None
-    translated.save(str(target), external_data=False)
+    assert exported is not None
+    exported.save(str(target), external_data=False)
     model = onnx.load(str(target))
-    for name, value in facts.items():
+    for name, value in metadata.items():
         model.metadata_props.add(key=name, value=json.dumps(value))
     onnx.checker.check_model(model, full_check=True)
-    check_plain(model)
+    check_standard(model)
     onnx.save(model, str(target))
     return model.opset_import[0].version
 
 
-def check_plain(model: Any) -> None:
-    """Raise ValueError where a graph has operators of no standard or complex numbers."""
+def check_standard(model: Any) -> None:
+    """Raise ValueError if a graph has operators outside of the ONNX standard, or complex numbers."""
     import onnx
 
     graph = model.graph
@@ -81,15 +83,15 @@ def check_plain(model: Any) -> None:
     types = {value.type.tensor_type.elem_type for value in [*graph.input, *graph.value_info, *graph.output]}
     types |= {weights.data_type for weights in graph.initializer}
     if custom or model.functions or types & complex_types:
-        raise ValueError(f"the graph is not plain ONNX: operators {sorted(custom)}, {len(model.functions)} functions")
+        raise ValueError(f"the graph is not standard ONNX: {sorted(custom)}, {len(model.functions)} functions")
 
 
-def write_smaller(source: Path, target: Path, precision: str) -> None:
-    """A smaller form of a float32 file.
+def write_reduced(source: Path, target: Path, precision: str) -> None:
+    """Write a float32 file in a lower precision.
 
     Args:
-        precision: "float16": weights and computation but for `FLOAT32_OPS`, with float32 images and outputs; or "int8":
-            the weights of linear layers, one scale a column; activations are quantized as they come.
+        precision: "float16": weights and computation except `FLOAT32_OPS`, with float32 images and outputs; or "int8":
+            weights of linear layers with one scale per column, activations quantized dynamically.
     """
     import onnx
 
@@ -97,7 +99,7 @@ def write_smaller(source: Path, target: Path, precision: str) -> None:
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         options: dict[str, Any] = {"op_types_to_quantize": ["MatMul", "Gemm"], "per_channel": True}
-        logging.disable(logging.WARNING)  # its advice to optimize the graph first, which the translation has done
+        logging.disable(logging.WARNING)  # its advice to optimize the graph first, which torch.onnx has done
         try:
             quantize_dynamic(str(source), str(target), weight_type=QuantType.QInt8, **options)
         finally:
@@ -107,13 +109,13 @@ def write_smaller(source: Path, target: Path, precision: str) -> None:
 
     blocked = [*DEFAULT_OP_BLOCK_LIST, *FLOAT32_OPS]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of weights below float16's smallest number, which become that
+        warnings.simplefilter("ignore")  # about weights below the smallest float16 number, which are clamped to it
         model = convert_float_to_float16(onnx.load(str(source)), keep_io_types=True, op_block_list=blocked)
     onnx.save(model, str(target))
 
 
 def onnx_runner(path: Path) -> Callable[[Tensor], list[Tensor]]:
-    """A function from images (B, C, H, W) to the outputs, by ONNX Runtime on the CPU with PyTorch's thread count."""
+    """Return a function from images (B, C, H, W) to outputs; it runs on the CPU with PyTorch's thread count."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
