@@ -1,4 +1,4 @@
-"""Pictures of what a trained model does inside: its gates, what it sees of the image, what a token reads from others.
+"""Plot what a trained model computes: receptive fields, attention weights, and gates.
 
 python -m utils.visualize --resume output/mlla_digits/default/max_ema_acc.pth
 python -m utils.visualize --resume mlla_t.pth --cfg cfgs/mlla_t.yaml --images cat.jpg dog.jpg --size 384
@@ -30,20 +30,22 @@ from utils.checkpoint.weights import load_weights, read_state_dict
 from utils.checkpoint.weights_file import load_checkpoint
 from utils.config.command_line import Parser, at_least, report_user_errors
 from utils.tools.paper_plots import plot_by_depth, plot_maps
+from utils.tools.user_files import user_file
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(argv)
+    args = parse(argv)
     with report_user_errors():
-        config = find_config(options.cfg, options.resume)
-        model = trained_model(config, options.resume)
-        size = options.size or config.DATA.IMG_SIZE
-        images = torch.stack([to_tensor(config, image, size) for image in open_images(options, size)])  # (B, 3, H, W)
-        options.output.mkdir(parents=True, exist_ok=True)
+        config = find_config(args.cfg, args.resume)
+        model = trained_model(config, args.resume)
+        size = args.size or config.DATA.IMG_SIZE
+        images = torch.stack([to_tensor(config, image, size) for image in open_images(args, size)])  # (B, 3, H, W)
+        with user_file(args.output, "written"):
+            args.output.mkdir(parents=True, exist_ok=True)
     written = [
-        *draw_gates(config, model, images, options.output),
-        draw_receptive_fields(config, model, images, options.output),
-        *draw_attention(config, model, images, options.output, query=tuple(options.query)),
+        *draw_gates(config, model, images, args.output),
+        draw_receptive_fields(config, model, images, args.output),
+        *draw_attention(config, model, images, args.output, query=tuple(args.query)),
     ]
     print("\n".join(map(str, written)))
     return 0
@@ -51,27 +53,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--resume", "--weights", required=True, help="checkpoint or weights; the EMA's are taken where it has some"
-    )
-    parser.add_argument("--cfg", help="the model's configuration; without it the one that the checkpoint holds")
+    parser.add_argument("--resume", "--weights", required=True, help="checkpoint or weights; EMA weights are preferred")
+    parser.add_argument("--cfg", help="YAML file of the model; by default the configuration in the checkpoint")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--images", type=Path, nargs="+", help="image files")
-    source.add_argument("--photographs", action="store_true", help="the two photographs that scikit-learn brings")
+    source.add_argument("--photographs", action="store_true", help="the two photographs of scikit-learn")
     source.add_argument(
-        "--digits", type=at_least(1), default=4, help="that many validation digits, where no images are named"
+        "--digits", type=at_least(1), default=4, help="number of validation digits, if no images are named"
     )
-    parser.add_argument("--size", type=at_least(8), help="side of the images in pixels, any; without it DATA.IMG_SIZE")
-    parser.add_argument("--query", type=float, nargs=2, default=[0.5, 0.5], metavar=("DOWN", "RIGHT"), help="0 to 1")
+    parser.add_argument("--size", type=at_least(8), help="image side in pixels; default DATA.IMG_SIZE")
+    parser.add_argument(
+        "--query",
+        type=float,
+        nargs=2,
+        default=[0.5, 0.5],
+        metavar=("DOWN", "RIGHT"),
+        help="query, 0 to 1",
+    )
     parser.add_argument("--output", type=Path, default=Path("output/pictures"), help="folder for the PNG files")
-    options = parser.parse_args(argv)
-    if not all(0 <= share <= 1 for share in options.query):
-        parser.error(f"--query {options.query}: both must be from 0 (top, left) to 1 (bottom, right)")
-    return options
+    args = parser.parse_args(argv)
+    if not all(0 <= fraction <= 1 for fraction in args.query):
+        parser.error(f"--query {args.query}: both must be from 0 (top, left) to 1 (bottom, right)")
+    return args
 
 
 def find_config(path: str | None, checkpoint: str) -> CfgNode:
-    """The configuration of a file, or the one that a checkpoint of this project holds.
+    """Return the configuration in a file, or the one stored in a checkpoint.
 
     Raises:
         ConfigError: there is neither, or it is wrong.
@@ -85,33 +92,35 @@ def find_config(path: str | None, checkpoint: str) -> CfgNode:
 
 
 def trained_model(config: CfgNode, checkpoint: str) -> nn.Module:
-    """In evaluation mode, with as many classes as the weights have, the EMA's weights where there are some."""
+    """Build the model in evaluation mode with the number of classes in the weights; EMA weights are preferred."""
     weights = read_state_dict(checkpoint)
     model = build_model(config, len(weights["head.bias"]) if "head.bias" in weights else None)
     load_weights(model, weights, checkpoint)
     return model.eval()
 
 
-def open_images(options: argparse.Namespace, size: int) -> list[Image.Image]:
-    if options.images:
-        return [read_image(path) for path in options.images]
-    if options.photographs:
-        from sklearn.datasets import load_sample_images  # takes a second, which other images need not wait for
+def open_images(args: argparse.Namespace, size: int) -> list[Image.Image]:
+    if args.images:
+        return [read_image(path) for path in args.images]
+    if args.photographs:
+        from sklearn.datasets import load_sample_images  # the import takes a second
 
         return [Image.fromarray(image) for image in load_sample_images().images]
     digits = Digits("val", size)
-    indices = np.linspace(0, len(digits) - 1, min(options.digits, len(digits))).astype(int)
+    indices = np.linspace(0, len(digits) - 1, min(args.digits, len(digits))).astype(int)
     return [digits.read(int(index)) for index in indices]
 
 
 def read_image(path: Path) -> Image.Image:
-    """RGB pixels, as the training code reads them.
+    """Return RGB pixels, as the training code reads them.
 
     Raises:
-        OSError: no such file, or no image.
+        BrokenImageError: not an image.
+        UserFileError: the file cannot be read.
     """
     try:
-        return decode_pillow(path.read_bytes())
+        with user_file(path, "read"):
+            return decode_pillow(path.read_bytes())
     except BrokenImageError as error:
         raise BrokenImageError(f"{path}: {error}") from None
 
@@ -123,12 +132,12 @@ def to_tensor(config: CfgNode, image: Image.Image, size: int) -> Tensor:
 
 
 def colors(images: Tensor) -> np.ndarray:
-    """Normalized (B, 3, H, W) to (B, H, W, 3) from 0 to 1."""
+    """Convert normalized images (B, 3, H, W) to (B, H, W, 3) from 0 to 1."""
     return denormalize(images).permute(0, 2, 3, 1).numpy()
 
 
 def draw_gates(config: CfgNode, model: nn.Module, images: Tensor, folder: Path) -> list[Path]:
-    """delta.png and forget_gate.png, the paper's figure 4, of what gates there are."""
+    """Write delta.png and forget_gate.png (figure 4 of the paper), as far as the model has these gates."""
     gates = gate_values(model, images)
     written = []
     if gates:
@@ -137,7 +146,7 @@ def draw_gates(config: CfgNode, model: nn.Module, images: Tensor, folder: Path) 
         plot_maps(
             colors(images),
             columns,
-            title=f"{config.MODEL.NAME}: Delta by token, mean over channels",
+            title=f"{config.MODEL.NAME}: Delta per token, mean over channels",
             picture=written[-1],
         )
     forget = [(gate.name, gate.forget.numpy()) for gate in gates if gate.forget is not None]
@@ -147,7 +156,7 @@ def draw_gates(config: CfgNode, model: nn.Module, images: Tensor, folder: Path) 
             colors(images),
             np.stack([values for _, values in forget], axis=1),
             layers=[name for name, _ in forget],
-            title=f"{config.MODEL.NAME}: what a token's state keeps",
+            title=f"{config.MODEL.NAME}: share of the state kept per token",
             label="forget gate exp(A Delta), mean",
             picture=written[-1],
         )
@@ -155,7 +164,7 @@ def draw_gates(config: CfgNode, model: nn.Module, images: Tensor, folder: Path) 
 
 
 def draw_receptive_fields(config: CfgNode, model: nn.Module, images: Tensor, folder: Path) -> Path:
-    """receptive_field.png: of the middle token of each stage."""
+    """Write receptive_field.png: the effective receptive field of the middle token of each stage."""
     fields = receptive_fields(model, images)
     columns = [(f"stage {i + 1}", np.sqrt(field.numpy())) for i, field in enumerate(fields)]
     title = f"{config.MODEL.NAME}: effective receptive field of the middle token, square root"
@@ -166,20 +175,20 @@ def draw_receptive_fields(config: CfgNode, model: nn.Module, images: Tensor, fol
 def draw_attention(
     config: CfgNode, model: nn.Module, images: Tensor, folder: Path, *, query: tuple[float, float]
 ) -> list[Path]:
-    """attention.png: the last block of each stage, mean over heads; attention_without_rope.png where it rotates."""
+    """Write attention.png (last block of each stage, mean over heads) and, for models with RoPE, one without it."""
     last = {seen.name.split(",")[0]: seen for seen in attention_inputs(model, images)}
     written = []
-    rotates = any(seen.rotary is not None for seen in last.values())
+    has_rope = any(seen.rotary is not None for seen in last.values())
     for rotate, name in ((True, "attention.png"), (False, "attention_without_rope.png")):
-        if not rotate and not rotates:
+        if not rotate and not has_rope:
             continue
         columns = [(seen.name, query_map(seen, query, rotate=rotate)) for seen in last.values()]
-        without = "" if rotate else ", rotary embedding left out"
+        without = "" if rotate else ", without RoPE"
         written.append(folder / name)
         plot_maps(
             colors(images),
             columns,
-            title=f"{config.MODEL.NAME}: weights with which the marked token reads the others, x N{without}",
+            title=f"{config.MODEL.NAME}: attention weights of the marked token, x N{without}",
             picture=written[-1],
             mark=query,
             is_signed=True,
@@ -188,10 +197,10 @@ def draw_attention(
 
 
 def query_map(seen: Seen, query: tuple[float, float], *, rotate: bool) -> np.ndarray:
-    """(B, H, W), mean over heads, times the number of tokens: an even reading of all tokens is 1 everywhere."""
+    """Return weights (B, H, W), mean over heads, times the number of tokens: uniform attention is 1 everywhere."""
     height, width = seen.x.shape[1:3]
-    place = min(int(query[0] * height), height - 1), min(int(query[1] * width), width - 1)
-    return (attention_map(seen, place, rotate=rotate).mean(dim=1) * height * width).detach().numpy()
+    position = min(int(query[0] * height), height - 1), min(int(query[1] * width), width - 1)
+    return (attention_map(seen, position, rotate=rotate).mean(dim=1) * height * width).detach().numpy()
 
 
 if __name__ == "__main__":

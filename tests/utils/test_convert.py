@@ -1,4 +1,4 @@
-"""Conversions there and back, bit for bit, and what is refused."""
+"""Conversions and back, bit for bit; impossible ones are refused."""
 
 import re
 import subprocess
@@ -26,19 +26,19 @@ Content = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of this project, with weights that no rounding would leave as they are."""
+    """A checkpoint of this project with random weights, which rounding would change."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("ours") / "ckpt_epoch_3.pth"
-    model, average = MLLA(**SMALL), MLLA(**SMALL)
+    model, ema = MLLA(**SMALL), MLLA(**SMALL)
     model.patch_embed.conv1.norm.num_batches_tracked += 7
-    content = {"model": model.state_dict(), "state_dict_ema": average.state_dict(), "optimizer": {"state": {}}}
-    facts = {"epoch": 3, "classes": ["cat", "dog", "eel"], "config": "DATA:\n  IMG_SIZE: 64\nSEED: 1\n"}
-    torch.save({**content, **facts}, path)
+    content = {"model": model.state_dict(), "state_dict_ema": ema.state_dict(), "optimizer": {"state": {}}}
+    metadata = {"epoch": 3, "classes": ["cat", "dog", "eel"], "config": "DATA:\n  IMG_SIZE: 64\nSEED: 1\n"}
+    torch.save({**content, **metadata}, path)
     return path
 
 
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    """Names, types, shapes and bits."""
+    """Compare names, dtypes, shapes and bits."""
     assert set(one) == set(other)
     for name, value in one.items():
         assert value.dtype == other[name].dtype
@@ -46,12 +46,12 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
         assert value.numpy().tobytes() == other[name].contiguous().numpy().tobytes()
 
 
-def convert(source: Path, target: Path, form: str, *words: str) -> Content:
-    assert main([str(source), str(target), "--to", form, *words]) == 0
+def convert(source: Path, target: Path, form: str, *args: str) -> Content:
+    assert main([str(source), str(target), "--to", form, *args]) == 0
     return load_checkpoint(target)
 
 
-def test_the_official_form_and_back(ours: Path, tmp_path: Path) -> None:
+def test_official_format_and_back(ours: Path, tmp_path: Path) -> None:
     before = load_checkpoint(ours)
     official = convert(ours, tmp_path / "official.pth", "official")
     after = convert(tmp_path / "official.pth", tmp_path / "ours.pth", "ours")
@@ -69,7 +69,7 @@ def test_the_official_form_and_back(ours: Path, tmp_path: Path) -> None:
 
 
 def slow_rotations(height: int, width: int, channels: int) -> np.ndarray:
-    """Cosines and sines of each pair's angle, straight from the definition: (H, W, C / 2, 2)."""
+    """Return cosines and sines of each pair's angle by the definition: (H, W, C / 2, 2)."""
     table = np.zeros((height, width, channels // 2, 2))
     num_frequencies = channels // 4
     for row in range(height):
@@ -81,9 +81,9 @@ def slow_rotations(height: int, width: int, channels: int) -> np.ndarray:
     return table
 
 
-@pytest.mark.parametrize(("words", "size"), [([], (64, 64)), (["--size", "96", "160"], (96, 160))])
-def test_rotary_tables(ours: Path, tmp_path: Path, words: list[str], size: tuple[int, int]) -> None:
-    official = convert(ours, tmp_path / "official.pth", "official", *words)["model"]
+@pytest.mark.parametrize(("args", "size"), [([], (64, 64)), (["--size", "96", "160"], (96, 160))])
+def test_rotary_tables(ours: Path, tmp_path: Path, args: list[str], size: tuple[int, int]) -> None:
+    official = convert(ours, tmp_path / "official.pth", "official", *args)["model"]
     for stage, depth in enumerate(MICRO["depths"]):
         for block in range(depth):
             table = official[f"layers.{stage}.blocks.{block}.attn.rope.rotations"]
@@ -94,7 +94,7 @@ def test_rotary_tables(ours: Path, tmp_path: Path, words: list[str], size: tuple
 
 
 class OfficialRope(nn.Module):
-    """Where the official classifier keeps its tables, by the names and shapes that are known of it."""
+    """A module with the official classifier's table, by its known name and shape."""
 
     def __init__(self, height: int, width: int, channels: int) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class OfficialRope(nn.Module):
 def test_a_model_with_the_official_buffers_loads_it_strictly(ours: Path, tmp_path: Path) -> None:
     convert(ours, tmp_path / "official.pth", "official")
     model = MLLA(**SMALL)
-    model._load_state_dict_pre_hooks.clear()  # ours, which passes over the tables
+    model._load_state_dict_pre_hooks.clear()  # ours, which skips the tables
     for stage, layers in enumerate(model.layers):
         for block in layers.blocks:
             block.attn.add_module("rope", OfficialRope(16 >> stage, 16 >> stage, 32 << stage))
@@ -114,12 +114,12 @@ def test_a_model_with_the_official_buffers_loads_it_strictly(ours: Path, tmp_pat
 
 
 def test_an_official_training_checkpoint(ours: Path, tmp_path: Path) -> None:
-    """Its configuration is yacs's own class, and says the size of the images."""
+    """The configuration is a yacs CfgNode and gives the image size."""
     before = load_checkpoint(ours)
     config = CfgNode({"DATA": {"IMG_SIZE": 128}, "MODEL": {"MLLA": {"DEPTHS": [1, 1, 2, 1]}}, "BETAS": (0.9, 0.999)})
     torch.save({"model": before["model"], "config": config, "epoch": 3}, tmp_path / "w.pth")
-    found = convert(tmp_path / "w.pth", tmp_path / "ours.pth", "ours")
-    assert yaml.safe_load(found["config"]) == {**config, "BETAS": [0.9, 0.999]}
+    converted = convert(tmp_path / "w.pth", tmp_path / "ours.pth", "ours")
+    assert yaml.safe_load(converted["config"]) == {**config, "BETAS": [0.9, 0.999]}
     official = convert(tmp_path / "ours.pth", tmp_path / "official.pth", "official")
     assert official["model"]["layers.0.blocks.0.attn.rope.rotations"].shape == (32, 32, 16, 2)
     del official["config"]
@@ -128,18 +128,18 @@ def test_an_official_training_checkpoint(ours: Path, tmp_path: Path) -> None:
     assert_same(official["model"], again["model"])  # the size follows from the tables
 
 
-@pytest.mark.parametrize("words", [[], ["--ema"]])
-def test_safetensors_and_back(ours: Path, tmp_path: Path, words: list[str]) -> None:
+@pytest.mark.parametrize("args", [[], ["--ema"]])
+def test_safetensors_and_back(ours: Path, tmp_path: Path, args: list[str]) -> None:
     before = load_checkpoint(ours)
-    convert(ours, tmp_path / "w.safetensors", "safetensors", *words)
+    convert(ours, tmp_path / "w.safetensors", "safetensors", *args)
     after = convert(tmp_path / "w.safetensors", tmp_path / "ours.pth", "ours")
-    assert_same(before["state_dict_ema" if words else "model"], after["model"])
+    assert_same(before["state_dict_ema" if args else "model"], after["model"])
     assert "state_dict_ema" not in after
     assert (after["classes"], after["config"]) == (before["classes"], before["config"])
 
 
 @pytest.mark.parametrize("form", ["official", "timm", "ours"])
-def test_the_average_alone(ours: Path, tmp_path: Path, form: str) -> None:
+def test_ema_weights_only(ours: Path, tmp_path: Path, form: str) -> None:
     before = load_checkpoint(ours)
     convert(ours, tmp_path / "w.pth", form, "--ema")
     after = convert(tmp_path / "w.pth", tmp_path / "ours.pth", "ours")
@@ -150,33 +150,33 @@ def test_the_average_alone(ours: Path, tmp_path: Path, form: str) -> None:
     assert_same(before["state_dict_ema"], convert(tmp_path / "w2.pth", tmp_path / "o.pth", "ours")["state_dict_ema"])
 
 
-def test_other_types_keep_their_bits(tmp_path: Path) -> None:
+def test_other_dtypes_keep_their_bits(tmp_path: Path) -> None:
     weights = {"a": torch.tensor([1.1, -0.0]).bfloat16(), "b": torch.tensor([float("nan")]), "c": torch.tensor(2**60)}
     torch.save({"model": {**weights, "view": torch.arange(6.0).reshape(2, 3).t()}}, tmp_path / "w.pth")
     convert(tmp_path / "w.pth", tmp_path / "w.safetensors", "safetensors")
-    found = convert(tmp_path / "w.safetensors", tmp_path / "o.pth", "timm")["state_dict"]
-    assert found["a"].view(torch.int16).equal(weights["a"].view(torch.int16))
-    assert found["b"].isnan().all()
-    assert found["c"].item() == 2**60
-    assert found["view"].equal(torch.arange(6.0).reshape(2, 3).t())
+    converted = convert(tmp_path / "w.safetensors", tmp_path / "o.pth", "timm")["state_dict"]
+    assert converted["a"].view(torch.int16).equal(weights["a"].view(torch.int16))
+    assert converted["b"].isnan().all()
+    assert converted["c"].item() == 2**60
+    assert converted["view"].equal(torch.arange(6.0).reshape(2, 3).t())
 
 
-def test_timm_loads_its_form_strictly(tmp_path: Path) -> None:
+def test_timm_loads_its_format_strictly(tmp_path: Path) -> None:
     torch.manual_seed(1)
-    model, average = mlla_tiny(**THIN), mlla_tiny(**THIN)
-    content = {"model": model.state_dict(), "state_dict_ema": average.state_dict()}
+    model, ema = mlla_tiny(**THIN), mlla_tiny(**THIN)
+    content = {"model": model.state_dict(), "state_dict_ema": ema.state_dict()}
     rotations = {f"layers.0.blocks.0.{DERIVED_KEY_SUFFIX}": torch.zeros(56, 56, 4, 2)}
     torch.save({**content, "model": {**content["model"], **rotations}}, tmp_path / "w.pth")
     convert(tmp_path / "w.pth", tmp_path / "timm.pth", "timm")
     loaded = timm.create_model("mlla_tiny", **THIN, checkpoint_path=str(tmp_path / "timm.pth"))
-    assert_same(loaded.state_dict(), average.state_dict())  # timm prefers the average
+    assert_same(loaded.state_dict(), ema.state_dict())  # timm prefers the EMA
     convert(tmp_path / "w.pth", tmp_path / "timm.safetensors", "safetensors")
     loaded = timm.create_model("mlla_tiny", **THIN, checkpoint_path=str(tmp_path / "timm.safetensors"))
     assert_same(loaded.state_dict(), model.state_dict())
 
 
-def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    return run_python("-m", "utils.convert", *words)
+def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    return run_python("-m", "utils.convert", *args)
 
 
 def test_the_command(ours: Path, tmp_path: Path) -> None:
@@ -184,16 +184,16 @@ def test_the_command(ours: Path, tmp_path: Path) -> None:
     done = run(ours.as_uri(), target, "--to", "official")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (
-        f"{target}: model and state_dict_ema, 192 tensors each, form 'official', for images of 64x64\n"
+        f"{target}: model and state_dict_ema, 192 tensors each, format 'official', for images of 64x64\n"
     )
 
 
-def test_nothing_is_replaced_unasked(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_files_need_force(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "w.pth"
     target.write_text("mine")
     assert exit_code(main, [str(ours), str(target), "--to", "ours"]) == 2
     assert (
-        capsys.readouterr().err == f"error: {target}: is there already; name another file, or replace it with --force\n"
+        capsys.readouterr().err == f"error: {target}: already exists; name another file, or replace it with --force\n"
     )
     assert target.read_text() == "mine"
     convert(ours, target, "ours", "--force")
@@ -202,7 +202,7 @@ def test_nothing_is_replaced_unasked(ours: Path, tmp_path: Path, capsys: pytest.
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_failed_write_leaves_the_former_file(
+def test_a_failed_write_keeps_the_previous_file(
     ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "w.pth"
@@ -220,22 +220,22 @@ def test_a_failed_write_leaves_the_former_file(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
-        (["out.pth", "--to", "safetensors"], r"ends in \.safetensors"),
-        (["out.safetensors", "--to", "ours"], r"ends in \.safetensors"),
+        (["out.pth", "--to", "safetensors"], r"must end in \.safetensors"),
+        (["out.safetensors", "--to", "ours"], r"must end in \.safetensors"),
         (["none/out.pth", "--to", "ours"], "there is no folder"),
-        (["out.pth", "--to", "ours", "--size", "64", "64"], "--size is of the official form only"),
+        (["out.pth", "--to", "ours", "--size", "64", "64"], "--size works with --to official"),
         (
             ["out.pth", "--to", "official", "--size", "64", "70"],
-            "64x70 pixels: the official classifier takes multiples",
+            "64x70 pixels: the official classifier needs multiples",
         ),
     ],
 )
 def test_mistakes(
-    ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+    ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
 ) -> None:
-    assert exit_code(main, [str(ours), str(tmp_path / words[0]), *words[1:]]) == 2
+    assert exit_code(main, [str(ours), str(tmp_path / args[0]), *args[1:]]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
@@ -248,15 +248,15 @@ def test_mistakes_in_the_file(ours: Path, tmp_path: Path, capsys: pytest.Capture
     torch.save({"model": model}, tmp_path / "model.pth")
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
     torch.save({"epoch": 3}, tmp_path / "none.pth")
-    for words, message in (
+    for args, message in (
         (
             ["model.pth", "out.pth", "--to", "ours", "--ema"],
-            "has no average's weights (state_dict_ema); leave out --ema",
+            "has no EMA weights (state_dict_ema); leave out --ema",
         ),
-        (["other.pth", "out.pth", "--to", "official"], "is no MLLA classifier"),
+        (["other.pth", "out.pth", "--to", "official"], "not an MLLA classifier"),
         (["none.pth", "out.pth", "--to", "ours"], "found epoch"),
         (["absent.pth", "out.pth", "--to", "ours"], "no such checkpoint file"),
     ):
-        assert exit_code(main, [str(tmp_path / words[0]), str(tmp_path / words[1]), *words[2:]]) == 2
+        assert exit_code(main, [str(tmp_path / args[0]), str(tmp_path / args[1]), *args[2:]]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out.pth").exists()

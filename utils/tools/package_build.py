@@ -1,9 +1,9 @@
-"""What `pip install .` makes of this folder: one package, mlla, which leaves models, data and utils to others.
+"""Build step of `pip install .`: one package, mlla, so that the names models, data and utils stay free.
 
-In the folder itself, modules are `models`, `data`, `utils`, ...: short names, for code that is read and run in place.
-Put like that into an environment they would shut out other packages. So the build copies them below `mlla` and rewrites
-the import statements, by their place in the syntax tree, so that `from models.mlla import MLLA` becomes
-`from mlla.models.mlla import MLLA`. Only setuptools calls this module (pyproject.toml names it); it imports no other.
+In the repository, modules have short names: `models`, `data`, `utils`. Installed under these names they would shadow
+other packages. The build therefore copies them below `mlla` and rewrites the import statements, which it locates in the
+syntax tree: `from models.mlla import MLLA` becomes `from mlla.models.mlla import MLLA`. Only setuptools calls this
+module (see pyproject.toml), so it imports no other module of this project.
 """
 
 import ast
@@ -24,12 +24,12 @@ from mlla.models import __all__
 
 
 class BuildPackage(build_py):
-    """setuptools' build of Python files: those of this folder and its settings, with imports below `mlla`."""
+    """Build command that copies the source files with their imports rewritten below `mlla`."""
 
     def run(self) -> None:
         if self.editable_mode:
-            raise SystemExit(f"error: {PACKAGE} has no editable install: run it in its folder, or `pip install .`")
-        shutil.rmtree(self.target(Path()), ignore_errors=True)  # what an earlier build left
+            raise SystemExit(f"error: {PACKAGE} has no editable install: use the repository itself, or `pip install .`")
+        shutil.rmtree(self.target(Path()), ignore_errors=True)  # of an earlier build
         for source in sources():
             target = self.target(source)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -48,16 +48,16 @@ class BuildPackage(build_py):
 
 
 def sources() -> list[Path]:
-    """What goes into the package, relative to this folder, from which setuptools runs."""
+    """Return the files of the package, relative to the repository, in which setuptools runs."""
     folders = [path for name in (*OWN, "cfgs") for path in Path(name).rglob("*") if path.suffix in SUFFIXES]
     return sorted([*folders, *(path for name in OWN for path in Path().glob(f"{name}.py"))])
 
 
 def with_package_imports(source: str) -> str:
-    """Source code whose imports of own modules are below `mlla`; nothing else in it changes.
+    """Rewrite the imports of own modules to be below `mlla`; nothing else changes.
 
     Raises:
-        ValueError: an import that cannot be moved: a relative one, or `import models.mlla` without `as`.
+        ValueError: an import that cannot be rewritten: a relative one, or `import models.mlla` without `as`.
     """
     lines = source.splitlines(keepends=True)
     for node in ast.walk(ast.parse(source)):
@@ -77,6 +77,6 @@ def with_package_imports(source: str) -> str:
         elif len(names) == 1 and own[0].asname:
             line = line.replace("import ", f"import {PACKAGE}.", 1)
         else:
-            raise ValueError(f"line {node.lineno}: write `from ... import ...`, which can be moved below {PACKAGE}")
+            raise ValueError(f"line {node.lineno}: write `from ... import ...`, which can be rewritten below {PACKAGE}")
         lines[node.lineno - 1] = line
     return "".join(lines)

@@ -1,4 +1,4 @@
-"""Pictures of what the paper claims: its ablations, the speed of the forget gate, and what a model looks at."""
+"""Plots of the paper's claims: ablations, speed of the forget gate, receptive fields and attention."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,29 +18,29 @@ def plot_ablation(
     title: str,
     picture: Path,
 ) -> None:
-    """Draw the rows of an ablation, from top to bottom: the paper's accuracies, and ours with each seed as a dot.
+    """Plot the rows of an ablation from top to bottom: the paper's accuracies, and ours with a dot per seed.
 
     Args:
         labels: names of the rows.
-        paper: top-1 accuracy of each row, per cent.
-        scores: top-1 accuracies of each row by seed, per cent.
-        title: what ours were trained on.
+        paper: top-1 accuracy of each row in percent.
+        scores: top-1 accuracies of each row by seed in percent.
+        title: of our results, for example the dataset.
     """
-    places = np.arange(len(labels))
+    positions = np.arange(len(labels))
     means = [float(np.mean(values)) for values in scores]
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.38 * len(labels) + 1.4), sharey=True, layout="constrained")
     for axis, values, name in ((axes[0], paper, "the paper: ImageNet-1K, 300 epochs"), (axes[1], means, title)):
         axis.axvline(values[0], color="0.6", linestyle="--", linewidth=1)
-        axis.hlines(places, values[0], values, color="tab:blue", alpha=0.4, linewidth=4)
-        axis.plot(values, places, "o", color="tab:blue")
+        axis.hlines(positions, values[0], values, color="tab:blue", alpha=0.4, linewidth=4)
+        axis.plot(values, positions, "o", color="tab:blue")
         axis.set_title(name)
         axis.set_xlabel("top-1 accuracy, %")
         axis.grid(alpha=0.3)
-    for place, values in zip(places, scores, strict=True):
-        axes[1].plot(values, [place] * len(values), ".", color="black", markersize=4)
+    for position, values in zip(positions, scores, strict=True):
+        axes[1].plot(values, [position] * len(values), ".", color="black", markersize=4)
         if len(values) > 1:
-            axes[1].errorbar(np.mean(values), place, xerr=np.std(values, ddof=1), color="tab:blue", capsize=3)
-    axes[0].set_yticks(places, labels)
+            axes[1].errorbar(np.mean(values), position, xerr=np.std(values, ddof=1), color="tab:blue", capsize=3)
+    axes[0].set_yticks(positions, labels)
     axes[0].invert_yaxis()
     figure.savefig(picture, dpi=110, bbox_inches="tight")
     plt.close(figure)
@@ -55,14 +55,14 @@ def plot_maps(
     mark: tuple[float, float] | None = None,
     is_signed: bool = False,
 ) -> None:
-    """Draw images, one a row, each with its maps beside it, every map with a color bar of its own.
+    """Plot one image per row with its maps beside it, each map with its own color bar.
 
     Args:
         images: (B, H, W, 3), from 0 to 1.
         columns: name and maps (B, h, w) of each column; any h and w.
-        title: of the whole picture.
-        mark: a place to mark in every panel, its height and its width as shares of the image.
-        is_signed: colors around zero, red above and blue below, instead of from dark to light.
+        title: of the whole figure.
+        mark: position to mark in every panel, (down, right) as fractions of the image.
+        is_signed: diverging colors, red above zero and blue below, instead of dark to light.
     """
     rows, count = len(images), len(columns) + 1
     figure, axes = plt.subplots(
@@ -78,7 +78,7 @@ def plot_maps(
         for axis, shape in zip(axes[i], [image.shape, *(maps[i].shape for _, maps in columns)], strict=True):
             axis.set_xticks([])
             axis.set_yticks([])
-            if mark is not None:  # the middle of the cell that holds it
+            if mark is not None:  # the center of the cell that contains it
                 down, right = ((min(int(m * n), n - 1) + 0.5) / n for m, n in zip(mark, shape, strict=False))
                 axis.plot(right, down, "x", color="lime", markersize=7, markeredgewidth=2)
     for axis, name in zip(axes[0], ["image", *(name for name, _ in columns)], strict=True):
@@ -91,7 +91,7 @@ def plot_maps(
 def plot_by_depth(
     images: np.ndarray, values: np.ndarray, *, layers: Sequence[str], title: str, label: str, picture: Path
 ) -> None:
-    """Draw one figure a layer, (B, layers), as a curve for each image, with the images (B, H, W, 3) beside it."""
+    """Plot values (B, layers) as one curve per image, with the images (B, H, W, 3) beside it."""
     rows = len(images)
     figure = plt.figure(figsize=(9, max(3.5, 1.3 * rows)), layout="constrained")
     grid = figure.add_gridspec(rows, 2, width_ratios=(1, 5))
@@ -115,7 +115,7 @@ def plot_by_depth(
 def plot_speed(
     tokens: Sequence[int], times: Mapping[bool, Mapping[str, Sequence[float | None]]], *, title: str, picture: Path
 ) -> None:
-    """Draw seconds by number of tokens on logarithmic axes, without and with gradients, beside a line of cost ~ N."""
+    """Plot seconds by number of tokens on log axes, without and with gradients, with a line of linear cost."""
     figure, axes = plt.subplots(1, len(times), figsize=(5.5 * len(times), 4.5), sharey=True, squeeze=False)
     axes = axes[0]
     for axis, with_gradients in zip(axes, times, strict=True):

@@ -23,7 +23,8 @@ def user_file(path: Path, action: str) -> Iterator[None]:
     except UserError:
         raise
     except OSError as error:
-        raise UserFileError(f"{error.filename or path}: cannot be {action}: {error.strerror or error}") from error
+        name = error.filename if path.is_dir() and error.filename else path  # which file in the folder
+        raise UserFileError(f"{name}: cannot be {action}: {error.strerror or error}") from error
 
 
 def check_output(target: Path, *, suffixes: Sequence[str] = (), force: bool, creator: str = "") -> None:

@@ -1,4 +1,4 @@
-"""`pip install .` and torch.hub: what others get who import the models into code of their own."""
+"""`pip install .` and torch.hub: the models as other projects import them."""
 
 import json
 import re
@@ -18,11 +18,11 @@ from pathlib import Path
 import mlla, timm
 model = timm.create_model("mlla_tiny", embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), num_classes=3)
 for module in pkgutil.walk_packages(mlla.__path__, "mlla."):
-    if module.name == "mlla.utils.package_build":  # which needs setuptools
+    if module.name == "mlla.utils.tools.package_build":  # which needs setuptools
         continue
     try:
         __import__(module.name)
-    except ModuleNotFoundError as error:  # of a package that only this module needs
+    except ModuleNotFoundError as error:  # an optional package
         assert error.name.split(".")[0] not in ("mlla", "config", "data", "downstream", "models", "utils"), error
 import mlla.main
 config = mlla.main.load_config(Path(mlla.__file__).parent / "cfgs" / "mlla_t.yaml")
@@ -37,9 +37,9 @@ print(json.dumps({
 """
 
 
-def python(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(*args: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(cwd), **environment}
-    return subprocess.run([sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
@@ -59,18 +59,18 @@ def python(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedPr
         ("from config import SCHEMA\n", "from mlla.config import SCHEMA\n"),
     ],
 )
-def test_imports_move_below_the_package(before: str, after: str) -> None:
+def test_imports_are_rewritten_below_the_package(before: str, after: str) -> None:
     assert with_package_imports(before) == after
 
 
 @pytest.mark.parametrize("source", ["import models.mlla\n", "from . import x\n", "import torch, models\n"])
-def test_imports_that_cannot_move(source: str) -> None:
+def test_imports_that_cannot_be_rewritten(source: str) -> None:
     with pytest.raises(ValueError, match="line 1: "):
         with_package_imports(source)
 
 
 def test_requirements_are_those_of_requirements_txt() -> None:
-    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11 or later
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed, tools, *_ = (ROOT / "requirements.txt").read_text().split("\n\n")
     listed = re.findall(r"^[\w.-]+[<>=][^\s#]+", needed, flags=re.MULTILINE)
@@ -86,19 +86,19 @@ def test_installed_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (clone / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, clone / path)
     elsewhere.mkdir()
-    options = ("--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--no-index", "--quiet")
-    done = python("-m", "pip", "install", ".", *options, "--target", str(site), cwd=clone)
+    flags = ("--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--no-index", "--quiet")
+    done = python("-m", "pip", "install", ".", *flags, "--target", str(site), cwd=clone)
     assert done.returncode == 0, done.stderr
     assert {path.name.split("-")[0] for path in site.iterdir()} == {"mlla"}
     done = python("-c", ELSEWHERE, cwd=elsewhere, PYTHONPATH=str(site))
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["file"] == str(site / "mlla" / "__init__.py")
-    assert found["name"] == "mlla_tiny"
-    assert found["type"] == "mlla.models.mlla"
-    assert "mlla_tiny" in found["all"]
-    assert not set(found["top"]) & set(OWN)
-    assert found["loaded"] > 30
+    result = json.loads(done.stdout)
+    assert result["file"] == str(site / "mlla" / "__init__.py")
+    assert result["name"] == "mlla_tiny"
+    assert result["type"] == "mlla.models.mlla"
+    assert "mlla_tiny" in result["all"]
+    assert not set(result["top"]) & set(OWN)
+    assert result["loaded"] > 30
 
 
 def test_torch_hub(tmp_path: Path) -> None:
@@ -110,6 +110,6 @@ print(tuple(model(torch.randn(2, 3, 32, 32)).shape))
     done = python("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "(2, 3)"
-    (tmp_path / "models.py").touch()  # a package of the same name in the caller's own code
+    (tmp_path / "models.py").touch()  # a module of the same name in the caller's code
     done = python("-c", "import models\n" + code, cwd=tmp_path)
     assert "another package named `models` is loaded" in done.stderr.splitlines()[-1]
