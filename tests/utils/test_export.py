@@ -149,7 +149,7 @@ def test_timm_backbone(tmp_path: Path) -> None:
         torch.testing.assert_close(output, expected)
 
 
-def test_feature_maps_with_dynamic_sizes(tmp_path: Path, weights: Path, model: Any) -> None:
+def test_maps_of_any_size(tmp_path: Path, weights: Path, model: Any) -> None:
     target = tmp_path / "m.pt2"
     assert run(target, weights, "exported_program", "--size", "dynamic", "--part", "maps") == 0
     program = torch.export.load(target).module()
