@@ -1,19 +1,54 @@
-"""From a configuration to what dense tasks share."""
+"""Build from a configuration what detection and segmentation share: backbones and data loaders."""
 
+from typing import Any
+
+import cv2
+import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from yacs.config import CfgNode
 
+from data.workers import RestartingDataLoader, leave_process_group
 from downstream.backbone import MLLABackbone, TimmBackbone
 from models.build import mlla_sizes
 
 
 def build_backbone(config: CfgNode) -> nn.Module:
-    """The backbone that MODEL.* describes, with fresh weights: four maps at strides 4, 8, 16, 32, `widths` wide.
+    """Return the backbone that MODEL.* describes, newly initialized: four maps at strides 4, 8, 16, 32.
+
+    The widths of the maps are its attribute `widths`.
 
     Raises:
-        ValueError: sizes that do not fit each other, or a timm model that does not exist or has no such maps.
+        ConfigError: MODEL.TYPE names a timm model that does not exist or has no such maps.
     """
     kind, _, name = config.MODEL.TYPE.partition(":")
     if kind == "timm":
         return TimmBackbone(name, drop_path_rate=config.MODEL.DROP_PATH_RATE)
     return MLLABackbone(**mlla_sizes(config))
+
+
+def make_loader(
+    config: CfgNode, dataset: Dataset[Any], *, keep_workers: bool = True, **options: Any
+) -> DataLoader[Any]:
+    """Return a loader of a dataset with the DATA.* settings that all loaders of dense tasks share.
+
+    Args:
+        keep_workers: let worker processes live from one epoch to the next.
+        options: other arguments of DataLoader.
+    """
+    num_workers = config.DATA.NUM_WORKERS
+    return RestartingDataLoader(
+        dataset,
+        num_workers=num_workers,
+        pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
+        persistent_workers=keep_workers and num_workers > 0,
+        set_up_worker=set_up_worker,
+        generator=torch.Generator(),  # the default one also serves dropout and sampling, whose numbers would change
+        **options,
+    )
+
+
+def set_up_worker(number: int) -> None:
+    """Detach a loader's worker from the signals of the training process, and keep OpenCV to one core."""
+    leave_process_group(number)
+    cv2.setNumThreads(0)

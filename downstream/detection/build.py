@@ -1,23 +1,18 @@
 """From a configuration to the detector and its data."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from data.samplers import EvalSampler
-from data.workers import RestartingDataLoader
-from downstream.build import build_backbone
+from downstream.build import build_backbone, make_loader
 from downstream.detection.data.coco import CocoImages
 from downstream.detection.data.dataset import EvalImages, TrainImages, collate
 from downstream.detection.data.samplers import AspectBatches
 from downstream.detection.data.transforms import TrainTransform
 from downstream.detection.model.mask_rcnn import MaskRCNN
-from downstream.workers import set_up_worker
 from utils.distributed.process import Process
 
 
@@ -73,7 +68,8 @@ def build_data(config: CfgNode, process: Process) -> DetectionData:
     val = make_loader(
         config,
         EvalImages(val_images, short_side=config.TEST.SHORT_SIDE, long_side=config.TEST.LONG_SIDE),
-        [[key] for key in EvalSampler(len(val_images), rank=process.rank, num_processes=process.num_processes)],
+        sampler=EvalSampler(len(val_images), rank=process.rank, num_processes=process.num_processes),
+        collate_fn=collate,
     )
     if config.EVAL_MODE:
         return DetectionData(None, val, val_images)
@@ -92,9 +88,8 @@ def build_data(config: CfgNode, process: Process) -> DetectionData:
         num_processes=process.num_processes,
         seed=config.SEED,
     )
-    return DetectionData(
-        make_loader(config, TrainImages(train_images, build_transform(config), config.SEED), batches), val, val_images
-    )
+    dataset = TrainImages(train_images, build_transform(config), config.SEED)
+    return DetectionData(make_loader(config, dataset, batch_sampler=batches, collate_fn=collate), val, val_images)
 
 
 def build_transform(config: CfgNode) -> TrainTransform:
@@ -106,17 +101,4 @@ def build_transform(config: CfgNode) -> TrainTransform:
         crop=aug.CROP,
         crop_short_sides=aug.CROP_SHORT_SIDES,
         crop_size=aug.CROP_SIZE,
-    )
-
-
-def make_loader(config: CfgNode, dataset: Dataset[Any], batches: AspectBatches | Sequence[Any]) -> DataLoader[Any]:
-    return RestartingDataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=config.DATA.NUM_WORKERS,
-        pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
-        persistent_workers=config.DATA.NUM_WORKERS > 0,
-        set_up_worker=set_up_worker,
-        generator=torch.Generator(),  # else each start of an epoch draws from the one that sampling draws from
     )

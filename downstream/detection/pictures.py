@@ -15,7 +15,7 @@ SMALLEST_SIDE = 256  # of a picture, in pixels; smaller images are enlarged by a
 GAP = 8  # pixels between pictures
 
 
-class Found(NamedTuple):
+class LabeledObjects(NamedTuple):
     """Objects of an image: boxes (D, 4), masks (D, H, W) bool, labels (D,), and a caption for each."""
 
     boxes: np.ndarray
@@ -24,7 +24,9 @@ class Found(NamedTuple):
     captions: list[str]
 
 
-def found_of(results: Sequence[dict[str, Any]], categories: Sequence[dict[str, Any]], threshold: float = 0.5) -> Found:
+def objects_of_results(
+    results: Sequence[dict[str, Any]], categories: Sequence[dict[str, Any]], threshold: float = 0.5
+) -> LabeledObjects:
     """COCO results of one image from a score of `threshold` on; categories have id and name."""
     chosen = [result for result in results if result["score"] >= threshold]
     numbers = {category["id"]: number for number, category in enumerate(categories)}
@@ -34,10 +36,10 @@ def found_of(results: Sequence[dict[str, Any]], categories: Sequence[dict[str, A
     encoded = [result["segmentation"] for result in chosen]
     masks = rle.decode(encoded).transpose(2, 0, 1) if chosen else np.zeros((0, 1, 1))  # (D, H, W)
     captions = [f"{categories[i]['name']} {r['score']:.2f}" for i, r in zip(labels, chosen, strict=True)]
-    return Found(boxes, masks.astype(bool), labels, captions)
+    return LabeledObjects(boxes, masks.astype(bool), labels, captions)
 
 
-def annotated(image: np.ndarray, found: Found) -> np.ndarray:
+def draw_objects(image: np.ndarray, found: LabeledObjects) -> np.ndarray:
     """An image (H, W, 3) uint8 with its objects' boxes, masks and captions; enlarged where it is small."""
     factor = -(-SMALLEST_SIDE // min(image.shape[:2])) if min(image.shape[:2]) < SMALLEST_SIDE else 1
     size = image.shape[1] * factor, image.shape[0] * factor
@@ -61,14 +63,16 @@ def annotated(image: np.ndarray, found: Found) -> np.ndarray:
     return picture.permute(1, 2, 0).numpy()
 
 
-def save_picture(picture: np.ndarray, path: Path) -> None:
+def save_image(picture: np.ndarray, path: Path) -> None:
     """Write (H, W, 3) uint8, RGB, as PNG or JPEG by the name's ending."""
     written, content = cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     assert written
     path.write_bytes(content.tobytes())
 
 
-def save_comparison(rows: Sequence[tuple[np.ndarray, Found, Found]], path: Path, *, columns: int = 3) -> None:
+def save_comparison(
+    rows: Sequence[tuple[np.ndarray, LabeledObjects, LabeledObjects]], path: Path, *, columns: int = 3
+) -> None:
     """A grid of pairs: the truth on the left, what was found on the right.
 
     Args:
@@ -78,7 +82,7 @@ def save_comparison(rows: Sequence[tuple[np.ndarray, Found, Found]], path: Path,
     """
     pairs = []
     for image, truth, found in rows:
-        left, right = annotated(image, truth), annotated(image, found)
+        left, right = draw_objects(image, truth), draw_objects(image, found)
         gap = np.full((left.shape[0], GAP, 3), 255, dtype=np.uint8)
         pairs.append(np.concatenate((left, gap, right), axis=1))
     height = max(pair.shape[0] for pair in pairs) + 2 * GAP
@@ -88,4 +92,4 @@ def save_comparison(rows: Sequence[tuple[np.ndarray, Found, Found]], path: Path,
     for number, pair in enumerate(pairs):
         top, left = number // columns * height + GAP, number % columns * width + 2 * GAP
         grid[top : top + pair.shape[0], left : left + pair.shape[1]] = pair
-    save_picture(grid, path)
+    save_image(grid, path)

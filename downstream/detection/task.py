@@ -13,8 +13,8 @@ from downstream.detection.build import DetectionData, build_data, build_detector
 from downstream.detection.data.coco import Record, bitmap
 from downstream.detection.data.dataset import Batch, collate
 from downstream.detection.data.transforms import normalize
-from downstream.detection.evaluation import CocoEvaluator, Result, results_of, table, write_results
-from downstream.detection.pictures import Found, found_of, save_comparison
+from downstream.detection.metrics import CocoEvaluator, Result, coco_results, metrics_table, write_results
+from downstream.detection.pictures import LabeledObjects, objects_of_results, save_comparison
 from downstream.run import Run, Task
 from utils.config.errors import ConfigError
 from utils.distributed.process import Process, gather_objects
@@ -84,9 +84,9 @@ class Detection(Task):
             if self.evaluator is None:
                 self.evaluator = CocoEvaluator(run.data.val_images.annotations)
             write_results(results, run.folder / f"results_{name.lower()}.json")
-            figures = self.evaluator.figures(results, per_class=run.config.TEST.PER_CLASS)
+            figures = self.evaluator.compute(results, per_class=run.config.TEST.PER_CLASS)
             logger.info("%s on %d images, %d detections:", name, run.data.num_val_images, len(results))
-            for line in table(figures):
+            for line in metrics_table(figures):
                 logger.info(" * %s", line)
             for key in (key for key in figures if "/" in key):
                 logger.info(" * %s %.2f", key, figures[key])
@@ -102,7 +102,7 @@ class Detection(Task):
             with run.precision.autocast():
                 found = model.detect(moved.images, moved.frames)  # type: ignore[operator]
             for own, frame, image_id in zip(found, batch.frames, batch.image_ids, strict=True):
-                yield results_of(own, image_id=image_id, size=frame.original, category_ids=images.category_ids)
+                yield coco_results(own, image_id=image_id, size=frame.original, category_ids=images.category_ids)
         model.train(was_training)
 
     def illustrate(self, run: Run, model: nn.Module) -> Path:
@@ -114,15 +114,19 @@ class Detection(Task):
         for index, results in zip(indices, self.find(run, model, batches), strict=True):
             record = images[int(index)]
             pairs.append(
-                (images.read_image(record), truth_of(record, images.classes), found_of(results, images.categories))
+                (
+                    images.read_image(record),
+                    truth_of(record, images.classes),
+                    objects_of_results(results, images.categories),
+                )
             )
         picture = run.folder / "predictions.jpg"
         save_comparison(pairs, picture)
         return picture
 
 
-def truth_of(record: Record, classes: Sequence[str]) -> Found:
+def truth_of(record: Record, classes: Sequence[str]) -> LabeledObjects:
     """A record's objects, to draw."""
     masks = [bitmap(item, record.height, record.width) for item in record.segmentations]
     stacked = np.stack(masks).astype(bool) if masks else np.zeros((0, record.height, record.width), dtype=bool)
-    return Found(record.boxes, stacked, record.labels, [classes[label] for label in record.labels])
+    return LabeledObjects(record.boxes, stacked, record.labels, [classes[label] for label in record.labels])

@@ -1,34 +1,31 @@
 """From a configuration to segmentation's data and model."""
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from data.workers import RestartingDataLoader
-from downstream.build import build_backbone
-from downstream.segmentation.data.dataset import MaskedImages
-from downstream.segmentation.data.samplers import EndlessBatches, EvalSample, EvalSamples, TrainSamples
+from downstream.build import build_backbone, make_loader
+from downstream.segmentation.data.dataset import EvalImages, EvalItem, TrainImages
+from downstream.segmentation.data.masked_images import MaskedImages
+from downstream.segmentation.data.samplers import EndlessBatches
 from downstream.segmentation.data.transforms import EvalTransform, TrainTransform
 from downstream.segmentation.model.inference import Inference
 from downstream.segmentation.model.sync_norm import synchronize_norms
 from downstream.segmentation.model.upernet import UperNet
-from downstream.workers import set_up_worker
 from utils.distributed.process import Process
 
 
 @dataclass
 class SegmentationData:
-    """Loaders; train gives (images (B, 3, S, S), labels (B, S, S)), val one `EvalSample` at a time.
+    """Loaders; train gives (images (B, 3, S, S), labels (B, S, S)), val one `EvalItem` at a time.
 
     train is None where only evaluation is asked.
     """
 
     train: DataLoader | None
-    val: DataLoader[EvalSample]
+    val: DataLoader[EvalItem]
     val_images: MaskedImages
     classes: list[str]
     num_train_images: int
@@ -89,29 +86,15 @@ def train_loader(config: CfgNode, images: MaskedImages, process: Process) -> Dat
         num_processes=process.num_processes,
         seed=config.SEED,
     )
-    return RestartingDataLoader(
-        TrainSamples(images, transform, config.SEED),
-        batch_sampler=batches,
-        persistent_workers=config.DATA.NUM_WORKERS > 0,
-        **shared_options(config),
-    )
+    return make_loader(config, TrainImages(images, transform, config.SEED), batch_sampler=batches)
 
 
-def val_loader(config: CfgNode, images: MaskedImages, process: Process) -> DataLoader[EvalSample]:
+def val_loader(config: CfgNode, images: MaskedImages, process: Process) -> DataLoader[EvalItem]:
     """Every P-th image from the r-th on, for process r of P: each image once over all processes."""
     factors = tuple(config.TEST.FACTORS) if config.TEST.MULTI_SCALE else (1.0,)
-    samples = EvalSamples(images, EvalTransform(tuple(config.DATA.SCALE), factors))
-    numbers = range(process.rank, len(images), process.num_processes)
-    return RestartingDataLoader(samples, sampler=numbers, batch_size=None, **shared_options(config))
-
-
-def shared_options(config: CfgNode) -> dict[str, Any]:
-    return {
-        "num_workers": config.DATA.NUM_WORKERS,
-        "pin_memory": config.DATA.PIN_MEMORY and torch.cuda.is_available(),
-        "set_up_worker": set_up_worker,
-        "generator": torch.Generator(),  # else each start of an epoch draws from the one that dropout draws from
-    }
+    dataset = EvalImages(images, EvalTransform(tuple(config.DATA.SCALE), factors))
+    indices = range(process.rank, len(images), process.num_processes)
+    return make_loader(config, dataset, keep_workers=False, sampler=indices, batch_size=None)
 
 
 def build_model(config: CfgNode, num_classes: int, process: Process | None = None) -> UperNet:

@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 from config import check_ranges
 from downstream.dense_config import _C as DENSE
 from downstream.dense_config import check_dense
-from downstream.segmentation.data.dataset import LAYOUTS
+from downstream.segmentation.data.masked_images import LAYOUTS
 from utils.config.schema import (
     FRACTION,
     Key,

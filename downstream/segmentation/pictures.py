@@ -41,6 +41,26 @@ def save_mask(path: Path, classes: np.ndarray, num_classes: int, *, first_label:
     picture.save(path)
 
 
+def prediction_files(path: Path) -> tuple[Path, Path]:
+    """Return the paths of mask and overlay, <path>.png and <path>_overlay.jpg."""
+    return path.with_name(path.name + ".png"), path.with_name(path.name + "_overlay.jpg")
+
+
+def save_prediction(
+    path: Path, image: np.ndarray, classes: np.ndarray, *, num_classes: int, first_label: int = 0
+) -> None:
+    """Write the predicted classes (H, W), uint8, of an image (H, W, 3) as a mask, and an overlay on the image.
+
+    Args:
+        path: of the results without their endings, see `prediction_files`; its folder is made.
+        first_label: see `save_mask`.
+    """
+    mask_path, overlay_path = prediction_files(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_mask(mask_path, classes, num_classes, first_label=first_label)
+    Image.fromarray(overlay(image, classes, num_classes)).save(overlay_path)
+
+
 def overlay(image: np.ndarray, classes: np.ndarray, num_classes: int, *, opacity: float = 0.6) -> np.ndarray:
     """An image (H, W, 3) in gray, colored by its pixels' classes (H, W), with lines between classes, uint8.
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from downstream.run import Run, Task
@@ -18,12 +17,12 @@ from downstream.segmentation.build import (
     build_model,
     reduces_zero_label,
 )
-from downstream.segmentation.data.samplers import batches_or_data_error
+from downstream.segmentation.data.dataset import batches_or_data_error
 from downstream.segmentation.data.transforms import EvalTransform
 from downstream.segmentation.metrics import ConfusionMatrix, SegmentationScores, scores_table
 from downstream.segmentation.model.inference import Inference
 from downstream.segmentation.model.losses import segmentation_loss
-from downstream.segmentation.pictures import overlay, plot_segmentations, save_mask
+from downstream.segmentation.pictures import plot_segmentations, save_prediction
 from utils.config.errors import ConfigError
 from utils.distributed.process import Process, gather_objects
 from utils.logs.logger import logger
@@ -133,7 +132,14 @@ def evaluate(run: Run, model: nn.Module, folder: Path | None = None) -> Segmenta
         predicted = inference.predict(model, inputs, labels.shape, run.precision)
         matrix.update(predicted, labels)
         if folder is not None:
-            save_prediction(run, folder, sample.number, predicted.cpu().numpy())
+            image, _ = run.data.val_images.read(sample.number)
+            save_prediction(
+                folder / run.data.val_images.names[sample.number],
+                image,
+                predicted.cpu().numpy(),
+                num_classes=len(run.data.classes),
+                first_label=int(reduces_zero_label(run.config)),
+            )
     torch.backends.cudnn.benchmark = was_tuning
     model.train(was_training)
     return matrix.compute()
@@ -144,17 +150,6 @@ def prediction_folder(run: Run, name: str) -> Path:
     folder = gather_objects(unused_name(run.folder, f"predictions_{name}_{{}}"))[0]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def save_prediction(run: Run, folder: Path, number: int, predicted: np.ndarray) -> None:
-    """Write <name>.png, the classes in the data set's own numbers, and <name>_overlay.jpg."""
-    images = run.data.val_images
-    path = folder / images.names[number]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    num_classes, first_label = len(run.data.classes), int(reduces_zero_label(run.config))
-    save_mask(path.with_name(path.name + ".png"), predicted, num_classes, first_label=first_label)
-    image, _ = images.read(number)
-    Image.fromarray(overlay(image, predicted, num_classes)).save(path.with_name(path.name + "_overlay.jpg"))
 
 
 def log_scores(scores: SegmentationScores, run: Run, name: str) -> None:

@@ -13,11 +13,11 @@ from downstream.detection.data.coco import CocoImages, bitmap
 from downstream.detection.data.transforms import (
     Sample,
     TrainTransform,
-    fitting_size,
     frame_of,
     stack_images,
 )
 from downstream.detection.model.structures import Frame, Target
+from downstream.transforms import fitting_size
 
 
 class Item(NamedTuple):

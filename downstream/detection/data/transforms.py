@@ -10,6 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from downstream.detection.model.structures import Frame, Size
+from downstream.transforms import fitting_size
 
 MULTIPLE = 32  # of the sides of padded images
 
@@ -88,12 +89,6 @@ def resized(sample: Sample, *, short: int, long: int) -> Sample:
         sample.labels,
         [cv2.resize(bitmap, size, interpolation=cv2.INTER_NEAREST) for bitmap in sample.bitmaps],
     )
-
-
-def fitting_size(size: Size, *, short: int, long: int) -> Size:
-    """The largest size of the same shape with a short side up to `short` and a long side up to `long`."""
-    scale = min(long / max(size), short / min(size))
-    return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
 
 
 def padded_size(size: Size) -> Size:

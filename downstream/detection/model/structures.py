@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Size = tuple[int, int]  # height, width
+from downstream.transforms import Size
 
 
 class Frame(NamedTuple):

@@ -1,15 +1,10 @@
 """Samples in the order in which a run takes them; every one's randomness belongs to it and not to its reader."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
-
-from downstream.segmentation.data.dataset import DataError, MaskedImages
-from downstream.segmentation.data.transforms import EvalTransform, TrainTransform
+from torch.utils.data import Sampler
 
 
 class Draw(NamedTuple):
@@ -67,54 +62,3 @@ class EndlessBatches(Sampler[list[Draw]]):
                     turn, order = needed, np.random.default_rng((self.seed, needed)).permutation(self.num_images)
                 draws.append(Draw(turn, int(order[place])))
             yield draws
-
-
-class TrainSamples(Dataset[tuple[Tensor, Tensor]]):
-    """(image (3, S, S), labels (S, S)) by Draw, augmented by (seed, turn, image) and nothing else."""
-
-    def __init__(self, images: MaskedImages, transform: TrainTransform, seed: int) -> None:
-        self.images = images
-        self.transform = transform
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor]:
-        rng = np.random.default_rng((self.seed, draw.turn, draw.image))
-        return self.transform(*self.images.read(draw.image), rng)
-
-
-class EvalSample(NamedTuple):
-    """An image as the network takes it, once for each scale of testing, and what it is compared to."""
-
-    number: int
-    inputs: list[Tensor]  # (3, h, w) each
-    labels: Tensor  # (H, W) uint8, of the image as it is on disk
-
-
-class EvalSamples(Dataset[EvalSample]):
-    """Samples of evaluation by number."""
-
-    def __init__(self, images: MaskedImages, transform: EvalTransform) -> None:
-        self.images = images
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> EvalSample:
-        image, labels = self.images.read(index)
-        return EvalSample(index, self.transform(image), torch.from_numpy(labels))
-
-
-def batches_or_data_error(loader: DataLoader) -> Iterator[Any]:
-    """The loader's batches; a file that cannot be used comes as a DataError of one line, from a worker process too.
-
-    Raises:
-        DataError: see `MaskedImages.read`.
-    """
-    try:
-        yield from loader
-    except DataError as error:  # a worker's comes with its traceback in the text
-        raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None

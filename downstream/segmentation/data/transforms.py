@@ -1,6 +1,5 @@
 """From an image (H, W, 3) and its mask (H, W), both uint8, to what the network takes, in training and in tests."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -10,17 +9,12 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from downstream.segmentation.model.losses import IGNORED
+from downstream.transforms import fitting_size
 
 CROP_TRIES = 10
 BRIGHTNESS = 32  # of 255, at most
 FACTORS = (0.5, 1.5)  # of contrast and saturation
 HUE = 18  # of OpenCV's 180, at most
-
-
-def fitting_size(height: int, width: int, scale: Sequence[int]) -> tuple[int, int]:
-    """The largest (height, width) of the image's proportions with sides of at most `scale` = (long, short)."""
-    factor = min(scale[0] / max(height, width), scale[1] / min(height, width))
-    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -59,7 +53,8 @@ class TrainTransform:
     def __call__(self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Normalized image (3, crop_size, crop_size) and labels (crop_size, crop_size), int64."""
         ratio = rng.uniform(*self.ratio)
-        size = fitting_size(mask.shape[0], mask.shape[1], [int(side * ratio) for side in self.scale])
+        long, short = (int(side * ratio) for side in self.scale)
+        size = fitting_size(mask.shape[:2], short=short, long=long)
         image, mask = resize_image(image, size), cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST)
         rows, columns = self.draw_crop(mask, rng)
         image, mask = image[rows, columns], mask[rows, columns]
@@ -124,8 +119,6 @@ class EvalTransform:
 
     def __call__(self, image: np.ndarray) -> list[Tensor]:
         """Normalized images (3, h, w), one for each factor."""
-        sizes = [
-            fitting_size(image.shape[0], image.shape[1], [int(side * factor) for side in self.scale])
-            for factor in self.factors
-        ]
+        scales = [[int(side * factor) for side in self.scale] for factor in self.factors]
+        sizes = [fitting_size(image.shape[:2], short=short, long=long) for long, short in scales]
         return [normalize(resize_image(image, size)) for size in sizes]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from downstream.segmentation import benchmark, make_shapes, predict
 from downstream.segmentation.build import build_model
-from downstream.segmentation.data.dataset import MaskedImages, read_mask
+from downstream.segmentation.data.masked_images import MaskedImages, read_mask
 from downstream.segmentation.pictures import class_colors, overlay, plot_segmentations, save_mask
 from tests.downstream.segmentation.segmentation_worker import CONFIG, small_config
 from tests.helpers import exit_code

@@ -7,7 +7,7 @@ import pytest
 from downstream.detection.data.coco import CocoImages, bitmap
 from downstream.detection.data.shapes import CATEGORIES, coverage, draw_image, outline_of, run_lengths
 from downstream.detection.make_shapes import main
-from downstream.detection.pictures import Found, annotated, found_of, save_comparison
+from downstream.detection.pictures import LabeledObjects, draw_objects, objects_of_results, save_comparison
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +79,14 @@ def test_pictures_show_what_was_found(tmp_path: Path) -> None:
     image = np.full((50, 80, 3), 100, dtype=np.uint8)
     mask = np.zeros((1, 50, 80), dtype=bool)
     mask[0, 10:30, 20:60] = True
-    found = Found(np.array([[20, 10, 60, 30]], dtype=np.float32), mask, np.array([2]), ["star $0.9"])
-    picture = annotated(image, found)
+    found = LabeledObjects(np.array([[20, 10, 60, 30]], dtype=np.float32), mask, np.array([2]), ["star $0.9"])
+    picture = draw_objects(image, found)
     assert picture.shape == (300, 480, 3)  # sixfold
     changed = (picture != 100).any(axis=2)
     assert changed[75:165, 150:330].all()
     assert not changed[225:].any()
-    nothing = found_of([], [{"id": 1, "name": "cat"}])
-    assert (annotated(image, nothing) == 100).all()
+    nothing = objects_of_results([], [{"id": 1, "name": "cat"}])
+    assert (draw_objects(image, nothing) == 100).all()
     save_comparison([(image, found, nothing)] * 4, tmp_path / "grid.png")
     assert (tmp_path / "grid.png").stat().st_size > 1000
 
@@ -99,7 +99,7 @@ def test_results_below_the_threshold_are_not_drawn() -> None:
     results = [
         {"category_id": 7, "score": score, "bbox": [10.0, 0.0, 2.0, 50.0], "segmentation": code} for score in (0.4, 0.6)
     ]
-    found = found_of(results, [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}])
+    found = objects_of_results(results, [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}])
     assert found.captions == ["dog 0.60"]
     assert found.labels.tolist() == [1]
     assert found.boxes.tolist() == [[10, 0, 12, 50]]

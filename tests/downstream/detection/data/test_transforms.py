@@ -6,7 +6,6 @@ from downstream.detection.data.dataset import Item, collate, target_of
 from downstream.detection.data.transforms import (
     Sample,
     TrainTransform,
-    fitting_size,
     flipped,
     frame_of,
     normalize,
@@ -54,20 +53,6 @@ def test_flip() -> None:
     check_together(one, 0)
     twice = flipped(one)
     assert (twice.image == sample().image).all()
-
-
-@pytest.mark.parametrize(
-    ("size", "short", "long", "expected"),
-    [
-        ((480, 640), 800, 1333, (800, 1067)),
-        ((640, 480), 800, 1333, (1067, 800)),
-        ((400, 1000), 800, 1333, (533, 1333)),  # the long side decides
-        ((427, 640), 800, 1333, (800, 1199)),
-        ((100, 100), 800, 1333, (800, 800)),
-    ],
-)
-def test_sizes(size: tuple[int, int], short: int, long: int, expected: tuple[int, int]) -> None:
-    assert fitting_size(size, short=short, long=long) == expected
 
 
 def test_resize() -> None:

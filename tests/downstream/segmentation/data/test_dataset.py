@@ -1,167 +1,74 @@
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from downstream.segmentation.data.dataset import (
-    ADE20K_CLASSES,
-    DataError,
-    MaskedImages,
-    read_classes,
-    read_image,
-    read_mask,
-)
-from tests.helpers import deep_gray
+from downstream.build import set_up_worker
+from downstream.segmentation.data.dataset import EvalImages, TrainImages, batches_or_data_error
+from downstream.segmentation.data.masked_images import DataError, MaskedImages
+from downstream.segmentation.data.samplers import Draw, EndlessBatches
+from downstream.segmentation.data.transforms import EvalTransform, TrainTransform
 
 
-def write_pair(
-    root: Path, name: str, *, split: str = "train", masks: str = "masks", size: tuple[int, int] = (6, 8)
-) -> None:
-    """A gray image and a mask whose pixel (row, column) is of class (row + column) mod 3."""
-    for kind in ("images", masks):
-        (root / kind / split).mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((*size, 3), 90, dtype=np.uint8)).save(root / "images" / split / f"{name}.jpg")
-    mask = (np.add.outer(np.arange(size[0]), np.arange(size[1])) % 3).astype(np.uint8)
-    Image.fromarray(mask).save(root / masks / split / f"{name}.png")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("masked")
+    rng = np.random.default_rng(0)
+    for kind in ("images", "masks"):
+        for split in ("train", "val"):
+            (root / kind / split).mkdir(parents=True)
     for split in ("train", "val"):
-        for name in ("b", "a"):
-            write_pair(tmp_path, name, split=split)
-    (tmp_path / "classes.txt").write_text("grass\n\nsky\nroad, path\n")
-    return tmp_path
+        for i in range(6):
+            size = rng.integers(30, 60, size=2)
+            Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(root / f"images/{split}/{i}.png")
+            Image.fromarray(rng.integers(0, 3, size, dtype=np.uint8)).save(root / f"masks/{split}/{i}.png")
+    (root / "classes.txt").write_text("a\nb\nc\n")
+    return root
 
 
-def open_folder(root: Path, **options: object) -> MaskedImages:
-    return MaskedImages(str(root), "train", **({"layout": "folder", "reduce_zero_label": False} | options))  # type: ignore[arg-type]
+def train_loader(root: Path, num_workers: int, start: int = 0) -> DataLoader[Any]:
+    images = MaskedImages(str(root), "train", layout="folder", reduce_zero_label=False)
+    batches = EndlessBatches(6, batch_size=2, batches_per_epoch=5, rank=0, num_processes=1, seed=1)
+    batches.set_epoch(1, start)
+    samples = TrainImages(images, TrainTransform((64, 32), (0.5, 2.0), 32), seed=1)
+    return DataLoader(samples, batch_sampler=batches, num_workers=num_workers, worker_init_fn=set_up_worker)
 
 
-def test_folder_layout(folder: Path) -> None:
-    images = open_folder(folder)
-    assert images.classes == ["grass", "sky", "road, path"]
-    assert images.names == ["a", "b"]
-    image, mask = images.read(0)
-    assert image.shape == (6, 8, 3)
-    assert mask.dtype == np.uint8
-    assert mask[0].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+def test_augmentation_belongs_to_the_draw(folder: Path) -> None:
+    """Not to the reader: not to workers, nor to where a run began. The same image in another turn looks different."""
+    expected = list(train_loader(folder, 0))
+    for loader, first in ((train_loader(folder, 2), 0), (train_loader(folder, 0, start=2), 2)):
+        found = list(loader)
+        assert len(found) == 5 - first
+        for (images, labels), (own_images, own_labels) in zip(found, expected[first:], strict=True):
+            assert torch.equal(images, own_images)
+            assert torch.equal(labels, own_labels)
+    samples = train_loader(folder, 0).dataset
+    assert not torch.equal(samples[Draw(0, 3)][0], samples[Draw(1, 3)][0])
 
 
-def test_sixteen_bits_keep_their_upper_eight(tmp_path: Path) -> None:
-    deep_gray().save(tmp_path / "deep.png")
-    assert read_image(tmp_path / "deep.png").mean() == pytest.approx(127.5, abs=1)
+def test_eval_samples_are_the_images_as_they_are(folder: Path) -> None:
+    images = MaskedImages(str(folder), "val", layout="folder", reduce_zero_label=False)
+    loader = DataLoader(EvalImages(images, EvalTransform((64, 32), (1.0, 2.0))), batch_size=None)
+    for number, sample in enumerate(loader):
+        assert sample.number == number
+        assert np.array_equal(sample.labels.numpy(), images.read(number)[1])
+        assert [min(x.shape[1:]) for x in sample.inputs] == [32, 64]
 
 
-def test_zero_is_no_class_where_it_is_reduced(folder: Path) -> None:
-    _, mask = open_folder(folder, reduce_zero_label=True).read(0)
-    assert mask[0].tolist() == [255, 0, 1, 255, 0, 1, 255, 0]
-
-
-def test_ade20k_layout(tmp_path: Path) -> None:
-    for split in ("training", "validation"):
-        write_pair(tmp_path, f"ADE_{split}_1", split=split, masks="annotations")
-    for split, name in (("train", "ADE_training_1"), ("val", "ADE_validation_1")):
-        images = MaskedImages(str(tmp_path), split, layout="ade20k", reduce_zero_label=True)
-        assert images.names == [name]
-        assert len(images.classes) == 150
-
-
-def test_ade20k_classes() -> None:
-    classes = read_classes(ADE20K_CLASSES)
-    assert (len(classes), classes[0], classes[12], classes[66], classes[149]) == (
-        150,
-        "wall",
-        "person",
-        "flower",
-        "flag",
-    )
-
-
-@pytest.mark.parametrize("mode", ["P", "L", "I;16", "1"])
-def test_mask_kinds(tmp_path: Path, mode: str) -> None:
-    values = np.array([[0, 1], [1, 0]], dtype=np.uint8)
-    picture = Image.fromarray(
-        values.astype(np.uint16) if mode == "I;16" else values.astype(bool) if mode == "1" else values
-    )
-    if mode == "P":
-        picture.putpalette([200, 0, 0, 0, 0, 200])
-    assert picture.mode == mode
-    picture.save(tmp_path / "m.png")
-    assert read_mask(tmp_path / "m.png", num_classes=2, reduce_zero_label=False).tolist() == values.tolist()
-
-
-def test_255_is_ignored(tmp_path: Path) -> None:
-    Image.fromarray(np.array([[0, 255]], dtype=np.uint8)).save(tmp_path / "m.png")
-    for reduce, expected in ((False, [[0, 255]]), (True, [[255, 255]])):
-        assert read_mask(tmp_path / "m.png", num_classes=3, reduce_zero_label=reduce).tolist() == expected
-
-
-def test_labels_beyond_the_classes(tmp_path: Path) -> None:
-    Image.fromarray(np.array([[0, 1, 2, 3, 7]], dtype=np.uint8)).save(tmp_path / "m.png")
-    with pytest.raises(DataError, match=r"m\.png: the mask holds 3, 7; .* must be 0 to 2, 255 for ignored"):
-        read_mask(tmp_path / "m.png", num_classes=3, reduce_zero_label=False)
-    with pytest.raises(DataError, match=r"m\.png: the mask holds 7; .* must be 1 to 3, 0 and 255 for ignored"):
-        read_mask(tmp_path / "m.png", num_classes=3, reduce_zero_label=True)
-
-
-def test_colored_mask(tmp_path: Path) -> None:
-    Image.new("RGB", (2, 2)).save(tmp_path / "m.png")
-    with pytest.raises(DataError, match=r"m\.png: a mask must hold one number a pixel .* mode is RGB"):
-        read_mask(tmp_path / "m.png", num_classes=3, reduce_zero_label=False)
-
-
-def test_mask_of_another_size(folder: Path) -> None:
-    Image.new("L", (5, 6)).save(folder / "masks/train/a.png")
-    with pytest.raises(DataError, match=r"masks/train/a\.png: the mask is 5x6 pixels, its image .*a\.jpg is 8x6"):
-        open_folder(folder).read(0)
-
-
-@pytest.mark.parametrize("kind", ["images/train/a.jpg", "masks/train/a.png"])
-def test_missing_pair(folder: Path, kind: str) -> None:
-    (folder / kind).unlink()
-    with pytest.raises(DataError, match=r"1 file\(s\) without (a mask|an image) of the same name: .*/a\.(png|jpg)"):
-        open_folder(folder)
-
-
-@pytest.mark.parametrize("kind", ["images/train/a.jpg", "masks/train/a.png"])
-def test_damaged_file(folder: Path, kind: str) -> None:
-    content = (folder / kind).read_bytes()
-    (folder / kind).write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=rf"{kind}: cannot be read as an image \(") as caught:
-        open_folder(folder).read(0)
-    assert "\n" not in str(caught.value)
-
-
-def test_two_images_of_one_name(folder: Path) -> None:
-    Image.new("RGB", (8, 6)).save(folder / "images/train/a.png")
-    with pytest.raises(DataError, match=r"a\.png: a\.jpg has the same name"):
-        open_folder(folder)
-
-
-def test_folders_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"DATA\.DATA_PATH is empty"):
-        MaskedImages("", "train", layout="folder", reduce_zero_label=False)
-    with pytest.raises(DataError, match=r"classes\.txt: cannot be read"):
-        open_folder(tmp_path)
-    (tmp_path / "classes.txt").write_text("one\ntwo\n")
-    with pytest.raises(DataError, match="images/train: no such folder"):
-        open_folder(tmp_path)
-    (tmp_path / "images/train").mkdir(parents=True)
-    with pytest.raises(DataError, match="images/train: no files that end in"):
-        open_folder(tmp_path)
-
-
-@pytest.mark.parametrize(("text", "message"), [("", "holds 0 classes"), ("a\nb\na\n", "a stands there more than once")])
-def test_class_files_that_will_not_do(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "classes.txt").write_text(text)
-    with pytest.raises(DataError, match=message):
-        read_classes(tmp_path / "classes.txt")
-
-
-def test_images_turned_by_their_exif_note(folder: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn right by 90 degrees
-    Image.fromarray(np.full((8, 6, 3), 90, dtype=np.uint8)).save(folder / "images/train/a.jpg", exif=exif)
-    assert open_folder(folder).read(0)[0].shape == (6, 8, 3)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bad_file_is_one_line_from_workers_too(tmp_path: Path, num_workers: int) -> None:
+    for kind in ("images", "masks"):
+        (tmp_path / kind / "train").mkdir(parents=True)
+    Image.new("RGB", (40, 40)).save(tmp_path / "images/train/x.png")
+    Image.new("L", (40, 40), 9).save(tmp_path / "masks/train/x.png")
+    (tmp_path / "classes.txt").write_text("a\n")
+    images = MaskedImages(str(tmp_path), "train", layout="folder", reduce_zero_label=False)
+    loader = DataLoader(EvalImages(images, EvalTransform((32, 32))), batch_size=None, num_workers=num_workers)
+    with pytest.raises(DataError, match=r"^[^\n]*x\.png: the mask holds 9; [^\n]*$"):
+        list(islice(batches_or_data_error(loader), 1))

@@ -7,25 +7,9 @@ from downstream.segmentation.data.transforms import (
     EvalTransform,
     TrainTransform,
     distort_colors,
-    fitting_size,
     normalize,
     resize_image,
 )
-
-
-@pytest.mark.parametrize(
-    ("image", "scale", "size"),
-    [
-        ((683, 512), (2048, 512), (683, 512)),
-        ((256, 341), (2048, 512), (512, 682)),
-        ((300, 2000), (2048, 512), (307, 2048)),  # the long side limits
-        ((1000, 1000), (2048, 512), (512, 512)),
-        ((512, 683), (1024, 256), (256, 342)),  # 341.5 rounds up
-        ((683, 512), (1024, 256), (342, 256)),
-    ],
-)
-def test_fitting_size_by_hand(image: tuple[int, int], scale: tuple[int, int], size: tuple[int, int]) -> None:
-    assert fitting_size(*image, scale) == size
 
 
 def test_resizing_does_not_blur() -> None:

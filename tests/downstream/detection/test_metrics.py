@@ -8,7 +8,7 @@ import pytest
 import torch
 from faster_coco_eval import mask as rle
 
-from downstream.detection.evaluation import FIGURES, CocoEvaluator, results_of, table, write_results
+from downstream.detection.metrics import METRICS, CocoEvaluator, coco_results, metrics_table, write_results
 from downstream.detection.model.structures import Detections
 
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 17, "name": "dog"}, {"id": 90, "name": "never there"}]
@@ -83,12 +83,12 @@ BY_PYCOCOTOOLS = {
 def test_all_figures_are_those_of_pycocotools(truth_and_results: tuple[Path, list[dict[str, Any]]]) -> None:
     path, results = truth_and_results
     before = deepcopy(results)
-    figures = CocoEvaluator(path).figures(results)
+    figures = CocoEvaluator(path).compute(results)
     assert results == before
     expected = {
         f"{kind}_{name}": value
         for kind, values in BY_PYCOCOTOOLS.items()
-        for name, value in zip(FIGURES, values, strict=True)
+        for name, value in zip(METRICS, values, strict=True)
     }
     assert list(figures) == list(expected)
     assert len(figures) == 24
@@ -101,13 +101,13 @@ def test_all_figures_are_those_of_pycocotools(truth_and_results: tuple[Path, lis
 def test_evaluating_twice_gives_the_same(truth_and_results: tuple[Path, list[dict[str, Any]]]) -> None:
     path, results = truth_and_results
     evaluator = CocoEvaluator(path)
-    assert evaluator.figures(results) == evaluator.figures(results)
+    assert evaluator.compute(results) == evaluator.compute(results)
 
 
 def test_figures_by_class(truth_and_results: tuple[Path, list[dict[str, Any]]]) -> None:
     """Against evaluating one category at a time; one without objects has none."""
     path, results = truth_and_results
-    figures = CocoEvaluator(path).figures(results, per_class=True)
+    figures = CocoEvaluator(path).compute(results, per_class=True)
     assert len(figures) == 24 + 6
     for category in CATEGORIES[:2]:
         content = json.loads(path.read_text())
@@ -115,7 +115,7 @@ def test_figures_by_class(truth_and_results: tuple[Path, list[dict[str, Any]]]) 
         content["categories"] = [category]
         own = path.with_name(f"{category['name']}.json")
         own.write_text(json.dumps(content))
-        alone = CocoEvaluator(own).figures([r for r in results if r["category_id"] == category["id"]])
+        alone = CocoEvaluator(own).compute([r for r in results if r["category_id"] == category["id"]])
         for kind in ("box", "mask"):
             assert figures[f"{kind}_AP/{category['name']}"] == pytest.approx(alone[f"{kind}_AP"])
     assert figures["box_AP/never there"] == -1
@@ -123,17 +123,17 @@ def test_figures_by_class(truth_and_results: tuple[Path, list[dict[str, Any]]]) 
 
 def test_no_results_and_no_truth(truth_and_results: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
     path, _ = truth_and_results
-    assert CocoEvaluator(path).figures([])["box_AP"] == 0
+    assert CocoEvaluator(path).compute([])["box_AP"] == 0
     content = json.loads(path.read_text())
     content["annotations"] = []
     (tmp_path / "empty.json").write_text(json.dumps(content))
-    assert set(CocoEvaluator(tmp_path / "empty.json").figures([]).values()) == {-1.0}
+    assert set(CocoEvaluator(tmp_path / "empty.json").compute([]).values()) == {-1.0}
 
 
 def test_detections_as_results(tmp_path: Path) -> None:
     boxes = torch.tensor([[10.0, 20.0, 38.0, 48.0], [0.0, 0.0, 28.0, 56.0]])
     found = Detections(boxes, torch.tensor([0.9, 0.2]), torch.tensor([1, 0]), torch.ones(2, 28, 28))
-    results = results_of(found, image_id=7, size=(60, 80), category_ids=[3, 17])
+    results = coco_results(found, image_id=7, size=(60, 80), category_ids=[3, 17])
     assert [r["bbox"] for r in results] == [[10, 20, 28, 28], [0, 0, 28, 56]]
     assert [r["category_id"] for r in results] == [17, 3]
     assert {r["image_id"] for r in results} == {7}
@@ -143,9 +143,9 @@ def test_detections_as_results(tmp_path: Path) -> None:
     assert mask.sum() == 28 * 28
     write_results(results, tmp_path / "results.json")
     assert json.loads((tmp_path / "results.json").read_text()) == results
-    assert results_of(Detections(*(x[:0] for x in found)), image_id=7, size=(60, 80), category_ids=[3]) == []
+    assert coco_results(Detections(*(x[:0] for x in found)), image_id=7, size=(60, 80), category_ids=[3]) == []
 
 
 def test_table_lines_up() -> None:
-    lines = table({f"{kind}_{name}": -1.0 for kind in ("box", "mask") for name in FIGURES})
+    lines = metrics_table({f"{kind}_{name}": -1.0 for kind in ("box", "mask") for name in METRICS})
     assert len({len(line) for line in lines}) == 1

@@ -14,12 +14,12 @@ from downstream.detection.model.masks import paste_masks
 from downstream.detection.model.structures import Detections, Size
 
 # COCO's twelve, in its order: mean over IoU 0.50 to 0.95, at 0.50, at 0.75, by area; recall by detections and by area.
-FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 KINDS = {"box": "bbox", "mask": "segm"}
 Result = dict[str, Any]
 
 
-def results_of(found: Detections, *, image_id: int, size: Size, category_ids: Sequence[int]) -> list[Result]:
+def coco_results(found: Detections, *, image_id: int, size: Size, category_ids: Sequence[int]) -> list[Result]:
     """Detections of an image of `size` (height, width) as COCO results, boxes x y width height, masks run lengths."""
     masks = paste_masks(found.mask_probabilities, found.boxes, *size)
     boxes = found.boxes.cpu().double()
@@ -50,11 +50,11 @@ class CocoEvaluator:
     def __init__(self, annotations: str | Path) -> None:
         self.truth = COCO(str(annotations))
 
-    def figures(self, results: Sequence[Result], *, per_class: bool = False) -> dict[str, float]:
+    def compute(self, results: Sequence[Result], *, per_class: bool = False) -> dict[str, float]:
         """box_AP, box_AP50, ..., mask_ARl, in percent; -1 where the file has nothing to judge by.
 
         Args:
-            results: as `results_of` gives them.
+            results: as `coco_results` gives them.
             per_class: also box_AP/<name>, mask_AP/<name> of each category.
         """
         scores: dict[str, float] = {}
@@ -67,12 +67,12 @@ class CocoEvaluator:
             evaluator.evaluate()
             evaluator.accumulate()
             evaluator.summarize()
-            scores |= {f"{kind}_{name}": percent(value) for name, value in zip(FIGURES, evaluator.stats, strict=False)}
+            scores |= {f"{kind}_{name}": percent(value) for name, value in zip(METRICS, evaluator.stats, strict=False)}
             if per_class:
-                scores |= self.class_figures(kind, evaluator)
+                scores |= self.class_metrics(kind, evaluator)
         return scores
 
-    def class_figures(self, kind: str, evaluator: COCOeval_faster) -> dict[str, float]:
+    def class_metrics(self, kind: str, evaluator: COCOeval_faster) -> dict[str, float]:
         """Mean AP of each category over IoU 0.50 to 0.95, all areas, 100 detections."""
         precision = evaluator.eval["precision"][:, :, :, 0, -1]  # (IoUs, recalls, categories)
         figures = {}
@@ -87,10 +87,10 @@ def percent(share: float) -> float:
     return 100 * float(share) if share >= 0 else -1.0
 
 
-def table(figures: Mapping[str, float]) -> list[str]:
+def metrics_table(figures: Mapping[str, float]) -> list[str]:
     """The 24 figures as lines of text."""
-    lines = ["      " + "".join(f"{name:>7}" for name in FIGURES)]
-    return lines + [f"{kind:<6}" + "".join(f"{figures[f'{kind}_{name}']:7.2f}" for name in FIGURES) for kind in KINDS]
+    lines = ["      " + "".join(f"{name:>7}" for name in METRICS)]
+    return lines + [f"{kind:<6}" + "".join(f"{figures[f'{kind}_{name}']:7.2f}" for name in METRICS) for kind in KINDS]
 
 
 def write_results(results: Sequence[Result], path: Path) -> None:
