@@ -134,10 +134,10 @@ def test_make_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (len(train), len(val), train.classes) == (3, 2, CLASSES)
     assert not np.array_equal(train.read(0)[0], val.read(0)[0])
     assert make_shapes.main(words) == 0
-    assert "is there already" in capsys.readouterr().out
+    assert "holds this dataset already" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         make_shapes.main([*words, "--seed", "1"])
-    assert "holds something else" in capsys.readouterr().err
+    assert "holds other files already" in capsys.readouterr().err
 
 
 def test_colors_differ() -> None:

@@ -64,7 +64,7 @@ def test_run_lengths_start_with_what_is_outside() -> None:
 def test_the_same_again_and_nothing_overwritten(shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (shapes / "train.json").read_bytes(), (shapes / "train" / "000007.jpg").read_bytes()
     assert main([str(shapes), "--train", "60", "--val", "8"]) == 0
-    assert "holds this data set already" in capsys.readouterr().out
+    assert "holds this dataset already" in capsys.readouterr().out
     other = shapes.with_name("other")
     assert main([str(other), "--train", "60", "--val", "8"]) == 0
     assert before == ((other / "train.json").read_bytes(), (other / "train" / "000007.jpg").read_bytes())
