@@ -1,7 +1,6 @@
 """What the two predict commands share: their arguments, and a weights file with its configuration and classes."""
 
 import argparse
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,14 +51,10 @@ def read_trained_model(
     weights = weights_in(content, "state_dict_ema") or weights_in(content, "model")
     if weights is None:
         raise no_weights_error(args.weights, content)
-    if args.cfg:
-        return TrainedModel(weights, load_config(args.cfg, args.opts, flags), classes_in(content))
-    if not isinstance(content.get("config"), str):
+    source = args.cfg or content.get("config")
+    if not isinstance(source, str):
         raise CheckpointError(f"{args.weights}: holds no configuration; name its YAML file with --cfg")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        path.write_text(content["config"])
-        return TrainedModel(weights, load_config(path, args.opts, flags), classes_in(content))
+    return TrainedModel(weights, load_config(source, args.opts, flags), classes_in(content))
 
 
 def prepare(

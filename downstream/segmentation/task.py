@@ -17,7 +17,6 @@ from downstream.segmentation.build import (
     build_model,
     reduces_zero_label,
 )
-from downstream.segmentation.data.dataset import batches_or_data_error
 from downstream.segmentation.data.transforms import EvalTransform
 from downstream.segmentation.metrics import ConfusionMatrix, SegmentationScores, scores_table
 from downstream.segmentation.model.inference import Inference
@@ -126,7 +125,7 @@ def evaluate(run: Run, model: nn.Module, folder: Path | None = None) -> Segmenta
     was_training, was_tuning = model.training, torch.backends.cudnn.benchmark
     model.eval()
     torch.backends.cudnn.benchmark = False  # it would try all algorithms for each size of image anew
-    for sample in batches_or_data_error(run.data.val):
+    for sample in run.data.val:
         inputs = [x.to(device, non_blocking=True) for x in sample.inputs]
         labels = sample.labels.to(device, non_blocking=True)
         predicted = inference.predict(model, inputs, labels.shape, run.precision)

@@ -1,14 +1,13 @@
 """Images with masks as the network takes them, in training and in evaluation."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from downstream.segmentation.data.masked_images import DataError, MaskedImages
+from downstream.segmentation.data.masked_images import MaskedImages
 from downstream.segmentation.data.samplers import Draw
 from downstream.segmentation.data.transforms import EvalTransform, TrainTransform
 
@@ -50,15 +49,3 @@ class EvalImages(Dataset[EvalItem]):
     def __getitem__(self, index: int) -> EvalItem:
         image, labels = self.images.read(index)
         return EvalItem(index, self.transform(image), torch.from_numpy(labels))
-
-
-def batches_or_data_error(loader: DataLoader) -> Iterator[Any]:
-    """The loader's batches; a file that cannot be used comes as a DataError of one line, from a worker process too.
-
-    Raises:
-        DataError: see `MaskedImages.read`.
-    """
-    try:
-        yield from loader
-    except DataError as error:  # a worker's comes with its traceback in the text
-        raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from data.workers import RestartingDataLoader
 from downstream.build import set_up_worker
-from downstream.segmentation.data.dataset import EvalImages, TrainImages, batches_or_data_error
+from downstream.segmentation.data.dataset import EvalImages, TrainImages
 from downstream.segmentation.data.masked_images import DataError, MaskedImages
 from downstream.segmentation.data.samplers import Draw, EndlessBatches
 from downstream.segmentation.data.transforms import EvalTransform, TrainTransform
@@ -69,6 +70,6 @@ def test_a_bad_file_is_one_line_from_workers_too(tmp_path: Path, num_workers: in
     Image.new("L", (40, 40), 9).save(tmp_path / "masks/train/x.png")
     (tmp_path / "classes.txt").write_text("a\n")
     images = MaskedImages(str(tmp_path), "train", layout="folder", reduce_zero_label=False)
-    loader = DataLoader(EvalImages(images, EvalTransform((32, 32))), batch_size=None, num_workers=num_workers)
+    loader = RestartingDataLoader(EvalImages(images, EvalTransform((32, 32))), batch_size=None, num_workers=num_workers)
     with pytest.raises(DataError, match=r"^[^\n]*x\.png: the mask holds 9; [^\n]*$"):
-        list(islice(batches_or_data_error(loader), 1))
+        list(islice(loader, 1))
