@@ -1,1 +1,1 @@
-"""MLLA in dense prediction."""
+"""Object detection and semantic segmentation with MLLA."""

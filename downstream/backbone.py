@@ -1,4 +1,4 @@
-"""Backbones of dense predictors: MLLA, or a timm model, as four maps at strides 4, 8, 16 and 32."""
+"""Backbones of dense predictors: MLLA or a timm model, with four maps at strides 4, 8, 16 and 32."""
 
 import difflib
 from typing import Any
@@ -9,15 +9,16 @@ from torch import Tensor, nn
 
 from models import MLLA
 from models.layers import pad_to_multiple
+from utils.config.errors import ConfigError
 
 STRIDES = (4, 8, 16, 32)
 
 
 class MLLABackbone(MLLA):
-    """Images (B, in_chans, H, W), any H and W, to each stage's output before downsampling, through its own LayerNorm.
+    """MLLA from images (B, in_chans, H, W) of any size to each stage's output, normalized, before downsampling.
 
-    Takes the keywords of `MLLA` but num_classes. An ImageNet checkpoint fits but for its `head` and `norm`, and for
-    `norm0`, `norm1`, ... here, which start fresh.
+    Takes the arguments of `MLLA` except num_classes. ImageNet weights fit except their `head` and `norm`; the
+    LayerNorms of the outputs, `norm0`, `norm1`, ..., are newly initialized.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -27,7 +28,7 @@ class MLLABackbone(MLLA):
         del self.norm  # the classifier's
 
     def forward(self, images: Tensor) -> list[Tensor]:  # type: ignore[override]
-        """Maps (B, embed_dim * 2^i, ceil(H / s), ceil(W / s)) with s = 4 * 2^i, i = 0, 1, ..."""
+        """Return maps (B, embed_dim * 2^i, ceil(H / s), ceil(W / s)) with s = 4 * 2^i, i = 0, 1, ..."""
         maps = []
         x = self.embed(images)
         for i, stage in enumerate(self.stages):
@@ -37,30 +38,36 @@ class MLLABackbone(MLLA):
 
 
 class TimmBackbone(nn.Module):
-    """A pyramid classifier of timm as a backbone: images (B, 3, H, W), any H and W, to four maps through LayerNorms of
-    their own, `norm0` to `norm3`, as MLLA's. The network is `body`, with timm's names, so that ImageNet weights fit.
+    """Pyramid classifier of timm, from images (B, 3, H, W) of any size to four maps.
+
+    The maps pass LayerNorms of their own, `norm0` to `norm3`, as in `MLLABackbone`. The network is `body`, with timm's
+    names, so that ImageNet weights fit.
 
     Args:
         name: timm's name of a model with maps at strides 4, 8, 16 and 32, such as swin_tiny_patch4_window7_224.
-        drop_path_rate: stochastic depth of the last block.
+        drop_path_rate: stochastic depth rate of the last block.
 
     Raises:
-        ValueError: timm has no such model, or not with such maps.
+        ConfigError: timm has no such model, or the model has no such maps.
     """
 
     def __init__(self, name: str, *, drop_path_rate: float = 0.0) -> None:
         super().__init__()
         if not timm.is_model(name):
             near = difflib.get_close_matches(name, timm.list_models(), n=1)
-            raise ValueError(f"timm:{name}: timm has no such model{f'; did you mean {near[0]}?' if near else ''}")
-        # Swin insists on one image size unless told otherwise; other models do not know the word.
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"MODEL.TYPE timm:{name}: timm has no such model{hint}", key="MODEL.TYPE")
+        # Swin takes one image size only unless told otherwise; other models lack this argument.
         options: dict[str, Any] = {"strict_img_size": False} if name.startswith("swin") else {}
         body: Any = timm.create_model(name, num_classes=0, drop_path_rate=drop_path_rate, **options)
         info = getattr(body, "feature_info", [])
         stages = getattr(info, "info", info)
         reductions = [stage["reduction"] for stage in stages]
         if not hasattr(body, "forward_intermediates") or not set(STRIDES) <= set(reductions):
-            raise ValueError(f"timm:{name}: has no maps at strides {STRIDES}; take a model such as convnext_tiny")
+            raise ConfigError(
+                f"MODEL.TYPE timm:{name}: has no maps at strides {STRIDES}; take a model such as convnext_tiny",
+                key="MODEL.TYPE",
+            )
         chosen = [reductions.index(stride) for stride in STRIDES]
         self.widths = [stages[index]["num_chs"] for index in chosen]
         self.indices = body.prune_intermediate_layers(chosen, prune_norm=True, prune_head=True)
@@ -71,9 +78,9 @@ class TimmBackbone(nn.Module):
             self.add_module(f"norm{i}", nn.LayerNorm(width))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Maps (B, widths[i], ceil(H / s), ceil(W / s)) with s = 4 * 2^i."""
+        """Return maps (B, widths[i], ceil(H / s), ceil(W / s)) with s = 4 * 2^i."""
         height, width = images.shape[2:]
-        # Models round odd sizes up or down as they please; padded, they all agree.
+        # Some models round odd sizes up, others down; with padding they all agree.
         x = pad_to_multiple(images, STRIDES[-1]).contiguous(memory_format=torch.channels_last)
         outputs = self.body.forward_intermediates(
             x, indices=self.indices, norm=False, output_fmt="NCHW", intermediates_only=True

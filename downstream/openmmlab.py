@@ -1,4 +1,4 @@
-"""MLLA as a backbone of OpenMMLab's detectors and segmenters, for those who have them; nothing else needs this file.
+"""MLLA as a backbone for OpenMMLab's detectors and segmentors; nothing else needs this file.
 
 custom_imports = dict(imports=["downstream.openmmlab"])
 backbone = dict(_delete_=True, type="MLLA", pretrained="mlla_t.pth")
@@ -15,13 +15,13 @@ from utils.checkpoint.weights import load_pretrained
 
 @MODELS.register_module(name="MLLA")
 class OpenMMLabMLLA(MLLABackbone):
-    """`MLLABackbone` with its keywords, and `pretrained`: an ImageNet classifier's file to start from."""
+    """`MLLABackbone` that can start from the weights file of an ImageNet classifier, `pretrained`."""
 
     def __init__(self, pretrained: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.pretrained = pretrained
 
     def init_weights(self) -> None:
-        """Called once by OpenMMLab's runner, before training."""
+        """Load the pretrained weights; OpenMMLab's runner calls this once before training."""
         if self.pretrained:
             load_pretrained(self, self.pretrained)

@@ -7,19 +7,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from yacs.config import CfgNode
 
 from utils.checkpoint.weights import classes_in, load_weights, no_weights_error, weights_in
 from utils.checkpoint.weights_file import CheckpointError, load_checkpoint
 from utils.config.command_line import Parser
-from utils.training.amp import Precision, make_precision
 
 
 class TrainedModel(NamedTuple):
     """Content of a weights file: weights by name (EMA's if it has them), configuration, and names of classes if any."""
 
     weights: dict[str, Tensor]
-    config: CfgNode
+    config: Any
     classes: list[str] | None
 
 
@@ -39,7 +37,7 @@ def predict_parser(description: str | None, *, images: str) -> Parser:
 
 
 def read_trained_model(
-    args: argparse.Namespace, load_config: Callable[..., CfgNode], flags: Mapping[str, Any] | None = None
+    args: argparse.Namespace, load_config: Callable[..., Any], flags: Mapping[str, Any] | None = None
 ) -> TrainedModel:
     """Read --weights, with the configuration of --cfg or else the one that the file holds.
 
@@ -57,15 +55,15 @@ def read_trained_model(
     return TrainedModel(weights, load_config(source, args.opts, flags), classes_in(content))
 
 
-def prepare(
-    model: nn.Module, trained: TrainedModel, args: argparse.Namespace
-) -> tuple[nn.Module, torch.device, Precision]:
-    """Load the weights into a model and put it on the device, in evaluation mode.
+def load_trained(model: nn.Module, weights: dict[str, Tensor], path: str) -> tuple[nn.Module, torch.device]:
+    """Load weights into a model and put it on the device, a GPU if there is one, in evaluation mode.
+
+    Args:
+        path: file of the weights, for the error.
 
     Raises:
         CheckpointError: the weights do not fit the model.
     """
-    load_weights(model, trained.weights, args.weights)
+    load_weights(model, weights, path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    return model, device, make_precision(device, amp=args.amp, dtype=trained.config.AMP_DTYPE)
+    return model.to(device, memory_format=torch.channels_last).eval(), device  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""From a configuration to the detector and its data."""
+"""Build the detector and its data from a configuration."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
+from data.errors import DataError
 from data.samplers import EvalSampler
 from downstream.build import build_backbone, make_loader
 from downstream.detection.data.coco import CocoImages
@@ -13,13 +14,15 @@ from downstream.detection.data.dataset import EvalImages, TrainImages, collate
 from downstream.detection.data.samplers import AspectBatches
 from downstream.detection.data.transforms import TrainTransform
 from downstream.detection.model.mask_rcnn import MaskRCNN
+from utils.config.errors import ConfigError
 from utils.distributed.process import Process
 
 
 @dataclass(frozen=True)
 class DetectionData:
-    """Loaders of `Batch`; train is None where only evaluation is asked. Evaluation reads one image at a time, since
-    padding for another image's sake would change what is found.
+    """Loaders of `Batch`, and the validation images; `train` is None if the run only evaluates.
+
+    Evaluation reads one image at a time: padding to the size of another image would change the detections.
     """
 
     train: DataLoader | None
@@ -40,7 +43,7 @@ class DetectionData:
 
 
 def build_detector(config: CfgNode, num_classes: int) -> MaskRCNN:
-    """The detector that MODEL.* describes, with fresh weights."""
+    """Return the detector that MODEL.* describes, newly initialized."""
     sizes = config.MODEL.DETECTOR
     return MaskRCNN(
         build_backbone(config),
@@ -54,15 +57,16 @@ def build_detector(config: CfgNode, num_classes: int) -> MaskRCNN:
 
 
 def build_data(config: CfgNode, process: Process) -> DetectionData:
-    """Open the data set and make this process's loaders.
+    """Open the dataset and make this process's loaders.
 
     Raises:
-        FileNotFoundError: annotation files, folders or images are missing.
-        ValueError: an annotation file is not right, or training and validation have different classes.
+        ConfigError: DATA.DATA_PATH is empty.
+        MissingFileError: annotation files, folders or images are missing.
+        DataError: an annotation file is not right, or training and validation have different classes.
     """
     data = config.DATA
     if not data.DATA_PATH:
-        raise FileNotFoundError("DATA.DATA_PATH is empty: name the folder of the data set with --data-path")
+        raise ConfigError("DATA.DATA_PATH is empty: name the dataset's folder with --data-path", key="DATA.DATA_PATH")
     root = Path(data.DATA_PATH)
     val_images = CocoImages(root / data.VAL_ANNOTATIONS, root / data.VAL_IMAGES, for_training=False)
     val = make_loader(
@@ -76,7 +80,7 @@ def build_data(config: CfgNode, process: Process) -> DetectionData:
     train_images = CocoImages(root / data.TRAIN_ANNOTATIONS, root / data.TRAIN_IMAGES, for_training=True)
     if train_images.classes != val_images.classes:
         different = sorted(set(train_images.classes) ^ set(val_images.classes)) or train_images.classes
-        raise ValueError(
+        raise DataError(
             f"{train_images.annotations} and {val_images.annotations} have different categories, or in another order: "
             f"{', '.join(different[:5])}; both must list the same"
         )

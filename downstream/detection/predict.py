@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
+from data.errors import as_data_error
 from downstream.detection.build import build_detector
 from downstream.detection.config import load_config
 from downstream.detection.data.coco import read_image
@@ -22,10 +23,11 @@ from downstream.detection.data.dataset import Item, collate, eval_item
 from downstream.detection.data.transforms import normalize
 from downstream.detection.metrics import Result, coco_results
 from downstream.detection.pictures import draw_objects, objects_of_results, save_image
-from downstream.trained_model import TrainedModel, predict_parser, prepare, read_trained_model
+from downstream.trained_model import TrainedModel, load_trained, predict_parser, read_trained_model
 from utils.checkpoint.weights_file import CheckpointError
 from utils.config.command_line import report_user_errors
 from utils.logs.output_dir import unused_name
+from utils.training.amp import make_precision
 
 CLASSIFIER = "roi_head.bbox_head.fc_cls.weight"
 
@@ -38,9 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with report_user_errors():
         trained = read_trained_model(args, load_config)
         num_classes = count_classes(trained, args.weights)
-        model, device, precision = prepare(build_detector(trained.config, num_classes), trained, args)
+        model, device = load_trained(build_detector(trained.config, num_classes), trained.weights, args.weights)
         images = [read_image(path) for path in args.images]
-        args.output.mkdir(parents=True, exist_ok=True)
+        with as_data_error(args.output):
+            args.output.mkdir(parents=True, exist_ok=True)
+    precision = make_precision(device, amp=args.amp, dtype=trained.config.AMP_DTYPE)
     categories, test = categories_of(trained.classes, num_classes), trained.config.TEST
     category_ids = [category["id"] for category in categories]
     listed: list[dict[str, Any]] = []

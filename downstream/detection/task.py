@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from data.samplers import SampleKey
 from downstream.detection.build import DetectionData, build_data, build_detector
-from downstream.detection.data.coco import Record, bitmap
+from downstream.detection.data.coco import Record, decode_mask
 from downstream.detection.data.dataset import Batch, collate
 from downstream.detection.data.transforms import normalize
 from downstream.detection.metrics import CocoEvaluator, Result, coco_results, metrics_table, write_results
@@ -127,6 +127,6 @@ class Detection(Task):
 
 def truth_of(record: Record, classes: Sequence[str]) -> LabeledObjects:
     """A record's objects, to draw."""
-    masks = [bitmap(item, record.height, record.width) for item in record.segmentations]
+    masks = [decode_mask(item, record.height, record.width) for item in record.segmentations]
     stacked = np.stack(masks).astype(bool) if masks else np.zeros((0, record.height, record.width), dtype=bool)
     return LabeledObjects(record.boxes, stacked, record.labels, [classes[label] for label in record.labels])

@@ -1,4 +1,4 @@
-"""From a configuration to segmentation's data and model."""
+"""Build the segmentor and its data from a configuration."""
 
 from dataclasses import dataclass
 
@@ -14,14 +14,15 @@ from downstream.segmentation.data.transforms import EvalTransform, TrainTransfor
 from downstream.segmentation.model.inference import Inference
 from downstream.segmentation.model.sync_norm import synchronize_norms
 from downstream.segmentation.model.upernet import UperNet
+from utils.config.errors import ConfigError
 from utils.distributed.process import Process
 
 
 @dataclass
 class SegmentationData:
-    """Loaders; train gives (images (B, 3, S, S), labels (B, S, S)), val one `EvalItem` at a time.
+    """Loaders, and the validation images; `train` is None if the run only evaluates.
 
-    train is None where only evaluation is asked.
+    `train` yields (images (B, 3, S, S), labels (B, S, S)), `val` one `EvalItem` at a time.
     """
 
     train: DataLoader | None
@@ -33,19 +34,23 @@ class SegmentationData:
 
 
 def build_data(config: CfgNode, process: Process) -> SegmentationData:
-    """Open the data set and make this process's loaders.
+    """Open the dataset and make this process's loaders.
 
     Raises:
+        ConfigError: DATA.DATA_PATH is empty, or MODEL.NUM_CLASSES is not the dataset's.
+        MissingFileError: a folder is missing.
         DataError: files are missing or do not fit each other.
-        ValueError: MODEL.NUM_CLASSES is not the data set's.
     """
+    if not config.DATA.DATA_PATH:
+        raise ConfigError("DATA.DATA_PATH is empty: name the dataset's folder with --data-path", key="DATA.DATA_PATH")
     val_images = open_images(config, "val")
     train_images = None if config.EVAL_MODE else open_images(config, "train")
     classes = val_images.classes
     if config.MODEL.NUM_CLASSES not in (None, len(classes)):
-        raise ValueError(
-            f"MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES}: the data set has {len(classes)} classes; "
-            f"leave the key out, or point --data-path to the data set that is meant"
+        raise ConfigError(
+            f"MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES}: the dataset has {len(classes)} classes; "
+            f"leave the key out, or name the right dataset with --data-path",
+            key="MODEL.NUM_CLASSES",
         )
     return SegmentationData(
         train=None if train_images is None else train_loader(config, train_images, process),
@@ -90,7 +95,7 @@ def train_loader(config: CfgNode, images: MaskedImages, process: Process) -> Dat
 
 
 def val_loader(config: CfgNode, images: MaskedImages, process: Process) -> DataLoader[EvalItem]:
-    """Every P-th image from the r-th on, for process r of P: each image once over all processes."""
+    """Return a loader of every P-th image from the r-th on, for process r of P: each image once over all processes."""
     factors = tuple(config.TEST.FACTORS) if config.TEST.MULTI_SCALE else (1.0,)
     dataset = EvalImages(images, EvalTransform(tuple(config.DATA.SCALE), factors))
     indices = range(process.rank, len(images), process.num_processes)
@@ -98,10 +103,13 @@ def val_loader(config: CfgNode, images: MaskedImages, process: Process) -> DataL
 
 
 def build_model(config: CfgNode, num_classes: int, process: Process | None = None) -> UperNet:
-    """The segmentor that MODEL.* describes, with fresh weights; with a process, its heads' norms fit several.
+    """Return the segmentor that MODEL.* describes, newly initialized.
+
+    Args:
+        process: synchronize the heads' batch norms over its group if MODEL.HEAD.SYNC_NORM says so; None: do not.
 
     Raises:
-        ValueError: sizes that do not fit each other, or an unknown timm model.
+        ConfigError: MODEL.TYPE names an unknown timm model.
     """
     backbone = build_backbone(config)
     head = config.MODEL.HEAD

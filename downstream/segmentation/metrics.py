@@ -1,25 +1,25 @@
-"""Scores of a segmentation from one confusion matrix: counts, exact for any number of processes and any split."""
+"""Segmentation metrics from one confusion matrix of counts: exact for any number of processes."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from data.errors import DataError
 from downstream.segmentation.model.losses import IGNORED
 from utils.distributed.process import sum_over_processes
 
 
 class SegmentationScores(NamedTuple):
-    """In percent; of a class that is neither in the labels nor predicted nothing is known (NaN), and means leave it
-    out.
+    """Metrics in percent. A class that is neither labeled nor predicted is NaN, and means skip it.
 
     Attributes:
-        mean_iou: mean over classes of `class_iou`.
-        mean_accuracy: mean over classes of `class_accuracy`.
-        pixel_accuracy: labeled pixels that are right.
-        class_iou: intersection over union, one for each class.
-        class_accuracy: pixels of a class that are right, one for each class.
-        num_pixels: labeled ones.
+        mean_iou: mean of `class_iou` over classes.
+        mean_accuracy: mean of `class_accuracy` over classes.
+        pixel_accuracy: share of labeled pixels that are right.
+        class_iou: intersection over union of each class.
+        class_accuracy: share of each class's pixels that are right.
+        num_pixels: number of labeled pixels.
     """
 
     mean_iou: float
@@ -31,29 +31,29 @@ class SegmentationScores(NamedTuple):
 
 
 class ConfusionMatrix:
-    """Counts pixels by true (row) and predicted (column) class, on the device, without waiting for it."""
+    """Counts of pixels by true (row) and predicted (column) class, on the device, without host sync."""
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self.num_classes = num_classes
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def update(self, predictions: Tensor, labels: Tensor) -> None:
-        """Add predicted and true classes of as many pixels, any integer types; pixels labeled IGNORED do not count."""
+        """Add predicted and true classes of equally many pixels, any integer types; IGNORED labels do not count."""
         counted = labels != IGNORED
         pairs = labels.long() * self.num_classes + predictions.long()
-        pairs = torch.where(counted, pairs, self.num_classes**2).flatten()  # ignored ones to a cell of their own
+        pairs = torch.where(counted, pairs, self.num_classes**2).flatten()  # ignored pixels get a cell of their own
         counts = torch.bincount(pairs, minlength=self.num_classes**2 + 1)[:-1]
         self.counts += counts.view(self.num_classes, self.num_classes)
 
     def compute(self) -> SegmentationScores:
-        """Scores over all pixels of all processes, the same on each; called by all together.
+        """Return the scores over all pixels of all processes; every process must call it, and gets the same.
 
         Raises:
-            ValueError: no pixel was labeled.
+            DataError: no pixel is labeled.
         """
         counts = sum_over_processes(self.counts.clone()).cpu().double()
         if not counts.any():
-            raise ValueError("no labeled pixel to evaluate: every mask holds only ignored pixels")
+            raise DataError("no labeled pixel to evaluate: every mask holds only ignored pixels")
         right, labeled, predicted = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
         iou = 100 * right / (labeled + predicted - right)  # 0 / 0 is NaN
         accuracy = 100 * right / labeled
@@ -68,7 +68,7 @@ class ConfusionMatrix:
 
 
 def scores_table(scores: SegmentationScores, classes: list[str]) -> str:
-    """IoU and accuracy of each class, then the means, in columns."""
+    """Return a text table: IoU and accuracy of each class, then the means."""
     width = max(12, *map(len, classes))
     lines = [f"{'class':<{width}}  {'IoU':>6}  {'acc.':>6}"]
     for name, iou, accuracy in zip(classes, scores.class_iou, scores.class_accuracy, strict=True):

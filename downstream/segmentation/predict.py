@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from data.errors import DataError
+from data.errors import DataError, as_data_error
 from downstream.segmentation.build import build_inference, build_model, reduces_zero_label
 from downstream.segmentation.config import load_config
 from downstream.segmentation.data.masked_images import (
@@ -28,11 +28,11 @@ from downstream.segmentation.data.masked_images import (
 from downstream.segmentation.data.transforms import EvalTransform
 from downstream.segmentation.model.inference import predict_tiles
 from downstream.segmentation.pictures import prediction_files, save_prediction
-from downstream.trained_model import predict_parser, prepare, read_trained_model
+from downstream.trained_model import load_trained, predict_parser, read_trained_model
 from utils.checkpoint.weights_file import CheckpointError
 from utils.config.command_line import at_least, report_user_errors
 from utils.config.errors import MissingFileError, UserError
-from utils.training.amp import Precision
+from utils.training.amp import Precision, make_precision
 
 SMALLEST_TILE = 64
 CLASSES_SHOWN = 5
@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(args)
         jobs = plan_jobs(args.images, args.output)
         segmentor = open_segmentor(args)
-        args.output.mkdir(parents=True, exist_ok=True)
+        with as_data_error(args.output):
+            args.output.mkdir(parents=True, exist_ok=True)
         first_label = int(reduces_zero_label(segmentor.config))
         for path, name in jobs.items():
             image = read_image(path)
@@ -141,7 +142,8 @@ def open_segmentor(args: argparse.Namespace) -> Segmentor:
         classes = read_classes(ADE20K_CLASSES)
     if classes is None:
         raise CheckpointError(f"{args.weights}: holds no names of classes; name a file of them with --classes")
-    model, device, precision = prepare(build_model(trained.config, len(classes)), trained, args)
+    model, device = load_trained(build_model(trained.config, len(classes)), trained.weights, args.weights)
+    precision = make_precision(device, amp=args.amp, dtype=trained.config.AMP_DTYPE)
     return Segmentor(model, trained.config, classes, device, precision)
 
 

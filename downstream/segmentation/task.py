@@ -131,9 +131,9 @@ def evaluate(run: Run, model: nn.Module, folder: Path | None = None) -> Segmenta
         predicted = inference.predict(model, inputs, labels.shape, run.precision)
         matrix.update(predicted, labels)
         if folder is not None:
-            image, _ = run.data.val_images.read(sample.number)
+            image, _ = run.data.val_images.read(sample.position)
             save_prediction(
-                folder / run.data.val_images.names[sample.number],
+                folder / run.data.val_images.names[sample.position],
                 image,
                 predicted.cpu().numpy(),
                 num_classes=len(run.data.classes),

@@ -1,4 +1,4 @@
-"""Images and objects from a COCO annotation file."""
+"""Images and objects of a COCO annotation file."""
 
 import json
 import os
@@ -11,20 +11,28 @@ import cv2
 import numpy as np
 from faster_coco_eval import mask as rle
 
-MIN_SIDE = 32  # of images that are trained on
+from data.errors import BrokenImageError, DataError, as_data_error
+from utils.config.errors import MissingFileError
+
+MIN_SIDE = 32  # pixels; smaller images are not trained on
 Segmentation = Any  # polygons, a list of lists x y x y ..., or run lengths, a dict with size and counts
+NEEDED_KEYS = {
+    "images": ("id", "file_name", "height", "width"),
+    "annotations": ("image_id", "category_id", "bbox"),
+    "categories": ("id", "name"),
+}
 
 
 class Record(NamedTuple):
-    """An image of the file, and its objects but for crowds.
+    """An image of the file and its G objects, without crowds.
 
     Attributes:
-        image_id: COCO's.
-        file_name: within the folder of images.
-        height, width: in pixels.
-        boxes: (G, 4) float32, x1 y1 x2 y2, within the image.
+        image_id: id in the annotation file.
+        file_name: path within the folder of images.
+        height, width: size in pixels.
+        boxes: (G, 4) float32, x1 y1 x2 y2 in pixels, within the image.
         labels: (G,) int64, from 0.
-        segmentations: of each object.
+        segmentations: polygons or run lengths, one for each object.
     """
 
     image_id: int
@@ -39,17 +47,17 @@ class Record(NamedTuple):
 class CocoImages:
     """Images of an annotation file, by index.
 
-    Crowds, objects without area and objects outside the image are left out; boxes are cut to the image. Class i is the
-    i-th category by id, whatever gaps the ids have.
+    Crowds, objects without area and objects outside the image are skipped; boxes are clipped to the image. Class i is
+    the i-th category by id; ids may have gaps.
 
     Args:
-        annotations: path of the file (COCO's "instances" format).
-        folder: where the images are.
-        for_training: leave out images without objects or with a side under 32 pixels.
+        annotations: path of the file, in COCO's "instances" format.
+        folder: folder of the images.
+        for_training: skip images without objects or with a side under 32 pixels.
 
     Raises:
-        FileNotFoundError: the file, the folder or images in it are missing.
-        ValueError: the file is not of that format, or contradicts itself.
+        MissingFileError: the file, the folder or images in it are missing.
+        DataError: the file is not of that format, or contradicts itself.
     """
 
     def __init__(self, annotations: str | Path, folder: str | Path, *, for_training: bool) -> None:
@@ -63,10 +71,10 @@ class CocoImages:
         if for_training:
             records = [r for r in records if len(r.boxes) and min(r.height, r.width) >= MIN_SIDE]
         if not records:
-            raise ValueError(f"{self.annotations}: no {'usable training ' if for_training else ''}images in it")
+            raise DataError(f"{self.annotations}: no {'usable training ' if for_training else ''}images in it")
         self.check_files([record.file_name for record in records])
         self.aspect_ratios = np.array([record.width / record.height for record in records])
-        # As one block of bytes: as Python objects, each worker process would come to own a copy of all of them.
+        # One block of bytes: of Python objects, each worker process would end up with a copy (reference counts).
         pickled = [pickle.dumps(record, protocol=-1) for record in records]
         self.ends = np.cumsum([len(item) for item in pickled])
         self.bytes = np.frombuffer(b"".join(pickled), dtype=np.uint8)
@@ -76,26 +84,26 @@ class CocoImages:
 
     def __getitem__(self, index: int) -> Record:
         start = self.ends[index - 1] if index else 0
-        return pickle.loads(self.bytes[start : self.ends[index]].tobytes())  # written above, by this process
+        return pickle.loads(self.bytes[start : self.ends[index]].tobytes())  # safe: __init__ pickled it
 
     def records_of(self, content: dict[str, Any]) -> list[Record]:
-        """A record for each image, in the file's order."""
+        """Return a record for each image, in the file's order."""
         labels = {category_id: label for label, category_id in enumerate(self.category_ids)}
         images = {image["id"]: image for image in content["images"]}
         objects: dict[int, list[tuple[list[float], int, Segmentation]]] = {image_id: [] for image_id in images}
         for annotation in content["annotations"]:
             image_id, category_id = annotation["image_id"], annotation["category_id"]
+            where = f"{self.annotations}: annotation {annotation.get('id')}"
             if image_id not in images or category_id not in labels:
                 field, value = ("category_id", category_id) if image_id in images else ("image_id", image_id)
-                raise ValueError(
-                    f"{self.annotations}: annotation {annotation.get('id')} has {field} {value}, not listed there"
-                )
+                raise DataError(f"{where} has {field} {value}, not listed in the file")
             if not annotation.get("segmentation"):
-                raise ValueError(
-                    f"{self.annotations}: annotation {annotation.get('id')} has no segmentation; Mask R-CNN learns and "
-                    f"is judged by masks, and needs one for each object"
-                )
-            box = clipped(annotation["bbox"], images[image_id])
+                raise DataError(f"{where} has no segmentation; Mask R-CNN needs a mask for each object")
+            try:
+                box = clipped_box(annotation["bbox"], images[image_id])
+            except (TypeError, ValueError):
+                bbox = annotation["bbox"]
+                raise DataError(f"{where} has bbox {bbox}; must be four numbers: x, y, width, height") from None
             if box is not None and not annotation.get("iscrowd"):
                 objects[image_id].append((box, labels[category_id], annotation["segmentation"]))
         return [
@@ -112,86 +120,111 @@ class CocoImages:
         ]
 
     def check_files(self, names: Sequence[str]) -> None:
-        """Find out before training, not after hours of it, that images are missing."""
+        """Check before training, not after hours of it, that no image is missing.
+
+        Raises:
+            MissingFileError: the folder or images in it are missing.
+        """
         if not self.folder.is_dir():
-            raise FileNotFoundError(f"{self.folder}: no such folder; it must hold the images of {self.annotations}")
-        present = {entry.name for entry in os.scandir(self.folder)}
+            raise MissingFileError(f"{self.folder}: no such folder; it must hold the images of {self.annotations}")
+        with as_data_error(self.folder):
+            present = {entry.name for entry in os.scandir(self.folder)}
         missing = [name for name in names if name not in present and not (self.folder / name).is_file()]
         if missing:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{self.folder}: {len(missing)} of the {len(names)} images of {self.annotations} are not there, "
-                f"such as {missing[0]}; add them, or take them out of the file"
+                f"such as {missing[0]}; add them, or remove them from the file"
             )
 
     def read_image(self, record: Record) -> np.ndarray:
-        """The image (H, W, 3), uint8, RGB.
+        """Return the image, (H, W, 3) uint8, RGB.
 
         Raises:
-            OSError: the file cannot be read as an image.
-            ValueError: its size is not the one listed.
+            BrokenImageError: the file cannot be read as an image.
+            DataError: its size is not the one listed.
         """
         path = self.folder / record.file_name
         image = read_image(path)
         if image.shape[:2] != (record.height, record.width):
-            raise ValueError(
+            raise DataError(
                 f"{path}: is {image.shape[1]}x{image.shape[0]} pixels, but {self.annotations} says "
                 f"{record.width}x{record.height}; its boxes would not fit"
             )
         return image
 
+    def read_masks(self, record: Record) -> list[np.ndarray]:
+        """Return the masks of a record's objects, (H, W) uint8 each, 0 or 1.
+
+        Raises:
+            DataError: a segmentation cannot be decoded.
+        """
+        try:
+            return [decode_mask(item, record.height, record.width) for item in record.segmentations]
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            text = " ".join(str(error).split())
+            raise DataError(
+                f"{self.annotations}: image {record.image_id} has a segmentation that cannot be decoded ({text})"
+            ) from error
+
 
 def read_image(path: str | Path) -> np.ndarray:
-    """An image file as (H, W, 3), uint8, RGB.
+    """Return an image file as (H, W, 3) uint8, RGB.
 
     Raises:
-        OSError: it is missing, or not an image.
+        MissingFileError: there is no such file.
+        BrokenImageError: it is not an image.
+        DataError: it cannot be read.
     """
-    try:
+    if not Path(path).exists():
+        raise MissingFileError(f"{path}: no such image file")
+    with as_data_error(path):
         content = np.fromfile(path, dtype=np.uint8)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such image file") from error
-    image = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
+    try:
+        image = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
+    except cv2.error:  # such as too many pixels
+        image = None
     if image is None:
-        raise OSError(f"{path}: cannot be read as an image; it is damaged, or of another format")
+        raise BrokenImageError(f"{path}: cannot be read as an image; it is damaged, or of another format")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def read_annotations(path: Path) -> dict[str, Any]:
-    """The content of an annotation file, once it is found to have COCO's three lists.
+    """Return the content of an annotation file, after a check that it has COCO's three lists.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is not of that format.
+        MissingFileError: there is no such file.
+        DataError: it cannot be read, or is not of that format.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such annotation file; see DATA.* for where it is looked for")
+        raise MissingFileError(f"{path}: no such annotation file; DATA.* says where it is expected")
     try:
-        content = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is not a JSON file ({error})") from error
-    lists = ("images", "annotations", "categories")
-    if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in lists):
-        raise ValueError(f"{path}: is not a COCO annotation file: it needs the lists {', '.join(lists)}")
-    needed = {"images": ("id", "file_name", "height", "width"), "categories": ("id", "name")}
-    needed["annotations"] = ("image_id", "category_id", "bbox")
-    for name, keys in needed.items():
+        with as_data_error(path):
+            content = json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: is not a JSON file ({error})") from error
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in NEEDED_KEYS):
+        raise DataError(f"{path}: is not a COCO annotation file: it needs the lists {', '.join(NEEDED_KEYS)}")
+    for name, keys in NEEDED_KEYS.items():
         for number, item in enumerate(content[name]):
+            if not isinstance(item, dict):
+                raise DataError(f"{path}: item {number} of {name} is not an object")
             if missing := [key for key in keys if key not in item]:
-                raise ValueError(f"{path}: item {number} of {name} has no {missing[0]}")
+                raise DataError(f"{path}: item {number} of {name} has no {missing[0]}")
     return content
 
 
-def clipped(bbox: Sequence[float], image: dict[str, Any]) -> list[float] | None:
-    """COCO's x, y, width, height as x1 y1 x2 y2 within the image; None where a side is under a pixel, or nothing of
-    it lies inside.
+def clipped_box(bbox: Sequence[float], image: dict[str, Any]) -> list[float] | None:
+    """Return COCO's x, y, width, height as x1 y1 x2 y2, clipped to the image.
+
+    None if a side is under a pixel, or the box lies outside the image.
     """
     x, y, width, height = (float(value) for value in bbox)
     x1, y1, x2, y2 = max(x, 0.0), max(y, 0.0), min(x + width, image["width"]), min(y + height, image["height"])
     return [x1, y1, x2, y2] if width >= 1 and height >= 1 and x2 > x1 and y2 > y1 else None
 
 
-def bitmap(segmentation: Segmentation, height: int, width: int) -> np.ndarray:
-    """A segmentation as (height, width) uint8, 0 or 1."""
+def decode_mask(segmentation: Segmentation, height: int, width: int) -> np.ndarray:
+    """Return a segmentation as (height, width) uint8, 0 or 1."""
     if isinstance(segmentation, list):
         polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
         if not polygons:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.samplers import SampleKey
-from downstream.detection.data.coco import CocoImages, bitmap
+from downstream.detection.data.coco import CocoImages
 from downstream.detection.data.transforms import (
     Sample,
     TrainTransform,
@@ -54,8 +54,8 @@ class TrainImages(Dataset[Item]):
 
     def __getitem__(self, key: SampleKey) -> Item:
         record = self.images[key.position]
-        bitmaps = [bitmap(item, record.height, record.width) for item in record.segmentations]
-        sample = Sample(self.images.read_image(record), record.boxes, record.labels, bitmaps)
+        image, masks = self.images.read_image(record), self.images.read_masks(record)
+        sample = Sample(image, record.boxes, record.labels, masks)
         sample = self.transform(sample, np.random.default_rng((self.seed, key.epoch, key.position)))
         frame = frame_of(sample.image.shape[:2], (record.height, record.width))
         return Item(sample.image, frame, record.image_id, target_of(sample, frame))

@@ -13,7 +13,7 @@ from downstream.segmentation.data.transforms import EvalTransform, TrainTransfor
 
 
 class TrainImages(Dataset[tuple[Tensor, Tensor]]):
-    """(image (3, S, S), labels (S, S)) by Draw, augmented by (seed, turn, image) and nothing else."""
+    """Pairs of image (3, S, S) and labels (S, S) by Draw; the augmentation follows from (seed, epoch, image) alone."""
 
     def __init__(self, images: MaskedImages, transform: TrainTransform, seed: int) -> None:
         self.images = images
@@ -24,20 +24,26 @@ class TrainImages(Dataset[tuple[Tensor, Tensor]]):
         return len(self.images)
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor]:
-        rng = np.random.default_rng((self.seed, draw.turn, draw.image))
+        rng = np.random.default_rng((self.seed, draw.epoch, draw.image))
         return self.transform(*self.images.read(draw.image), rng)
 
 
 class EvalItem(NamedTuple):
-    """An image as the network takes it, once for each scale of testing, and what it is compared to."""
+    """An image at each scale of testing, and its labels.
 
-    number: int
-    inputs: list[Tensor]  # (3, h, w) each
-    labels: Tensor  # (H, W) uint8, of the image as it is on disk
+    Attributes:
+        position: index in the dataset.
+        inputs: normalized images (3, h, w), one for each scale.
+        labels: (H, W) uint8, at the size of the image file.
+    """
+
+    position: int
+    inputs: list[Tensor]
+    labels: Tensor
 
 
 class EvalImages(Dataset[EvalItem]):
-    """Samples of evaluation by number."""
+    """Images for evaluation by index."""
 
     def __init__(self, images: MaskedImages, transform: EvalTransform) -> None:
         self.images = images

@@ -1,4 +1,4 @@
-"""Images with masks: ADE20K's folders, and a plain layout for one's own data."""
+"""Images with masks, in ADE20K's folders or in a simple layout for other data."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,25 +8,23 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.decoding import to_rgb
+from data.errors import BrokenImageError, DataError
 from downstream.segmentation.model.losses import IGNORED
+from utils.config.errors import MissingFileError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-INDEX_MODES = ("P", "L", "1", "I", "I;16")  # of mask files: one number a pixel
+INDEX_MODES = ("P", "L", "1", "I", "I;16")  # of mask files: one number per pixel
 ADE20K_CLASSES = Path(__file__).with_name("ade20k_classes.txt")
 MAX_NAMES_SHOWN = 5
 
 
-class DataError(OSError):
-    """Images or masks that are missing, cannot be read, or do not fit: one line that names the file."""
-
-
 class Layout(NamedTuple):
-    """Where a kind of data set keeps its files, below its root."""
+    """Folders and files of a kind of dataset, relative to its root."""
 
     images: str
     masks: str
-    splits: dict[str, str]  # folder of each split, within the two
-    classes: Path  # file with a class a line; relative to the root
+    splits: dict[str, str]  # folder of each split, in both
+    classes: Path  # file with one class per line
 
 
 LAYOUTS = {
@@ -38,34 +36,33 @@ LAYOUTS = {
 class MaskedImages:
     """The images of one split, with their masks.
 
-    `images/<split>/<name>.jpg` goes with `masks/<split>/<name>.png`; folders within a split are kept apart. A mask
-    is a palette, grayscale or index PNG of the image's size: its numbers are classes, in the order of the class file,
-    and 255 is ignored. With `reduce_zero_label` 0 is ignored too, and classes start at 1.
+    `images/<split>/<name>.jpg` pairs with `masks/<split>/<name>.png`; <name> may contain folders. A mask is a palette,
+    grayscale or index PNG of the image's size: its numbers are classes, in the order of the class file, and 255 is
+    ignored. With `reduce_zero_label` 0 is ignored too, and classes start at 1.
 
     Args:
-        root: the data set's folder.
+        root: the dataset's folder.
         split: "train" or "val".
         layout: "ade20k" (images/training, annotations/training, ..., the 150 classes of the scene parsing benchmark)
             or "folder" (images/train, masks/train, ..., classes.txt).
         reduce_zero_label: masks hold 0 where a pixel has no class.
 
     Raises:
-        DataError: folders, classes or images are missing, or images and masks do not pair.
+        MissingFileError: a folder is missing.
+        DataError: classes or images are missing, or images and masks do not pair.
     """
 
     def __init__(self, root: str, split: str, *, layout: str, reduce_zero_label: bool) -> None:
-        places = LAYOUTS[layout]
-        if not root:
-            raise DataError("DATA.DATA_PATH is empty: name the data set's folder with --data-path")
-        subfolder = places.splits[split]
-        self.classes = read_classes(Path(root) / places.classes)
-        images = files_by_name(Path(root) / places.images / subfolder, IMAGE_SUFFIXES)
-        masks = files_by_name(Path(root) / places.masks / subfolder, (".png",))
-        for found, others, kind in ((images, masks, "a mask"), (masks, images, "an image")):
-            if lonely := sorted(found.keys() - others.keys()):
-                shown = ", ".join(str(found[name]) for name in lonely[:MAX_NAMES_SHOWN])
-                more = ", ..." if len(lonely) > MAX_NAMES_SHOWN else ""
-                raise DataError(f"{len(lonely)} file(s) without {kind} of the same name: {shown}{more}")
+        paths = LAYOUTS[layout]
+        subfolder = paths.splits[split]
+        self.classes = read_classes(Path(root) / paths.classes)
+        images = files_by_name(Path(root) / paths.images / subfolder, IMAGE_SUFFIXES)
+        masks = files_by_name(Path(root) / paths.masks / subfolder, (".png",))
+        for files, others, kind in ((images, masks, "a mask"), (masks, images, "an image")):
+            if unpaired := sorted(files.keys() - others.keys()):
+                shown = ", ".join(str(files[name]) for name in unpaired[:MAX_NAMES_SHOWN])
+                more = ", ..." if len(unpaired) > MAX_NAMES_SHOWN else ""
+                raise DataError(f"{len(unpaired)} file(s) without {kind} of the same name: {shown}{more}")
         self.reduce_zero_label = reduce_zero_label
         self.names = sorted(images)
         self.image_paths = [images[name] for name in self.names]
@@ -75,7 +72,7 @@ class MaskedImages:
         return len(self.names)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image (H, W, 3), RGB, and mask (H, W), class indices and IGNORED, both uint8.
+        """Return image (H, W, 3), RGB, and mask (H, W), class indices and IGNORED, both uint8.
 
         Raises:
             DataError: a file cannot be read, the sizes differ, or the mask has a value that is no class.
@@ -90,74 +87,74 @@ class MaskedImages:
 
 
 def read_classes(path: Path) -> list[str]:
-    """Names of classes, one a line; empty lines do not count.
+    """Return the names of classes in a file, one per line; empty lines are skipped.
 
     Raises:
-        DataError: no such file, no names, too many for a mask's 8 bits, or a name twice.
+        DataError: the file cannot be read, holds no names, too many for a mask's 8 bits, or a name twice.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path}: cannot be read ({error}); it must hold the names of the classes, one a line"
+            f"{path}: cannot be read ({error}); it must hold the names of the classes, one per line"
         ) from None
     classes = [line.strip() for line in lines if line.strip()]
     if not 1 <= len(classes) <= IGNORED:
-        raise DataError(f"{path}: holds {len(classes)} classes; must be 1 to {IGNORED}, one a line")
+        raise DataError(f"{path}: holds {len(classes)} classes; must be 1 to {IGNORED}, one per line")
     if twice := sorted({name for name in classes if classes.count(name) > 1}):
-        raise DataError(f"{path}: {', '.join(twice[:MAX_NAMES_SHOWN])} stands there more than once")
+        raise DataError(f"{path}: {', '.join(twice[:MAX_NAMES_SHOWN])} occurs more than once")
     return classes
 
 
 def files_by_name(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """Files below a folder by their path in it without suffix.
+    """Return the files below a folder by their path in it without suffix.
 
     Raises:
-        DataError: no such folder, nothing in it, or two files of one name.
+        MissingFileError: there is no such folder.
+        DataError: the folder holds no such files, or two of one name.
     """
     if not folder.is_dir():
-        raise DataError(
-            f"{folder}: no such folder; see downstream/segmentation/README.md for what a data set must hold"
-        )
-    found: dict[str, Path] = {}
+        raise MissingFileError(f"{folder}: no such folder; downstream/segmentation/README.md shows what is needed")
+    files: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in suffixes and not path.name.startswith("."):
             name = path.relative_to(folder).with_suffix("").as_posix()
-            if name in found:
-                raise DataError(f"{path}: {found[name].name} has the same name; each image needs one of its own")
-            found[name] = path
-    if not found:
+            if name in files:
+                raise DataError(f"{path}: {files[name].name} has the same name; each image needs a name of its own")
+            files[name] = path
+    if not files:
         raise DataError(f"{folder}: no files that end in {', '.join(suffixes)}")
-    return found
+    return files
 
 
 def read_image(path: Path) -> np.ndarray:
-    """An image file as (H, W, 3) uint8, RGB, turned as its EXIF note says.
+    """Return an image file as (H, W, 3) uint8, RGB, rotated as its EXIF data say.
 
     Raises:
-        DataError: it cannot be read.
+        BrokenImageError: it cannot be read.
     """
     try:
         with Image.open(path) as file:
             return np.asarray(to_rgb(ImageOps.exif_transpose(file)))
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be read as an image ({' '.join(str(error).split())})") from None
+        raise BrokenImageError(f"{path}: cannot be read as an image ({' '.join(str(error).split())})") from None
 
 
 def read_mask(path: Path, *, num_classes: int, reduce_zero_label: bool) -> np.ndarray:
-    """A mask file as class indices, (H, W) uint8, IGNORED where there is none.
+    """Return a mask file as class indices, (H, W) uint8, IGNORED where a pixel has no class.
 
     Raises:
-        DataError: it cannot be read, has colors in place of indices, or a value that is no class.
+        BrokenImageError: it cannot be read.
+        DataError: it has colors instead of indices, or a value that is no class.
     """
     try:
         with Image.open(path) as file:
             mode, values = file.mode, np.asarray(file)
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be read as an image ({' '.join(str(error).split())})") from None
+        raise BrokenImageError(f"{path}: cannot be read as an image ({' '.join(str(error).split())})") from None
     if mode not in INDEX_MODES:
         raise DataError(
-            f"{path}: a mask must hold one number a pixel (palette, grayscale or index PNG), but its mode is {mode}"
+            f"{path}: a mask must hold one number per pixel (palette, grayscale or index PNG), but its mode is {mode}"
         )
     values = values.astype(np.int32)
     first = int(reduce_zero_label)  # the number of the first class

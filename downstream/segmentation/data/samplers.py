@@ -1,4 +1,4 @@
-"""Samples in the order in which a run takes them; every one's randomness belongs to it and not to its reader."""
+"""Order of the training images: the same for any number of processes, workers and restarts."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -8,23 +8,30 @@ from torch.utils.data import Sampler
 
 
 class Draw(NamedTuple):
-    """An image, and how often it was drawn before: its augmentation follows from both."""
+    """An image of the dataset's n-th epoch; its augmentation follows from both.
 
-    turn: int
+    Attributes:
+        epoch: number of whole passes over the dataset before; not an epoch of the trainer.
+        image: index of the image.
+    """
+
+    epoch: int
     image: int
 
 
 class EndlessBatches(Sampler[list[Draw]]):
-    """A process's share of an order without end: permutation after permutation of all images, fixed by (seed, turn).
+    """This process's batches of an endless order: one permutation of all images after another, fixed by the seed.
 
-    Process r of P takes every P-th draw from the r-th on, so that the images of one step are the same for any number
-    of processes and accumulation steps with the same global batch. Any point of the order can be the start: nothing
-    before it is computed but the permutation that it lies in.
+    Process r of P takes every P-th draw from the r-th on. So a step has the same images for any number of processes
+    and accumulation steps with the same global batch size. Iteration can start anywhere in the order at once.
 
     Args:
-        num_images: of the data set.
-        batch_size: draws in a batch.
-        batches_per_epoch: of this process; an epoch is the stretch between two evaluations.
+        num_images: images in the dataset.
+        batch_size: draws per batch.
+        batches_per_epoch: batches of this process between two evaluations.
+        rank: this process.
+        num_processes: all processes.
+        seed: seed of the permutations.
     """
 
     def __init__(
@@ -39,7 +46,7 @@ class EndlessBatches(Sampler[list[Draw]]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Choose the epoch that the next iteration gives, less its first `start_batch` batches of this process.
+        """Choose the epoch that the next iteration yields, without its first `start_batch` batches.
 
         Raises:
             ValueError: an epoch has fewer batches.
@@ -53,12 +60,12 @@ class EndlessBatches(Sampler[list[Draw]]):
 
     def __iter__(self) -> Iterator[list[Draw]]:
         first = self.epoch * self.batches_per_epoch
-        turn, order = -1, np.empty(0, dtype=np.int64)
+        current, order = -1, np.empty(0, dtype=np.int64)
         for batch in range(first + self.start_batch, first + self.batches_per_epoch):
             draws = []
             for own in range(batch * self.batch_size, (batch + 1) * self.batch_size):
-                needed, place = divmod(own * self.num_processes + self.rank, self.num_images)
-                if needed != turn:
-                    turn, order = needed, np.random.default_rng((self.seed, needed)).permutation(self.num_images)
-                draws.append(Draw(turn, int(order[place])))
+                epoch, position = divmod(own * self.num_processes + self.rank, self.num_images)
+                if epoch != current:
+                    current, order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+                draws.append(Draw(epoch, int(order[position])))
             yield draws

@@ -184,7 +184,7 @@ def test_mistakes(run: Run, shapes: Path, tmp_path: Path) -> None:
     refused("a step takes 20 images over all processes", DATA__BATCH_SIZE="20")
     refused("MODEL.RESUME is empty", "--eval")
     refused("timm has no such model; did you mean", MODEL__TYPE="timm:convnext_tny")
-    refused("AUG.CROP_SIZE [64, 32]: must have two values, the smaller one first", AUG__CROP_SIZE="[64, 32]")
+    refused("AUG.CROP_SIZE [64, 32]: must have the smaller value first", AUG__CROP_SIZE="[64, 32]")
     refused("AUG.LONG_SIDE 33: must not be below the short sides", AUG__LONG_SIDE="33")
     refused("TEST.LONG_SIDE 40: must not be below TEST.SHORT_SIDE", TEST__LONG_SIDE="40")
     torch.save({"model": {"x": torch.zeros(1)}}, tmp_path / "other.pth")

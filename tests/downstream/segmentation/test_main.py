@@ -175,8 +175,9 @@ def test_a_bad_mask_in_mid_run_is_one_line(tmp_path: Path, start: Runner) -> Non
     ("opts", "message"),
     [
         ({"DATA.DATA_PATH": "nowhere"}, "nowhere/classes.txt: cannot be read"),
+        ({"DATA.DATA_PATH": ""}, "DATA.DATA_PATH is empty"),
         ({"DATA.BATCH_SIZE": 1}, "DATA.BATCH_SIZE 1: the heads' batch norm needs two images"),
-        ({"MODEL.NUM_CLASSES": 5}, "MODEL.NUM_CLASSES 5: the data set has 6 classes"),
+        ({"MODEL.NUM_CLASSES": 5}, "MODEL.NUM_CLASSES 5: the dataset has 6 classes"),
         ({"TRAIN.EVAL_STEPS": 4}, "TRAIN.EVAL_STEPS 4: must divide TRAIN.STEPS, which is 6"),
         ({"TEST.STRIDE": 600}, "TEST.STRIDE 600: must not be above TEST.WINDOW, 512"),
         ({"DATA.SCALE": "[512, 2048]"}, "DATA.SCALE [512, 2048]: must have the long side first"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from faster_coco_eval import mask as rle
 
-from downstream.detection.data.coco import CocoImages, bitmap, clipped
+from downstream.detection.data.coco import CocoImages, clipped_box, decode_mask
 from downstream.detection.data.shapes import run_lengths
 
 SQUARE = [[2.0, 2.0, 12.0, 2.0, 12.0, 12.0, 2.0, 12.0]]
@@ -130,8 +130,8 @@ def test_segmentations_of_all_kinds() -> None:
     ends = np.flatnonzero(np.diff(flat)) + 1
     lengths = {"size": [20, 30], "counts": np.diff([0, *ends, len(flat)]).tolist()}
     for segmentation in (SQUARE, text, lengths, [*SQUARE, [3.0, 3.0, 5.0, 3.0, 5.0, 5.0]], [*SQUARE, [1.0, 1.0]]):
-        assert (bitmap(segmentation, 20, 30) == square).all(), segmentation
-    assert bitmap([[1.0, 1.0, 2.0, 2.0]], 20, 30).sum() == 0  # a line
+        assert (decode_mask(segmentation, 20, 30) == square).all(), segmentation
+    assert decode_mask([[1.0, 1.0, 2.0, 2.0]], 20, 30).sum() == 0  # a line
 
 
 def random_masks(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -184,7 +184,7 @@ def test_polygons_cover_the_pixels_that_pycocotools_gives_them(polygon: list[flo
 
 def test_clipping() -> None:
     image = {"width": 60, "height": 40}
-    assert clipped([10, 10, 5, 5], image) == [10, 10, 15, 15]
-    assert clipped([-5, -5, 100, 100], image) == [0, 0, 60, 40]
-    assert clipped([60, 10, 5, 5], image) is None
-    assert clipped([10, 10, 0.9, 5], image) is None
+    assert clipped_box([10, 10, 5, 5], image) == [10, 10, 15, 15]
+    assert clipped_box([-5, -5, 100, 100], image) == [0, 0, 60, 40]
+    assert clipped_box([60, 10, 5, 5], image) is None
+    assert clipped_box([10, 10, 0.9, 5], image) is None

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from downstream.detection.data.coco import CocoImages, bitmap
+from downstream.detection.data.coco import CocoImages, decode_mask
 from downstream.detection.data.shapes import CATEGORIES, coverage, draw_image, outline_of, run_lengths
 from downstream.detection.make_shapes import main
 from downstream.detection.pictures import LabeledObjects, draw_objects, objects_of_results, save_comparison
@@ -29,7 +29,7 @@ def test_what_is_written(shapes: Path) -> None:
     for record in (images[i] for i in range(60)):
         assert images.read_image(record).shape == (record.height, record.width, 3)
         for box, item in zip(record.boxes, record.segmentations, strict=True):
-            rows, columns = bitmap(item, record.height, record.width).nonzero()
+            rows, columns = decode_mask(item, record.height, record.width).nonzero()
             tight = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
             assert np.abs(box - tight).max() <= 1
 
@@ -58,7 +58,7 @@ def test_run_lengths_start_with_what_is_outside() -> None:
     pixels = np.array([[1, 0], [1, 1]], dtype=bool)
     assert run_lengths(pixels) == [0, 2, 1, 1]
     assert run_lengths(~pixels) == [2, 1, 1]
-    assert (bitmap({"size": [2, 2], "counts": run_lengths(pixels)}, 2, 2) == pixels).all()
+    assert (decode_mask({"size": [2, 2], "counts": run_lengths(pixels)}, 2, 2) == pixels).all()
 
 
 def test_the_same_again_and_nothing_overwritten(shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:

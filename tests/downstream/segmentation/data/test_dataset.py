@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from data.errors import DataError
 from data.workers import RestartingDataLoader
 from downstream.build import set_up_worker
 from downstream.segmentation.data.dataset import EvalImages, TrainImages
-from downstream.segmentation.data.masked_images import DataError, MaskedImages
+from downstream.segmentation.data.masked_images import MaskedImages
 from downstream.segmentation.data.samplers import Draw, EndlessBatches
 from downstream.segmentation.data.transforms import EvalTransform, TrainTransform
 
@@ -56,9 +57,9 @@ def test_augmentation_belongs_to_the_draw(folder: Path) -> None:
 def test_eval_samples_are_the_images_as_they_are(folder: Path) -> None:
     images = MaskedImages(str(folder), "val", layout="folder", reduce_zero_label=False)
     loader = DataLoader(EvalImages(images, EvalTransform((64, 32), (1.0, 2.0))), batch_size=None)
-    for number, sample in enumerate(loader):
-        assert sample.number == number
-        assert np.array_equal(sample.labels.numpy(), images.read(number)[1])
+    for index, sample in enumerate(loader):
+        assert sample.position == index
+        assert np.array_equal(sample.labels.numpy(), images.read(index)[1])
         assert [min(x.shape[1:]) for x in sample.inputs] == [32, 64]
 
 

@@ -20,11 +20,11 @@ def draws_of(batches: EndlessBatches, epochs: int, *, start: int = 0) -> list[li
 def test_permutation_follows_permutation() -> None:
     draws = [draw for batch in draws_of(make(), 5) for draw in batch]
     assert len(draws) == 60
-    turns = [draws[i : i + 10] for i in range(0, 60, 10)]
-    for turn, group in enumerate(turns):
-        assert {draw.turn for draw in group} == {turn}
+    groups = [draws[i : i + 10] for i in range(0, 60, 10)]
+    for epoch, group in enumerate(groups):
+        assert {draw.epoch for draw in group} == {epoch}
         assert sorted(draw.image for draw in group) == list(range(10))
-    assert len({tuple(draw.image for draw in group) for group in turns}) == 6
+    assert len({tuple(draw.image for draw in group) for group in groups}) == 6
     assert draws != [draw for batch in draws_of(make(seed=6), 5) for draw in batch]
 
 
