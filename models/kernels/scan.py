@@ -53,16 +53,16 @@ def use_scan_kernels(model: nn.Module, mode: str) -> None:
 
 
 def supports_scan(mode: str, v: Tensor, a: Tensor) -> bool:
-    """Return whether Triton computes the scan of v (B, heads, N, e) and a (heads, d, e), given MODEL.KERNELS.
+    """Return whether Triton computes the scan of v (B, heads, N, e) and a (heads, d, e); mode is MODEL.KERNELS.
 
     Raises:
         ValueError: `mode` is "triton" and it cannot.
     """
-    if mode == "torch" or v.device.type == "meta":
+    if mode == "torch" or v.device.type == "meta" or v.shape[0] == 0:
         return False
     reason = missing_triton(v.device.type)
     if not reason and v.dtype is torch.float64:  # 16 bits are computed in float32
-        reason = "the scan of the forget gate knows no torch.float64"
+        reason = "the kernels do not support torch.float64"
     if not reason and a.shape[1] > LARGEST_STATE:
-        reason = f"the scan of the forget gate has states of up to {LARGEST_STATE} rows, not {a.shape[1]}"
+        reason = f"states of {a.shape[1]} rows; the forget gate's kernel supports up to {LARGEST_STATE}"
     return not reason or fall_back(mode, reason)

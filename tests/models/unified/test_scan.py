@@ -158,6 +158,20 @@ def test_without_triton_auto_falls_back_and_triton_raises() -> None:
     use_scan_kernels(attention, "triton")
     with pytest.raises(ValueError, match=r"MODEL\.KERNELS triton: .* use auto or torch"):
         attention.scan(*inputs, a)
+    empty = [x[:0] for x in inputs]
+    assert attention.scan(*empty, a).shape == (0, 1, 4, 3)  # nothing to compute, for no kernel
+
+
+@pytest.mark.parametrize(("dtype", "rows", "reason"), [(torch.float64, 3, "torch.float64"), (torch.float32, 65, "65")])
+def test_triton_names_what_the_scan_does_not_support(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, reason: str
+) -> None:
+    monkeypatch.setattr("models.kernels.scan.missing_triton", lambda _device: "")
+    v, a = torch.zeros(1, 1, 4, 3, dtype=dtype), -torch.ones(1, rows, 3, dtype=dtype)
+    assert not supports_scan("auto", v, a)
+    with pytest.raises(ValueError, match=reason):
+        supports_scan("triton", v, a)
+    assert supports_scan("triton", v.float(), a[:, :3].float())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
