@@ -1,4 +1,4 @@
-"""Data sets, transforms and loaders."""
+"""Datasets, transforms and loaders."""
 
 from data.build import Data, build_data, build_targets
 

@@ -1,8 +1,8 @@
-"""timm's augmentation policies with its slowest operations done in less time, at the same draws and distribution.
+"""timm's augmentation policies with faster shears and translations, at the same random draws.
 
-Pillow's general affine transform takes 2 ms for a 224x224 image; shears and translations move whole rows or columns,
-which four multiplications per value do. Their pixels differ from Pillow's by one level of 255 at most, in a few
-hundredths of places (float32 for float64).
+Pillow's general affine transform takes 2 ms for a 224x224 image. Shears and translations move whole rows or columns,
+for which four multiplications per value are enough. A few percent of values differ from Pillow's, by one level of 255
+at most (float32 instead of float64).
 """
 
 import random
@@ -20,21 +20,19 @@ Color = tuple[int, int, int]
 Filter = Image.Resampling | Sequence[Image.Resampling]
 
 
-def faster(transforms: Sequence[Any]) -> Callable[[Tensor], Tensor]:
-    """timm's policy, a sequence of transforms of Pillow's images, as one of pixels (H, W, 3), uint8, that takes less
-    time.
-    """
+def fast_policy(transforms: Sequence[Any]) -> Callable[[Tensor], Tensor]:
+    """Return a faster transform of pixels (H, W, 3), uint8, from timm's policy, a sequence of Pillow transforms."""
     for transform in transforms:
         policies = getattr(transform, "policy", None) or [getattr(transform, "ops", [])]
         for op in (op for policy in policies for op in policy):
-            op.aug_fn = FASTER.get(op.name, op.aug_fn)
+            op.aug_fn = FAST_OPS.get(op.name, op.aug_fn)
     if len(transforms) == 1 and type(transforms[0]) is RandAugment:
         return LazyRandAugment(transforms[0])
-    return OnImages(transforms)
+    return PillowTransforms(transforms)
 
 
-class OnImages:
-    """Transforms of Pillow's images as one of pixels (H, W, 3), uint8."""
+class PillowTransforms:
+    """Sequence of Pillow transforms as one transform of pixels (H, W, 3), uint8."""
 
     def __init__(self, transforms: Sequence[Any]) -> None:
         self.transforms = transforms
@@ -49,16 +47,16 @@ class OnImages:
 
 
 class LazyRandAugment:
-    """timm's RandAugment, which says beforehand whether it will change an image: a quarter passes unchanged.
+    """timm's RandAugment without conversion of the images that it does not change, a quarter.
 
-    It draws what timm's draws, in the same order.
+    Random draws are timm's, in the same order.
     """
 
     def __init__(self, policy: RandAugment) -> None:
         self.policy = policy
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Pixels (H, W, 3), uint8, to new ones of the same shape."""
+        """Augment pixels (H, W, 3), uint8; the input is not modified."""
         ops, count, weights = self.policy.ops, self.policy.num_layers, self.policy.choice_weights
         image = None
         for index in np.random.choice(len(ops), count, replace=weights is None, p=weights):
@@ -71,7 +69,7 @@ class LazyRandAugment:
 
 
 def apply(op: AugmentOp, image: Image.Image) -> Image.Image:
-    """An operation without its own draw of whether to apply it."""
+    """Apply an operation without its own draw of whether to apply it."""
     probability, op.prob = op.prob, 1.0
     try:
         return op(image)
@@ -80,8 +78,8 @@ def apply(op: AugmentOp, image: Image.Image) -> Image.Image:
 
 
 def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Keep the highest `bits` bits of each value. timm's strongest level asks for none of them, which makes a black
-    image, as it always did; from Pillow 13 on ImageOps.posterize refuses 0.
+    """Keep the highest `bits` bits of each value. timm's strongest level keeps none, which makes a black image;
+    ImageOps.posterize rejects 0 since Pillow 13.
     """
     if bits >= 8:
         return image
@@ -101,12 +99,12 @@ def translate_x_relative(image: Image.Image, share: float, *, fillcolor: Color, 
 
 
 def on_columns(row_wise: Any, image: Image.Image, amount: float, **settings: Any) -> Image.Image:
-    """An operation on rows, done on columns."""
-    turned = row_wise(image.transpose(Image.Transpose.TRANSPOSE), amount, **settings)
-    return turned.transpose(Image.Transpose.TRANSPOSE)
+    """Apply an operation on rows to columns."""
+    transposed = row_wise(image.transpose(Image.Transpose.TRANSPOSE), amount, **settings)
+    return transposed.transpose(Image.Transpose.TRANSPOSE)
 
 
-FASTER = {
+FAST_OPS = {
     "Posterize": posterize,
     "PosterizeIncreasing": posterize,
     "PosterizeOriginal": posterize,
@@ -120,11 +118,11 @@ FASTER = {
 
 
 def shift_rows(image: Image.Image, shifts: np.ndarray, fill: Color, resample: Filter) -> Image.Image:
-    """Row y takes its values from `shifts[y]` pixels further right, with `fill` from outside: what
-    Image.transform gives for the affine map (x + shifts[y], y), to one level of 255.
+    """Shift each row to the left, as Image.transform does for the affine map (x + shifts[y], y).
 
     Args:
-        shifts: (H,), in pixels.
+        shifts: shift of each row in pixels (H,).
+        fill: color of pixels from outside the image.
         resample: bilinear or bicubic, or several to choose from at random.
     """
     kind = resample if isinstance(resample, int) else random.choice(resample)
@@ -132,20 +130,21 @@ def shift_rows(image: Image.Image, shifts: np.ndarray, fill: Color, resample: Fi
     width = pixels.shape[1]
     whole = np.floor(shifts).astype(int)
     weights = tap_weights(torch.from_numpy(shifts - whole).float(), kind)  # (taps, H)
-    before = len(weights) // 2 - 1  # taps left of the position
+    before = len(weights) // 2 - 1  # taps to the left of the position
     taps = torch.from_numpy(neighbors(pixels, whole - before, width + len(weights) - 1)).float()  # (H, W + taps - 1, 3)
     shifted = taps[:, :width] * weights[0, :, None, None]  # (H, W, 3)
     for offset, weight in enumerate(weights[1:], 1):
         shifted.addcmul_(taps[:, offset : offset + width], weight[:, None, None])
-    values = shifted.clamp_(0, 255).to(torch.uint8).numpy()  # cut off, not rounded, as Pillow does
+    values = shifted.clamp_(0, 255).to(torch.uint8).numpy()  # truncated, not rounded, as in Pillow
     positions = np.arange(width) + 0.5 + shifts[:, None]  # (H, W)
     values[(positions < 0) | (positions >= width)] = fill
     return Image.fromarray(values)
 
 
 def tap_weights(fraction: Tensor, kind: int) -> Tensor:
-    """Weights (taps, N) of the neighbors for positions `fraction` (N,) after the pixel in the middle. Pillow's cubic
-    here is the one with a = -1, and not that of its resizing, where a = -0.5.
+    """Return weights (taps, N) of the neighbors for positions `fraction` (N,) to the right of a pixel.
+
+    Pillow's cubic kernel has a = -1 in affine transforms, while its resizing has a = -0.5.
     """
     if kind == Image.Resampling.BILINEAR:
         return torch.stack((1 - fraction, fraction))
@@ -155,13 +154,13 @@ def tap_weights(fraction: Tensor, kind: int) -> Tensor:
 
 
 def neighbors(pixels: np.ndarray, starts: np.ndarray, count: int) -> np.ndarray:
-    """From row y, `count` pixels from column starts[y] on (H, count, 3); beyond the edge, that at the edge."""
+    """Return `count` pixels of each row y from column starts[y] on (H, count, 3), with edge pixels repeated."""
     height, width, _ = pixels.shape
     out = np.empty((height, count, 3), dtype=np.uint8)
-    bounds = np.flatnonzero(np.diff(starts)) + 1  # neighboring rows mostly start alike
+    bounds = np.flatnonzero(np.diff(starts)) + 1  # adjacent rows mostly have the same start
     for top, bottom in zip([0, *bounds], [*bounds, height], strict=True):
         start = starts[top]
-        left, right = np.clip([-start, width - start], 0, count)  # of what lies inside
+        left, right = np.clip([-start, width - start], 0, count)  # of the columns inside the image
         rows = pixels[top:bottom]
         out[top:bottom, :left] = rows[:, :1]
         out[top:bottom, left:right] = rows[:, start + left : start + right]

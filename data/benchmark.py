@@ -1,10 +1,10 @@
-"""How many images a second a core prepares: this pipeline beside timm's plain one on Pillow, stage by stage.
+"""Measure images per second and core of this pipeline and of timm's on Pillow (the reference), by stage.
 
 python -m data.benchmark [--workers 0 1 2] [--images 384] [--rounds 5] [--profile]
 
-The images are the photographs that scikit-learn ships, as JPEGs of 500x375 pixels and about 72 KB, as ImageNet's are.
-Rounds of the pipelines alternate, and figures are medians over rounds. Stages are in seconds of CPU time, which other
-work on the machine hardly changes; whole loaders, and reading, are in seconds of the clock.
+The images are scikit-learn's photographs, as JPEGs of 500x375 pixels and about 72 kB, which is typical of ImageNet.
+Rounds of the pipelines alternate; results are medians over rounds. Stages are measured in CPU time, which depends
+little on other work on the machine; whole loaders and reading in wall-clock time.
 """
 
 import cProfile
@@ -45,30 +45,32 @@ BATCH = 32
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--workers", type=at_least(0), nargs="+", default=[0, 1, 2], help="loader processes to try")
-    parser.add_argument("--images", type=at_least(1), default=384, help="images a round")
+    parser.add_argument("--workers", type=at_least(0), nargs="+", default=[0, 1, 2], help="numbers of loader workers")
+    parser.add_argument("--images", type=at_least(1), default=384, help="images per round")
     parser.add_argument("--rounds", type=at_least(1), default=5)
-    parser.add_argument("--profile", action="store_true", help="print the functions that take most of a core's time")
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)  # one core, as a loader's worker has
+    parser.add_argument("--profile", action="store_true", help="print the functions that take most CPU time")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # as in a loader worker
     with tempfile.TemporaryDirectory() as folder:
-        mean_bytes = save_photographs(Path(folder), arguments.images)
-        print(f"{arguments.images} JPEGs, {SIZE[0]}x{SIZE[1]}, {mean_bytes / 1000:.0f} kB on average, to 224x224\n")
+        mean_bytes = save_photographs(Path(folder), args.images)
+        print(f"{args.images} JPEGs, {SIZE[0]}x{SIZE[1]}, {mean_bytes / 1000:.0f} kB on average, to 224x224\n")
         config = load_config("cfgs/mlla_t.yaml", ["DATA.DATA_PATH", folder, "DATA.NUM_WORKERS", "0"])
         titled = {"training": training_pipelines(config), "evaluation": evaluation_pipelines(config)}
         for title, pipelines in titled.items():
-            print(stage_table(title, pipelines, images=arguments.images, rounds=arguments.rounds))
+            print(stage_table(title, pipelines, images=args.images, rounds=args.rounds))
         for title, pipelines in titled.items():
-            print(worker_table(title, pipelines, workers=arguments.workers, rounds=arguments.rounds))
-        print(reading_table(Path(folder), arguments.images, arguments.rounds))
-        if arguments.profile:
-            print(flat_profile(titled["training"]["this"], arguments.images))
+            print(worker_table(title, pipelines, workers=args.workers, rounds=args.rounds))
+        print(reading_table(Path(folder), args.images, args.rounds))
+        if args.profile:
+            print(flat_profile(titled["training"]["this"], args.images))
     return 0
 
 
 def save_photographs(root: Path, count: int) -> float:
-    """Save `count` training and as many validation images, from crops and mirror images of the
-    photographs; returns their mean size in bytes.
+    """Save `count` training and `count` validation images, made of crops of the photographs and their mirror images.
+
+    Returns:
+        The mean size of a file in bytes.
     """
     files = []
     for pixels in load_sample_images().images:
@@ -88,7 +90,7 @@ def save_photographs(root: Path, count: int) -> float:
 
 
 def jpeg_near(size: int, image: Image.Image) -> bytes:
-    """The image as a JPEG, of the quality whose size is nearest to `size`."""
+    """Encode a JPEG with the quality whose size in bytes is nearest to `size`."""
     candidates = []
     for quality in range(75, 99):
         buffer = io.BytesIO()
@@ -98,14 +100,14 @@ def jpeg_near(size: int, image: Image.Image) -> bytes:
 
 
 class Pipeline:
-    """From an index to a sample, by named stages, and the data set that does the same in a loader's workers."""
+    """Named stages from an index to a sample, and a loader that does the same in workers."""
 
     def __init__(self, stages: Sequence[tuple[str, Callable[[Any], Any]]], loader: DataLoader[Any]) -> None:
         self.stages = stages
         self.loader = loader
 
     def seconds(self, count: int) -> dict[str, float]:
-        """Seconds of CPU time an image of each stage, in this process, with a batch made of each BATCH samples."""
+        """Measure the CPU seconds per image of each stage in this process, and of collating BATCH samples."""
         totals = dict.fromkeys([*(name for name, _ in self.stages), "collate"], 0.0)
         samples = []
         for index in range(count):
@@ -123,7 +125,7 @@ class Pipeline:
         return {name: total / count for name, total in totals.items()}
 
     def images_per_second(self, workers: int) -> float:
-        """Of the loader with so many processes, from its second batch on: the first waits until they have started."""
+        """Measure the loader with a number of workers, from the second batch on: the first waits for their start."""
         loader = DataLoader(
             self.loader.dataset,
             BATCH,
@@ -139,8 +141,8 @@ class Pipeline:
         return count * BATCH / (time.perf_counter() - start)
 
 
-class PlainDataset(Dataset[Any]):
-    """What the official code does: an image that Pillow opens, timm's transforms, floats."""
+class ReferenceDataset(Dataset[Any]):
+    """Dataset of the official code: Pillow and timm's transforms to floats."""
 
     def __init__(self, source: ImageFolder, transform: Any) -> None:
         self.source = source
@@ -157,20 +159,20 @@ def open_by_pillow(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
-def plain_pipeline(source: ImageFolder, names: Sequence[str], **settings: Any) -> Pipeline:
+def reference_pipeline(source: ImageFolder, names: Sequence[str], **settings: Any) -> Pipeline:
     transform = create_transform(224, interpolation="bicubic", **settings)
     for op in getattr(transform.transforms[2], "ops", []):
         if op.name.startswith("Posterize"):
-            op.aug_fn = posterize  # timm's fails with new versions of Pillow
+            op.aug_fn = posterize  # timm's fails with Pillow 13
     stages = [("read", source.read), ("decode", open_by_pillow), *zip(names, transform.transforms, strict=True)]
-    return Pipeline(stages, DataLoader(PlainDataset(source, transform)))
+    return Pipeline(stages, DataLoader(ReferenceDataset(source, transform)))
 
 
 def training_pipelines(config: CfgNode) -> dict[str, Pipeline]:
     source = ImageFolder(config.DATA.DATA_PATH, "train")
     names = ("crop and resize", "flip", "augment", "to float", "normalize", "erase")
     settings = {"auto_augment": config.AUG.AUTO_AUGMENT, "re_prob": config.AUG.REPROB, "re_mode": config.AUG.REMODE}
-    plain = plain_pipeline(source, names, is_training=True, **settings)
+    reference = reference_pipeline(source, names, is_training=True, **settings)
     loader = train_loader(config, source, 0, 1, torch.device("cpu")).loader
     transform: Any = loader.dataset.transform  # type: ignore[attr-defined]
 
@@ -189,13 +191,13 @@ def training_pipelines(config: CfgNode) -> dict[str, Pipeline]:
         ("crop and resize", transform.resized_crop),
     ]
     stages += [("flip", transform.flip), ("augment", transform.policy), ("erase", draw_erasures)]
-    return {"plain": plain, "this": Pipeline(stages, loader)}
+    return {"reference": reference, "this": Pipeline(stages, loader)}
 
 
 def evaluation_pipelines(config: CfgNode) -> dict[str, Pipeline]:
     source = ImageFolder(config.DATA.DATA_PATH, "val")
     names = ("crop and resize", "cut", "to float", "normalize")
-    pipelines = {"plain": plain_pipeline(source, names, is_training=False, crop_pct=CROP_FRACTION)}
+    pipelines = {"reference": reference_pipeline(source, names, is_training=False, crop_pct=CROP_FRACTION)}
     for name, decode in (("exact", decode_pillow), ("fast", decode_fast)):
         changed = config.clone()
         changed.defrost()
@@ -208,7 +210,7 @@ def evaluation_pipelines(config: CfgNode) -> dict[str, Pipeline]:
 
 
 def stage_table(title: str, pipelines: Mapping[str, Pipeline], *, images: int, rounds: int) -> str:
-    """Milliseconds an image by stage, on one core, and images a second."""
+    """Return a table of milliseconds per image by stage, and of images per second, on one core."""
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in pipelines}
     for _ in tqdm(range(rounds), f"{title}, stages", leave=False, disable=None):
         for name, pipeline in pipelines.items():
@@ -222,12 +224,12 @@ def stage_table(title: str, pipelines: Mapping[str, Pipeline], *, images: int, r
     totals = {name: sum(of.values()) for name, of in medians.items()}
     rows.append(["total", *(f"{total:.3f}" for total in totals.values())])
     rows.append(["images/s/core", *(f"{1000 / total:.0f}" for total in totals.values())])
-    rows.append(["ratio", *(f"{totals['plain'] / total:.2f}" for total in totals.values())])
-    return table([f"{title}, ms an image", *pipelines], rows)
+    rows.append(["ratio", *(f"{totals['reference'] / total:.2f}" for total in totals.values())])
+    return table([f"{title}, ms per image", *pipelines], rows)
 
 
 def worker_table(title: str, pipelines: Mapping[str, Pipeline], *, workers: Sequence[int], rounds: int) -> str:
-    """Images a second of whole loaders, by number of workers; none is the training process itself."""
+    """Return a table of images per second of whole loaders by number of workers; 0 loads in the training process."""
     rates: dict[tuple[int, str], list[float]] = {(count, name): [] for count in workers for name in pipelines}
     for _ in tqdm(range(rounds), f"{title}, loaders", leave=False, disable=None):
         for count, name in rates:
@@ -236,12 +238,12 @@ def worker_table(title: str, pipelines: Mapping[str, Pipeline], *, workers: Sequ
     rows = []
     for count in workers:
         of = {name: medians[count, name] for name in pipelines}
-        rows.append([str(count), *(f"{rate:.0f} ({rate / of['plain']:.2f})" for rate in of.values())])
+        rows.append([str(count), *(f"{rate:.0f} ({rate / of['reference']:.2f})" for rate in of.values())])
     return table([f"{title}, images/s by workers", *pipelines], rows)
 
 
 def reading_table(root: Path, images: int, rounds: int) -> str:
-    """Milliseconds to read an encoded image, in a random order, with the page cache dropped and warm."""
+    """Return a table of milliseconds to read an encoded image in random order, with a dropped and a warm page cache."""
     folder = ImageFolder(str(root), "train")
     with zipfile.ZipFile(root / "train.zip", "w") as archive:
         for index in range(images):
@@ -267,7 +269,7 @@ def reading_table(root: Path, images: int, rounds: int) -> str:
                 runs[state].append((time.perf_counter() - start) / images)
         cold, warm = (f"{1000 * statistics.median(values):.3f}" for values in runs.values())
         rows.append([name, cold if files else "", warm])
-    return table(["reading, ms an image", "cold page cache", "warm"], rows)
+    return table(["reading, ms per image", "cold page cache", "warm"], rows)
 
 
 def drop_from_page_cache(files: Sequence[Path]) -> None:
@@ -278,7 +280,7 @@ def drop_from_page_cache(files: Sequence[Path]) -> None:
 
 
 def flat_profile(pipeline: Pipeline, images: int) -> str:
-    """The functions in which one core spends its time, themselves and not what they call."""
+    """Return the functions that take most CPU time, without what they call."""
     profiler = cProfile.Profile()
     profiler.runcall(pipeline.seconds, images)
     text = io.StringIO()
@@ -287,7 +289,7 @@ def flat_profile(pipeline: Pipeline, images: int) -> str:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, with its columns aligned."""
+    """Return a Markdown table with aligned columns."""
     widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
     lines = [heads, ["-" * width for width in widths], *rows]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in lines]

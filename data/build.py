@@ -1,4 +1,4 @@
-"""From a configuration to loaders, class names and training targets."""
+"""Build loaders, class names and training targets from a configuration."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ TargetMaker = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Data:
-    """Loaders of (normalized images (B, 3, H, W), labels (B,)) on the device; train is None where only evaluation is
-    asked.
+    """Loaders of (normalized images (B, 3, H, W), labels (B,)) on the device, and class names; `train` is None in
+    evaluation mode.
     """
 
     train: DeviceLoader | None
@@ -45,14 +45,14 @@ class Data:
         return self.val.num_images
 
     def preview(self, count: int) -> tuple[Tensor, list[int]]:
-        """Up to `count` evenly spaced validation images (N, 3, H, W), normalized, on the CPU, and their labels."""
+        """Return up to `count` evenly spaced validation images (N, 3, H, W), normalized, on the CPU, and labels."""
         indices = np.linspace(0, self.num_val_images - 1, min(count, self.num_val_images)).astype(int)
         batch = self.val.dataset.__getitems__([SampleKey(0, int(index)) for index in indices])
         return Normalizer()(batch.images.permute(0, 3, 1, 2)), batch.labels.tolist()
 
 
 def build_data(config: CfgNode, *, rank: int = 0, num_processes: int = 1, device: torch.device | str = "cpu") -> Data:
-    """Open the data set, check it against MODEL.NUM_CLASSES, and make this process's loaders.
+    """Open the dataset, check it against MODEL.NUM_CLASSES, and build this process's loaders.
 
     Raises:
         MissingFileError: folders, archives or images are missing.
@@ -71,12 +71,12 @@ def build_data(config: CfgNode, *, rank: int = 0, num_processes: int = 1, device
     if train_source is not None and len(unseen := np.setdiff1d(val_source.labels, train_source.labels)):
         raise DataError(
             f"DATA.DATA_PATH {config.DATA.DATA_PATH!r}: the validation split has images of {len(unseen)} classes that "
-            f"the training split has none of, such as {classes[unseen[0]]}"
+            f"the training split has none of, such as {classes[unseen[0]]}; add some, or remove those classes"
         )
     if config.MODEL.NUM_CLASSES not in (None, len(classes)):
         raise DataError(
-            f"MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES}: the data set has {len(classes)} classes; "
-            f"leave the key out, or point --data-path to the data set that is meant"
+            f"MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES}: the dataset has {len(classes)} classes; "
+            "leave the key out, or name the right dataset with --data-path"
         )
     archives: list[ZipFolder] = [source for source in (train_source, val_source) if isinstance(source, ZipFolder)]
     if archives and config.DATA.CACHE_MODE != "no":
@@ -89,6 +89,7 @@ def build_data(config: CfgNode, *, rank: int = 0, num_processes: int = 1, device
 
 
 def open_split(config: CfgNode, split: str) -> ImageSource:
+    """Open the source that DATA.DATASET names."""
     data = config.DATA
     if data.DATASET == "digits":
         return Digits(split, data.IMG_SIZE, data.CLASSES)
@@ -153,20 +154,20 @@ def make_loader(
         pin_memory=config.DATA.PIN_MEMORY and device.type == "cuda",
         drop_last=drop_last,
         persistent_workers=config.DATA.NUM_WORKERS > 0,
-        generator=torch.Generator(),  # else each start of an epoch draws from the one that dropout draws from
+        generator=torch.Generator(),  # else each epoch's start draws from the generator of dropout
     )
     return DeviceLoader(
         loader,
         device,
         erase_mode=config.AUG.REMODE,
-        skips_broken=config.DATA.ON_ERROR == "skip",
+        skip_broken=config.DATA.ON_ERROR == "skip",
         max_broken=config.DATA.MAX_BAD,
     )
 
 
 def build_targets(config: CfgNode, num_classes: int) -> TargetMaker:
-    """What turns (images, labels (B,)) into (images, soft targets (B, num_classes)): mixup and cutmix where on,
-    label smoothing always.
+    """Return a function from (images, labels (B,)) to (images, soft targets (B, num_classes)) that applies mixup and
+    cutmix, if enabled, and label smoothing.
     """
     aug, smoothing = config.AUG, config.MODEL.LABEL_SMOOTHING
     if aug.MIXUP or aug.CUTMIX or aug.CUTMIX_MINMAX:

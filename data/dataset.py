@@ -1,4 +1,4 @@
-"""Batches of transformed images by sample key: what a loader's worker does."""
+"""Dataset of transformed images, which loader workers read in batches by sample key."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ from data.transforms import Transform
 
 
 class ImageSource(Protocol):
-    """Labeled images by index, encoded or as RGB images, with the names of the classes."""
+    """Labeled images by index, encoded or as RGB images, and the class names."""
 
     classes: list[str]
 
@@ -28,10 +28,14 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """Where the image is, for messages."""
+        """Return where the image is, for messages."""
 
     def read(self, index: int) -> bytes | Image.Image:
-        """Raises BrokenImageError where it cannot be read."""
+        """Read an image.
+
+        Raises:
+            BrokenImageError: it cannot be read.
+        """
 
 
 class Failure(NamedTuple):
@@ -42,27 +46,25 @@ class Failure(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a worker hands over."""
+    """A batch as a worker returns it."""
 
     images: Tensor  # (B, H, W, 3) uint8
     labels: Tensor  # (B,) int64
-    erasures: Tensor  # (E, 6) int64: image, top, left, height, width and seed of each part to erase
+    erasures: Tensor  # (E, 6) int64: image, top, left, height, width and seed of each box to erase
     failures: list[Failure]
 
 
 class ImageDataset(Dataset[Batch]):
-    """Batches by lists of keys. All draws of a sample come from (seed, epoch, position) and from nothing else.
-
-    An image that cannot be used is named in the batch, which is then one short.
+    """Batches by lists of sample keys. All random draws of a sample depend on (seed, epoch, position) only.
 
     Args:
-        source: encoded images.
-        transform: makes (H, W, 3) pixels of a decoded image, and says what to erase later.
-        seed: of all draws.
-        is_exact: decode with Pillow rather than by the faster way; the transform gets an image, else a tensor.
-        replacements: the order of an epoch, from which the next good image takes the place of one that cannot be used
-            (the draws stay those of the place). None: nothing takes its place.
-        max_failures: images in a row to try before giving up.
+        source: images and labels.
+        transform: makes pixels (H, W, 3) and boxes to erase from a decoded image.
+        seed: seed of all random draws.
+        is_exact: decode with Pillow and give the transform an image; else decode faster and give it a tensor.
+        replacements: function that returns the order of an epoch, in which the next good image replaces a broken one; the random
+            draws stay those of the sample. None: the batch gets smaller. The batch lists the failures.
+        max_failures: replacements to try in a row.
     """
 
     def __init__(
@@ -97,26 +99,30 @@ class ImageDataset(Dataset[Batch]):
                 except BrokenImageError as error:
                     failures.append(Failure(self.source.name(index), str(error)))
                     continue
-                with random_state_of(self.seed, key.epoch, key.position):
-                    transformed, erased = self.transform(image)
-                erasures += [(len(pixels), *part) for part in erased]
+                with seeded(self.seed, key.epoch, key.position):
+                    transformed, boxes = self.transform(image)
+                erasures += [(len(pixels), *box) for box in boxes]
                 pixels.append(transformed)
                 labels.append(int(self.source.labels[index]))
                 break
         images = default_collate(pixels) if pixels else torch.empty(0, 1, 1, 3, dtype=torch.uint8)  # (B, H, W, 3)
-        parts = torch.tensor(erasures, dtype=torch.int64).reshape(-1, 6)
-        return Batch(images, torch.tensor(labels, dtype=torch.int64), parts, failures)
+        return Batch(
+            images,
+            torch.tensor(labels, dtype=torch.int64),
+            torch.tensor(erasures, dtype=torch.int64).reshape(-1, 6),
+            failures,
+        )
 
     def candidates(self, key: SampleKey) -> Iterator[int]:
-        """The image of a key, then those that may take its place."""
+        """Yield the image of a key, then its possible replacements."""
         yield key.position
         if self.replacements is not None:
             order = self.replacements(key.epoch)
             for step in range(1, min(len(order), self.max_failures + 1)):
-                yield int(order[(key.place + step) % len(order)])
+                yield int(order[(key.slot + step) % len(order)])
 
     def decode(self, index: int) -> Image.Image | Tensor:
-        """A decoded image as the transform takes it."""
+        """Return a decoded image in the form that the transform takes."""
         content = self.source.read(index)
         if isinstance(content, bytes):
             return decode_pillow(content) if self.is_exact else decode_fast(content)
@@ -124,14 +130,14 @@ class ImageDataset(Dataset[Batch]):
 
 
 def keep_batch(batch: Any) -> Any:
-    """The collate function of a loader whose data set makes batches itself."""
+    """Return the batch: the collate function for datasets that make batches themselves."""
     return batch
 
 
 @contextmanager
-def random_state_of(*entropy: int) -> Iterator[None]:
-    """Within: random, numpy and torch's CPU generator seeded from `entropy`. Afterwards: as they were, but in workers,
-    where nothing else draws.
+def seeded(*entropy: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's CPU generators from `entropy`, and restore them afterwards (not in workers,
+    where nothing else draws).
     """
     is_worker = get_worker_info() is not None
     states = None if is_worker else (random.getstate(), np.random.get_state(), torch.get_rng_state())
@@ -146,6 +152,7 @@ def random_state_of(*entropy: int) -> Iterator[None]:
 
 
 def seed_generators(*entropy: int) -> None:
+    """Seed Python's, NumPy's and torch's CPU generators."""
     seeds = np.random.SeedSequence(entropy).generate_state(3)
     random.seed(int(seeds[0]))
     np.random.seed(seeds[1])

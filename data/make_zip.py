@@ -2,8 +2,8 @@
 
 python -m data.make_zip IMAGENET_DIR OUT_DIR
 
-Images are stored as they are, not deflated. The same command again goes on where it was stopped. What was written is
-read back and compared before an archive gets its name.
+Images are stored uncompressed. After an interruption, the same command resumes. An archive gets its final name once all
+its images were read back and compared.
 """
 
 import sys
@@ -15,9 +15,11 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
+from data.errors import BrokenImageError, DataError, as_data_error
 from data.sources.image_folder import ImageFolder
 from data.sources.zip_folder import LOCAL_HEADER_BYTES, ZipFolder, find_members
 from utils.config.command_line import Parser, report_user_errors
+from utils.logs.atomic_write import write_atomic
 
 SIGNATURE = b"PK\x03\x04"
 
@@ -25,63 +27,69 @@ SIGNATURE = b"PK\x03\x04"
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("imagenet_dir", help="folder with train/ and val/, a folder per class in each")
-    parser.add_argument("out_dir", type=Path, help="where the four files go")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("out_dir", type=Path, help="folder for the four files")
+    args = parser.parse_args(argv)
     try:
         with report_user_errors():
-            folders = {split: ImageFolder(arguments.imagenet_dir, split) for split in ("train", "val")}
+            folders = {split: ImageFolder(args.imagenet_dir, split) for split in ("train", "val")}
             if folders["train"].classes != folders["val"].classes:
                 different = sorted(set(folders["train"].classes) ^ set(folders["val"].classes))
-                raise ValueError(f"{arguments.imagenet_dir}: train/ and val/ differ in classes, such as {different[0]}")
-            arguments.out_dir.mkdir(parents=True, exist_ok=True)
-            for split, folder in folders.items():
-                make_zip(folder, split, arguments.out_dir)
+                raise DataError(f"{args.imagenet_dir}: train/ and val/ differ in classes, such as {different[0]}")
+            with as_data_error(args.out_dir):
+                args.out_dir.mkdir(parents=True, exist_ok=True)
+                for split, folder in folders.items():
+                    make_zip(folder, split, args.out_dir)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("interrupted; run the same command again to resume", file=sys.stderr)
         return 130
     return 0
 
 
 def make_zip(folder: ImageFolder, split: str, out: Path) -> None:
-    """Make <split>.zip and <split>_map.txt in `out`.
+    """Write <split>.zip and <split>_map.txt to `out`.
 
     Raises:
-        ValueError: an archive with other content is there, or what was written cannot be read back.
-        OSError: an image cannot be read, or the disk is full.
+        DataError: an image cannot be read, a file with other content exists, or the archive differs when read back.
+        OSError: the disk is full.
     """
     paths = [folder.paths[index] for index in range(len(folder))]
     archive = out / f"{split}.zip"
     partial = out / f"{split}.zip.partial"
-    listing = "".join(f"{path}\t{label}\n" for path, label in zip(paths, folder.labels, strict=True))
-    if not archive.exists():
+    lines = "".join(f"{path}\t{label}\n" for path, label in zip(paths, folder.labels, strict=True))
+    if archive.exists():
+        if not holds_images(archive, folder, paths):
+            raise DataError(f"{archive} exists with other images than {folder.folder}; move it or name another folder")
+        write_map(out / f"{split}_map.txt", lines)
+    else:
         pack(folder, paths, partial)
-        write_atomic(out / f"{split}_map.txt", listing)
+        write_map(out / f"{split}_map.txt", lines)
         compare(folder, partial, paths, split)
         partial.rename(archive)
-    elif not is_same(folder, archive, paths):
-        raise ValueError(
-            f"{archive} is there, with other images than {folder.folder}; move it away or name another folder"
-        )
-    else:
-        write_atomic(out / f"{split}_map.txt", listing)
     print(f"{archive}: {len(paths)} images, {archive.stat().st_size / 2**30:.2f} GiB")
 
 
 def pack(folder: ImageFolder, paths: list[str], partial: Path) -> None:
-    """Write the archive, after those images that an earlier, interrupted call wrote whole."""
+    """Write the archive, keeping the images that an interrupted call has completed."""
     with partial.open("r+b" if partial.exists() else "w+b") as file:
-        done = whole_members(file, paths)
+        done = complete_members(file, paths)
         file.truncate(done[-1].header_offset + member_bytes(done[-1]) if done else 0)
         with zipfile.ZipFile(file, "a", zipfile.ZIP_STORED) as archive:
             archive.filelist.extend(done)
             archive.NameToInfo.update({info.filename: info for info in done})
             rest = range(len(done), len(paths))
             for index in tqdm(rest, f"writing {partial.stem}", len(paths), initial=len(done), unit=" images"):
-                archive.writestr(member(paths[index]), folder.read(index))
+                archive.writestr(member(paths[index]), read_image(folder, index))
 
 
-def whole_members(file: BinaryIO, paths: list[str]) -> list[zipfile.ZipInfo]:
-    """The members at the start of an unfinished archive, as far as they are the wanted ones and undamaged."""
+def read_image(source: ImageFolder | ZipFolder, index: int) -> bytes:
+    try:
+        return source.read(index)
+    except BrokenImageError as error:
+        raise DataError(f"{source.name(index)}: {error}") from error
+
+
+def complete_members(file: BinaryIO, paths: list[str]) -> list[zipfile.ZipInfo]:
+    """Return the leading members of an unfinished archive that are undamaged and those of `paths`, in order."""
     done: list[zipfile.ZipInfo] = []
     file.seek(0)
     for path in paths:
@@ -97,15 +105,15 @@ def whole_members(file: BinaryIO, paths: list[str]) -> list[zipfile.ZipInfo]:
         )
         name = file.read(name_bytes)
         file.seek(extra_bytes, 1)
-        is_whole = zlib.crc32(file.read(info.compress_size)) == info.CRC and name == encoded_name(path)
-        if not is_whole or file.tell() != info.header_offset + member_bytes(info):
+        is_complete = zlib.crc32(file.read(info.compress_size)) == info.CRC and name == encoded_name(path)
+        if not is_complete or file.tell() != info.header_offset + member_bytes(info):
             break
         done.append(info)
     return done
 
 
 def member(path: str) -> zipfile.ZipInfo:
-    """Without dates, so that the same images make the same archive."""
+    """Return an entry without a date, so that the same images make the same archive."""
     info = zipfile.ZipInfo(path)
     info.external_attr = 0o644 << 16
     return info
@@ -119,30 +127,37 @@ def member_bytes(info: zipfile.ZipInfo) -> int:
     return LOCAL_HEADER_BYTES + len(encoded_name(info.filename)) + info.compress_size
 
 
-def is_same(folder: ImageFolder, archive: Path, paths: list[str]) -> bool:
-    """Whether an archive holds these images and no others, by their names and sizes."""
+def holds_images(archive: Path, folder: ImageFolder, paths: list[str]) -> bool:
+    """Return whether an archive holds exactly these images, by names and sizes."""
+    _, sizes, _, _ = find_members(archive, paths)
     with zipfile.ZipFile(archive) as opened:
         if len(opened.infolist()) != len(paths):
             return False
-    _, sizes, _, _ = find_members(archive, paths)
     return all(Path(folder.name(index)).stat().st_size == sizes[index] for index in range(len(paths)))
 
 
 def compare(folder: ImageFolder, partial: Path, paths: list[str], split: str) -> None:
-    """Read every image of the new archive back, with its checksum."""
+    """Read every image of the new archive back and compare it with its file.
+
+    Raises:
+        DataError: an image differs.
+    """
     written = ZipFolder(str(partial.parent), split, archive=partial)
     for index in tqdm(range(len(paths)), f"reading {partial.stem}", unit=" images"):
-        if written.read(index) != folder.read(index):
-            raise ValueError(f"{written.name(index)} differs from {folder.name(index)}")
+        if read_image(written, index) != read_image(folder, index):
+            raise DataError(f"{written.name(index)} differs from {folder.name(index)}; delete {partial} and try again")
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file under another name first; one with other content is not replaced."""
-    if path.exists() and path.read_bytes() != text.encode():
-        raise ValueError(f"{path} is there, with other content; move it away or name another folder")
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text(text)
-    temporary.replace(path)
+def write_map(path: Path, lines: str) -> None:
+    """Write a map file, atomically.
+
+    Raises:
+        DataError: the file exists with other content.
+    """
+    content = lines.encode()
+    if path.exists() and path.read_bytes() != content:
+        raise DataError(f"{path} exists with other content; move it or name another folder")
+    write_atomic(path, lambda temporary: temporary.write_bytes(content))
 
 
 if __name__ == "__main__":

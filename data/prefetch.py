@@ -1,4 +1,4 @@
-"""Batches on the device: copied while the former one is worked on, then normalized and erased there."""
+"""Prefetching of batches to the device, with normalization and random erasing there."""
 
 import logging
 from collections.abc import Iterator
@@ -16,15 +16,17 @@ logger = logging.getLogger("mlla.data")
 
 
 class DeviceLoader:
-    """A loader of (normalized images (B, 3, H, W) in channels_last memory, labels (B,)), both on the device.
+    """Loader of (normalized images (B, 3, H, W) in channels_last memory, labels (B,)) on the device.
+
+    On a GPU, the next batch is copied and prepared on a stream of its own while the model works on the current one.
 
     Args:
-        loader: of Batch.
-        device: where the batches go.
-        erase_mode: what erased parts are filled with: normal noise per value ("pixel"), one normal color ("rand"), or
-            zeros, the mean color ("const").
-        skips_broken: leave out images that cannot be used, and log each once, rather than to stop at the first.
-        max_broken: stop once more than so many different images were left out.
+        loader: loader of `Batch`.
+        device: target device.
+        erase_mode: content of erased boxes: normal noise per value ("pixel"), one normal color ("rand"), or zeros, the
+            mean color ("const").
+        skip_broken: skip images that cannot be used and log each once, instead of stopping at the first.
+        max_broken: stop when more different images than this were skipped.
     """
 
     def __init__(
@@ -33,13 +35,13 @@ class DeviceLoader:
         device: torch.device,
         *,
         erase_mode: str = "pixel",
-        skips_broken: bool = False,
+        skip_broken: bool = False,
         max_broken: int = 100,
     ) -> None:
         self.loader = loader
         self.device = device
         self.erase_mode = erase_mode
-        self.skips_broken = skips_broken
+        self.skip_broken = skip_broken
         self.max_broken = max_broken
         self.broken: set[str] = set()
         self.normalizer = Normalizer(device)
@@ -52,11 +54,11 @@ class DeviceLoader:
 
     @property
     def num_images(self) -> int:
-        """Of the data set, over all processes."""
+        """Number of images in the dataset, over all processes."""
         return len(self.dataset)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """As TrainSampler.set_epoch: what the next iteration gives; `start` counts images of this process."""
+        """Choose the epoch for the next iteration, as TrainSampler.set_epoch; `start` counts images of this process."""
         assert isinstance(self.loader.sampler, TrainSampler)
         self.loader.sampler.set_epoch(epoch, start)
 
@@ -64,66 +66,68 @@ class DeviceLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Raises BrokenImageError where images cannot be used and are not, or too many are, left out."""
+        """Yield batches.
+
+        Raises:
+            BrokenImageError: an image cannot be used and is not skipped, or too many were skipped.
+        """
         batches = self.host_batches()
         if self.stream is None:
             yield from map(self.prepare, batches)
             return
-        waiting = None
+        pending = None
         for batch in batches:
             with torch.cuda.stream(self.stream):
                 prepared, ready = self.prepare(batch), torch.cuda.Event()
                 ready.record()
-            if waiting is not None:
-                yield hand_over(*waiting)
-            waiting = prepared, ready
-        if waiting is not None:
-            yield hand_over(*waiting)
+            if pending is not None:
+                yield wait_for_batch(*pending)
+            pending = prepared, ready
+        if pending is not None:
+            yield wait_for_batch(*pending)
 
     def host_batches(self) -> Iterator[Batch]:
-        """The loader's batches that have images, once their failures are dealt with."""
+        """Yield the loader's batches that have images, after handling their failures."""
         for batch in self.loader:
             for failure in batch.failures:
-                if not self.skips_broken:
+                if not self.skip_broken:
                     raise BrokenImageError(f"{failure.name}: {failure.reason}; repair it, or set DATA.ON_ERROR to skip")
                 if failure.name not in self.broken:
                     self.broken.add(failure.name)
-                    logger.warning("left out %s: %s", failure.name, failure.reason)
+                    logger.warning("skipped %s: %s", failure.name, failure.reason)
             if len(self.broken) > self.max_broken:
                 raise BrokenImageError(
                     f"DATA.MAX_BAD {self.max_broken}: {len(self.broken)} images of this process cannot be used, "
-                    f"the last is {batch.failures[-1].name}; python -m data.verify lists all"
+                    f"the last is {batch.failures[-1].name}; raise it, or repair them: python -m data.verify lists all"
                 )
             if len(batch.labels):
                 yield batch
             elif isinstance(self.loader.sampler, TrainSampler):
-                raise BrokenImageError(f"no image can be used in place of {batch.failures[0].name}: all are broken")
+                raise BrokenImageError(f"{batch.failures[0].name}: no image can replace it, all are broken")
 
     def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A batch on the device, on the current stream, without waiting for it."""
+        """Copy a batch to the device, normalize and erase it, on the current stream and without waiting for it."""
         images = batch.images.to(self.device, non_blocking=True)
         normalized = self.normalizer(images.permute(0, 3, 1, 2))  # (B, 3, H, W)
         for index, top, left, height, width, seed in batch.erasures.tolist():
-            part = normalized[index, :, top : top + height, left : left + width]
-            self.erase(part, seed)
+            self.erase(normalized[index, :, top : top + height, left : left + width], seed)
         return normalized, batch.labels.to(self.device, non_blocking=True)
 
-    def erase(self, part: Tensor, seed: int) -> None:
-        """Fill a part (3, H, W) in place, by its own seed and thus the same in any batch."""
+    def erase(self, box: Tensor, seed: int) -> None:
+        """Fill a box (3, H, W) in place. The noise depends on its seed only, and is thus the same in any batch."""
         if self.erase_mode == "const":
-            part.zero_()
+            box.zero_()
         elif self.erase_mode == "rand":
-            part.copy_(
-                torch.randn(3, 1, 1, generator=self.generator.manual_seed(seed), device=self.device).expand_as(part)
-            )
+            color = torch.randn(3, 1, 1, generator=self.generator.manual_seed(seed), device=self.device)
+            box.copy_(color.expand_as(box))
         else:
-            part.normal_(generator=self.generator.manual_seed(seed))
+            box.normal_(generator=self.generator.manual_seed(seed))
 
 
 class Normalizer:
-    """ImageNet's normalization of uint8 images, with the roundings of torchvision's ToTensor and Normalize.
+    """ImageNet's normalization of uint8 images, rounded as in torchvision's ToTensor and Normalize.
 
-    The constants are tensors: GPUs would turn a division by a number into another product.
+    The constants are tensors because GPUs turn a division by a number into a multiplication, which rounds differently.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -132,12 +136,12 @@ class Normalizer:
         self.std = torch.tensor(IMAGENET_DEFAULT_STD, device=device).view(1, 3, 1, 1)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), uint8, as float32, in the same memory order."""
+        """Normalize images (B, 3, H, W), uint8, to float32 in the same memory order."""
         return images.float().div_(self.full).sub_(self.mean).div_(self.std)
 
 
-def hand_over(prepared: tuple[Tensor, Tensor], ready: torch.cuda.Event) -> tuple[Tensor, Tensor]:
-    """Let the current stream wait for a batch, and keep its memory until that stream is done with it."""
+def wait_for_batch(prepared: tuple[Tensor, Tensor], ready: torch.cuda.Event) -> tuple[Tensor, Tensor]:
+    """Make the current stream wait for a batch, and keep the batch's memory until that stream is done with it."""
     stream = torch.cuda.current_stream(prepared[0].device)
     stream.wait_event(ready)
     for tensor in prepared:

@@ -1,4 +1,4 @@
-"""Which images a process reads, and in which order."""
+"""Samplers: the images that a process reads, and their order."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -8,24 +8,23 @@ from torch.utils.data import Sampler
 
 
 class SampleKey(NamedTuple):
-    """What a sampler hands to the data set: with the epoch in it, workers that live on need not be told of epochs."""
+    """Key of a sample. It includes the epoch, so that persistent workers need not be told when an epoch begins."""
 
     epoch: int
-    position: int  # of the image in the data set
-    place: int = 0  # of the image in the order of the epoch
+    position: int  # index of the image in the dataset
+    slot: int = 0  # index of the image in the order of the epoch
 
 
 class TrainSampler(Sampler[SampleKey]):
-    """A process's share of a permutation that (seed, epoch) fixes; every process gets as many images.
+    """A process's share of the permutation given by (seed, epoch); all processes get the same number of images.
 
-    Process r of P takes every P-th image from the r-th on, so that the images of one step are the same for any number
-    of processes and accumulation steps with the same global batch.
+    Process r of P takes images r, r + P, r + 2P, ... of the permutation. With the same global batch size, the images of
+    a step are thus the same for any number of processes and gradient accumulation steps.
 
     Args:
-        num_samples: images of the data set.
-        keeps_shard: permute only images r, r + P, r + 2P, ... of the data set, those that the process has in memory,
-            rather than all. The processes' shards differ by one image at most; those that have one more leave another
-            out in each epoch.
+        num_samples: number of images in the dataset.
+        keeps_shard: permute only images r, r + P, r + 2P, ... of the dataset, which this process has in memory. Shards
+            differ in size by one image at most; the larger ones skip one image per epoch, a different one each time.
     """
 
     def __init__(
@@ -40,18 +39,18 @@ class TrainSampler(Sampler[SampleKey]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch that the next iteration gives, less its first `start` images of this process: a run that
-        goes on in mid-epoch has consumed them.
+        """Choose the epoch for the next iteration, without this process's first `start` images: a run resumed in
+        mid-epoch has consumed them.
 
         Raises:
-            ValueError: an epoch has fewer images.
+            ValueError: the epoch has fewer images for this process.
         """
         if not 0 <= start <= self.share:
             raise ValueError(f"start {start}: an epoch has {self.share} images for this process")
         self.epoch, self.start = epoch, start
 
     def order(self, epoch: int) -> np.ndarray:
-        """The images of an epoch: of all processes, or of this one's shard where it keeps that."""
+        """Return the order of images in an epoch (N,): of all processes, or of this process's shard."""
         if self.keeps_shard:
             shard = np.arange(self.rank, self.num_samples, self.num_processes)
             return np.random.default_rng((self.seed, epoch, self.rank)).permutation(shard)
@@ -63,12 +62,12 @@ class TrainSampler(Sampler[SampleKey]):
     def __iter__(self) -> Iterator[SampleKey]:
         order = self.order(self.epoch)
         first, step = (0, 1) if self.keeps_shard else (self.rank, self.num_processes)
-        places = range(first, len(order), step)[self.start : self.share]
-        return (SampleKey(self.epoch, int(order[place]), place) for place in places)
+        slots = range(first, len(order), step)[self.start : self.share]
+        return (SampleKey(self.epoch, int(order[slot]), slot) for slot in slots)
 
 
 class EvalSampler(Sampler[SampleKey]):
-    """Every P-th image from the r-th on: each image once over all processes, none repeated to make shares even."""
+    """Images r, r + P, r + 2P, ... of process r of P: each image once, without padding to equal shares."""
 
     def __init__(self, num_samples: int, *, rank: int, num_processes: int) -> None:
         self.positions = range(rank, num_samples, num_processes)

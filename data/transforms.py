@@ -1,4 +1,4 @@
-"""From a decoded image to the pixels of a batch (size, size, 3), uint8; the device normalizes and erases."""
+"""Transforms of decoded images to pixels (size, size, 3), uint8; normalization and erasing follow on the device."""
 
 import math
 import random
@@ -15,17 +15,17 @@ from torch.nn import functional
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from data.augmentation import faster
+from data.augmentation import fast_policy
 from data.errors import DataError
 
 CROP_FRACTION = 224 / 256
-ERASED_AREA = (0.02, 1 / 3)  # of the image, both as in timm's RandomErasing
+ERASED_AREA = (0.02, 1 / 3)  # fraction of the image; both ranges as in timm's RandomErasing
 ERASED_ASPECT = (0.3, 1 / 0.3)
 ERASING_ATTEMPTS = 10
 
 
 class Erasure(NamedTuple):
-    """A rectangle to fill with noise, in pixels, and the seed of the noise."""
+    """A box to fill with noise, in pixels, and the seed of the noise."""
 
     top: int
     left: int
@@ -38,10 +38,10 @@ Transform = Callable[[Any], tuple[Tensor, list[Erasure]]]
 
 
 class TrainTransform:
-    """timm's training pipeline: random crop, flip, augmentation policy (or else color jitter), erasing.
+    """timm's training pipeline: random crop, flip, augmentation policy (or color jitter), erasing.
 
-    Draws are timm's, in its order. The crop is cut before it is resized, by torch's resizing of uint8, which differs
-    from Pillow's by rounding; the policy works on the small image.
+    Random draws are timm's, in the same order. The crop is cut first and then resized by torch, whose uint8 kernels
+    differ from Pillow's by rounding.
 
     Raises:
         DataError: timm does not understand the augmentation policy.
@@ -77,28 +77,28 @@ class TrainTransform:
         self.size = size
         self.crop: RandomResizedCropAndInterpolation = geometry.transforms[0]
         self.hflip = hflip
-        self.policy = faster(colors.transforms)
+        self.policy = fast_policy(colors.transforms)
         self.erase_prob = erase_prob
         self.erase_count = erase_count
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, list[Erasure]]:
-        """Pixels (H, W, 3), uint8, to (size, size, 3), and what is to be erased of them."""
+        """Transform pixels (H, W, 3), uint8, to (size, size, 3), and draw boxes to erase."""
         return self.policy(self.flip(self.resized_crop(pixels))), self.draw_erasures()
 
     def resized_crop(self, pixels: Tensor) -> Tensor:
-        """A random part of the pixels (H, W, 3), resized to (size, size, 3)."""
+        """Cut a random crop of the pixels (H, W, 3) and resize it to (size, size, 3)."""
         top, left, height, width = self.crop.get_params(pixels.permute(2, 0, 1), self.crop.scale, self.crop.ratio)
-        height, width = max(1, height), max(1, width)  # in images of a few pixels they may be rounded to 0
+        height, width = max(1, height), max(1, width)  # they round to 0 in images of a few pixels
         modes = self.crop.interpolation
         mode = random.choice(modes) if isinstance(modes, tuple | list) else modes
         return resize(pixels[top : top + height, left : left + width], self.size, self.size, mode)
 
     def flip(self, pixels: Tensor) -> Tensor:
-        """Pixels (H, W, 3), perhaps as in a mirror."""
+        """Mirror the pixels (H, W, 3) with probability `hflip`."""
         return pixels.flip(1) if self.hflip and torch.rand(1).item() < self.hflip else pixels
 
     def draw_erasures(self) -> list[Erasure]:
-        """Where random erasing (Zhong et al., 2020) takes effect, as timm's RandomErasing draws it."""
+        """Draw the boxes of random erasing (Zhong et al., 2020) as timm's RandomErasing does."""
         if not self.erase_prob or random.random() > self.erase_prob:
             return []
         boxes = []
@@ -116,26 +116,30 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """With crop: short side to 256/224 of the size, then its center; without: both sides to the size."""
+    """Resize of the short side to 256/224 of the size and center crop; without `crop`, of both sides to the size."""
 
     def __init__(self, size: int, *, crop: bool, interpolation: str) -> None:
         self.size = size
         self.crop = crop
         self.mode = InterpolationMode("bicubic" if interpolation == "random" else interpolation)
         short = round(size / CROP_FRACTION)
-        self.plain = (
+        self.reference = (
             transforms.Compose([transforms.Resize(short, self.mode), transforms.CenterCrop(size)])
             if crop
             else transforms.Resize((size, size), self.mode)
         )
 
     def __call__(self, image: Image.Image | Tensor) -> tuple[Tensor, list[Erasure]]:
-        """An image of Pillow's, or pixels (H, W, 3), uint8, to pixels (size, size, 3); nothing is erased."""
+        """Transform a Pillow image exactly, or pixels (H, W, 3), uint8, faster.
+
+        Returns:
+            Pixels (size, size, 3), uint8, and no boxes to erase.
+        """
         if isinstance(image, Image.Image):
-            return torch.from_numpy(np.array(self.plain(image))), []  # (size, size, 3)
+            return torch.from_numpy(np.array(self.reference(image))), []  # (size, size, 3)
         height, width = image.shape[:2]
         if self.crop:
-            # As torchvision's Resize and CenterCrop have it: the long side rounded down, the middle to even numbers.
+            # As torchvision's Resize and CenterCrop: the long side rounded down, offsets rounded half to even.
             short = round(self.size / CROP_FRACTION)
             height, width = (int(short * side / min(height, width)) for side in (height, width))
         else:
@@ -146,14 +150,14 @@ class EvalTransform:
 
 
 def resize(pixels: Tensor, height: int, width: int, mode: InterpolationMode) -> Tensor:
-    """Pixels (H, W, 3), uint8, to (height, width, 3), by torch's kernels for uint8; they keep the memory's order."""
+    """Resize pixels (H, W, 3), uint8, to (height, width, 3) with torch's uint8 kernels, which keep the memory order."""
     images = pixels[None].permute(0, 3, 1, 2)  # (1, 3, H, W)
     resized = functional.interpolate(images, size=(height, width), mode=mode.value, antialias=True)
     return resized[0].permute(1, 2, 0)  # (height, width, 3)
 
 
 def denormalize(images: Tensor) -> Tensor:
-    """Normalized images (B, 3, H, W) back to colors from 0 to 1, to look at."""
+    """Convert normalized images (B, 3, H, W) back to colors from 0 to 1."""
     mean = images.new_tensor(IMAGENET_DEFAULT_MEAN)[:, None, None]
     std = images.new_tensor(IMAGENET_DEFAULT_STD)[:, None, None]
     return (images * std + mean).clamp(0, 1)

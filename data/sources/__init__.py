@@ -1,1 +1,1 @@
-"""Where images and labels come from: folders, archives, shards, Hugging Face datasets, digits."""
+"""Sources of images and labels: folders, zip archives, WebDataset shards, Hugging Face datasets, digits."""

@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits (UCI, 8x8 gray) as an embedded data set of RGB images, no download."""
+"""scikit-learn's 1,797 handwritten digits (UCI, 8x8 gray) as an embedded dataset of RGB images, no download."""
 
 from collections.abc import Sequence
 
@@ -11,21 +11,21 @@ VAL_PER_CLASS = 36  # of about 180; 360 in all, which leaves 1,437 for training
 
 
 class Digits:
-    """One split of the digits: RGB images of size x size by index.
+    """One split of the digits, as RGB images of size x size.
 
-    The validation split holds 36 evenly spaced images of each class, in the data set's order; the rest is for training.
+    The validation split holds 36 evenly spaced images of each class, in the dataset's order; the rest is for training.
 
     Args:
         split: "train" or "val".
         size: side of the images in pixels; the 8x8 originals are resized bicubically.
-        only: names of the digits to keep, which are then numbered from 0; None keeps all ten.
+        only: names of the digits to keep, whose labels are then numbered from 0; None keeps all ten.
 
     Raises:
-        DataError: a name that is no digit.
+        DataError: `only` has a name that is not a digit.
     """
 
     def __init__(self, split: str, size: int = 32, only: Sequence[str] | None = None) -> None:
-        from sklearn.datasets import load_digits  # takes a second, which other data sets need not wait for
+        from sklearn.datasets import load_digits  # takes a second, which other datasets should not cost
 
         digits = load_digits()
         is_val = np.zeros(len(digits.target), dtype=bool)

@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face's `datasets`, from a local folder or by name, through timm's reader of them."""
+"""Datasets of Hugging Face's `datasets` library, from a local folder or by name, through timm's reader."""
 
 from pathlib import Path
 
@@ -11,12 +11,12 @@ SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "test")}
 
 
 class HuggingFaceImages:
-    """The images of one split as encoded bytes. The columns are `image` and `label`, a ClassLabel.
+    """Images of one split as encoded bytes. The columns are `image` and `label`, a ClassLabel.
 
     Args:
-        name: a folder that `datasets.load_dataset` reads, such as one with Parquet files or with folders of images, or
-            the name of a data set, which that function downloads.
-        root: where a relative folder starts; for what is downloaded or converted, the cache. Empty: the library's own.
+        name: a folder that `datasets.load_dataset` reads, for example with Parquet files or folders of images, or the
+            name of a dataset to download.
+        root: folder that a relative `name` starts at, and the cache for downloads. Empty: the library's own cache.
         split: "train" or "val".
 
     Raises:
@@ -34,11 +34,11 @@ class HuggingFaceImages:
         self.path, cache = (str(local), None) if local.is_dir() else (name, root or None)
         try:
             names = datasets.get_dataset_split_names(self.path)
-            found = next((candidate for candidate in SPLITS[split] if candidate in names), None)
-            if found is None:
+            available = next((candidate for candidate in SPLITS[split] if candidate in names), None)
+            if available is None:
                 raise ValueError(f"no split {' or '.join(SPLITS[split])}, only {', '.join(names)}")
-            self.split = found
-            self.reader = create_dataset(f"hfds/{self.path}", root=cache, split=found).reader
+            self.split = available
+            self.reader = create_dataset(f"hfds/{self.path}", root=cache, split=available).reader
             self.labels = np.array(self.reader.dataset[self.reader.label_key], dtype=np.int32)
         except KeyError as error:
             raise DataError(f"DATA.DATASET hfds/{name}: it has no column {error}; image and label are read") from error

@@ -1,4 +1,4 @@
-"""ImageNet-style folders: one folder per class under train/ and val/."""
+"""ImageNet-style folders: a folder per class under train/ and val/."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from utils.config.errors import MissingFileError
 
 
 class ImageFolder:
-    """The images of one split as encoded bytes; classes are the folder names in order, links are followed.
+    """Images of one split as encoded bytes. Classes are the sorted folder names; symbolic links are followed.
 
     Args:
-        root: holds `split`, which holds a folder per class; images may lie deeper.
+        root: folder with the folder `split`, which has a folder per class; images may lie deeper.
         split: "train" or "val".
 
     Raises:
@@ -48,14 +48,18 @@ class ImageFolder:
 
     def read(self, index: int) -> bytes:
         try:
-            with open(self.name(index), "rb", buffering=0) as file:  # noqa: PTH123, pathlib takes as long as the reading
+            with open(self.name(index), "rb", buffering=0) as file:  # noqa: PTH123, pathlib takes as long as the read itself
                 return file.read()
         except OSError as error:
             raise BrokenImageError(f"cannot be read: {error.strerror}") from error
 
 
 def split_folder(root: str, split: str) -> Path:
-    """<root>/<split>, once it is found to be a folder."""
+    """Return <root>/<split>.
+
+    Raises:
+        MissingFileError: it is not a folder.
+    """
     if not root:
         raise MissingFileError("DATA.DATA_PATH is empty: name the folder that holds train/ and val/ with --data-path")
     folder = Path(root) / split

@@ -1,4 +1,4 @@
-"""Encoded images in memory that all processes of a machine share, and how much memory there is."""
+"""Encoded images in memory that all processes of a machine share, and the size of available memory."""
 
 import mmap
 import os
@@ -18,7 +18,7 @@ CGROUP_FILES = (
 
 
 class MemoryAddress(NamedTuple):
-    """Where other processes of this machine find a cache, and how they tell that it is the one meant."""
+    """Location of a cache for other processes of this machine, and a token that identifies it."""
 
     pid: int
     descriptor: int
@@ -29,13 +29,13 @@ class MemoryAddress(NamedTuple):
 
 
 class SharedCache:
-    """Slots of fixed sizes in anonymous shared memory, filled as they are first read, by whichever process reads.
+    """Slots of fixed sizes in anonymous shared memory; the first process that reads an image fills its slot.
 
-    Worker processes share it however they are started, and other processes by `join`. The kernel frees the memory with
-    the last process that uses it, also after a crash. It does not lie in /dev/shm, which containers keep small.
+    Worker processes share it with any start method, other processes with `join`. The kernel frees the memory with the
+    last process that uses it, also after a crash. It is not in /dev/shm, which is small in containers.
 
     Args:
-        sizes: bytes of each slot (N,).
+        sizes: size of each slot in bytes (N,).
 
     Raises:
         DataError: the system has no such memory; Linux does.
@@ -43,9 +43,9 @@ class SharedCache:
 
     def __init__(self, sizes: np.ndarray) -> None:
         if not hasattr(os, "memfd_create"):
-            raise DataError(f"DATA.CACHE_MODE: {sys.platform} has no memory that processes can share; set it to no")
+            raise DataError(f"DATA.CACHE_MODE: {sys.platform} has no shared anonymous memory; set it to no")
         self.num_slots = len(sizes)
-        # Token, then a flag per slot, then the slots.
+        # Layout: token, a flag per slot, slots.
         self.starts = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64))) + TOKEN_BYTES + len(sizes)  # (N + 1,)
         self.address = MemoryAddress(os.getpid(), os.memfd_create("encoded-images"), os.urandom(TOKEN_BYTES))
         os.ftruncate(self.address.descriptor, int(self.starts[-1]))
@@ -53,21 +53,21 @@ class SharedCache:
         self.memory = mmap.mmap(self.address.descriptor, int(self.starts[-1]))
 
     def get(self, slot: int) -> bytes | None:
-        """What a slot holds, or None while it is empty."""
+        """Return the content of a slot, or None while it is empty."""
         if not self.memory[TOKEN_BYTES + slot]:
             return None
         return self.memory[self.starts[slot] : self.starts[slot + 1]]
 
     def put(self, slot: int, data: bytes) -> None:
-        """Fill a slot. Two processes may do so at the same time, with the same data."""
+        """Fill a slot. Two processes may do so at the same time with the same data."""
         self.memory[self.starts[slot] : self.starts[slot + 1]] = data
-        self.memory[TOKEN_BYTES + slot] = 1  # only now: the data are whole
+        self.memory[TOKEN_BYTES + slot] = 1  # last, when the data are complete
 
     def join(self, address: MemoryAddress) -> None:
-        """Use the memory of another process's cache for the same sizes, in place of one's own.
+        """Use the memory of another process's cache of the same sizes instead of this one's.
 
         Raises:
-            OSError: that process's memory cannot be reached.
+            OSError: the memory of that process cannot be opened.
         """
         descriptor = address.open()
         memory = mmap.mmap(descriptor, int(self.starts[-1]))
@@ -89,17 +89,17 @@ class SharedCache:
 
 
 def machine() -> tuple[str, int]:
-    """What processes that can reach each other's memory have in common: the kernel's run and the process namespace."""
+    """Return the kernel's boot ID and the PID namespace; processes with both in common can share memory."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip(), Path("/proc/self/ns/pid").stat().st_ino
 
 
 def available_bytes() -> int:
-    """Memory that can still be had: what the machine has left, or what the container may still take."""
+    """Return the memory that is available on the machine or, if less, within the container's limit."""
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     left = [int(meminfo["MemAvailable"].split()[0]) * 1024]
     for limit, used in CGROUP_FILES:
         try:
             left.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such cgroup, or "max"
+        except (OSError, ValueError):  # no such cgroup, or the limit is "max"
             continue
     return max(0, min(left))

@@ -1,5 +1,6 @@
-"""Many strings in two arrays. A list of a million is a million objects, whose reference counts each forked worker
-writes to and thereby copies; arrays stay shared.
+"""Many strings in two arrays, whose memory forked workers share.
+
+Workers would soon copy a list of a million strings: reading a Python object writes its reference count.
 """
 
 from collections.abc import Iterable

@@ -1,8 +1,8 @@
-"""WebDataset shards on a local disk: tar files in which a sample is `key.jpg` beside `key.cls` or `key.json`.
+"""WebDataset shards on a local disk: tar files in which a sample is `key.jpg` with `key.cls` or `key.json`.
 
-timm's reader streams them, shuffled by each worker for itself, so that neither the order nor a resumed epoch could be
-repeated, and processes with uneven shards would evaluate images twice or not at all. An index of the shards, made when
-they are opened, lets any image be read at any time, as with the other kinds of data set.
+The shards are indexed when they are opened, so that images can be read in any order. timm's reader streams them, and
+each worker shuffles its own stream: neither the order nor a resumed epoch would be reproducible, and processes with
+uneven shards would evaluate some images twice or not at all.
 """
 
 import json
@@ -23,7 +23,7 @@ SPLITS = {"train": ("train",), "val": ("val", "validation")}
 
 
 class Sample(NamedTuple):
-    """Where a shard holds an image, in bytes, and its label."""
+    """Byte range of an image in its shard, and its label."""
 
     key: str
     start: int
@@ -32,10 +32,10 @@ class Sample(NamedTuple):
 
 
 class WebDatasetShards:
-    """The images of one split as encoded bytes. Classes are numbers, or the lines of classes.txt beside the shards.
+    """Images of one split as encoded bytes. Classes are named by the lines of classes.txt in `folder`, or by numbers.
 
     Args:
-        folder: holds `<split>/*.tar` or `*<split>*.tar`, where val may be called validation.
+        folder: folder with `<split>/*.tar` or `*<split>*.tar`; val may be called validation.
         split: "train" or "val".
 
     Raises:
@@ -74,13 +74,13 @@ def find_shards(folder: Path, split: str) -> list[Path]:
         if shards := sorted(folder.glob(f"{name}/*.tar")) or sorted(folder.glob(f"*{name}*.tar")):
             return shards
     raise MissingFileError(
-        f"DATA.DATASET wds/: no shards {folder}/{split}/*.tar or {folder}/*{split}*.tar; they must be on a local disk, "
-        "not compressed"
+        f"DATA.DATASET wds/: no shards {folder}/{split}/*.tar or {folder}/*{split}*.tar; they must be "
+        "uncompressed and on a local disk"
     )
 
 
 def read_shard(shard: Path) -> Iterator[Sample]:
-    """The samples of a shard. Their files lie next to each other, in any order."""
+    """Yield the samples of a shard. The files of a sample are adjacent, in any order."""
     try:
         with as_data_error(shard), tarfile.open(shard, "r:") as archive:
             key, image, label = "", None, None
@@ -90,31 +90,32 @@ def read_shard(shard: Path) -> Iterator[Sample]:
                 stem, _, extension = Path(member.name).name.partition(".")
                 member_key = f"{Path(member.name).parent}/{stem}".removeprefix("./")
                 if member_key != key:
-                    yield from whole_sample(shard, key, image, label)
+                    yield from complete_sample(shard, key, image, label)
                     key, image, label = member_key, None, None
                 if extension.lower() in IMAGES:
                     image = member.offset_data, member.size
                 elif extension in ("cls", "json"):
                     label = read_label(shard, member.name, archive.extractfile(member), label)
-            yield from whole_sample(shard, key, image, label)
+            yield from complete_sample(shard, key, image, label)
     except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{shard}: not a whole, uncompressed tar file ({error})") from error
+        raise DataError(f"{shard}: not a complete, uncompressed tar file ({error})") from error
 
 
-def read_label(shard: Path, name: str, content: IO[bytes] | None, former: int | None) -> int | None:
-    """The label in a .cls or .json file; a .json without one leaves that which another file gave."""
+def read_label(shard: Path, name: str, content: IO[bytes] | None, previous: int | None) -> int | None:
+    """Return the label in a .cls or .json file; for a .json without one, the `previous` label of the sample."""
     assert content is not None
     try:
         if name.endswith(".cls"):
             return int(content.read())
         return int(json.load(content)["label"])
     except KeyError:
-        return former
+        return previous
     except (TypeError, ValueError) as error:
         raise DataError(f"{shard}: {name} holds no label ({error})") from error
 
 
-def whole_sample(shard: Path, key: str, image: tuple[int, int] | None, label: int | None) -> Iterator[Sample]:
+def complete_sample(shard: Path, key: str, image: tuple[int, int] | None, label: int | None) -> Iterator[Sample]:
+    """Yield the sample of a key, or nothing if the key has no image."""
     if image is not None:
         if label is None or label < 0:
             raise DataError(f"{shard}: {key} has no label; it needs {key}.cls, or {key}.json with a label")
@@ -122,11 +123,11 @@ def whole_sample(shard: Path, key: str, image: tuple[int, int] | None, label: in
 
 
 def class_names(folder: Path, count: int) -> list[str]:
-    """The lines of classes.txt, or else numbers, as many as the labels of both splits need."""
+    """Return the lines of classes.txt if it exists, else the numbers below `count`."""
     if (path := folder / "classes.txt").is_file():
         with as_data_error(path):
             names = path.read_text().splitlines()
         if len(names) < count:
-            raise DataError(f"{path}: {len(names)} names for {count} classes")
+            raise DataError(f"{path}: {len(names)} names for {count} classes; it needs a line for each class")
         return names
     return [str(label) for label in range(count)]

@@ -1,6 +1,6 @@
-"""ImageNet in zip archives, in the official layout: train.zip, val.zip, and maps that give the labels.
+"""ImageNet in zip archives, in the official layout: train.zip and val.zip with train_map.txt and val_map.txt.
 
-A line of train_map.txt or val_map.txt is `class/image.jpg<TAB>label`.
+A line of a map is `class/image.jpg<TAB>label`.
 """
 
 import os
@@ -22,28 +22,28 @@ MISSING = -1
 
 
 class ZipFolder:
-    """The images of one split as encoded bytes, read from <split>.zip by <split>_map.txt.
+    """Images of one split as encoded bytes, from <split>.zip with the labels of <split>_map.txt.
 
-    The archive's directory is read once, into arrays; each process opens the archive for itself.
+    The archive's directory is read once, into arrays; each process opens the archive itself.
 
     Args:
-        root: holds the archive and the map.
+        root: folder with the archive and the map.
         split: "train" or "val".
-        archive: another file than <split>.zip.
+        archive: path of the archive, if it is not <root>/<split>.zip.
 
     Raises:
         MissingFileError: the archive or the map is missing.
-        DataError: the map or the archive cannot be understood.
+        DataError: the map or the archive is damaged, or they do not match.
     """
 
     def __init__(self, root: str, split: str, archive: Path | None = None) -> None:
-        self.archive = archive or existing_file(root, f"{split}.zip")
-        paths, self.labels = read_map(existing_file(root, f"{split}_map.txt"))
+        self.archive = archive or required_file(root, f"{split}.zip")
+        paths, self.labels = read_map(required_file(root, f"{split}_map.txt"))
         self.paths = StringTable(paths)
         self.classes = class_names(root)
         self.headers, self.sizes, self.stored_sizes, self.checksums = find_members(self.archive, paths)
         self.cache: SharedCache | None = None
-        self.first, self.step = 0, 1  # of the images that the cache holds
+        self.first, self.step = 0, 1  # the cache holds images first, first + step, ...
         self.descriptor, self.owner = -1, -1
 
     def __len__(self) -> int:
@@ -53,11 +53,11 @@ class ZipFolder:
         return f"{self.archive}: {self.paths[index]}"
 
     def bytes_of(self, first: int, step: int) -> int:
-        """What every `step`-th image from the `first` on takes, in bytes."""
+        """Return the total size in bytes of images first, first + step, first + 2 * step, ..."""
         return int(self.sizes[first::step].sum())
 
     def use_cache(self, first: int, step: int) -> SharedCache:
-        """Keep every `step`-th image from the `first` on in memory, once it was read."""
+        """Keep images first, first + step, ... in memory after their first read; return the cache."""
         self.first, self.step = first, step
         self.cache = SharedCache(self.sizes[first::step])
         return self.cache
@@ -73,10 +73,10 @@ class ZipFolder:
         return data
 
     def read_archive(self, index: int) -> bytes:
-        """The image from the archive, with its checksum compared.
+        """Read an image from the archive and verify its checksum.
 
         Raises:
-            BrokenImageError: it is not in the archive, or damaged.
+            BrokenImageError: it is missing or damaged.
         """
         if self.headers[index] == MISSING:
             raise BrokenImageError("not in the archive, though the map names it")
@@ -94,7 +94,7 @@ class ZipFolder:
         return data
 
     def open_archive(self) -> int:
-        """This process's own file descriptor of the archive: neither forked nor spawned processes share one."""
+        """Return this process's own file descriptor, which forked and spawned processes do not share."""
         if self.owner != os.getpid():
             self.descriptor, self.owner = os.open(self.archive, os.O_RDONLY), os.getpid()
         return self.descriptor
@@ -103,7 +103,7 @@ class ZipFolder:
         return vars(self) | {"descriptor": -1, "owner": -1}
 
 
-def existing_file(root: str, name: str) -> Path:
+def required_file(root: str, name: str) -> Path:
     path = Path(root) / name
     if not root or not path.is_file():
         raise MissingFileError(
@@ -114,10 +114,10 @@ def existing_file(root: str, name: str) -> Path:
 
 
 def read_map(path: Path) -> tuple[list[str], np.ndarray]:
-    """Names and labels (N,) of a map.
+    """Return the names and labels (N,) of a map.
 
     Raises:
-        DataError: a line is not `name<TAB>label`, or there is none.
+        DataError: a line is not `name<TAB>label`, or there are no lines.
     """
     paths, labels = [], []
     with as_data_error(path):
@@ -134,7 +134,7 @@ def read_map(path: Path) -> tuple[list[str], np.ndarray]:
 
 
 def class_names(root: str) -> list[str]:
-    """Names by label, of the folders in the maps; where a map names no folders, the label stands for its class."""
+    """Return class names by label: the folders in the maps, or the label itself where a map has no folders."""
     names: dict[int, set[str]] = {}
     for split in ("val", "train"):
         if (path := Path(root) / f"{split}_map.txt").is_file():
@@ -147,17 +147,20 @@ def class_names(root: str) -> list[str]:
 
 
 def find_members(archive: Path, paths: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Where the named images lie: offsets of their headers (MISSING where there is none), sizes, stored sizes and
-    checksums, each (N,). Archives made of the folder train/ as a whole have that before each name.
+    """Locate the named images; names in the archive may start with the split's folder.
+
+    Returns:
+        Offsets of the headers in bytes (MISSING for images that are not in the archive), sizes and stored sizes in
+        bytes, and checksums, each (N,).
 
     Raises:
-        DataError: the archive is damaged, or holds none of the images, or some in a form that cannot be read.
+        DataError: the archive is damaged, holds none of the images, or stores some in an unsupported form.
     """
     try:
         with as_data_error(archive), zipfile.ZipFile(archive) as opened:
             members = {info.filename: info for info in opened.infolist()}
     except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-        raise DataError(f"{archive}: not a whole zip archive ({error}); make it again") from error
+        raise DataError(f"{archive}: not a complete zip archive ({error}); make it again") from error
     prefix = next((p for p in ("", f"{archive.stem}/") if any(p + path in members for path in paths)), None)
     if prefix is None:
         raise DataError(f"{archive}: none of the images that {archive.stem}_map.txt names is in it, such as {paths[0]}")
@@ -168,7 +171,7 @@ def find_members(archive: Path, paths: list[str]) -> tuple[np.ndarray, np.ndarra
             continue
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
             raise DataError(
-                f"{archive}: {path} is encrypted or packed in an unusual way; python -m data.make_zip does not"
+                f"{archive}: {path} is encrypted or of an unsupported compression; python -m data.make_zip uses none"
             )
         headers[index], sizes[index] = info.header_offset, info.file_size
         stored_sizes[index], checksums[index] = info.compress_size, info.CRC
@@ -176,7 +179,7 @@ def find_members(archive: Path, paths: list[str]) -> tuple[np.ndarray, np.ndarra
 
 
 def cache_archives(archives: list[ZipFolder], mode: str, rank: int, num_processes: int) -> None:
-    """Give each archive a cache: of this process's shard ("part"), or of all, which the machine's processes share.
+    """Give each archive a cache of this process's shard ("part"), or of all images, shared on the machine ("full").
 
     Raises:
         DataError: the machine does not have enough memory.
@@ -184,10 +187,10 @@ def cache_archives(archives: list[ZipFolder], mode: str, rank: int, num_processe
     first, step = (rank, num_processes) if mode == "part" else (0, 1)
     needed = sum(archive.bytes_of(first, step) for archive in archives)
     if mode == "part":
-        needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by the launcher: processes on this machine
+        needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine, set by the launcher
     if needed > (available := available_bytes()):
         raise DataError(
-            f"DATA.CACHE_MODE {mode!r}: the images would take {needed / 2**30:.1f} GiB of this machine's memory, "
+            f"DATA.CACHE_MODE {mode!r}: the images need {needed / 2**30:.1f} GiB of this machine's memory, "
             f"{available / 2**30:.1f} GiB are available; set --cache-mode {'no' if mode == 'part' else 'part, or no'}"
         )
     caches = [archive.use_cache(first, step) for archive in archives]
@@ -196,12 +199,12 @@ def cache_archives(archives: list[ZipFolder], mode: str, rank: int, num_processe
 
 
 def share_on_machine(caches: list[SharedCache], num_processes: int) -> None:
-    """Let the processes of each machine use the caches of the first one there."""
-    mine = (machine(), [cache.address for cache in caches])
-    everyone: list[Any] = [None] * num_processes
-    torch.distributed.all_gather_object(everyone, mine)
-    addresses = next(addresses for where, addresses in everyone if where == mine[0])
+    """Make the processes of each machine use the caches of the first process there."""
+    own = (machine(), [cache.address for cache in caches])
+    gathered: list[Any] = [None] * num_processes
+    torch.distributed.all_gather_object(gathered, own)
+    addresses = next(addresses for host, addresses in gathered if host == own[0])
     for cache, address in zip(caches, addresses, strict=True):
         if address.pid != os.getpid():
             cache.join(address)
-    torch.distributed.barrier()  # none may end before all have joined
+    torch.distributed.barrier()  # no process may exit before all have joined

@@ -1,4 +1,4 @@
-"""The faster operations against Pillow's, and the faster policy against timm's at the same draws."""
+"""The faster operations against Pillow's, and the faster policy against timm's at the same random draws."""
 
 import random
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data import auto_augment
 from timm.data.auto_augment import AugmentOp, rand_augment_transform
 
-from data.augmentation import FASTER, faster, posterize
+from data.augmentation import FAST_OPS, fast_policy, posterize
 from tests.helpers import photo
 
 FILL = (124, 116, 104)
@@ -27,18 +27,18 @@ def test_posterize_by_hand() -> None:
 @pytest.mark.parametrize("name", MOVES)
 @pytest.mark.parametrize("filter_", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
 @pytest.mark.parametrize("amount", [0.0, 0.3, -0.3, 0.11, -0.0473, 0.45, -0.45])
-def test_moves_give_pillows_pixels_to_one_level(name: str, filter_: Image.Resampling, amount: float) -> None:
+def test_shears_and_translations_match_pillow_to_one_level(name: str, filter_: Image.Resampling, amount: float) -> None:
     image = photo(63, 50)
     amount = amount * 100 if name in ("TranslateX", "TranslateY") else amount
-    ours = np.asarray(FASTER[name](image, amount, fillcolor=FILL, resample=filter_)).astype(int)
+    ours = np.asarray(FAST_OPS[name](image, amount, fillcolor=FILL, resample=filter_)).astype(int)
     theirs = np.asarray(auto_augment.NAME_TO_OP[name](image, amount, fillcolor=FILL, resample=filter_)).astype(int)
     assert np.abs(ours - theirs).max() <= 1
     assert (ours != theirs).mean() < 0.08
 
 
-def test_moves_beyond_the_image_leave_only_the_fill() -> None:
+def test_translations_beyond_the_image_leave_only_the_fill_color() -> None:
     for name in ("TranslateX", "TranslateY"):
-        moved = FASTER[name](photo(20, 20), 500.0, fillcolor=FILL, resample=Image.Resampling.BICUBIC)
+        moved = FAST_OPS[name](photo(20, 20), 500.0, fillcolor=FILL, resample=Image.Resampling.BICUBIC)
         assert (np.asarray(moved) == FILL).all()
 
 
@@ -46,8 +46,8 @@ def timm_policy() -> auto_augment.RandAugment:
     return rand_augment_transform("rand-m9-mstd0.5-inc1", {"img_mean": FILL, "interpolation": Image.BICUBIC})
 
 
-def test_rand_augment_draws_what_timms_draws() -> None:
-    ours: Callable[[torch.Tensor], torch.Tensor] = faster([timm_policy()])
+def test_rand_augment_matches_timm_at_the_same_draws() -> None:
+    ours: Callable[[torch.Tensor], torch.Tensor] = fast_policy([timm_policy()])
     theirs = timm_policy()
     for op in theirs.ops:
         op.aug_fn = posterize if op.name.startswith("Posterize") else op.aug_fn  # timm's fails with new Pillow
@@ -72,7 +72,7 @@ def test_rand_augment_draws_what_timms_draws() -> None:
 
 def test_operations_keep_their_probability() -> None:
     policy = timm_policy()
-    ours = faster([policy])
+    ours = fast_policy([policy])
     for _ in range(20):
         ours(torch.zeros(16, 16, 3, dtype=torch.uint8))
     assert {op.prob for op in policy.ops if isinstance(op, AugmentOp)} == {0.5}

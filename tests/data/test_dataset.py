@@ -1,4 +1,4 @@
-"""Batches by keys: repeatable draws, and what happens at images that cannot be used."""
+"""Batches by sample keys: reproducible random draws, and images that cannot be used."""
 
 import random
 
@@ -9,15 +9,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data.dataset import Batch, ImageDataset, keep_batch, random_state_of
+from data.dataset import Batch, ImageDataset, keep_batch, seeded
 from data.errors import BrokenImageError
 from data.samplers import EvalSampler, SampleKey, TrainSampler
 from data.transforms import Erasure, EvalTransform
 from tests.helpers import encoded, photo
 
 
-class Pictures:
-    """Encoded images whose first value is about their index; those in `broken` are cut off or cannot be read."""
+class NumberedImages:
+    """Encoded images whose first value is about their index; those in `broken` are truncated or cannot be read."""
 
     classes = ("even", "odd")  # type: ignore[assignment]
 
@@ -29,7 +29,7 @@ class Pictures:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        return f"picture {index}"
+        return f"image {index}"
 
     def read(self, index: int) -> bytes:
         if index in self.broken and index % 2:
@@ -46,7 +46,7 @@ def first_value(image: Tensor) -> tuple[Tensor, list[Erasure]]:
 
 
 def dataset(count: int = 40, broken: tuple[int, ...] = (), **settings: object) -> ImageDataset:
-    return ImageDataset(Pictures(count, broken), first_value, 7, **settings)  # type: ignore[arg-type]
+    return ImageDataset(NumberedImages(count, broken), first_value, 7, **settings)  # type: ignore[arg-type]
 
 
 def batches(data: ImageDataset, sampler: TrainSampler | EvalSampler, workers: int, batch_size: int = 4) -> list[Batch]:
@@ -81,39 +81,39 @@ def test_a_resumed_epoch_gives_the_rest_of_the_whole_one() -> None:
     assert all(same(*pair) for pair in zip(whole[2:], batches(data, sampler, 1), strict=True))
 
 
-def test_a_sample_is_the_same_in_any_place_of_any_batch() -> None:
+def test_a_sample_does_not_depend_on_its_batch() -> None:
     data = dataset()
-    keys = [SampleKey(3, place, place) for place in range(12)]
+    keys = [SampleKey(3, slot, slot) for slot in range(12)]
     together = data.__getitems__(keys)
     reverse = data.__getitems__(keys[::-1])
     assert together.images.equal(reverse.images.flip(0))
     seeds = {int(row[0]): row[1:].tolist() for row in together.erasures}
     assert seeds == {11 - int(row[0]): row[1:].tolist() for row in reverse.erasures}
     assert 0 < len(seeds) < 12
-    other_epoch = data.__getitems__([SampleKey(4, place, place) for place in range(12)])
+    other_epoch = data.__getitems__([SampleKey(4, slot, slot) for slot in range(12)])
     assert (together.images[..., 1:] != other_epoch.images[..., 1:]).all()
 
 
-def test_the_next_good_image_of_the_order_takes_the_place() -> None:
+def test_the_next_good_image_of_the_order_replaces_a_broken_one() -> None:
     order = np.array([5, 3, 4, 2, 0, 1])
     data = dataset(6, broken=(3, 4, 1), replacements=lambda _: order)
-    keys = [SampleKey(0, int(image), place) for place, image in enumerate(order)]
+    keys = [SampleKey(0, int(image), slot) for slot, image in enumerate(order)]
     batch = data.__getitems__(keys)
     assert images_of(batch) == [5, 2, 2, 2, 0, 5]  # after the last comes the first
     assert batch.labels.tolist() == [1, 0, 0, 0, 0, 1]
     assert len(batch.images[:, 0, 0, 1].unique()) == 6  # each with draws of its own
     names = [failure.name for failure in batch.failures]
-    assert names == ["picture 3", "picture 4", "picture 4", "picture 1"]
-    assert {failure.reason for failure in batch.failures if failure.name != "picture 4"} == {"cannot be read"}
+    assert names == ["image 3", "image 4", "image 4", "image 1"]
+    assert {failure.reason for failure in batch.failures if failure.name != "image 4"} == {"cannot be read"}
 
 
-def test_in_evaluation_nothing_takes_the_place() -> None:
+def test_in_evaluation_a_broken_image_is_not_replaced() -> None:
     batch = dataset(6, broken=(3, 4)).__getitems__([SampleKey(0, index, index) for index in range(6)])
     assert images_of(batch) == [0, 1, 2, 5]
-    assert [failure.name for failure in batch.failures] == ["picture 3", "picture 4"]
+    assert [failure.name for failure in batch.failures] == ["image 3", "image 4"]
 
 
-def test_where_all_images_are_broken_it_gives_up() -> None:
+def test_it_gives_up_after_max_failures_broken_images() -> None:
     order = np.arange(30)
     data = dataset(30, broken=tuple(range(30)), replacements=lambda _: order, max_failures=5)
     batch = data.__getitems__([SampleKey(0, 0, 0)])
@@ -122,7 +122,7 @@ def test_where_all_images_are_broken_it_gives_up() -> None:
 
 
 def test_exact_and_fast_decoding_feed_the_transform() -> None:
-    source = Pictures(2)
+    source = NumberedImages(2)
     source.read = lambda index: encoded(photo(60, 50, index))  # type: ignore[method-assign]
     exact, fast = (
         ImageDataset(source, EvalTransform(32, crop=True, interpolation="bicubic"), 0, is_exact=is_exact)  # type: ignore[arg-type]
@@ -133,7 +133,7 @@ def test_exact_and_fast_decoding_feed_the_transform() -> None:
     assert 0 < difference.abs().max() <= 1
 
 
-def test_random_state_is_put_back() -> None:
+def test_seeded_restores_the_generators() -> None:
     random.seed(1)
     np.random.seed(2)
     torch.manual_seed(3)
@@ -141,10 +141,10 @@ def test_random_state_is_put_back() -> None:
     random.seed(1)
     np.random.seed(2)
     torch.manual_seed(3)
-    with random_state_of(0, 1, 2):
+    with seeded(0, 1, 2):
         first = [random.random(), np.random.rand(), torch.rand(1).item()]
     assert [random.random(), np.random.rand(), torch.rand(1).item()] == expected
-    with random_state_of(0, 1, 2):
+    with seeded(0, 1, 2):
         assert [random.random(), np.random.rand(), torch.rand(1).item()] == first
-    with random_state_of(0, 1, 3):
+    with seeded(0, 1, 3):
         assert [random.random(), np.random.rand(), torch.rand(1).item()] != first

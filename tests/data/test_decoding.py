@@ -1,4 +1,4 @@
-"""Both decoders on every kind of file, whole and broken."""
+"""Both decoders on many kinds of files, good and broken."""
 
 import io
 import struct
@@ -15,7 +15,7 @@ from data.errors import BrokenImageError
 from tests.helpers import encoded, photo
 
 
-def plain(data: bytes) -> np.ndarray:
+def exact(data: bytes) -> np.ndarray:
     return np.asarray(decode_pillow(data))
 
 
@@ -26,7 +26,7 @@ def fast(data: bytes) -> np.ndarray:
 
 
 def png_header_only(width: int, height: int) -> bytes:
-    """A PNG that claims a size and has no pixels to show for it."""
+    """A PNG with a size in its header and no pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -61,21 +61,21 @@ WHOLE = {
 def test_both_decoders_give_pillows_pixels(kind: str) -> None:
     reference = Image.open(io.BytesIO(WHOLE[kind]))
     reference = reference.convert("RGBA").convert("RGB") if kind == "palette" else reference.convert("RGB")
-    assert np.array_equal(plain(WHOLE[kind]), np.asarray(reference))
+    assert np.array_equal(exact(WHOLE[kind]), np.asarray(reference))
     assert np.array_equal(fast(WHOLE[kind]), np.asarray(reference))
 
 
 def test_orientation_is_as_stored() -> None:
     data = WHOLE["EXIF-rotated"]
     assert Image.open(io.BytesIO(data)).getexif()[0x0112] == 6
-    assert fast(data).shape == plain(data).shape == (61, 97, 3)
+    assert fast(data).shape == exact(data).shape == (61, 97, 3)
 
 
 def test_sixteen_bits_keep_their_upper_eight() -> None:
     values = np.linspace(0, 65535, 40 * 30).astype(np.uint16).reshape(30, 40)
     data = encoded(Image.fromarray(values), "PNG")
-    assert np.array_equal(plain(data), np.repeat((values >> 8)[..., None], 3, axis=2))
-    assert np.array_equal(fast(data), plain(data))
+    assert np.array_equal(exact(data), np.repeat((values >> 8)[..., None], 3, axis=2))
+    assert np.array_equal(fast(data), exact(data))
 
 
 BROKEN = {
@@ -98,8 +98,8 @@ BROKEN = {
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", BROKEN)
-@pytest.mark.parametrize("decode", [plain, fast])
-def test_broken_files_are_refused_with_a_reason(kind: str, decode: object) -> None:
+@pytest.mark.parametrize("decode", [exact, fast])
+def test_broken_files_are_rejected_with_a_reason(kind: str, decode: object) -> None:
     data, reason = BROKEN[kind]
     with pytest.raises(BrokenImageError, match=reason) as caught:
         decode(data)  # type: ignore[operator]
@@ -112,7 +112,7 @@ def test_broken_files_are_refused_with_a_reason(kind: str, decode: object) -> No
     [JPEG[: len(JPEG) // 2] + JPEG[-2:], JPEG[: len(JPEG) // 2] + b"\xff\xd3" + JPEG[len(JPEG) // 2 :]],
     ids=["cut out", "marker within"],
 )
-def test_made_up_pixels_are_refused(data: bytes) -> None:
+def test_made_up_pixels_are_rejected_by_the_fast_decoder(data: bytes) -> None:
     decode_pillow(data)  # Pillow does not notice
     with pytest.raises(BrokenImageError, match="cannot be decoded: Corrupt JPEG data"):
         decode_fast(data)
@@ -121,7 +121,7 @@ def test_made_up_pixels_are_refused(data: bytes) -> None:
 def test_pillow_decodes_where_simplejpeg_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "simplejpeg", None)
     for data in (JPEG, WHOLE["gray"], WHOLE["progressive"]):
-        assert np.array_equal(fast(data), plain(data))
+        assert np.array_equal(fast(data), exact(data))
     with pytest.raises(BrokenImageError, match="cut off"):
         decode_fast(JPEG[:-2])
     with pytest.raises(BrokenImageError, match=r"cannot be decoded: [^/]*$"):

@@ -33,32 +33,32 @@ def test_four_files_stored_and_mapped(images: Path, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize("keep", [0, 1, 29, 400, 2000, 10_000, 25_000])
-def test_it_goes_on_from_a_torn_archive(
+def test_it_resumes_from_a_truncated_archive(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int
 ) -> None:
     assert pack(images, tmp_path / "whole") == 0
-    torn, whole = tmp_path / "torn", (tmp_path / "whole" / "train.zip").read_bytes()
-    torn.mkdir()
-    (torn / "train.zip.partial").write_bytes(whole[:keep])
+    truncated, whole = tmp_path / "truncated", (tmp_path / "whole" / "train.zip").read_bytes()
+    truncated.mkdir()
+    (truncated / "train.zip.partial").write_bytes(whole[:keep])
     read, packed = ImageFolder.read, make_zip.pack
     numbers = []
 
-    def noted(self: ImageFolder, index: int) -> bytes:
+    def recorded(self: ImageFolder, index: int) -> bytes:
         numbers.append(index)
         return read(self, index)
 
-    def pack_noted(*arguments: object) -> None:
+    def pack_recorded(*arguments: object) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ImageFolder, "read", noted)
+            patch.setattr(ImageFolder, "read", recorded)
             packed(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(make_zip, "pack", pack_noted)
-    assert pack(images, torn) == 0
-    assert all((torn / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in FILES)
+    monkeypatch.setattr(make_zip, "pack", pack_recorded)
+    assert pack(images, truncated) == 0
+    assert all((truncated / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in FILES)
     assert (numbers[0] > 0) == (keep > 6000)  # images that were written whole are not written again
 
 
-def test_a_damaged_or_foreign_start_is_written_anew(images: Path, tmp_path: Path) -> None:
+def test_a_damaged_or_foreign_beginning_is_overwritten(images: Path, tmp_path: Path) -> None:
     assert pack(images, tmp_path / "whole") == 0
     whole = bytearray((tmp_path / "whole" / "train.zip").read_bytes())
     for number, start in enumerate((b"something else" * 50, bytes(whole[:300] + b"\0\0\0\0" + whole[304:9000]))):
@@ -69,7 +69,7 @@ def test_a_damaged_or_foreign_start_is_written_anew(images: Path, tmp_path: Path
         assert (folder / "train.zip").read_bytes() == whole
 
 
-def test_an_interrupted_call_goes_on(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_call_resumes(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = ImageFolder.read
 
     def interrupted(self: ImageFolder, index: int) -> bytes:
@@ -97,16 +97,16 @@ def test_nothing_is_replaced_and_a_second_call_changes_nothing(
     (images / "train" / "cat" / "0.jpg").rename(images / "train" / "cat" / "00.jpg")
     capsys.readouterr()
     assert pack(images, zips) == 2
-    assert "train.zip is there, with other images" in capsys.readouterr().err
+    assert "train.zip exists with other images" in capsys.readouterr().err
 
 
-def test_what_was_written_is_compared(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_archive_is_compared_with_the_files(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ZipFolder, "read", lambda *_: b"other")
     assert pack(images, tmp_path / "zips") == 2
     assert not (tmp_path / "zips" / "train.zip").exists()
 
 
-def test_mistakes(
+def test_user_errors(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert pack(tmp_path / "none", tmp_path / "zips") == 2
@@ -121,4 +121,16 @@ def test_mistakes(
     (images / "val" / "emu").rename(images / "val" / "dog")
     monkeypatch.setattr(ImageFolder, "read", unreadable)
     assert pack(images, tmp_path / "zips") == 2
-    assert "Permission denied" in capsys.readouterr().err
+    assert f"{images}/train/cat/0.jpg: cannot be read: Permission denied" in capsys.readouterr().err
+
+
+def test_an_unwritable_output_folder_and_a_damaged_archive(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert pack(images, tmp_path / "file") == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/file: File exists\n"
+    (tmp_path / "zips").mkdir()
+    (tmp_path / "zips" / "train.zip").write_bytes(b"no archive")
+    assert pack(images, tmp_path / "zips") == 2
+    assert "train.zip: not a complete zip archive" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What happens to batches on the device: normalizing, erasing, and images that cannot be used."""
+"""Batches on the device: normalization, erasing, and images that cannot be used."""
 
 import logging
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ DEVICES = [
 
 
 class Batches:
-    """In place of a DataLoader."""
+    """A fake DataLoader."""
 
     def __init__(self, batches: list[Batch]) -> None:
         self.batches = batches
@@ -86,7 +86,7 @@ def test_erasing_fills_the_boxes_and_nothing_else(device: torch.device, mode: st
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_noise_belongs_to_the_sample_and_not_to_the_batch(device: torch.device) -> None:
+def test_noise_depends_on_the_sample_and_not_on_the_batch(device: torch.device) -> None:
     ((alone, _),) = loader(batch((0, 4, 6, 20, 11, 99)), device=device)
     among = loader(batch((1, 0, 0, 9, 9, 1), seed=5), batch((0, 1, 1, 8, 8, 3), (2, 4, 6, 20, 11, 99)), device=device)
     (_, _), (last, _) = among
@@ -96,7 +96,7 @@ def test_noise_belongs_to_the_sample_and_not_to_the_batch(device: torch.device) 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_batches_come_in_order_and_complete(device: torch.device) -> None:
+def test_all_batches_come_in_order(device: torch.device) -> None:
     hosts = [batch((0, 0, 0, 5, 5, seed), seed=10 * seed) for seed in range(5)]
     prefetched = list(loader(*hosts, device=device))
     singly = [next(iter(loader(host, device=device))) for host in hosts]
@@ -105,25 +105,25 @@ def test_batches_come_in_order_and_complete(device: torch.device) -> None:
     assert list(loader(device=device)) == []
 
 
-def test_the_first_broken_image_stops_where_none_is_left_out() -> None:
+def test_the_first_broken_image_stops_the_run_unless_skipped() -> None:
     batches = iter(loader(batch(), batch(failures=("cat/3.jpg",))))
     next(batches)
     with pytest.raises(BrokenImageError, match=r"^cat/3\.jpg: is broken; repair it, or set DATA\.ON_ERROR to skip$"):
         next(batches)
 
 
-def test_images_left_out_are_counted_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_skipped_images_are_counted_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     skipping = loader(
         batch(failures=("a", "b")),
         batch(failures=("b",)),
         batch(count=0, failures=("a",)),
-        skips_broken=True,
+        skip_broken=True,
         max_broken=2,
     )
     with caplog.at_level(logging.WARNING, logger="mlla"):
         assert [len(labels) for _, labels in skipping] == [3, 3]  # a batch without images is none
         assert [len(labels) for _, labels in skipping] == [3, 3]  # another epoch
-    assert [record.message for record in caplog.records] == ["left out a: is broken", "left out b: is broken"]
+    assert [record.message for record in caplog.records] == ["skipped a: is broken", "skipped b: is broken"]
     skipping.loader.batches.append(batch(failures=("c",)))  # type: ignore[attr-defined]
     with pytest.raises(
         BrokenImageError, match=r"DATA\.MAX_BAD 2: 3 images of this process cannot be used, the last is c"

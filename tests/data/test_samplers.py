@@ -16,7 +16,7 @@ def test_train_shares_are_disjoint_equal_and_repeatable() -> None:
     assert {key.epoch for key in other} == {1}
 
 
-def test_an_epoch_goes_on_where_it_stopped() -> None:
+def test_an_epoch_resumes_in_its_middle() -> None:
     sampler = TrainSampler(23, rank=1, num_processes=2, seed=0)
     sampler.set_epoch(3)
     whole = list(sampler)
@@ -76,9 +76,9 @@ def test_shares_of_64_ranks_are_disjoint_and_equal_without_shards() -> None:
 
 
 @pytest.mark.parametrize("keeps_shard", [False, True])
-def test_keys_say_where_in_the_order_they_stand(keeps_shard: bool) -> None:
+def test_keys_hold_their_slot_in_the_order(keeps_shard: bool) -> None:
     sampler = TrainSampler(101, rank=2, num_processes=3, seed=0, keeps_shard=keeps_shard)
     sampler.set_epoch(5, start=4)
     order = sampler.order(5)
-    assert all(order[key.place] == key.position and key.epoch == 5 for key in sampler)
+    assert all(order[key.slot] == key.position and key.epoch == 5 for key in sampler)
     assert not np.array_equal(order, sampler.order(6))

@@ -1,4 +1,4 @@
-"""Our pipelines against timm's and torchvision's plain ones, at the same draws."""
+"""Our pipelines against the reference pipelines of timm and torchvision, at the same random draws."""
 
 import random
 
@@ -15,7 +15,7 @@ from data.decoding import image_to_tensor
 from data.transforms import EvalTransform, TrainTransform, denormalize
 from tests.helpers import photo
 
-PLAIN = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5, "color_jitter": 0.0}
+REFERENCE = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5, "color_jitter": 0.0}
 
 
 def seed_all(seed: int) -> None:
@@ -26,16 +26,16 @@ def seed_all(seed: int) -> None:
 
 def make_transform(size: int, **changes: object) -> TrainTransform:
     settings = (
-        PLAIN | {"interpolation": "bicubic", "auto_augment": "none", "erase_prob": 0.0, "erase_count": 1} | changes
+        REFERENCE | {"interpolation": "bicubic", "auto_augment": "none", "erase_prob": 0.0, "erase_count": 1} | changes
     )
     return TrainTransform(size, **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("size", [224, 64])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
-def test_crop_resize_and_flip_are_timms(size: int, interpolation: str) -> None:
+def test_crop_resize_and_flip_match_timm(size: int, interpolation: str) -> None:
     ours = make_transform(size, interpolation=interpolation)
-    theirs = create_transform(size, is_training=True, interpolation=interpolation, separate=True, **PLAIN)[0]
+    theirs = create_transform(size, is_training=True, interpolation=interpolation, separate=True, **REFERENCE)[0]
     image = photo(250, 180)
     for seed in range(20):
         seed_all(seed)
@@ -48,11 +48,11 @@ def test_crop_resize_and_flip_are_timms(size: int, interpolation: str) -> None:
         assert erasures == []
 
 
-def test_the_whole_pipeline_is_timms_at_the_same_draws() -> None:
+def test_the_whole_pipeline_matches_timm_at_the_same_draws() -> None:
     policy = "rand-m9-mstd0.5-inc1"
     ours = make_transform(96, auto_augment=policy, erase_prob=0.25)
     theirs = create_transform(
-        96, is_training=True, interpolation="bicubic", auto_augment=policy, separate=True, **PLAIN
+        96, is_training=True, interpolation="bicubic", auto_augment=policy, separate=True, **REFERENCE
     )
     for op in theirs[1].transforms[0].ops:
         op.aug_fn = posterize if op.name.startswith("Posterize") else op.aug_fn  # timm's fails with new Pillow
@@ -70,17 +70,17 @@ def test_the_whole_pipeline_is_timms_at_the_same_draws() -> None:
 
 
 class Recorder(torch.Tensor):
-    """Notes where random erasing writes."""
+    """Records where random erasing writes."""
 
     boxes: list[tuple[int, int, int, int]]
 
-    def __setitem__(self, place: tuple[slice, slice, slice], value: object) -> None:
-        _, rows, columns = place
+    def __setitem__(self, index: tuple[slice, slice, slice], value: object) -> None:
+        _, rows, columns = index
         self.boxes.append((rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start))
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_erasing_takes_timms_boxes(count: int) -> None:
+def test_erased_boxes_match_timm(count: int) -> None:
     ours = make_transform(224, erase_prob=0.5, erase_count=count)
     theirs = RandomErasing(0.5, mode="const", max_count=count, device="cpu")
     seen = 0
@@ -97,7 +97,7 @@ def test_erasing_takes_timms_boxes(count: int) -> None:
     assert seen > 50
 
 
-def test_training_transform_flips_only_where_asked() -> None:
+def test_training_transform_flips_only_if_asked() -> None:
     image = torch.arange(64 * 64 * 3, dtype=torch.uint8).reshape(64, 64, 3)
 
     def outcomes(hflip: float) -> int:
@@ -109,11 +109,14 @@ def test_training_transform_flips_only_where_asked() -> None:
 
 
 @pytest.mark.parametrize("width_height", [(1, 1), (1, 300), (300, 1), (3, 2)])
-def test_tiny_images_become_whole_ones(width_height: tuple[int, int]) -> None:
+def test_tiny_images_get_the_full_size(width_height: tuple[int, int]) -> None:
     image = photo(*width_height)
-    for transform in (make_transform(32), EvalTransform(32, crop=True, interpolation="bicubic")):
-        assert transform(image_to_tensor(image))[0].shape == (32, 32, 3)
-    assert EvalTransform(32, crop=True, interpolation="bicubic")(image)[0].shape == (32, 32, 3)
+    training, evaluation = make_transform(32), EvalTransform(32, crop=True, interpolation="bicubic")
+    for seed in range(50):
+        seed_all(seed)
+        assert training(image_to_tensor(image))[0].shape == (32, 32, 3)
+    assert evaluation(image_to_tensor(image))[0].shape == (32, 32, 3)
+    assert evaluation(image)[0].shape == (32, 32, 3)
 
 
 def test_evaluation_transform_resizes_to_256_224ths_and_crops_the_center() -> None:
@@ -130,7 +133,7 @@ def test_evaluation_transform_resizes_to_256_224ths_and_crops_the_center() -> No
 
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (300, 300), (224, 500)])
-def test_exact_evaluation_is_torchvisions_and_the_fast_one_near_it(size: tuple[int, int]) -> None:
+def test_exact_evaluation_matches_torchvision_and_the_fast_one_is_close(size: tuple[int, int]) -> None:
     reference = transforms.Compose(
         [transforms.Resize(256, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224)]
     )

@@ -42,17 +42,17 @@ def test_broken_images_are_listed(
     assert all(reason in found for reason, (_, found) in zip(reasons, lines, strict=True))
     assert f"12 images, {len(expected)} cannot be used" in capsys.readouterr().out
     assert exit_code(verify.main, words) == 2
-    assert "bad.txt is there; move it away" in capsys.readouterr().err
+    assert "bad.txt exists; move it" in capsys.readouterr().err
 
 
-def test_a_good_data_set_makes_no_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_list_for_a_good_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_image_folder(tmp_path / "images", train=2, val=1)
     assert verify.main([str(tmp_path / "images"), "--workers", "0", "--output", str(tmp_path / "bad.txt")]) == 0
     assert "6 images, 0 cannot be used" in capsys.readouterr().out
     assert not (tmp_path / "bad.txt").exists()
 
 
-def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_user_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, reason in (
         (["--zip"], "no train.zip in it"),
         ([], "no folder"),
@@ -60,3 +60,10 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert exit_code(verify.main, [str(tmp_path), "--output", str(tmp_path / "bad.txt"), *words]) == 2
         assert reason in capsys.readouterr().err
+
+
+def test_an_unwritable_output_is_noticed_before_the_scan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_image_folder(tmp_path / "images", train=1, val=1)
+    (tmp_path / "file").touch()
+    assert exit_code(verify.main, [tmp_path / "images", "--output", tmp_path / "file" / "bad.txt"]) == 2
+    assert f"error: {tmp_path}/file/bad.txt: " in capsys.readouterr().err

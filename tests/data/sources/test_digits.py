@@ -19,7 +19,7 @@ def test_digits_split_is_stratified_fixed_and_disjoint() -> None:
     assert total == pytest.approx(4.884 * 255 / 16, rel=0.02)
 
 
-def test_some_of_the_digits() -> None:
+def test_a_subset_of_the_digits() -> None:
     whole, some = Digits("train", 8), Digits("train", 8, ["7", "2"])
     assert some.classes == ["2", "7"]
     positions = [i for i, label in enumerate(whole.labels) if label in (2, 7)]

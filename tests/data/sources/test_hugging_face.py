@@ -1,4 +1,4 @@
-"""Hugging Face data sets from a local folder; skipped where the library is not installed."""
+"""Hugging Face datasets from a local folder; skipped where the library is not installed."""
 
 import sys
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_parquet_files_and_rows_without_images(tmp_path: Path, datasets: object)
 
 
 @pytest.mark.usefixtures("datasets")
-def test_mistakes(tmp_path: Path) -> None:
+def test_user_errors(tmp_path: Path) -> None:
     make_image_folder(tmp_path / "images", train=1, val=1)
     for path in (tmp_path / "images" / "val").rglob("*.jpg"):
         path.unlink()
@@ -68,7 +68,7 @@ def test_mistakes(tmp_path: Path) -> None:
         HuggingFaceImages("empty", str(tmp_path), "val")
 
 
-def test_without_the_library_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="the library `datasets` is not installed; pip install datasets"):
         HuggingFaceImages("images", str(tmp_path), "val")

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.errors import BrokenImageError
+from data.errors import BrokenImageError, DataError
 from data.sources.image_folder import ImageFolder
 from data.sources.string_table import StringTable
 from tests.helpers import make_image_folder
@@ -37,6 +37,17 @@ def test_links_and_deeper_folders_are_found(tmp_path: Path) -> None:
 def test_a_folder_without_classes(tmp_path: Path) -> None:
     (tmp_path / "val").mkdir()
     with pytest.raises(MissingFileError, match="no class folders in it"):
+        ImageFolder(str(tmp_path), "val")
+
+
+def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_image_folder(tmp_path, train=1, val=1)
+
+    def refuse(_: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(DataError, match=r"/val: Permission denied$"):
         ImageFolder(str(tmp_path), "val")
 
 

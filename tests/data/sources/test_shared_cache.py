@@ -29,7 +29,7 @@ def test_slots_are_empty_until_filled() -> None:
     assert [cache.get(slot) for slot in range(3)] == [None, b"", b"xy"]
 
 
-def test_worker_processes_share_it() -> None:
+def test_worker_processes_share_the_cache() -> None:
     cache = SharedCache(np.array([3, 2]))
     process = multiprocessing.get_context("fork").Process(target=fill, args=(cache, 1, b"xy"))
     process.start()
@@ -39,7 +39,7 @@ def test_worker_processes_share_it() -> None:
     assert cache.get(0) is None
 
 
-def test_other_processes_join_it() -> None:
+def test_other_processes_join_the_cache() -> None:
     sizes = np.array([3, 0, 2])
     cache = SharedCache(sizes)
     cache.put(0, b"abc")
@@ -50,13 +50,13 @@ def test_other_processes_join_it() -> None:
     assert cache.get(2) == b"xy"
 
 
-def test_another_processs_memory_is_not_taken_for_it() -> None:
+def test_memory_with_another_token_is_rejected() -> None:
     cache, other = SharedCache(np.array([3])), SharedCache(np.array([3]))
     with pytest.raises(OSError, match="not the one that shares its cache"):
         other.join(cache.address._replace(token=bytes(16)))
 
 
-def test_what_processes_of_one_machine_have_in_common() -> None:
+def test_machine_is_the_same_for_all_processes_of_a_machine() -> None:
     assert machine() == machine()
     assert machine()[1] == Path("/proc/self/ns/pid").stat().st_ino
 
@@ -73,7 +73,7 @@ def test_containers_have_less_memory_than_their_machine(tmp_path: Path, monkeypa
     assert available_bytes() > 1 << 20
 
 
-def test_systems_without_such_memory_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_systems_without_shared_anonymous_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "memfd_create")
     with pytest.raises(DataError, match=r"CACHE_MODE: .* set it to no"):
         SharedCache(np.array([3]))

@@ -71,19 +71,19 @@ def test_the_same_samples_as_timms_reader(tmp_path: Path) -> None:
         ([("1.jpg", IMAGES[0]), ("1.cls", b"5")], "2 names for 6 classes"),
     ],
 )
-def test_shards_that_cannot_be_understood(tmp_path: Path, files: list[tuple[str, bytes]], reason: str) -> None:
+def test_invalid_labels(tmp_path: Path, files: list[tuple[str, bytes]], reason: str) -> None:
     write_shard(tmp_path / "val.tar", files)
     (tmp_path / "classes.txt").write_text("ant\nbee\n")
     with pytest.raises(DataError, match=reason):
         WebDatasetShards(str(tmp_path), "val")
 
 
-def test_missing_empty_and_torn_shards(tmp_path: Path) -> None:
+def test_missing_empty_and_damaged_shards(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match=r"no shards .*/val/\*\.tar or .*\*val\*\.tar"):
         WebDatasetShards(str(tmp_path), "val")
     write_shard(tmp_path / "val.tar", [("notes.txt", b"")])
     with pytest.raises(MissingFileError, match="no images"):
         WebDatasetShards(str(tmp_path), "val")
     (tmp_path / "val.tar").write_bytes(b"no tar" * 1000)
-    with pytest.raises(DataError, match="not a whole, uncompressed tar file"):
+    with pytest.raises(DataError, match="not a complete, uncompressed tar file"):
         WebDatasetShards(str(tmp_path), "val")

@@ -35,7 +35,7 @@ def read_in_worker(source: ZipFolder, index: int, expected: bytes) -> None:
     assert source.owner == os.getpid()  # it opened the archive for itself
 
 
-def test_it_reads_what_the_folder_holds(archives: tuple[Path, Path]) -> None:
+def test_archives_hold_the_images_and_labels_of_folders(archives: tuple[Path, Path]) -> None:
     images, zips = archives
     for split in ("train", "val"):
         folder, archive = ImageFolder(str(images), split), ZipFolder(str(zips), split)
@@ -46,7 +46,7 @@ def test_it_reads_what_the_folder_holds(archives: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_open_the_archive_for_themselves(archives: tuple[Path, Path], method: str) -> None:
+def test_each_worker_opens_the_archive(archives: tuple[Path, Path], method: str) -> None:
     source = ZipFolder(str(archives[1]), "train")
     source.use_cache(0, 1)
     expected = source.read(0)
@@ -62,7 +62,7 @@ def test_workers_open_the_archive_for_themselves(archives: tuple[Path, Path], me
 
 
 @pytest.mark.parametrize(("first", "step"), [(0, 1), (0, 3), (2, 3), (1, 10), (9, 10)])
-def test_cached_images_need_the_archive_once(
+def test_cached_images_are_read_from_the_archive_once(
     archives: tuple[Path, Path], tmp_path: Path, first: int, step: int
 ) -> None:
     for name in ("train.zip", "train_map.txt"):
@@ -127,19 +127,19 @@ def test_missing_and_damaged_members(tmp_path: Path) -> None:
         (["dog/1.jpg\t0"], "none of the images that val_map.txt names is in it, such as dog/1.jpg"),
     ],
 )
-def test_maps_that_cannot_be_understood(tmp_path: Path, lines: list[str], reason: str) -> None:
+def test_invalid_maps(tmp_path: Path, lines: list[str], reason: str) -> None:
     write(tmp_path, {"cat/a.jpg": b"a"}, lines)
     with pytest.raises(DataError, match=reason):
         ZipFolder(str(tmp_path), "val")
 
 
-def test_missing_and_torn_archives(tmp_path: Path) -> None:
+def test_missing_and_truncated_archives(tmp_path: Path) -> None:
     for root in ("", str(tmp_path)):
         with pytest.raises(MissingFileError, match=r"no val\.zip in it; --zip reads .* data\.make_zip makes"):
             ZipFolder(root, "val")
     write(tmp_path, {"cat/a.jpg": b"a" * 500}, ["cat/a.jpg\t0"])
     (tmp_path / "val.zip").write_bytes((tmp_path / "val.zip").read_bytes()[:-30])
-    with pytest.raises(DataError, match="not a whole zip archive"):
+    with pytest.raises(DataError, match="not a complete zip archive"):
         ZipFolder(str(tmp_path), "val")
 
 
