@@ -62,8 +62,8 @@ class ImageDataset(Dataset[Batch]):
         transform: makes pixels (H, W, 3) and boxes to erase from a decoded image.
         seed: seed of all random draws.
         is_exact: decode with Pillow and give the transform an image; else decode faster and give it a tensor.
-        replacements: function that returns the order of an epoch, in which the next good image replaces a broken one; the random
-            draws stay those of the sample. None: the batch gets smaller. The batch lists the failures.
+        replacements: function that returns the order of an epoch, in which the next good image replaces a broken one;
+            the random draws stay those of the sample. None: the batch gets smaller. The batch lists the failures.
         max_failures: replacements to try in a row.
     """
 

@@ -88,7 +88,8 @@ class TrainTransform:
     def resized_crop(self, pixels: Tensor) -> Tensor:
         """Cut a random crop of the pixels (H, W, 3) and resize it to (size, size, 3)."""
         top, left, height, width = self.crop.get_params(pixels.permute(2, 0, 1), self.crop.scale, self.crop.ratio)
-        height, width = max(1, height), max(1, width)  # they round to 0 in images of a few pixels
+        height, width = max(1, height), max(1, width)  # they round to 0 in images of a few pixels,
+        top, left = min(top, pixels.shape[0] - height), min(left, pixels.shape[1] - width)  # after the last pixel
         modes = self.crop.interpolation
         mode = random.choice(modes) if isinstance(modes, tuple | list) else modes
         return resize(pixels[top : top + height, left : left + width], self.size, self.size, mode)
