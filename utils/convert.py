@@ -33,13 +33,15 @@ class ConversionError(UserError):
     """A conversion that is not possible."""
 
 
-def convert(source: str, target: Path, *, form: str, ema: bool = False, size: tuple[int, int] | None = None) -> str:
+def convert(
+    source: str, target: Path, *, file_format: str, ema: bool = False, size: tuple[int, int] | None = None
+) -> str:
     """Read weights in any known format and write them in another one, atomically.
 
     Args:
         source: a path, a URL, or the name of released weights.
         target: file to write; an existing one is replaced.
-        form: a key of `FORMS`.
+        file_format: a key of `FORMATS`.
         ema: write only the EMA weights, as the model's weights.
         size: height and width in pixels for the rotary tables of the official format. Default: the size of the tables
             in the file, else DATA.IMG_SIZE of its configuration, else 224x224.
@@ -61,13 +63,14 @@ def convert(source: str, target: Path, *, form: str, ema: bool = False, size: tu
     source_weights = {"model": ema_weights} if ema else {"model": model, "state_dict_ema": ema_weights}
     kinds = {key: without_rotary_tables(weights) for key, weights in source_weights.items() if weights is not None}
     suffix = ""
-    if form == "official":
+    if file_format == "official":
         size = size or size_in(content, [weights for weights in (model, ema_weights) if weights is not None])
         kinds = {key: {**weights, **official_tables(weights, size, source)} for key, weights in kinds.items()}
         suffix = f", for images of {size[0]}x{size[1]}"
     with user_file(target, "written"):
-        written = FORMS[form](target, kinds, metadata_in(content))
-    return f"{target}: {' and '.join(written)}, {len(next(iter(kinds.values())))} tensors each, format {form!r}{suffix}"
+        written = FORMATS[file_format](target, kinds, metadata_in(content))
+    num_tensors = len(next(iter(kinds.values())))
+    return f"{target}: {' and '.join(written)}, {num_tensors} tensors each, format {file_format!r}{suffix}"
 
 
 def metadata_in(content: dict[str, Any]) -> dict[str, Any]:
@@ -151,13 +154,13 @@ def write_safetensors(target: Path, kinds: dict[str, Weights], metadata: dict[st
     return [key]
 
 
-FORMS = {"official": write_ours, "ours": write_ours, "safetensors": write_safetensors, "timm": write_timm}
+FORMATS = {"official": write_ours, "ours": write_ours, "safetensors": write_safetensors, "timm": write_timm}
 
 
-def check_target(target: Path, form: str, *, force: bool) -> None:
+def check_target(target: Path, file_format: str, *, force: bool) -> None:
     """Raise UserFileError if OUT cannot be written or its name does not fit the format."""
     check_output(target, force=force)
-    if (target.suffix == ".safetensors") != (form == "safetensors"):
+    if (target.suffix == ".safetensors") != (file_format == "safetensors"):
         raise UserFileError(f"{target}: names of safetensors files, and no others, must end in .safetensors")
 
 
@@ -165,17 +168,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__.split("\n\n")[1], prog="python -m utils.convert")
     parser.add_argument("source", metavar="IN", help="a path, a URL, or mlla-t, mlla-s, mlla-b")
     parser.add_argument("target", metavar="OUT", type=Path)
-    parser.add_argument("--to", required=True, choices=sorted(FORMS), dest="form")
+    parser.add_argument("--to", required=True, choices=sorted(FORMATS), dest="file_format")
     parser.add_argument("--ema", action="store_true", help="write only the EMA weights")
-    parser.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="image size in pixels for --to official")
+    parser.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="image size, for --to official")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     args = parser.parse_args(argv)
     with report_user_errors():
-        check_target(args.target, args.form, force=args.force)
-        if args.size and args.form != "official":
+        check_target(args.target, args.file_format, force=args.force)
+        if args.size and args.file_format != "official":
             raise ConversionError("--size works with --to official, which stores tables for one image size")
         size = (args.size[0], args.size[1]) if args.size else None
-        print(convert(args.source, args.target, form=args.form, ema=args.ema, size=size))
+        print(convert(args.source, args.target, file_format=args.file_format, ema=args.ema, size=size))
     return 0
 
 

@@ -147,12 +147,12 @@ class AsModule(nn.Module):
         return self.runner(images)[0]
 
 
-def accuracy_table(config: CfgNode, model: nn.Module, runner: Runner, form: str) -> str:
+def accuracy_table(config: CfgNode, model: nn.Module, runner: Runner, file_format: str) -> str:
     """Format the accuracies of PyTorch and of the exported file on the configuration's validation images."""
     process = Process(0, 1, torch.device("cpu"))
     precision: Precision = build_precision(config, process.device)
     loader = build_data(config, rank=0, num_processes=1).val
-    rows = {"PyTorch": model, form: AsModule(runner)}
+    rows = {"PyTorch": model, file_format: AsModule(runner)}
     scores = {name: evaluate(candidate, loader, process, precision) for name, candidate in rows.items()}
     return "\n".join(
         f"{name:18} Acc@1 {score.acc1:.3f} Acc@5 {score.acc5:.3f} on {score.num_images} images"
@@ -162,15 +162,15 @@ def accuracy_table(config: CfgNode, model: nn.Module, runner: Runner, form: str)
 
 def check_args(args: Any) -> None:
     """Raise ExportError or UserFileError if the command line contradicts itself or the file cannot be written."""
-    form = args.form
-    check_output(args.target, suffixes=[SUFFIXES[form]], force=args.force)
-    if args.precision != "float32" and form != "onnx":
-        raise ExportError(f"--precision {args.precision} works with --to onnx, not {form}")
-    if args.size == "dynamic" and form == "torchscript":
+    file_format = args.file_format
+    check_output(args.target, suffixes=[SUFFIXES[file_format]], force=args.force)
+    if args.precision != "float32" and file_format != "onnx":
+        raise ExportError(f"--precision {args.precision} works with --to onnx, not {file_format}")
+    if args.size == "dynamic" and file_format == "torchscript":
         raise ExportError("--size dynamic works with onnx and exported_program; a TorchScript trace has a fixed size")
     if args.evaluate and (args.part != "classifier" or args.size == "dynamic"):
         raise ExportError("--evaluate works with --part classifier and the size of the configuration's images")
-    if form == "onnx":
+    if file_format == "onnx":
         check_packages()
 
 
@@ -195,8 +195,8 @@ def export(args: Any) -> None:
     def write_verified(path: Path) -> None:
         nonlocal report
         names = output_names(args.part, model, channels)
-        report = write(args.form, model, path, size=size, channels=channels, names=names, metadata=metadata)
-        error = max_relative_error(model, open_runner(args.form, path, model), size.examples(channels))
+        report = write(args.file_format, model, path, size=size, channels=channels, names=names, metadata=metadata)
+        error = max_relative_error(model, open_runner(args.file_format, path, model), size.examples(channels))
         if not error <= TOLERANCE:
             raise ExportError(
                 f"{args.target}: differs from PyTorch by {error:.1e} of the largest output, above {TOLERANCE}"
@@ -207,18 +207,18 @@ def export(args: Any) -> None:
                 write_reduced(exact, path, args.precision)
             finally:
                 exact.unlink()
-            error = max_relative_error(model, open_runner(args.form, path, model), size.examples(channels))
+            error = max_relative_error(model, open_runner(args.file_format, path, model), size.examples(channels))
         report += f", relative error {error:.1e}"
 
     with user_file(args.target, "written"):
         write_atomic(args.target, write_verified)
     mib = args.target.stat().st_size / 2**20
-    print(f"{args.target}: {args.part} in {args.form}, {args.precision}, {mib:.1f} MiB{report}")
-    runner = open_runner(args.form, args.target, model)
+    print(f"{args.target}: {args.part} in {args.file_format}, {args.precision}, {mib:.1f} MiB{report}")
+    runner = open_runner(args.file_format, args.target, model)
     if args.evaluate:
-        print(accuracy_table(config, model, runner, args.form))
+        print(accuracy_table(config, model, runner, args.file_format))
     if args.benchmark:
-        print(latency_table(model, runner, args.form, torch.randn(1, channels, *size.timed)))
+        print(latency_table(model, runner, args.file_format, torch.randn(1, channels, *size.timed)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--resume", "--weights", required=True, metavar="WEIGHTS", help="a path, a URL, or mlla-t, mlla-s, mlla-b"
     )
-    parser.add_argument("--to", required=True, choices=sorted(SUFFIXES), dest="form")
+    parser.add_argument("--to", required=True, choices=sorted(SUFFIXES), dest="file_format")
     parser.add_argument("--size", help="a side (default DATA.IMG_SIZE), HxW, or dynamic: multiples of 32 from 64 on")
     parser.add_argument("--part", default="classifier", choices=PARTS, help="logits, features or feature maps")
     parser.add_argument("--precision", default="float32", choices=PRECISIONS, help="of an ONNX file")

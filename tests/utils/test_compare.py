@@ -1,4 +1,4 @@
-"""utils.compare, and what utils/tools/run_history.py reads of a run's folder."""
+"""utils.compare, and the reading of a run's folder in utils/tools/run_history.py."""
 
 import json
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from utils.tools.run_history import RunFolderError, best_and_last, read_run, sel
 Compare = Callable[..., tuple[int, str, str]]
 
 
-def make_run(folder: Path, accuracies: list[float], *, settings: str = "", **figures: list[float]) -> Path:
-    """A run with a line an epoch in metrics.jsonl and speed.jsonl."""
+def make_run(folder: Path, accuracies: list[float], *, settings: str = "", **metrics: list[float]) -> Path:
+    """Make a run with one line per epoch in metrics.jsonl and speed.jsonl."""
     folder.mkdir(parents=True)
-    columns = {"acc1": accuracies, **figures}
+    columns = {"acc1": accuracies, **metrics}
     records = [{"epoch": i, **{k: v[i] for k, v in columns.items()}} for i in range(len(accuracies))]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     speeds = [{"epoch": i, "images_per_second": 100.0 * (i + 1)} for i in range(len(accuracies))]
@@ -30,16 +30,16 @@ def make_run(folder: Path, accuracies: list[float], *, settings: str = "", **fig
 
 @pytest.fixture
 def run_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Compare:
-    """(exit code, standard output, standard error) of the command, in a folder of its own."""
+    """A function that runs the command in a folder of its own: (exit code, standard output, standard error)."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*words: Any) -> tuple[int, str, str]:
-        return exit_code(compare.main, words), *capsys.readouterr()
+    def run(*args: Any) -> tuple[int, str, str]:
+        return exit_code(compare.main, args), *capsys.readouterr()
 
     return run
 
 
-def test_table_and_picture(run_compare: Compare, tmp_path: Path) -> None:
+def test_table_and_plot(run_compare: Compare, tmp_path: Path) -> None:
     a = make_run(tmp_path / "m" / "a", [10, 30, 20], ema_acc1=[5, 6, 7], loss=[3, 1, 2], settings="SEED: 1\nAMP: true")
     b = make_run(tmp_path / "m" / "b", [10, 90, 80, 90], loss=[3, 2, 1, 1.5], settings="SEED: 2\nAMP: true")
     code, out, err = run_compare(a, b)
@@ -52,17 +52,17 @@ def test_table_and_picture(run_compare: Compare, tmp_path: Path) -> None:
     ]
     assert first == ["a", "3 of 4", "30 (2)", "20", "7 (3)", "7", "2", "200"]
     assert second == ["b", "4", "90 (2)", "90", "", "", "1.5", "250"]
-    assert rows[4:] == [["key", "a", "b"], rows[5], ["SEED", "1", "2"]]  # neither TAG, nor what is the same
+    assert rows[4:] == [["key", "a", "b"], rows[5], ["SEED", "1", "2"]]  # neither TAG nor equal settings
     assert "curves: comparison.png" in out
-    with Image.open(tmp_path / "comparison.png") as picture:
-        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
-    assert picture.size[0] > 1000
+    with Image.open(tmp_path / "comparison.png") as plot:
+        pixels = np.asarray(plot.convert("RGB")).reshape(-1, 3)
+    assert plot.size[0] > 1000
     for color in ((31, 119, 180), (255, 127, 14)):  # of the first and of the second run
         assert (pixels == color).all(axis=1).sum() > 100
-    assert run_compare(a, b)[0] == 0  # over its own picture
+    assert run_compare(a, b)[0] == 0  # replaces its own plot
 
 
-def test_chosen_figures(run_compare: Compare, tmp_path: Path) -> None:
+def test_selected_metrics(run_compare: Compare, tmp_path: Path) -> None:
     a = make_run(tmp_path / "a", [1, 2], grad_norm=[4, 5], loss=[2, 3])
     code, out, _ = run_compare(a, "--keys", "grad_norm", "loss", "--output", "out.svg")
     assert code == 0
@@ -112,8 +112,8 @@ def test_mistakes(run_compare: Compare, tmp_path: Path) -> None:
         ([run, "--output", "a.gif"], "a.gif: the file name must end in .png, .svg or .pdf"),
         ([run, "--output", "gone/a.png"], "there is no folder gone"),
     ]
-    for words, message in cases:
-        code, out, err = run_compare(*words)
+    for args, message in cases:
+        code, out, err = run_compare(*args)
         assert (code, out) == (2, "")
         assert message in err
         assert err.count("\n") == 1
@@ -130,7 +130,7 @@ def test_mistakes(run_compare: Compare, tmp_path: Path) -> None:
     assert "nothing to plot among odd" in run_compare(run)[2]
 
 
-def test_figures_that_are_not_finite_or_missing(run_compare: Compare, tmp_path: Path) -> None:
+def test_metrics_that_are_not_finite_or_missing(run_compare: Compare, tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", [1, 2, 3], loss=[2, float("nan"), float("inf")], lr=[float("nan")] * 3)
     records = read_run(run).records
     assert best_and_last(records, "loss") == (2, 1, 2)
@@ -139,7 +139,7 @@ def test_figures_that_are_not_finite_or_missing(run_compare: Compare, tmp_path: 
     assert run_compare(run, "--keys", "lr")[0] == 0
 
 
-def test_figures_of_dense_tasks() -> None:
+def test_metrics_of_dense_tasks() -> None:
     names = ["box_AP", "ema_box_AP", "mask_AP", "miou", "train_loss", "lr"]
     assert [list(panel.curves) for panel in select_panels(names)] == [
         *(["box_AP", "ema_box_AP"], ["mask_AP"], ["miou"], ["train_loss"], ["lr"])

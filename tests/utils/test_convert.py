@@ -145,8 +145,8 @@ def test_ema_weights_only(ours: Path, tmp_path: Path, form: str) -> None:
     after = convert(tmp_path / "w.pth", tmp_path / "ours.pth", "ours")
     assert_same(before["state_dict_ema"], after["model"])
     assert "state_dict_ema" not in after
-    torch.save({"state_dict_ema": before["state_dict_ema"]}, tmp_path / "average.pth")
-    convert(tmp_path / "average.pth", tmp_path / "w2.pth", form)
+    torch.save({"state_dict_ema": before["state_dict_ema"]}, tmp_path / "ema.pth")
+    convert(tmp_path / "ema.pth", tmp_path / "w2.pth", form)
     assert_same(before["state_dict_ema"], convert(tmp_path / "w2.pth", tmp_path / "o.pth", "ours")["state_dict_ema"])
 
 

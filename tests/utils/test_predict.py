@@ -51,9 +51,9 @@ def test_folder_with_a_broken_file(
         (tmp_path / "images" / f"{path.parent.name}{path.name}").symlink_to(path)
     (tmp_path / "images" / "cat2.5.jpg").write_bytes(next(image_folder.rglob("*.jpg")).read_bytes()[:300])
     (tmp_path / "images" / "notes.txt").write_text("not an image")
-    output, picture = tmp_path / "p.json", tmp_path / "p.png"
+    output, plot = tmp_path / "p.json", tmp_path / "p.png"
     args = [str(tmp_path / "images"), "--weights", str(checkpoint), "--batch-size", "4"]
-    assert predict.main([*args, "--output", str(output), "--picture", str(picture)]) == 0
+    assert predict.main([*args, "--output", str(output), "--picture", str(plot)]) == 0
     out, err = capsys.readouterr()
     assert err.count("\n") == 1
     assert err.startswith(f"skipped {tmp_path}/images/cat2.5.jpg: ")
@@ -65,7 +65,7 @@ def test_folder_with_a_broken_file(
         assert item["probabilities"] == pytest.approx(row.sort(descending=True).values.tolist(), abs=1e-5)
         assert item["classes"][0] == ["cat", "dog, hound"][row.argmax()]
     assert "dog 1" in out or "dog " in out  # the first of a class's names
-    with Image.open(picture) as image:
+    with Image.open(plot) as image:
         assert min(image.size) > 100
 
 

@@ -1,4 +1,4 @@
-"""utils.report: what its page holds, that it needs nothing else, and how a browser shows it."""
+"""utils.report: content of the page, no external resources, and how a browser shows it."""
 
 import base64
 import json
@@ -26,7 +26,7 @@ VOID = {"meta", "img", "source"}
 
 
 class Page(HTMLParser):
-    """The elements of a page, checked to be closed in order; texts by element."""
+    """Elements and texts of a page; checks that elements are closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was interrupted once, with text in it that would be markup if it were not escaped."""
+    """A run that was interrupted once, with texts that would be markup if they were not escaped."""
     folder = make_run(
         tmp_path_factory.mktemp("runs") / "model" / "a<b>&",
         [10.0, 95.5, 95.25],
@@ -80,11 +80,11 @@ def written(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def text(run: Path) -> str:
-    """Its report."""
+    """The report of the run."""
     return written(run)
 
 
-def test_needs_nothing_from_elsewhere(text: str) -> None:
+def test_page_loads_nothing(text: str) -> None:
     page = Page(text)
     names = {name for name, _ in page.elements}
     assert not names & {"script", "link", "iframe", "object", "embed", "a", "base", "form"}
@@ -100,10 +100,10 @@ def test_needs_nothing_from_elsewhere(text: str) -> None:
 def test_text_is_escaped(text: str) -> None:
     page = Page(text)
     assert not any("onerror" in attributes for _, attributes in page.elements)
-    assert EVIL in page.texts  # as a setting, for one
-    assert any(f"WARNING {EVIL}" in found for found in page.texts)
+    assert EVIL in page.texts  # as a setting
+    assert any(f"WARNING {EVIL}" in shown for shown in page.texts)
     assert "model/a<b>&" in page.texts
-    assert not any("INFO fine" in found for found in page.texts)
+    assert not any("INFO fine" in shown for shown in page.texts)
 
 
 def test_accessible(text: str) -> None:
@@ -121,7 +121,7 @@ def test_accessible(text: str) -> None:
 def test_content(run: Path, text: str) -> None:
     page = Page(text)
     for part in ("3 of 4 epochs", "95.50", "epoch 2, last 95.25", "torch", "9.9", "All 2 starts"):
-        assert any(part in found for found in page.texts), part
+        assert any(part in shown for shown in page.texts), part
     seed = page.texts.index("SEED")
     assert page.texts[seed : seed + 4] == ["SEED", "7", "0", report.SCHEMA["SEED"].help]
     settings = page.texts[
@@ -146,14 +146,14 @@ def test_a_bare_run_and_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert any(text.startswith("epoch 1; report of") for text in texts)
     assert not {"Settings", "Environment", "Warnings", "Predictions"} & set(texts)
     (tmp_path / "mine.html").write_text("mine")
-    for words in ([str(tmp_path)], [str(bare), "--output", str(tmp_path / "mine.html")]):
-        assert exit_code(report.main, words) == 2
+    for args in ([str(tmp_path)], [str(bare), "--output", str(tmp_path / "mine.html")]):
+        assert exit_code(report.main, args) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert (tmp_path / "mine.html").read_text() == "mine"
-    written(bare)  # over its own
+    written(bare)  # replaces its own
 
 
-def test_each_tasks_settings_are_known() -> None:
+def test_settings_of_each_task_are_known() -> None:
     from downstream.detection import config as detection
     from downstream.segmentation import config as segmentation
 
@@ -168,7 +168,7 @@ def browse(folder: Path, *flags: str) -> str:
     return subprocess.run([BROWSER, *fixed, *flags], capture_output=True, text=True, timeout=120, check=True).stdout
 
 
-# A frame is as narrow as it is told to be, which windows are not; and a page's policy would not run a script in it.
+# A frame can be as narrow as needed, unlike a window; and the page's policy forbids scripts in the page itself.
 FRAME = """<!DOCTYPE html><meta name="color-scheme" content="light dark"><title></title>
 <iframe width="{width}" height="1600" style="border: 0" srcdoc="{page}"></iframe>
 <script>addEventListener("load", () => {{
@@ -184,23 +184,23 @@ FRAME = """<!DOCTYPE html><meta name="color-scheme" content="light dark"><title>
 @pytest.mark.skipif(BROWSER is None, reason="needs a browser: chromium, or google-chrome, is not installed")
 @pytest.mark.parametrize(("is_dark", "width"), [(False, 1200), (True, 360)], ids=["light", "dark phone"])
 def test_in_a_browser(run: Path, text: str, tmp_path: Path, is_dark: bool, width: int) -> None:
-    """Every picture is shown, nothing sticks out of a narrow screen, and the scheme is the reader's."""
+    """All images are shown, the page fits a narrow screen, and it follows the light or dark scheme."""
     (tmp_path / "frame.html").write_text(FRAME.format(width=width, page=escape(text)), encoding="utf-8")
     flags = [f"--blink-settings=preferredColorScheme={0 if is_dark else 1}", f"--window-size={width},3000"]
     dom = browse(tmp_path, *flags, "--dump-dom", (tmp_path / "frame.html").as_uri())
-    found = re.search(r"<title>(.+?)</title>", dom)
-    assert found is not None
-    seen = json.loads(found[1])
+    title = re.search(r"<title>(.+?)</title>", dom)
+    assert title is not None
+    seen = json.loads(title[1])
     assert seen["width"] == width
     assert seen["needed"] <= width
     assert seen["shown"]
-    assert seen["light"] == [*[not is_dark] * 3, True]  # of the curves there are two each, one of the predictions
+    assert seen["light"] == [*[not is_dark] * 3, True]  # two images per curve, one of the predictions
     assert (seen["ink"], seen["page"]) == (
         ("rgb(230, 230, 230)", "rgb(20, 22, 26)") if is_dark else ("rgb(26, 26, 26)", "rgb(255, 255, 255)")
     )
-    picture = tmp_path / "page.png"
-    browse(tmp_path, *flags, f"--screenshot={picture}", (run / "report.html").as_uri())
-    pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
+    screenshot = tmp_path / "page.png"
+    browse(tmp_path, *flags, f"--screenshot={screenshot}", (run / "report.html").as_uri())
+    pixels = np.asarray(Image.open(screenshot).convert("RGB")).astype(int)
     assert pixels[2, 2].tolist() == ([20, 22, 26] if is_dark else [255, 255, 255])
     for color in ((108, 182, 255) if is_dark else (31, 119, 180), (200, 0, 0)):  # curves, predictions
         assert (abs(pixels - color).max(axis=2) < 12).sum() > 100

@@ -70,31 +70,31 @@ def export_program(model: nn.Module, images: Tensor, size: Size) -> torch.export
 
 
 def write(
-    form: str, model: nn.Module, target: Path, *, size: Size, channels: int, names: list[str], metadata: Any
+    file_format: str, model: nn.Module, target: Path, *, size: Size, channels: int, names: list[str], metadata: Any
 ) -> str:
     """Write a file in float32 and return what to report about it."""
     images = torch.randn(2, channels, size.height, size.width)
-    if form == "safetensors":
+    if file_format == "safetensors":
         save_file({name: value.contiguous() for name, value in unwrapped(model).state_dict().items()}, target)
         return ""
-    if form == "torchscript":
+    if file_format == "torchscript":
         torch.jit.trace(model, images, check_trace=False).save(str(target))
         return ""
     program = export_program(model, images, size)
-    if form == "exported_program":
+    if file_format == "exported_program":
         with target.open("wb") as file:  # because a path would have to end in .pt2
             torch.export.save(program, file)
         return ""
     return f", opset {write_onnx(program, target, outputs=names, metadata=metadata)}"
 
 
-def open_runner(form: str, path: Path, model: nn.Module) -> Runner:
+def open_runner(file_format: str, path: Path, model: nn.Module) -> Runner:
     """Open an exported file as a function from images to a list of outputs."""
-    if form == "onnx":
+    if file_format == "onnx":
         return onnx_runner(path)
-    if form == "torchscript":
+    if file_format == "torchscript":
         loaded = torch.jit.load(path)
-    elif form == "exported_program":
+    elif file_format == "exported_program":
         with path.open("rb") as file:
             loaded = torch.export.load(file).module()
     else:
@@ -135,9 +135,9 @@ def milliseconds(runners: Mapping[str, Callable[[Tensor], Any]], images: Tensor)
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def latency_table(model: nn.Module, runner: Runner, form: str, images: Tensor) -> str:
+def latency_table(model: nn.Module, runner: Runner, file_format: str, images: Tensor) -> str:
     """Format the latency of one image on this CPU: PyTorch, torch.compile and the exported file."""
-    medians = milliseconds({"PyTorch": model, "torch.compile": torch.compile(model), form: runner}, images)
+    medians = milliseconds({"PyTorch": model, "torch.compile": torch.compile(model), file_format: runner}, images)
     shape = "x".join(map(str, images.shape[2:]))
     return "\n".join(
         [
