@@ -100,7 +100,7 @@ def run_evaluation(config: CfgNode, process: Process) -> int:
         model = prepare_model(config, process, len(data.classes))
         weights_file = read_weights(config.MODEL.RESUME)
         check_classes(weights_file.classes, data.classes, config.MODEL.RESUME)
-        found = {"model": weights_file.model, "EMA": weights_file.average}
+        found = {"model": weights_file.model, "EMA": weights_file.ema}
         for weights in filter(None, found.values()):
             load_weights(model, weights, config.MODEL.RESUME)  # that both fit is known before either is evaluated
     precision = build_precision(config, process.device)
@@ -260,7 +260,7 @@ def draw_predictions(run: Run, model: nn.Module) -> Path:
         labels=[classes[label] for label in labels],
         predictions=[classes[label] for label in predictions.tolist()],
         confidences=confidences.tolist(),
-        picture=picture,
+        path=picture,
     )
     return picture
 

@@ -116,7 +116,7 @@ def run_evaluation(task: Task, config: Any, process: Process) -> int:
         model = prepare_model(task, config, process, len(data.classes))
         weights_file = read_weights(config.MODEL.RESUME, tolerant=True)
         check_classes(weights_file.classes, data.classes, config.MODEL.RESUME)
-        found = {"model": weights_file.model, "EMA": weights_file.average}
+        found = {"model": weights_file.model, "EMA": weights_file.ema}
         for weights in filter(None, found.values()):
             load_weights(model, weights, config.MODEL.RESUME)  # that both fit is known before either is evaluated
     run = Run(config, process, folder, data, model, precision_of(config, process))

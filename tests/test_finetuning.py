@@ -46,9 +46,9 @@ def test_other_classes_at_another_size_with_rates_by_layer(pretrained: Path, run
     opts = ["DATA.IMG_SIZE", "24", "MODEL.MLLA.APE", "True", "MODEL.LAYER_DECAY", "0.5"]
     code, out, _ = run_main(*command(tmp_path, *opts), "--pretrained", pretrained)
     assert code == 0
-    assert f"weights from {pretrained} (the average's)" in out
+    assert f"weights from {pretrained} (EMA)" in out
     assert "the file has 5 classes, the data 10" in out
-    assert "not from the file, these start fresh: head" in out
+    assert "not from the file, re-initialized: head" in out
     assert "position table resized from 4x4 to 6x6 tokens" in out
     content = load_checkpoint(tmp_path / "mlla_digits" / "default" / "ckpt_epoch_0.pth")
     scales = {group["lr_scale"] for group in content["optimizer"]["param_groups"]}

@@ -153,7 +153,7 @@ def test_explicit_resume_wins_and_keeps_what_it_replaces(run_main: RunMain, tmp_
     assert code == 0
     assert f"resumed from {first}" in out
     aside = folder / "replaced_1"
-    assert f"what this one replaces is kept in {aside}" in out
+    assert f"what this run replaces is kept in {aside}" in out
     assert {path.name: path.read_bytes() for path in aside.glob("ckpt_*.pth")} == old
     assert (aside / "max_acc.pth").read_bytes() == best
     assert (folder / "metrics_replaced.jsonl").read_text().splitlines() == old_lines[1:]
@@ -281,7 +281,7 @@ def test_pretrained_weights_with_another_head(run_main: RunMain, tmp_path: Path)
     code, out, _ = run_main(*words, "TRAIN.WARMUP_EPOCHS", "0")
     assert code == 0
     assert "the file has 10 classes, the data 2" in out
-    assert "these start fresh: head" in out
+    assert "re-initialized: head" in out
 
 
 @pytest.mark.parametrize("launcher", ["torch.distributed.launch", "torch.distributed.run"])

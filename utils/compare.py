@@ -14,7 +14,7 @@ from typing import Any
 
 from utils.config.command_line import Parser, report_user_errors
 from utils.logs.atomic_write import write_atomic
-from utils.logs.plots import comparison_picture
+from utils.logs.plots import comparison_plot
 from utils.tools.run_history import (
     RunFolderError,
     RunMetrics,
@@ -118,7 +118,7 @@ def compare(args: argparse.Namespace) -> None:
     if not panels:
         raise RunFolderError(f"nothing to plot among {', '.join(names)}; choose with --keys")
     records = {name: run.records for name, run in runs.items()}
-    plot = comparison_picture(records, panels, args.output.suffix[1:], creator=CREATOR)
+    plot = comparison_plot(records, panels, args.output.suffix[1:], creator=CREATOR)
     with user_file(args.output, "written"):
         write_atomic(args.output, lambda path: path.write_bytes(plot))
     in_table = [key for panel in panels for key in panel.curves if args.keys or key not in ("lr", "grad_norm")]

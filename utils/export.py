@@ -97,7 +97,7 @@ def build_part(config: CfgNode, source: str, part: str, *, average: bool) -> nn.
         ExportError: the model or the file has no such part.
         CheckpointError, DownloadError: the file cannot be read, or its weights do not fit.
     """
-    weights = read_state_dict(source, average=average)
+    weights = read_state_dict(source, ema=average)
     model: Any
     if part == "backbone":
         model = Backbone(dense_backbone(config, weights, source))

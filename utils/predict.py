@@ -109,7 +109,7 @@ def open_classifier(args: Any) -> Classifier:
     if not source:
         raise PredictionError("no model is named; add --model mlla_tiny, or a run's checkpoint with --weights FILE")
     content = load_checkpoint(source)
-    weights = read_state_dict(source, average=args.ema)
+    weights = read_state_dict(source, ema=args.ema)
     num_classes = len(weights["head.weight"]) if "head.weight" in weights else None
     size, crop, interpolation = 224, True, "bicubic"
     model: nn.Module
@@ -227,7 +227,7 @@ def draw_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
         images.append(np.asarray(image))
         name = prediction.classes[0].split(",")[0]
         captions.append(f"{name[:20]}\n{100 * prediction.probabilities[0]:.1f}%")
-    plot_grid(images, captions, picture=path)
+    plot_grid(images, captions, path=path)
 
 
 def run(args: Any) -> None:

@@ -1,8 +1,7 @@
-"""Files by path, by URL or by the name of released weights; what comes over the network is kept in a cache folder."""
+"""Files by path, by URL or by the name of released weights; downloads are cached."""
 
 import contextlib
 import hashlib
-import os
 import re
 import sys
 import urllib.error
@@ -16,6 +15,8 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from utils.config.errors import UserError
+from utils.logs.atomic_write import write_atomic
 from utils.logs.logger import logger
 
 # ImageNet-1K classifiers that the paper's authors released.
@@ -27,26 +28,26 @@ RELEASED = {
 LONG_NAMES = {"mlla-tiny": "mlla-t", "mlla-small": "mlla-s", "mlla-base": "mlla-b"}
 
 CHUNK_BYTES = 1 << 20
-SILENCE_SECONDS = 30.0  # of a server, before it is given up
+TIMEOUT_SECONDS = 30.0  # without an answer from the server
 SHA256 = re.compile(r"sha256=([0-9a-f]{8,64})")
 
 
-class DownloadError(OSError):
-    """A file that cannot be had, or is not the one that was meant: one line with URL, cause and remedy."""
+class DownloadError(UserError):
+    """A file cannot be downloaded, or has another checksum: names the URL, the cause and the remedy."""
 
 
 def local_file(source: str | Path) -> Path:
-    """The file that a path, a URL or a name stands for; downloaded first where it has to be.
+    """Return the local file of a path, a URL or a name of released weights, downloading it if it is not cached.
 
     Args:
-        source: a path; or a URL (http, https, file), which may end in `#sha256=` and the first 8 or more hexadecimal
-            digits of the file's checksum; or a key of `RELEASED`, also in the form mlla_tiny.
+        source: a path; a URL (http, https, file), optionally with `#sha256=` and the first 8 or more hexadecimal
+            digits of the file's checksum; or a key of `RELEASED`, also as mlla_tiny and the like.
 
     Returns:
-        A path that exists, but for those that were given as a path.
+        A path, which exists unless `source` was a path that does not.
 
     Raises:
-        DownloadError: a URL that leads nowhere, a transfer cut short, another checksum.
+        DownloadError: the URL cannot be downloaded, or the checksum differs.
     """
     name = str(source).lower().replace("_", "-")
     name = LONG_NAMES.get(name, name)
@@ -55,10 +56,10 @@ def local_file(source: str | Path) -> Path:
     parts = urlsplit(str(source))
     if parts.scheme not in ("http", "https", "file"):
         return Path(source)
-    found = SHA256.fullmatch(parts.fragment.lower())
-    if parts.fragment and not found:
+    match = SHA256.fullmatch(parts.fragment.lower())
+    if parts.fragment and not match:
         raise DownloadError(f"{source}: what follows # must be sha256= and 8 to 64 hexadecimal digits")
-    sha256 = found[1] if found else ""
+    sha256 = match[1] if match else ""
     if parts.scheme == "file":
         path = Path(unquote(parts.path))
         if parts.netloc not in ("", "localhost"):
@@ -70,40 +71,50 @@ def local_file(source: str | Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """PyTorch's own, which TORCH_HOME moves."""
+    """Return PyTorch's cache folder, which TORCH_HOME moves."""
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def cache_path(url: str, stem: str = "") -> Path:
-    """Where a URL's file is kept. A few digits tell apart URLs that end alike, or in no file name at all."""
+    """Return the cache path of a URL, with digits of its hash, since many URLs end in the same name or in none."""
     ending = PurePosixPath(unquote(urlsplit(url).path)).name
     name = PurePosixPath(re.sub(r"[^\w.-]", "_", ending) or "weights.pth")
     digits = hashlib.sha256(url.encode()).hexdigest()[:8]
-    # An underscore, since PyTorch takes digits after a hyphen for those of the content.
+    # After an underscore, since PyTorch takes digits after a hyphen for the hash of the content.
     return cache_folder() / f"{stem or name.stem[:80]}_{digits}{name.suffix or '.pth'}"
 
 
 def cached(url: str, *, sha256: str, stem: str = "") -> Path:
-    """The cached file of a URL; of several processes of a machine one downloads it while the others wait."""
+    """Return the cached file of a URL. Of several processes on a machine one downloads it, the others wait.
+
+    Raises:
+        DownloadError: it cannot be downloaded or stored, or its checksum differs.
+    """
     path = cache_path(url, stem)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.with_name(path.name + ".lock"), url):
-        if not path.exists():
-            download(url, path)
-        if sha256 and not (actual := checksum(path)).startswith(sha256):
-            path.unlink()
-            raise DownloadError(f"{url}: sha256 is {actual}, not {sha256}; the file was deleted: {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.with_name(path.name + ".lock"), url):
+            if not path.exists():
+                for leftover in path.parent.glob(f"{path.name}.*.tmp"):  # of a process that was killed
+                    leftover.unlink()
+                download(url, path)
+            if sha256 and not (actual := checksum(path)).startswith(sha256):
+                path.unlink()
+                raise DownloadError(f"{url}: sha256 is {actual}, not {sha256}; the file was deleted: {path}")
+    except OSError as error:
+        reason = error.strerror or error
+        raise DownloadError(f"{url}: cannot be stored as {path} ({reason}); make room, or set TORCH_HOME") from error
     return path
 
 
 @contextlib.contextmanager
 def locked(path: Path, url: str) -> Iterator[None]:
-    """Within: no other process has this lock; a process that dies loses it."""
+    """Hold a lock on a file; a process that dies loses it."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        logger.info("waiting for another process that downloads %s", url)
+        logger.info("waiting for another process to download %s", url)
         lock.acquire()
     try:
         yield
@@ -112,27 +123,24 @@ def locked(path: Path, url: str) -> Iterator[None]:
 
 
 def download(url: str, path: Path) -> None:
-    """Fetch a URL to a file, which is there whole or not at all.
+    """Download a URL to a file, which is complete or absent.
 
     Raises:
         DownloadError: no answer, a web page in place of a file, or fewer bytes than the server announced.
+        OSError: the file cannot be written.
     """
     remedy = "; or download it by other means and name the file"
-    partial = path.with_name(path.name + ".part")  # left by a process that was killed, it is written anew
     logger.info("downloading %s to %s", url, path)
     request = urllib.request.Request(url, headers={"User-Agent": "mlla"})
     try:
-        with urllib.request.urlopen(request, timeout=SILENCE_SECONDS) as answer:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
             if answer.headers.get_content_type() == "text/html":
                 raise DownloadError(f"{url}: leads to a web page, not to a file{remedy}")
-            receive(answer, partial, title=path.name)
-        partial.replace(path)
+            write_atomic(path, lambda temporary: receive(answer, temporary, title=path.name))
     except urllib.error.HTTPError as error:
         raise DownloadError(f"{url}: the server says {error.code} {error.reason}{remedy}") from error
     except (urllib.error.URLError, HTTPException, ConnectionError, TimeoutError) as error:
         raise DownloadError(f"{url}: download failed ({getattr(error, 'reason', error)}); try again{remedy}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def receive(answer: HTTPResponse, path: Path, *, title: str) -> None:
@@ -144,14 +152,12 @@ def receive(answer: HTTPResponse, path: Path, *, title: str) -> None:
             file.write(chunk)
             bar.update(len(chunk))
         received = file.tell()
-        file.flush()
-        os.fsync(file.fileno())
-    if announced and received != announced:  # http.client takes a connection that closes early for the end
-        raise ConnectionError(f"{received:,} of {announced:,} bytes came")
+    if announced and received != announced:  # http.client does not notice a connection that closes early
+        raise ConnectionError(f"{received:,} of {announced:,} bytes received")
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
+    """Return the SHA-256 of a file in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):

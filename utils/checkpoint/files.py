@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, and found by progress."""
+"""Checkpoint files of a run: writing them, finding the newest, deleting old ones."""
 
 import json
 import os
@@ -14,44 +14,58 @@ import torch
 from torch import Tensor
 
 from utils.checkpoint.weights_file import CheckpointError, load_checkpoint
+from utils.logs.atomic_write import write_atomic
 from utils.logs.logger import logger
 
-KEEP = 3  # newest ends of epochs kept
+KEEP = 3  # newest checkpoints of whole epochs
 INDEX = "latest.json"
 NAME = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
 
 
 class Progress(NamedTuple):
-    """How far a run is: whole epochs, and steps of the one after them."""
+    """Progress of a run: complete epochs, and steps of the next one."""
 
     epochs: int
     steps: int = 0
 
     @property
     def checkpoint_name(self) -> str:
-        """ckpt_epoch_N.pth at the end of epoch N, ckpt_epoch_N_step_S.pth after S steps in it; N counts from 0."""
+        """ckpt_epoch_N.pth at the end of epoch N, ckpt_epoch_N_step_S.pth after S steps of it; N counts from 0."""
         return f"ckpt_epoch_{self.epochs}_step_{self.steps}.pth" if self.steps else f"ckpt_epoch_{self.epochs - 1}.pth"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write under a temporary name in the same folder, flush to disk, rename: the name always holds a whole file."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
+    """Write a checkpoint, so that the name always holds a complete file.
+
+    Raises:
+        OSError, RuntimeError: it cannot be written; the file that had this name is kept.
+    """
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # given a path, torch would write the temporary name into the archive
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        # Where a write failed, torch's closing of the archive fails too, and hides the reason.
-        reason = error.__context__ if isinstance(error, RuntimeError) else None
-        raise reason if isinstance(reason, OSError) else error from None
-    temporary.replace(path)
-    flush_names(path.parent)
+
+    try:
+        write_atomic(path, write)
+    except RuntimeError as error:
+        # Where a write fails, torch cannot close the archive either, and raises that on top of the reason.
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
+def link_checkpoint(existing: Path, path: Path) -> None:
+    """Give a checkpoint a second name: a hard link, or a copy where the file system has no links."""
+
+    def link(temporary: Path) -> None:
+        try:
+            temporary.hardlink_to(existing)
+        except OSError:
+            shutil.copyfile(existing, temporary)
+
+    write_atomic(path, link)
 
 
 def flush_names(folder: Path) -> None:
-    """Bring renames and deletions in a folder to the disk, where the system can."""
+    """Flush the renames and deletions in a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -59,34 +73,23 @@ def flush_names(folder: Path) -> None:
         os.close(descriptor)
 
 
-def link_checkpoint(existing: Path, path: Path) -> None:
-    """Give a checkpoint a second name without writing it again, or copy it where the disk knows no links."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        temporary.hardlink_to(existing)
-    except OSError:
-        shutil.copyfile(existing, temporary)
-    temporary.replace(path)
-
-
 def checkpoints_in(folder: Path) -> list[tuple[Progress, Path]]:
-    """(progress, path) of the checkpoints in a folder, the furthest first."""
-    found = []
+    """Return (progress, path) of the checkpoints in a folder, the newest first."""
+    checkpoints = []
     for path in folder.glob("ckpt_epoch_*.pth"):
         if match := NAME.fullmatch(path.name):
             epoch, steps = int(match[1]), match[2]
-            found.append((Progress(epoch, int(steps)) if steps else Progress(epoch + 1), path))
-    return sorted(found, reverse=True)
+            checkpoints.append((Progress(epoch, int(steps)) if steps else Progress(epoch + 1), path))
+    return sorted(checkpoints, reverse=True)
 
 
 def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The furthest checkpoint that can be read, or None where there is none; says which it passed over."""
+    """Read the newest checkpoint that is readable, or return None; unreadable ones are skipped with a warning."""
     for _, path in checkpoints_in(folder):
         try:
             content = load_checkpoint(path)
             if not {"model", "optimizer", "epoch"} <= content.keys():
-                raise CheckpointError(f"{path}: is not a checkpoint of a run")
+                raise CheckpointError(f"{path}: not a checkpoint of a training run")
             return path, content
         except CheckpointError as error:
             logger.warning("skipped a checkpoint: %s", error)
@@ -94,32 +97,31 @@ def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def save_under_names(folder: Path, progress: Progress, names: Sequence[str], state: dict[str, Any]) -> None:
-    """Write a checkpoint once, give it all the names, note it in the index, then delete those that are not kept."""
+    """Write a checkpoint once under several names, note it in the index, then delete old checkpoints."""
     save_checkpoint(folder / names[0], state)
     for name in names[1:]:
         link_checkpoint(folder / names[0], folder / name)
     if progress.checkpoint_name in names:
-        temporary = folder / (INDEX + ".tmp")
-        facts = {"checkpoint": progress.checkpoint_name, "epochs": progress.epochs, "steps": progress.steps}
-        temporary.write_text(json.dumps(facts) + "\n")
-        temporary.replace(folder / INDEX)
-    flush_names(folder)
+        index = {"checkpoint": progress.checkpoint_name, "epochs": progress.epochs, "steps": progress.steps}
+        write_atomic(folder / INDEX, lambda path: path.write_text(json.dumps(index) + "\n"))
+    flush_names(folder)  # before older ones are deleted
     delete_old_checkpoints(folder)
 
 
 def delete_old_checkpoints(folder: Path) -> None:
-    """Delete all but the newest KEEP ends of epochs, and what was saved within epochs before the newest checkpoint;
+    """Keep the newest KEEP checkpoints of whole epochs, and of those within an epoch only the newest of all.
+
     max_*.pth are not touched.
     """
-    found = checkpoints_in(folder)
-    ends = [path for progress, path in found if not progress.steps]
-    within = [path for progress, path in found[1:] if progress.steps]
+    checkpoints = checkpoints_in(folder)
+    ends = [path for progress, path in checkpoints if not progress.steps]
+    within = [path for progress, path in checkpoints[1:] if progress.steps]
     for path in ends[KEEP:] + within:
         path.unlink(missing_ok=True)
 
 
 def copy_to_cpu(content: Any) -> Any:
-    """Nested dicts and lists with their tensors copied to the CPU's memory, so that training may change them."""
+    """Copy the tensors in nested dicts and lists to CPU memory, so that training may change the originals."""
     if isinstance(content, Tensor):
         copy = torch.empty_like(content, device="cpu", pin_memory=content.is_cuda)
         return copy.copy_(content, non_blocking=True)
@@ -131,12 +133,13 @@ def copy_to_cpu(content: Any) -> Any:
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints: a copy is made at once, a thread brings it to the disk while training goes on.
+    """Writes a run's checkpoints: copies the state at once, and writes it in a thread while training continues.
 
-    Where one cannot be written, the former ones stay, the log says so, and `has_failed` is True until one can be.
+    A checkpoint that cannot be written is an error in the log, the last ones are kept, and `has_failed` is True until
+    the next success.
 
     Args:
-        folder: the run's.
+        folder: the run's output folder.
         in_background: False to wait for the disk.
     """
 
@@ -147,31 +150,29 @@ class CheckpointWriter:
         self.has_failed = False
 
     def write(self, progress: Progress, names: Sequence[str], state: dict[str, Any]) -> None:
-        """Write a checkpoint, after the one before it is done."""
+        """Write a checkpoint, once the last one is done."""
         self.wait()
         if not self.in_background:
-            self.bring_to_disk(progress, names, state)
+            self.save(progress, names, state)
             return
         state = copy_to_cpu(state)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        # A daemon, so that Ctrl-C need not wait; what it leaves half written is under a temporary name.
-        self.thread = threading.Thread(
-            target=self.bring_to_disk, args=(progress, names, state), name="checkpoint", daemon=True
-        )
+        # A daemon, so that Ctrl-C need not wait; it leaves at most a temporary file.
+        self.thread = threading.Thread(target=self.save, args=(progress, names, state), name="checkpoint", daemon=True)
         self.thread.start()
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is on the disk, or has failed to get there."""
+        """Wait until the last checkpoint is written, or has failed."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
 
-    def bring_to_disk(self, progress: Progress, names: Sequence[str], state: dict[str, Any]) -> None:
+    def save(self, progress: Progress, names: Sequence[str], state: dict[str, Any]) -> None:
         start = time.perf_counter()
         try:
             save_under_names(self.folder, progress, names, state)
-        except (OSError, RuntimeError) as error:  # torch.save has RuntimeErrors of its own for a full disk
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeErrors of its own for a full disk
             self.has_failed = True
             newest = next((path.name for _, path in checkpoints_in(self.folder)), "none")
             logger.error(
@@ -180,6 +181,6 @@ class CheckpointWriter:
             )
         else:
             if self.has_failed:
-                logger.info("%s was saved, saving works again", names[0])
+                logger.info("%s was saved; saving works again", names[0])
             self.has_failed = False
             logger.info("saved %s in %.2f s", names[0], time.perf_counter() - start)

@@ -1,13 +1,17 @@
-"""Unpickling that yields plain data only: no import, no call but of a few functions written here.
+"""Unpickler for plain data: it imports nothing, and calls only a few functions of this module.
 
-PyTorch's own `weights_only` unpickler comes first (see weights_file.py). It refuses every file with a class of
-its own in it, as training checkpoints often have: a yacs CfgNode, an argparse.Namespace, NumPy scalars. This one reads
-those, under three rules:
+PyTorch's `weights_only` unpickler comes first (see weights_file.py). It refuses files with other classes, as training
+checkpoints often have: a yacs CfgNode, an argparse.Namespace, NumPy scalars. This one reads them, by three rules:
 
-- A name is looked up, whole, in a fixed table. Nothing is imported, and a dot in a name leads nowhere.
-- What the table gives cannot be altered from within a pickle, whose BUILD instruction sets attributes on anything but
-  where there is a __setstate__, which is then called: functions are sealed, and all classes have one.
-- Classes of others are replaced by inert stand-ins: dictionaries without methods of their own, or nothing at all.
+- A name is looked up in a fixed table as a whole. Nothing is imported, and a dot in a name has no meaning.
+- A pickle cannot alter what the table returns. Its BUILD instruction calls __setstate__, or else sets attributes: all
+  classes here have a __setstate__, and functions are wrapped in `Call`, which has no attributes to set.
+- Other packages' classes are replaced by inert stand-ins: dictionaries without methods of their own, or `Inert`.
+
+torch.serialization.safe_globals does not replace it (torch 2.6 to 2.14). With stand-ins in its list, PyTorch's
+unpickler refuses all attacks in the tests too, but it reads no pickle protocol above 2, and of unknown objects, which
+OpenMMLab's files have, no lists, no deques and none with slots: it fills only dict, OrderedDict, Counter and list.
+get_unsafe_globals_in_checkpoint, which would name the objects, reads neither those protocols nor the legacy format.
 """
 
 import pickle
@@ -25,12 +29,12 @@ import torch
 from torch import Tensor
 
 PLAIN_DTYPE = re.compile(r"[biufc]\d{1,2}|[SU]\d{1,6}")
-# Of Python's own modules, those that plain objects of other packages are pickled with, as is builtins.getattr.
+# Modules of Python by which plain objects of other packages are pickled, besides builtins.getattr.
 BUILDING_BLOCKS = {"argparse", "collections", "copyreg", "datetime", "decimal", "enum", "functools", "pathlib", "types"}
 
 
 class RefusedObjectError(pickle.UnpicklingError):
-    """A pickle names an object that is not plain data; `name` says which."""
+    """A pickle contains an object that is not plain data; `name` says which."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"{name} is not plain data")
@@ -38,31 +42,31 @@ class RefusedObjectError(pickle.UnpicklingError):
 
 
 class Call:
-    """A function that a pickle may call, in a shell that it cannot alter."""
+    """Function that a pickle may call, in a wrapper that it cannot alter."""
 
     __slots__ = ("function",)
 
     def __init__(self, function: Callable[..., Any]) -> None:
         object.__setattr__(self, "function", function)
 
-    def __call__(self, *arguments: Any) -> Any:
-        return self.function(*arguments)  # type: ignore[attr-defined]
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)  # type: ignore[attr-defined]
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise pickle.UnpicklingError(f"a pickle tried to set {name} of a function")
 
 
 class ConfigNode(dict[Any, Any]):
-    """Stands for a yacs CfgNode: its keys and values."""
+    """Stand-in for a yacs CfgNode: its keys and values."""
 
     __slots__ = ()
 
     def __setstate__(self, state: object) -> None:
-        """Whether the node was frozen and the like is of no use."""
+        """Ignore the state, which says whether the node is frozen."""
 
 
 class Arguments(dict[Any, Any]):
-    """Stands for an argparse.Namespace: its attributes, as keys and values."""
+    """Stand-in for an argparse.Namespace: its attributes as keys and values."""
 
     __slots__ = ()
 
@@ -71,7 +75,7 @@ class Arguments(dict[Any, Any]):
 
 
 class Inert:
-    """Stands for an object of which nothing is known. It takes whatever a pickle does with it, and keeps none of it."""
+    """Stand-in for an unknown object: accepts whatever a pickle does with it, and keeps none of it."""
 
     __slots__ = ()
 
@@ -90,7 +94,7 @@ class Inert:
 
 
 class Dtype:
-    """Stands for a numpy.dtype until its byte order is known."""
+    """Stand-in for a numpy.dtype until its byte order is known."""
 
     __slots__ = ("code", "order")
 
@@ -110,7 +114,7 @@ class Dtype:
 
 
 class Array(np.ndarray):
-    """A NumPy array of numbers or text, filled by the pickle's next instruction."""
+    """NumPy array of numbers or text, which the pickle's next instruction fills."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:  # type: ignore[override]
         version, shape, dtype, is_fortran, data = state
@@ -124,15 +128,15 @@ def make_array(*_: Any) -> Array:
 
 
 def make_scalar(dtype: Any, data: Any) -> Any:
-    """A NumPy scalar's value as a Python number."""
+    """Return a NumPy scalar as a Python number."""
     if not (isinstance(dtype, Dtype) and isinstance(data, bytes)):
-        raise pickle.UnpicklingError("a NumPy scalar that is no number")
+        raise pickle.UnpicklingError("a NumPy scalar that is not a number")
     (value,) = np.frombuffer(data, dtype.resolve())
     return value.item()
 
 
 def make_tensor(storage: Any, offset: int, size: Iterable[int], stride: Iterable[int], *_: Any) -> Tensor:
-    """A tensor without what else may be stored with it: hooks, names, a wish for gradients."""
+    """Return a tensor, without the hooks, names and requires_grad that may be stored with it."""
     if not isinstance(storage, torch.storage.TypedStorage):
         raise pickle.UnpicklingError("a tensor without a storage")
     size, stride = tuple(size), tuple(stride)
@@ -143,7 +147,7 @@ def make_tensor(storage: Any, offset: int, size: Iterable[int], stride: Iterable
 
 
 def to_bytes(text: str, encoding: str) -> bytes:
-    """Protocol 2 writes bytes as text of one byte a letter."""
+    """Return bytes, which protocol 2 stores as Latin-1 text."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}")
     return text.encode("latin1")
@@ -173,14 +177,10 @@ ALLOWED: dict[tuple[str, str], Any] = {
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Refuses every name that is not in the table.
-
-    Raises:
-        RefusedObjectError: from `load`, at such a name.
-    """
+    """Unpickler whose `load` raises RefusedObjectError for each name that is not in the table."""
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        # Protocol 2 writes Python's own modules under the names that they had in Python 2.
+        # Protocol 2 stores Python's modules under their names in Python 2.
         module_name, global_name = NAME_MAPPING.get((module_name, global_name), (module_name, global_name))
         module_name = IMPORT_MAPPING.get(module_name, module_name)
         if (module_name, global_name) not in ALLOWED:
@@ -192,8 +192,9 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 class TolerantUnpickler(PlainUnpickler):
-    """Puts inert stand-ins in the place of other packages' objects; refuses those of Python, PyTorch and NumPy still,
-    which are in a file to be called.
+    """Replaces other packages' objects by inert stand-ins.
+
+    Those of Python, PyTorch and NumPy that are not in the table are still refused: a file has them to call them.
     """
 
     def find_unknown(self, module_name: str, global_name: str) -> Any:
@@ -206,7 +207,7 @@ class TolerantUnpickler(PlainUnpickler):
 
 
 def pickle_module(*, tolerant: bool) -> Any:
-    """What torch.load takes as pickle_module.
+    """Return a `pickle_module` for torch.load.
 
     Args:
         tolerant: replace unknown objects of other packages by inert stand-ins, instead of refusing the file.

@@ -1,4 +1,4 @@
-"""Weights by name: found in a file's content, and put into a model, every one of them."""
+"""Weights by name: finding them in a file's content, and loading them into a model, every one of them."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -15,58 +15,56 @@ Weights = dict[str, Tensor]
 
 MAX_KEYS_SHOWN = 10
 MAX_CLASSES_SHOWN = 3
-# Where weights are kept, first of all here and in the official code, then in timm's and OpenMMLab's files.
+# Keys of the weights: first of this project and the official code, then of timm's and OpenMMLab's files.
 KEYS = {"model": ("model", "state_dict"), "state_dict_ema": ("state_dict_ema", "model_ema", "ema_state_dict")}
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and DDP, torch.compile
 POSITION_TABLE = "absolute_pos_embed"
 DERIVED_KEY_SUFFIX = "attn.rope.rotations"
-FINAL_PART = re.compile(r"(norm\d*|head|fc|classifier)\.")  # the latter two of timm's models
+FINAL_PART = re.compile(r"(norm\d*|head|fc|classifier)\.")  # fc and classifier in timm's models
 
 
-class FoundWeights(NamedTuple):
-    """What a file holds: the model's weights, the average's, or both, and the names of the classes if it says them."""
+class FileWeights(NamedTuple):
+    """Weights in a file, of the model, of the EMA or of both, and the names of the classes if the file has them."""
 
     model: Weights | None
-    average: Weights | None
+    ema: Weights | None
     classes: list[str] | None
 
 
-def read_weights(source: str | Path, *, tolerant: bool = False) -> FoundWeights:
-    """The weights of a file, by path, URL or name of released weights.
-
-    Args:
-        source: of the file.
-        tolerant: pass over unknown objects beside the weights, such as an OpenMMLab file has; they are never made.
-
-    Raises:
-        CheckpointError: the file cannot be read, or holds none.
-        DownloadError: a URL's file cannot be had.
-    """
-    content = load_checkpoint(source, tolerant=tolerant)
-    found = FoundWeights(weights_in(content, "model"), weights_in(content, "state_dict_ema"), classes_in(content))
-    if found.model is None and found.average is None:
-        raise no_weights_error(str(source), content)
-    return found
-
-
-def read_state_dict(source: str | Path, *, average: bool = True) -> Weights:
-    """The weights of any file of the family, also of a whole detector or segmentor, without the model they are for.
-
-    Unknown objects beside the weights, such as an OpenMMLab file has, are passed over and never made.
+def read_weights(source: str | Path, *, tolerant: bool = False) -> FileWeights:
+    """Read the weights of a file.
 
     Args:
         source: a path, a URL, or the name of released weights.
-        average: take the average's weights where the file has both; else the model's.
-
-    Returns:
-        Tensors by name, on the CPU, without rotary tables, which follow from the size of the image.
+        tolerant: skip unknown objects beside the weights, which OpenMMLab's files have, instead of refusing the file.
 
     Raises:
-        CheckpointError: the file cannot be read, or holds no weights.
-        DownloadError: a URL's file cannot be had.
+        CheckpointError: the file cannot be read, or has no weights.
+        DownloadError: the file of a URL cannot be downloaded.
+    """
+    content = load_checkpoint(source, tolerant=tolerant)
+    weights = FileWeights(weights_in(content, "model"), weights_in(content, "state_dict_ema"), classes_in(content))
+    if weights.model is None and weights.ema is None:
+        raise no_weights_error(str(source), content)
+    return weights
+
+
+def read_state_dict(source: str | Path, *, ema: bool = True) -> Weights:
+    """Read the weights of a classifier, a detector or a segmentor, skipping unknown objects beside them.
+
+    Args:
+        source: a path, a URL, or the name of released weights.
+        ema: prefer the EMA's weights where the file has both; False prefers the model's.
+
+    Returns:
+        Tensors by name, on the CPU, without rotary tables, which follow from the image size.
+
+    Raises:
+        CheckpointError: the file cannot be read, or has no weights.
+        DownloadError: the file of a URL cannot be downloaded.
     """
     content = load_checkpoint(source, tolerant=True)
-    kinds = ("state_dict_ema", "model") if average else ("model", "state_dict_ema")
+    kinds = ("state_dict_ema", "model") if ema else ("model", "state_dict_ema")
     for kind in kinds:
         if (weights := weights_in(content, kind)) is not None:
             return {name: value for name, value in weights.items() if not name.endswith(DERIVED_KEY_SUFFIX)}
@@ -74,22 +72,23 @@ def read_state_dict(source: str | Path, *, average: bool = True) -> Weights:
 
 
 def no_weights_error(source: str, content: dict[str, Any]) -> CheckpointError:
-    found = ", ".join(map(str, list(content)[:MAX_KEYS_SHOWN])) or "nothing"
+    """Return the error for a file without weights, which names the keys that it has."""
+    present = ", ".join(map(str, list(content)[:MAX_KEYS_SHOWN])) or "nothing"
     keys = ", ".join(key for keys in KEYS.values() for key in keys)
-    return CheckpointError(f"{source}: no weights under {keys}, nor bare ones; found {found}")
+    return CheckpointError(f"{source}: no weights under {keys}, and not a bare state_dict; found {present}")
 
 
 def weights_in(content: dict[str, Any], kind: str) -> Weights | None:
-    """Weights by name from a file's content: the model's ("model") or the average's ("state_dict_ema"), or None.
+    """Return the weights in a file's content, of the model ("model") or of the EMA ("state_dict_ema"), or None.
 
-    A bare state_dict counts as "model". Prefixes of wrappers, `module.` say, are taken off where every name has them.
+    A bare state_dict counts as "model". Prefixes of wrappers, such as `module.`, are removed if every name has them.
     """
     for weights in (*(content.get(key) for key in KEYS[kind]), content if kind == "model" else None):
         if isinstance(weights, dict) and weights and all(map(is_weight, weights.items())):
-            found: Weights = dict(weights)
-            while prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in found)), None):
-                found = {name.removeprefix(prefix): value for name, value in found.items()}
-            return found
+            unwrapped: Weights = dict(weights)
+            while prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in unwrapped)), None):
+                unwrapped = {name.removeprefix(prefix): value for name, value in unwrapped.items()}
+            return unwrapped
     return None
 
 
@@ -98,17 +97,17 @@ def is_weight(item: tuple[Any, Any]) -> bool:
 
 
 def classes_in(content: dict[str, Any]) -> list[str] | None:
-    """The names of a file's classes in the order of its outputs, or None where it does not say."""
+    """Return the names of a file's classes in the order of the outputs, or None if it has none."""
     classes = content.get("classes")
     is_list = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     return classes if is_list and classes else None
 
 
 def check_classes(stored: Sequence[str] | None, classes: Sequence[str], source: str | Path) -> None:
-    """Compare a file's classes with the data's: other names are pointed out in the log.
+    """Compare a file's classes with the data's; different names are a warning.
 
     Raises:
-        CheckpointError: their numbers differ.
+        CheckpointError: the numbers of classes differ.
     """
     if stored is None:
         return
@@ -119,7 +118,7 @@ def check_classes(stored: Sequence[str] | None, classes: Sequence[str], source: 
         )
     if changed := [f"{i} was {a}, is {b}" for i, (a, b) in enumerate(zip(stored, classes, strict=True)) if a != b]:
         logger.warning(
-            "%s: was trained on other classes than the data's, %d of %d differ: %s",
+            "%s: was trained on other classes than the data has, %d of %d differ: %s",
             *(source, len(changed), len(classes), listed(changed, MAX_CLASSES_SHOWN)),
         )
 
@@ -133,20 +132,20 @@ def load_weights(
     weights: Weights,
     source: str | Path,
     *,
-    fresh: Collection[str] = (),
+    reinitialized: Collection[str] = (),
     unused: Collection[str] = (),
 ) -> None:
-    """Copy weights into a model, every one of them; rotary tables in a file are derived, and passed over.
+    """Load weights into a model, every one of them; rotary tables, which are derived data, are skipped.
 
     Args:
         model: not wrapped in DDP.
-        weights: by name.
+        weights: tensors by name.
         source: the file's name, for messages.
-        fresh: modules of the model that keep their own weights where the file's are missing or of another shape.
-        unused: modules of the file that the model does without.
+        reinitialized: modules of the model that may keep their own weights, where the file's are missing or do not fit.
+        unused: modules in the file that the model may lack.
 
     Raises:
-        CheckpointError: names or shapes do not fit; says how many, and the first ten.
+        CheckpointError: names or shapes do not fit; gives their number, and the first ten.
     """
     own = model.state_dict()
     weights = {
@@ -156,7 +155,7 @@ def load_weights(
     }
     for name in own:
         fits = name in weights and weights[name].shape == own[name].shape
-        if is_within(name, fresh) and not fits:
+        if is_within(name, reinitialized) and not fits:
             weights[name] = own[name]
     misshapen = [name for name in own if name in weights and weights[name].shape != own[name].shape]
     problems = {
@@ -167,8 +166,8 @@ def load_weights(
         ],
     }
     if any(problems.values()):
-        found = "; ".join(f"{len(p)} {what}: {listed(p, MAX_KEYS_SHOWN)}" for what, p in problems.items() if p)
-        raise CheckpointError(f"{source}: does not fit the model. {found}. Use the --cfg that it was trained with")
+        counts = "; ".join(f"{len(p)} {what}: {listed(p, MAX_KEYS_SHOWN)}" for what, p in problems.items() if p)
+        raise CheckpointError(f"{source}: does not fit the model. {counts}. Use the --cfg that it was trained with")
     model.load_state_dict(weights)
 
 
@@ -177,56 +176,58 @@ def is_within(name: str, modules: Collection[str]) -> bool:
 
 
 def load_pretrained(model: nn.Module, source: str | Path, classes: Sequence[str] | None = None) -> None:
-    """Start a model from a file's weights, the average's if there are some, and log what does not come from the file.
+    """Initialize a model from a file's weights, the EMA's if it has them; the log says what is not from the file.
 
-    Another number of classes leaves the classifier as it is, and so does a file without one. A position table of
-    another image size is resized bicubically. Of a detector or segmentor the backbone is taken. Between a classifier
-    and a dense backbone all goes over but their norms: `norm` and `head` here, `norm0`, `norm1`, ... there.
+    The classifier is re-initialized if the file has none, or one of another number of classes. A position table of
+    another image size is resized bicubically. From a detector or segmentor the backbone is taken. Between a classifier
+    (`norm`, `head`) and a dense backbone (`norm0`, `norm1`, ...) these final parts are not transferred.
 
     Args:
         model: a classifier or a dense backbone, not wrapped in DDP.
         source: a path, a URL, or the name of released weights.
-        classes: the data's, to compare with the file's.
+        classes: the data's classes, to compare with the file's.
 
     Raises:
         CheckpointError: the file cannot be read, or its weights do not fit.
-        DownloadError: a URL's file cannot be had.
+        DownloadError: the file of a URL cannot be downloaded.
     """
-    found = read_weights(source)
-    weights = found.average or found.model or {}
+    file = read_weights(source)
+    weights = file.ema or file.model or {}
     own = model.state_dict()
-    logger.info("weights from %s%s", source, " (the average's)" if found.average and found.model else "")
+    logger.info("weights from %s%s", source, " (EMA)" if file.ema and file.model else "")
     if any(name.startswith("backbone.") for name in weights):
         weights = {n.removeprefix("backbone."): value for n, value in weights.items() if n.startswith("backbone.")}
-        logger.info("the file holds a dense predictor, of which the backbone is taken")
+        logger.info("the file has a detector or segmentor; its backbone is used")
     unused = final_parts(weights) - final_parts(own)
-    fresh = final_parts(own) - final_parts(weights) if is_dense(weights) != is_dense(own) else {"head"} & {*unused}
+    reinitialized = (
+        final_parts(own) - final_parts(weights) if is_dense(weights) != is_dense(own) else {"head"} & {*unused}
+    )
     if "head.weight" in own and "head.weight" not in weights:
-        fresh |= {"head"}
+        reinitialized |= {"head"}
     elif "head.weight" in own and len(weights["head.weight"]) != len(own["head.weight"]):
-        fresh |= {"head"}
+        reinitialized |= {"head"}
         logger.info("the file has %d classes, the data %d", len(weights["head.weight"]), len(own["head.weight"]))
-    elif found.classes and classes:
-        check_classes(found.classes, classes, source)
-    if fresh:
-        logger.info("not from the file, these start fresh: %s", ", ".join(sorted(fresh)))
+    elif file.classes and classes:
+        check_classes(file.classes, classes, source)
+    if reinitialized:
+        logger.info("not from the file, re-initialized: %s", ", ".join(sorted(reinitialized)))
     if unused:
         logger.info("in the file and not used: %s", ", ".join(sorted(unused)))
-    load_weights(model, with_resized_tables(weights, own, source), source, fresh=fresh, unused=unused)
+    load_weights(model, with_resized_tables(weights, own, source), source, reinitialized=reinitialized, unused=unused)
 
 
 def is_dense(weights: Weights) -> bool:
-    """Whether these are a dense backbone's."""
+    """Return whether the weights are those of a dense backbone."""
     return "norm0.weight" in weights
 
 
 def final_parts(weights: Weights) -> set[str]:
-    """Of the modules by which a classifier and a dense backbone differ, those that have weights."""
+    """Return the names of the modules with weights in which a classifier and a dense backbone differ."""
     return {name.split(".")[0] for name in weights if FINAL_PART.match(name)}
 
 
 def with_resized_tables(weights: Weights, own: Weights, source: str | Path) -> Weights:
-    """The weights, with position tables (1, N, E) of another grid, MLLA's or each block's, resized to the model's."""
+    """Return the weights with position tables (1, N, E), of the model or its blocks, resized to the model's grid."""
     resized = {}
     for name in (name for name in own if name.endswith(POSITION_TABLE) and name in weights):
         table, target = weights[name], own[name]
@@ -234,7 +235,7 @@ def with_resized_tables(weights: Weights, own: Weights, source: str | Path) -> W
             continue
         side, new_side = int(table.shape[1] ** 0.5), int(target.shape[1] ** 0.5)
         if side * side != table.shape[1] or table.shape[2] != target.shape[2]:
-            continue  # another architecture, which load_weights describes
+            continue  # another architecture, which load_weights reports
         logger.info("%s: position table resized from %dx%d to %dx%d tokens", source, side, side, new_side, new_side)
         resized[name] = resample_abs_pos_embed(
             table, [new_side, new_side], [side, side], num_prefix_tokens=0, interpolation="bicubic", antialias=False

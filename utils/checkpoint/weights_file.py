@@ -1,8 +1,7 @@
-"""Checkpoints and weights files of every kind, read without running code from them."""
+"""Reading checkpoints and weights files of every format, without running code from them."""
 
 import json
 import pickle
-import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,14 +10,14 @@ from safetensors import SafetensorError, safe_open
 
 from utils.checkpoint.download import local_file
 from utils.checkpoint.unpickler import RefusedObjectError, pickle_module
+from utils.config.errors import UserError
 
 
-class CheckpointError(ValueError):
-    """A weights file that is missing, cannot be read, or does not fit: one line with the path, cause and remedy."""
+class CheckpointError(UserError):
+    """A weights file is missing, cannot be read, or does not fit the model: names file, cause and remedy."""
 
 
-UNSAFE = re.compile(r"Unsupported (?:global: GLOBAL|class) (\S+)")
-NO_WEIGHTS = {  # how files begin that were saved in place of weights
+NO_WEIGHTS = {  # first bytes of files that were saved in place of weights
     b"version https://git-lfs": "a Git LFS pointer, not the file itself; run `git lfs pull`",
     b"<!doctype html": "a web page, saved in place of the file; download it again",
     b"<html": "a web page, saved in place of the file; download it again",
@@ -26,70 +25,70 @@ NO_WEIGHTS = {  # how files begin that were saved in place of weights
 
 
 def load_checkpoint(source: str | Path, *, tolerant: bool = False) -> dict[str, Any]:
-    """Read a checkpoint or a weights file to the CPU; nothing in it is executed.
+    """Read a checkpoint or a weights file to the CPU, without executing anything in it.
 
     Args:
         source: a path, a URL, or the name of released weights; see `utils.checkpoint.download.local_file`.
-        tolerant: put inert stand-ins in the place of unknown objects that the file holds beside its weights; without
-            it the file is refused. Configurations of yacs and argparse are read as dictionaries in either case.
+        tolerant: replace unknown objects beside the weights by inert stand-ins; without it the file is refused. A yacs
+            CfgNode or an argparse.Namespace is read as a dictionary in either case.
 
     Returns:
-        The file's content; of a .safetensors file the tensors under `model`, and `classes` and `config` if it has them.
+        The file's content; from a safetensors file the tensors under `model`, with its `classes` and `config` if any.
 
     Raises:
-        CheckpointError: no such file, a folder, or not a file that can be read safely.
-        DownloadError: a URL's file cannot be had.
+        CheckpointError: the file does not exist, or cannot be read safely.
+        DownloadError: the file of a URL cannot be downloaded.
     """
     path = local_file(source)
-    if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder; name a checkpoint file in it")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint file")
-    with path.open("rb") as file:
-        beginning = file.read(32)
-        file.seek(0)
-        for sign, meaning in NO_WEIGHTS.items():
-            if beginning.lower().startswith(sign):
-                raise CheckpointError(f"{path}: is {meaning}")
-        if beginning[8:9] == b"{" and int.from_bytes(beginning[:8], "little") < 10**9:
-            return read_safetensors(path)
-        content = read_pickled(path, file, tolerant=tolerant)
+    try:
+        with path.open("rb") as file:
+            content = read_any(path, file, tolerant=tolerant)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{path}: no such checkpoint file") from error
+    except IsADirectoryError as error:
+        raise CheckpointError(f"{path}: is a folder; name a checkpoint file in it") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not weights by name")
     return content
 
 
+def read_any(path: Path, file: BinaryIO, *, tolerant: bool) -> Any:
+    """Read a file of any format; the format is told by its first bytes, not by its name."""
+    start = file.read(32)
+    file.seek(0)
+    for sign, meaning in NO_WEIGHTS.items():
+        if start.lower().startswith(sign):
+            raise CheckpointError(f"{path}: is {meaning}")
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 10**9:
+        return read_safetensors(path)
+    return read_pickled(path, file, tolerant=tolerant)
+
+
 def read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            facts = file.metadata() or {}
+            metadata = file.metadata() or {}
             content: dict[str, Any] = {"model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
-        if "classes" in facts:
-            content["classes"] = json.loads(facts["classes"])
+        if "classes" in metadata:
+            content["classes"] = json.loads(metadata["classes"])
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as a safetensors file: {error}") from error
-    return {**content, **({"config": facts["config"]} if "config" in facts else {})}
+    return {**content, **({"config": metadata["config"]} if "config" in metadata else {})}
 
 
 def read_pickled(path: Path, file: BinaryIO, *, tolerant: bool) -> Any:
-    """What torch.save wrote: by PyTorch's own safe reader, and if that meets an unknown class by ours."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # Only here: archives that torch.load would hand to other readers (TorchScript, tar) fail in other ways.
-        first_error: Exception = error
-    except Exception as error:  # torch.load raises many kinds for a file that is not its own, or is cut short
-        raise unreadable(path, error) from error
-    file.seek(0)
-    try:
-        return torch.load(file, map_location="cpu", weights_only=False, pickle_module=pickle_module(tolerant=tolerant))
-    except Exception as error:
-        raise unreadable(path, error if isinstance(error, RefusedObjectError) else first_error) from error
-
-
-def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """Read a file of torch.save: with PyTorch's own safe reader, or, if that meets an unknown class, with ours."""
     reason = "damaged, or not its format"
-    found = UNSAFE.search(str(error))
-    if name := error.name if isinstance(error, RefusedObjectError) else found and found[1]:
-        reason = f"it holds {name}, and such objects could run code"
-    return CheckpointError(f"{path}: cannot be read as a PyTorch weights file: {reason}")
+    try:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # TorchScript and tar archives, which are not for our reader, raise other errors
+            file.seek(0)
+            pickles = pickle_module(tolerant=tolerant)
+            return torch.load(file, map_location="cpu", weights_only=False, pickle_module=pickles)
+    except Exception as error:  # torch.load raises many kinds for damaged files
+        if isinstance(error, RefusedObjectError):
+            reason = f"it holds {error.name}, and such objects could run code"
+        raise CheckpointError(f"{path}: cannot be read as a PyTorch weights file: {reason}") from error

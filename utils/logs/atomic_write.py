@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are either complete or absent."""
 
 import os
 from collections.abc import Callable
@@ -6,7 +6,13 @@ from pathlib import Path
 
 
 def write_atomic(target: Path, write: Callable[[Path], object]) -> None:
-    """Write under a temporary name, flush to disk, rename."""
+    """Let `write` write to a temporary file in the target's folder, flush it to the disk, and rename it to the target.
+
+    A process that is killed leaves the temporary file, <name>.<pid>.tmp, and the target as it was.
+
+    Raises:
+        OSError: the file cannot be written; the temporary file is deleted.
+    """
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -15,18 +21,3 @@ def write_atomic(target: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def check_replaceable(target: Path, creator: str, *, force: bool) -> None:
-    """Whether a command may write its result there: over nothing, over its own former result, or with --force.
-
-    Args:
-        creator: what the command writes into its files, to know them by.
-
-    Raises:
-        OSError: it may not, or there is no folder for it.
-    """
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{target}: there is no folder {target.parent}")
-    if target.is_dir() or (target.exists() and not force and creator.encode() not in target.read_bytes()):
-        raise FileExistsError(f"{target}: is there already; name another file, or replace it with --force")

@@ -1,4 +1,4 @@
-"""Where a run takes place: versions, device, command line. Each start of a run adds a line to environment.jsonl."""
+"""environment.jsonl: versions, device and command line of each start of a run."""
 
 import importlib.metadata
 import os
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from utils.distributed.process import Process
+from utils.logs.output_dir import output_errors
 from utils.logs.recorder import append_records
 
 PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "pillow", "simplejpeg", "opencv-python-headless")
@@ -21,12 +22,17 @@ GIT_SECONDS = 10
 
 
 def record_environment(folder: Path, process: Process, *, epoch: int) -> None:
-    """Add a line to <folder>/environment.jsonl: the run starts, or goes on from `epoch`, here. On the first process."""
-    append_records(folder / "environment.jsonl", [{"epoch": epoch, **environment(process)}])
+    """Add a line to <folder>/environment.jsonl, for a run that starts at or resumes from `epoch`. Main process only.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with output_errors(folder):
+        append_records(folder / "environment.jsonl", [{"epoch": epoch, **environment(process)}])
 
 
 def environment(process: Process) -> dict[str, Any]:
-    """Facts that plain JSON can hold; None for what this machine does not say."""
+    """Return metadata of this machine and process, for JSON; None for what is unknown."""
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
@@ -60,15 +66,15 @@ def version_of(package: str) -> str | None:
 
 
 def commit(code: Path) -> str | None:
-    """The commit of the code's tree, with -dirty where files differ from it; None where git does not know it."""
+    """Return the commit of the code's working tree, with -dirty if it has changes; None if it is not a git checkout."""
     try:
-        # An installed copy may lie in another project's tree, whose commit says nothing about it.
+        # An installed copy may lie in the working tree of another project, whose commit says nothing about it.
         git(code, "ls-files", "--error-unmatch", "main.py")
         return git(code, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def git(folder: Path, *words: str) -> str:
-    command = ["git", "-C", str(folder), *words]
+def git(folder: Path, *args: str) -> str:
+    command = ["git", "-C", str(folder), *args]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_SECONDS).stdout.strip()

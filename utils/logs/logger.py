@@ -16,7 +16,7 @@ logger = logging.getLogger("mlla")
 
 
 class TerminalHandler(logging.Handler):
-    """Writes to standard output above a progress bar; where there is a bar, lines about single steps stay away."""
+    """Writes to standard output, above a progress bar; where there is a bar, lines about steps are skipped."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "is_step", False) and sys.stdout.isatty():
@@ -27,18 +27,18 @@ class TerminalHandler(logging.Handler):
 
 
 class LogFile(logging.FileHandler):
-    """A log file that says once, on standard error, that it cannot be written, and lets the run go on."""
+    """Log file whose write errors do not end the run; the first is printed to standard error."""
 
     has_failed = False
 
-    def handleError(self, _: logging.LogRecord) -> None:  # noqa: N802, the name is logging's
+    def handleError(self, _: logging.LogRecord) -> None:  # noqa: N802, logging's name
         if not self.has_failed:
             self.has_failed = True
             print(f"{self.baseFilename}: the log cannot be written ({sys.exc_info()[1]})", file=sys.stderr)
 
 
 def start_logging(folder: Path, rank: int) -> None:
-    """Log to the terminal (the first process; others only errors) and to <folder>/log_rank<rank>.txt."""
+    """Log to the terminal (rank 0; other ranks only errors) and to <folder>/log_rank<rank>.txt."""
     logger.handlers.clear()
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
@@ -51,13 +51,13 @@ def start_logging(folder: Path, rank: int) -> None:
 
 
 class ProgressBar:
-    """One epoch's progress: a bar on a terminal, and a line in the log at each report."""
+    """Progress of an epoch: a bar on a terminal, and a line in the log per report."""
 
     def __init__(self, epoch: int, total_epochs: int, steps: int, *, done: int, is_main: bool) -> None:
         self.title = f"epoch {epoch + 1}/{total_epochs}"
         self.remaining_epochs = total_epochs - epoch - 1
         self.steps = steps
-        self.done = done  # when this process started on it
+        self.done = done  # steps done before this process started
         self.bar = tqdm(
             total=steps,
             initial=done,
@@ -77,14 +77,21 @@ class ProgressBar:
         self.bar.close()
 
     def advance(self) -> None:
-        """One more step was started; costs nothing but for the bar."""
+        """Count a step that was started."""
         self.bar.update()
 
     def report(
         self, step: int, *, terms: Mapping[str, float], grad_norm: float, lr: float, rate: float, seconds: float
     ) -> None:
-        """`step` steps of the epoch are done, those since the start in `seconds`; terms are means of the epoch so far,
-        the loss first, rate in images per second.
+        """Log the state after `step` steps of the epoch.
+
+        Args:
+            step: steps done.
+            terms: means over the epoch so far of the loss, as "loss", and of its terms.
+            grad_norm: gradient norm of the last step.
+            lr: learning rate.
+            rate: images per second.
+            seconds: time for the steps since this process started.
         """
         left = (self.steps - step + self.remaining_epochs * self.steps) * seconds / (step - self.done)
         eta = timedelta(seconds=round(left))

@@ -1,8 +1,9 @@
-"""Where a run's results go, and the configuration that is kept beside them."""
+"""A run's output folder: its lock, its configuration, and what a new run moves away."""
 
 import os
 import socket
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -11,23 +12,38 @@ from filelock import FileLock, Timeout
 from utils.checkpoint.files import Progress, checkpoints_in, link_checkpoint
 from utils.config.errors import UserError
 from utils.config.yaml_file import read_yaml
+from utils.logs.atomic_write import write_atomic
 from utils.logs.logger import logger, start_logging
 
-LOCK_SECONDS = 10.0
+LOCK_SECONDS = 10.0  # how long to wait for a run that is about to end
+
+
+class OutputError(UserError):
+    """The output folder cannot be written, or another run uses it."""
+
+
+@contextmanager
+def output_errors(folder: Path) -> Iterator[None]:
+    """Raise the system's errors as OutputError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(
+            f"OUTPUT: cannot write to {folder} ({reason}); make room there, or change --output"
+        ) from error
 
 
 def open_output_dir(output: str, name: str, tag: str, *, rank: int) -> Path:
     """Make <output>/<name>/<tag> and start this process's log in it.
 
     Raises:
-        ValueError: it cannot be made or written.
+        OutputError: it cannot be made or written.
     """
     folder = Path(output) / name / tag
-    try:
+    with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         start_logging(folder, rank)
-    except OSError as error:
-        raise ValueError(f"OUTPUT {output!r}: cannot write to {folder} ({error.strerror}); change --output") from error
     return folder
 
 
@@ -40,64 +56,76 @@ def lock_output_dir(folder: Path) -> AbstractContextManager[object]:
         The lock, already held; leaving its context releases it.
 
     Raises:
-        UserError: another run holds it, and still does after LOCK_SECONDS.
+        OutputError: another run holds it, and still does after LOCK_SECONDS, or the folder cannot be written.
     """
     holder = folder / "run_holder.txt"
-    try:
-        lock = FileLock(folder / "run.lock").acquire(LOCK_SECONDS, 0.2)  # the last run may be about to end
-    except Timeout as error:
-        name = holder.read_text().strip() if holder.is_file() else "another process"
-        raise UserError(f"{folder}: a run writes here already, {name}; stop it, or use another --tag") from error
-    holder.write_text(f"pid {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
-    for leftover in folder.glob("*.tmp"):  # of a run that was killed while it wrote
-        leftover.unlink()
+    with output_errors(folder):
+        try:
+            lock = FileLock(folder / "run.lock").acquire(LOCK_SECONDS, 0.2)
+        except Timeout as error:
+            name = holder.read_text().strip() if holder.is_file() else "another process"
+            raise OutputError(f"{folder}: a run writes here already, {name}; stop it, or use another --tag") from error
+        holder.write_text(f"pid {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+        for leftover in folder.glob("*.tmp"):  # of a run that was killed while it wrote
+            leftover.unlink()
     return lock
 
 
 def save_config(folder: Path, text: str) -> None:
-    """Write config.yaml, for `--cfg` to read again; a former one that differs is kept under another name."""
+    """Write config.yaml, which --cfg can read again; a different one that is there already is renamed.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     path = folder / "config.yaml"
-    temporary = folder / "config.yaml.tmp"
-    temporary.write_text(text)
-    if path.exists() and path.read_bytes() != temporary.read_bytes():
-        backup = unused_name(folder, "config_{}.yaml")
-        path.rename(backup)
+    with output_errors(folder):
+        backup = None
+        if path.exists() and path.read_bytes() != text.encode():
+            backup = path.rename(unused_name(folder, "config_{}.yaml"))
+        write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    if backup:
         logger.warning(
-            "the configuration changed, the former one is kept as %s: %s", backup, differences(backup, temporary)
+            "the configuration changed; the previous one is kept as %s: %s", backup, differences(backup, path)
         )
-    temporary.replace(path)
 
 
-def differences(former: Path, present: Path) -> str:
-    """What differs between two configuration files, as "SECTION.KEY former -> present; ..."."""
+def differences(previous: Path, current: Path) -> str:
+    """Return the differences of two configuration files as "SECTION.KEY previous -> current; ..."."""
     try:
-        old, new = read_yaml(former), read_yaml(present)
-    except ValueError:  # a run was killed while it wrote the file
-        return "the former one cannot be read"
+        old, new = read_yaml(previous), read_yaml(current)
+    except UserError:  # damaged by hand or by the disk
+        return "the previous one cannot be read"
     changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     return "; ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in changed)
 
 
 def move_replaced_checkpoints(folder: Path, progress: Progress, *, continues: bool) -> None:
-    """Move checkpoints that are further than `progress`, whose steps run again (or that could not be read), to a folder
-    replaced_<n>, so that nothing is lost. Where the folder's run does not go on but another starts, keep a second name
-    of its best ones there too.
+    """Move checkpoints that this run will write again, or that cannot be read, to a folder replaced_<n>.
+
+    Args:
+        folder: the output folder.
+        progress: where this run starts; later checkpoints are moved.
+        continues: False if the folder's run is replaced by another; its best checkpoints are then linked there too.
+
+    Raises:
+        OutputError: they cannot be moved.
     """
     later = [path for other, path in checkpoints_in(folder) if other > progress]
     best = [] if continues else list(folder.glob("max_*.pth"))
     if not later and not best:
         return
     target = unused_name(folder, "replaced_{}")
-    target.mkdir()
-    for path in later:
-        path.rename(target / path.name)
-    for path in best:
-        link_checkpoint(path, target / path.name)
-    logger.warning("%s held a run already; what this one replaces is kept in %s", folder, target)
+    with output_errors(folder):
+        target.mkdir()
+        for path in later:
+            path.rename(target / path.name)
+        for path in best:
+            link_checkpoint(path, target / path.name)
+    logger.warning("%s already has checkpoints; what this run replaces is kept in %s", folder, target)
 
 
 def unused_name(folder: Path, pattern: str) -> Path:
-    """The first of pattern.format(1), pattern.format(2), ... that is not there yet."""
+    """Return the first of pattern.format(1), pattern.format(2), ... that does not exist."""
     number = 1
     while (path := folder / pattern.format(number)).exists():
         number += 1

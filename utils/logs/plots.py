@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and what it predicts."""
+"""Plots of a run: its curves, and its predictions."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ BRIGHT = ("#6cb6ff", "#ffb066", "#7ee787", "#ff8f8f", "#d2a8ff", "#e0b08a", "#ff
 
 
 class Panel(NamedTuple):
-    """One diagram: its title, and what each curve is called, by its name in metrics.jsonl."""
+    """Title of a plot, and the label of each curve by its name in metrics.jsonl."""
 
     title: str
     curves: Mapping[str, str]
@@ -32,19 +32,19 @@ CLASSIFIER_PANELS = (
 )
 
 
-def plot_curves(records: list[dict[str, Any]], panels: Sequence[Panel], picture: Path) -> None:
-    """Draw figures by epoch from the records of metrics.jsonl, two panels a row; curves without values are left out."""
+def plot_curves(records: list[dict[str, Any]], panels: Sequence[Panel], path: Path) -> None:
+    """Plot metrics by epoch from records of metrics.jsonl, two panels per row; curves without values are left out."""
     figure, axes = grid_of(len(panels), height=3.5)
     for axis, panel in zip(axes, panels, strict=True):
         axis.set_title(panel.title)
         if draw_panel(axis, records, panel) and len(panel.curves) > 1:
             axis.legend()
-    figure.savefig(picture, dpi=110, bbox_inches="tight")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
 def grid_of(count: int, *, height: float) -> tuple[Any, list[Any]]:
-    """A figure with `count` diagrams, two a row, `height` inches each."""
+    """Return a figure and its `count` axes, two per row, each `height` inches high."""
     rows = -(-count // 2)
     figure, axes = plt.subplots(rows, 2, figsize=(11, height * rows), squeeze=False, layout="constrained")
     for axis in axes.flat[count:]:
@@ -55,7 +55,7 @@ def grid_of(count: int, *, height: float) -> tuple[Any, list[Any]]:
 def draw_panel(
     axis: Any, records: Sequence[Mapping[str, Any]], panel: Panel, styles: Sequence[Mapping[str, Any]] = ()
 ) -> list[Any]:
-    """Draw a panel's curves by epoch, each in its own of `styles`, if there are any; the lines drawn."""
+    """Draw a panel's curves by epoch, in `styles` if given, one per curve, and return the lines."""
     epochs = [record["epoch"] + 1 for record in records]
     lines = []
     for i, (name, label) in enumerate(panel.curves.items()):
@@ -70,10 +70,10 @@ def draw_panel(
 
 
 def panel_svg(records: Sequence[Mapping[str, Any]], panel: Panel, *, dark: bool) -> bytes:
-    """One diagram as an SVG picture without a background, for light or dark pages; its title is left to the page."""
+    """Return a panel as an SVG without background and title, for light or dark pages."""
     ink = "#e6e6e6" if dark else "#1a1a1a"
     parts = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    # Text stays text; fixed identifiers, so that the same figures give the same bytes.
+    # Text stays text; fixed ids, so that the same metrics give the same bytes.
     colors = plt.cycler(color=BRIGHT) if dark else plt.rcParams["axes.prop_cycle"]
     settings: dict[Any, Any] = {
         "axes.prop_cycle": colors,
@@ -91,15 +91,15 @@ def panel_svg(records: Sequence[Mapping[str, Any]], panel: Panel, *, dark: bool)
     return buffer.getvalue()
 
 
-def comparison_picture(
+def comparison_plot(
     runs: Mapping[str, Sequence[Mapping[str, Any]]], panels: Sequence[Panel], form: str, *, creator: str
 ) -> bytes:
-    """Several runs drawn into each panel: a color a run, a panel's first curve solid, others dashed.
+    """Return a plot of several runs: one color per run, a panel's first curve solid, others dashed.
 
     Args:
         runs: records by the run's name.
         form: png, svg or pdf.
-        creator: written into the file as the program that made it.
+        creator: name of the program, written into the file.
     """
     figure, axes = grid_of(len(panels), height=3.2)
     colors = plt.get_cmap("tab10" if len(runs) <= 10 else "turbo")
@@ -131,31 +131,32 @@ def plot_predictions(
     labels: list[str],
     predictions: list[str],
     confidences: list[float],
-    picture: Path,
+    path: Path,
 ) -> None:
-    """Draw a grid of images with their true and predicted classes; mistakes in red.
+    """Plot images with their true and predicted classes; wrong ones in red.
 
     Args:
-        images: (H, W, 3) each, from 0 to 1.
+        images: (H, W, 3) each, values from 0 to 1.
         labels, predictions: class names, N each.
-        confidences: probability of the predicted class, N.
+        confidences: probabilities of the predicted classes, N.
+        path: file to write.
     """
     captions = [
         f"true {label}\npred. {prediction} ({confidence:.0%})"
         for label, prediction, confidence in zip(labels, predictions, confidences, strict=True)
     ]
     colors = ["black" if label == prediction else "red" for label, prediction in zip(labels, predictions, strict=True)]
-    plot_grid(images, captions, colors=colors, picture=picture)
+    plot_grid(images, captions, colors=colors, path=path)
 
 
 def plot_grid(
     images: Sequence[np.ndarray] | np.ndarray,
     captions: Sequence[str],
     *,
-    picture: Path,
+    path: Path,
     colors: Sequence[str] | None = None,
 ) -> None:
-    """Draw images (H, W, 3), of any sizes, in rows of eight, each below its caption."""
+    """Plot images (H, W, 3) of any sizes in rows of eight, each below its caption."""
     columns = min(8, len(images))
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(
@@ -168,7 +169,7 @@ def plot_grid(
     ):
         axis.imshow(image)
         axis.set_title(caption, fontsize=8, color=color, parse_math=False)  # a class may be called $
-    figure.savefig(picture, dpi=110, bbox_inches="tight")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -179,9 +180,9 @@ def plot_bars(
     highlighted: Sequence[bool],
     axis_label: str,
     title: str,
-    picture: Path,
+    path: Path,
 ) -> None:
-    """Draw a horizontal bar for each value, from the top down, with its figure at its end."""
+    """Plot a horizontal bar per value, from the top down, with the value at its end."""
     figure, axis = plt.subplots(figsize=(9, 1.4 + 0.36 * len(values)), layout="constrained")
     bars = axis.barh(range(len(values)), values, color=["tab:blue" if h else "tab:gray" for h in highlighted])
     axis.bar_label(bars, labels=[f"{value:,.0f}" for value in values], padding=3)
@@ -190,5 +191,5 @@ def plot_bars(
     axis.margins(x=0.14)
     axis.set_xlabel(axis_label)
     axis.set_title(title, fontsize=10)
-    figure.savefig(picture, dpi=110, bbox_inches="tight")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)

@@ -14,6 +14,7 @@ from torch import nn
 
 from utils.logs.atomic_write import write_atomic
 from utils.logs.logger import logger
+from utils.logs.output_dir import output_errors
 from utils.logs.plots import Panel, plot_curves
 from utils.logs.wandb_logger import WandbLogger
 
@@ -36,6 +37,9 @@ class RunRecorder:
         start_epoch: records of this epoch and later ones are dropped, since these epochs run again.
         panels: plots in curves.png.
         wandb: logger of Weights & Biases, or None.
+
+    Raises:
+        OutputError: the folder cannot be written.
     """
 
     def __init__(
@@ -46,8 +50,9 @@ class RunRecorder:
         self.path = folder / "metrics.jsonl"
         self.panels = panels
         self.wandb = wandb
-        self.drop_from(start_epoch)
-        self.tensorboard = SummaryWriter(str(folder), purge_step=start_epoch)
+        with output_errors(folder):
+            self.drop_from(start_epoch)
+            self.tensorboard = SummaryWriter(str(folder), purge_step=start_epoch)
         self.last_drawn = 0.0
 
     def drop_from(self, start_epoch: int) -> None:

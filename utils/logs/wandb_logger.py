@@ -11,6 +11,7 @@ from typing import Any
 
 from utils.config.errors import UserError
 from utils.logs.logger import logger
+from utils.logs.output_dir import output_errors
 
 INIT_SECONDS = 30.0  # to reach the server; after that metrics are kept on this disk
 FINISH_SECONDS = 20.0  # for the rest of the upload; a launcher kills 30 s after SIGTERM
@@ -30,6 +31,7 @@ class WandbLogger:
         continues: True to resume the W&B run of this folder, False to start another.
 
     Raises:
+        OutputError: the folder cannot be written.
         WandbError: the package is missing, or has no API key. An unreachable server is only a warning.
     """
 
@@ -37,7 +39,8 @@ class WandbLogger:
         self.wandb = import_wandb()
         path = folder / "wandb_id.txt"
         if not (continues and path.is_file() and path.read_text().strip()):
-            path.write_text(secrets.token_hex(4) + "\n")
+            with output_errors(folder):
+                path.write_text(secrets.token_hex(4) + "\n")
         self.folder = folder
         wanted = {
             "project": project,

@@ -55,6 +55,8 @@ def test_no_file_and_no_dictionary(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "none.pth")
     with pytest.raises(CheckpointError, match="is a folder"):
         load_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot be read: File name too long"):
+        load_checkpoint(tmp_path / ("a" * 300))
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
     with pytest.raises(CheckpointError, match="holds a Tensor"):
         load_checkpoint(tmp_path / "tensor.pth")

@@ -1,0 +1,30 @@
+from pathlib import Path
+
+import pytest
+
+from utils.checkpoint.files import Progress
+from utils.logs import output_dir
+from utils.logs.output_dir import OutputError, lock_output_dir, move_replaced_checkpoints, save_config
+
+
+def test_the_lock_names_its_holder_and_deletes_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_dir, "LOCK_SECONDS", 0.1)
+    (tmp_path / "metrics.jsonl.1.tmp").touch()
+    with lock_output_dir(tmp_path):
+        assert not list(tmp_path.glob("*.tmp"))
+        holder = (tmp_path / "run_holder.txt").read_text().strip()
+        with pytest.raises(OutputError) as caught:
+            lock_output_dir(tmp_path)
+        assert holder in str(caught.value)
+    with lock_output_dir(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    with pytest.raises(OutputError, match=f"OUTPUT: cannot write to {missing}"):
+        save_config(missing, "SEED: 1\n")
+    (tmp_path / "max_acc.pth").touch()
+    (tmp_path / "replaced_1").symlink_to(tmp_path / "gone" / "folder")
+    with pytest.raises(OutputError, match=f"OUTPUT: cannot write to {tmp_path}"):
+        move_replaced_checkpoints(tmp_path, Progress(0), continues=False)
