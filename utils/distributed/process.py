@@ -1,4 +1,4 @@
-"""One process or many: device and backend are picked here, and everything that crosses processes goes through here."""
+"""Process group, device and collectives; with a single process the collectives do nothing."""
 
 import inspect
 import os
@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from utils.config.errors import UserError
+
 
 @dataclass(frozen=True)
 class Process:
-    """This process among all: rank from 0 to num_processes - 1, and the device it computes on."""
+    """This process: rank from 0 to num_processes - 1, number of processes, and device."""
 
     rank: int
     num_processes: int
@@ -26,15 +28,15 @@ class Process:
 
 
 def start_process(local_rank: int = 0) -> Process:
-    """Join the other processes if a launcher (torchrun, torch.distributed.launch) started several.
+    """Join the process group if a launcher (torchrun, torch.distributed.launch) started several processes.
 
-    GPUs talk through NCCL, one process each; without GPUs processes talk through gloo.
+    The backend is NCCL with one GPU per process, and gloo without GPUs.
 
     Args:
-        local_rank: place on this machine, where the launcher did not put it into the environment.
+        local_rank: rank on this machine, if the launcher did not set LOCAL_RANK.
 
     Raises:
-        ValueError: more processes than GPUs on this machine.
+        UserError: there are more processes than GPUs on this machine.
     """
     rank = int(os.environ.get("RANK", 0))
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -42,7 +44,7 @@ def start_process(local_rank: int = 0) -> Process:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(
+            raise UserError(
                 f"process {local_rank} on this machine has no GPU of its own: there are {torch.cuda.device_count()}; "
                 f"lower --nproc_per_node, or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU"
             )
@@ -54,11 +56,12 @@ def start_process(local_rank: int = 0) -> Process:
 
 
 def join_processes(backend: str) -> None:
-    """Meet the other processes.
+    """Initialize the process group.
 
-    Hosts talk through gloo also where GPUs do through NCCL: about stopping, without waiting for the device. Where
-    a launcher's store outlives its restarts, each meets in a place of its own; some versions of torch would find the
-    addresses of dead processes. Else the store is new, and a node that came back has counted fewer restarts.
+    CPU tensors go through gloo even with NCCL, so that processes agree about stopping without waiting for the GPU.
+    If the launcher's store outlives its restarts, each restart has a prefix of its own, since some versions of torch
+    would find the addresses of dead processes. Otherwise the store is new, and has no prefix, since a node that came
+    back has counted fewer restarts.
     """
     store, rank, num_processes = next(dist.rendezvous("env://"))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -67,10 +70,10 @@ def join_processes(backend: str) -> None:
 
 
 def stop_process() -> None:
-    """Part from the other processes.
+    """Destroy the process group.
 
-    Gloo's threads free the tensors of the last exchange, for which they need Python's lock. Up to torch 2.7 at least,
-    the group is destroyed with that lock held and waits for them for ever: they get their turn before.
+    Gloo's threads need the GIL to free the tensors of the last collective. Up to torch 2.7 at least, the group is
+    destroyed with the GIL held and waits for them forever, so they get time to finish before.
     """
     if dist.is_initialized():
         time.sleep(0.1)
@@ -78,9 +81,9 @@ def stop_process() -> None:
 
 
 def wrap_ddp(model: nn.Module, process: Process, *, find_unused_parameters: bool = False) -> nn.Module:
-    """The model wrapped in DDP where there are several processes, else as it is.
+    """Wrap the model in DDP if there are several processes.
 
-    Buffers are not broadcast from the first process: `average_buffers` makes them equal after each step.
+    DDP does not broadcast buffers: `average_buffers` makes them equal after each step.
     """
     if process.num_processes == 1:
         return model
@@ -97,54 +100,55 @@ def wrap_ddp(model: nn.Module, process: Process, *, find_unused_parameters: bool
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DDP."""
+    """Return the model inside DDP, or the model itself."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def no_sync(model: nn.Module) -> AbstractContextManager[None]:
-    """Within: backward passes add up gradients on this process alone (DDP's no_sync)."""
+    """Accumulate gradients without all-reduce inside the context (DDP's no_sync)."""
     return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, in place, the same on each."""
+    """All-reduce a tensor in place by its sum, and return it."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
 def min_over_processes(values: Tensor) -> Tensor:
-    """The element-wise smallest of a tensor over all processes, in place, the same on each."""
+    """All-reduce a tensor in place by its element-wise minimum, and return it."""
     if dist.is_initialized():
         dist.all_reduce(values, op=dist.ReduceOp.MIN)
     return values
 
 
 def max_over_processes(values: Tensor) -> Tensor:
-    """The element-wise largest of a tensor over all processes, in place, the same on each."""
+    """All-reduce a tensor in place by its element-wise maximum, and return it."""
     if dist.is_initialized():
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
 
 
 def trained_buffers(model: nn.Module) -> list[Tensor]:
-    """Floating-point buffers that training changes. Those of frozen layers are not among them: a mean of equal numbers
-    over three processes may differ from them in the last digit.
+    """Return the floating-point buffers that training changes.
+
+    Those of frozen layers are left out: averaged over three processes, equal numbers may change in the last bit.
     """
     buffers = []
     for module in model.modules():
         own = list(module.parameters(recurse=False))
         if not own or any(parameter.requires_grad for parameter in own):
-            constants = module._non_persistent_buffers_set  # they follow from settings, and are not trained
+            constants = module._non_persistent_buffers_set  # constants that follow from the configuration
             named = module.named_buffers(recurse=False)
             buffers += [buffer for name, buffer in named if buffer.is_floating_point() and name not in constants]
     return buffers
 
 
 def average_buffers(buffers: list[Tensor]) -> None:
-    """Replace floating-point buffers (batch norm's running statistics) by their mean over all processes, in place.
+    """Average floating-point buffers (batch norm's running statistics) over all processes, in place.
 
-    One message for all of them; it keeps the processes' models equal, so that any one's checkpoint speaks for all.
+    It takes a single all-reduce, and keeps the models of all processes equal, so that one checkpoint is enough.
     """
     if not dist.is_initialized() or not buffers:
         return
@@ -154,7 +158,7 @@ def average_buffers(buffers: list[Tensor]) -> None:
 
 
 def gather_objects(item: Any) -> list[Any]:
-    """Every process's item, by rank, on every process."""
+    """All-gather an object: return those of all processes, by rank."""
     if not dist.is_initialized():
         return [item]
     items: list[Any] = [None] * dist.get_world_size()

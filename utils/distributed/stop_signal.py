@@ -1,4 +1,4 @@
-"""Asking a run to stop: a signal, or the end of the launcher, noticed by one process and agreed on by all."""
+"""Stopping a run: a signal or the end of the launcher reaches one process, and all agree on it."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Cause(IntEnum):
-    """Why a run should stop; where processes differ, the highest counts."""
+    """Reason to stop a run; if processes have different ones, the highest counts."""
 
     NONE = 0
     LAUNCHER_ENDED = 1
@@ -31,30 +31,30 @@ class Cause(IntEnum):
 
 
 class StopRequest:
-    """While it is entered, SIGTERM and SIGUSR1 do not end the process but are noted, for the run to save and end.
+    """Context in which SIGTERM and SIGUSR1 do not end the process but request a stop, so that the run can save first.
 
-    Workers whose torchrun was killed are nobody's any more; they stop too.
+    A process whose torchrun was killed stops too.
 
     Attributes:
-        asked: why this process should stop.
-        cause: why all should, as they last agreed.
+        asked: reason for this process to stop.
+        cause: reason for all processes, from their last agreement.
     """
 
     def __init__(self) -> None:
         self.asked = Cause.NONE
         self.cause = Cause.NONE
-        self.former: dict[int, object] = {}
+        self.previous_handlers: dict[int, object] = {}
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
-            self.former = {number: signal.signal(number, self.note) for number in SIGNALS}
+            self.previous_handlers = {number: signal.signal(number, self.note) for number in SIGNALS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self.former.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def note(self, number: int, _: FrameType | None) -> None:
@@ -64,12 +64,12 @@ class StopRequest:
         self.asked = max(self.asked, cause)
 
     def agreed(self) -> Cause:
-        """Whether any process was asked to stop, the same answer on each; called by all processes at the same step.
+        """Return the reason to stop of any process, the same on each. All processes call it at the same step.
 
-        It costs one message between the hosts and never waits for a GPU.
+        It takes one all-reduce of a CPU tensor and never waits for a GPU.
         """
         if self.launcher is not None and os.getppid() != self.launcher:
             self.ask(Cause.LAUNCHER_ENDED)
-        # A signal may come while they agree, too late for this answer: `asked` keeps it for the next.
+        # A signal during the all-reduce is too late for this answer; `asked` keeps it for the next.
         self.cause = Cause(int(max_over_processes(torch.tensor(int(self.asked)))))
         return self.cause

@@ -1,4 +1,4 @@
-"""torch.compile and CUDA graphs: what a compile mode means, and how a model is prepared for it."""
+"""torch.compile and CUDA graphs: compile modes, and preparing a model for them."""
 
 import os
 import shutil
@@ -16,12 +16,12 @@ from utils.speed.streams import on_side_stream, side_stream
 MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune")
 INDUCTOR_MODES = {"default": None, "reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
-RECORDING = "recording"  # the stream of recordings, and of what is done before: nothing recorded may wait for another
-MOST_VARIANTS = 64  # graphs of one region: grid sizes, with and without gradient, each once
+RECORDING = "recording"  # stream of captures and of their warm-up: a captured graph must not wait for another stream
+MAX_VARIANTS = 64  # compiled graphs per region: one per grid size, with and without gradient
 
 
 def resolve_mode(mode: str, device: torch.device) -> str:
-    """What "auto" is on this device: reduce-overhead on a GPU for which something can be compiled, else off."""
+    """Resolve "auto": reduce-overhead on a GPU that code can be compiled for, else off."""
     if mode != "auto":
         return mode
     return "off" if compile_unsupported_reason(device) else "reduce-overhead"
@@ -29,7 +29,7 @@ def resolve_mode(mode: str, device: torch.device) -> str:
 
 @cache
 def compile_unsupported_reason(device: torch.device) -> str:
-    """Why nothing can be compiled for a device, or an empty string. If it is a GPU, the log says so, once."""
+    """Return why code cannot be compiled for a device, or an empty string. For a GPU it is logged, once."""
     if device.type != "cuda":
         return "there is no GPU"
     reason = ""
@@ -38,22 +38,27 @@ def compile_unsupported_reason(device: torch.device) -> str:
     elif not ("CC" in os.environ or shutil.which("gcc") or shutil.which("clang")):
         reason = "Triton needs a C compiler: install gcc or clang, or let CC name one"
     if reason:
-        logger.info("nothing is compiled: %s", reason)
+        logger.info("torch.compile is off: %s", reason)
     return reason
 
 
 def compile_regions(model: nn.Module, mode: str, activation_budget: float = 1.0) -> nn.Module:
-    """Compile, in place, those modules inside the model that say `is_region`, or else the model itself.
+    """Compile in place the modules of the model that have `is_region`, or the model itself if none has.
 
-    Blocks of one stage share one graph, so a deep model compiles as fast as a shallow one. Names in the state_dict
-    stay as they are. Nothing happens for "off". Below an `activation_budget` of 1 a training step keeps about that
-    share of its activations in memory, and the backward pass computes the others again, the cheap ones first.
+    The blocks of a stage share one graph, so a deep model compiles as fast as a shallow one. Names in the state_dict do
+    not change.
+
+    Args:
+        model: compiled in place.
+        mode: a compile mode but "auto"; "off" does nothing.
+        activation_budget: share of the activations that a training step keeps in memory; the backward pass recomputes
+            the others, the cheap ones first.
     """
     if mode == "off":
         return model
-    # Torch 2.6 has the former name.
+    # torch 2.6 has the old name.
     limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-    setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), MOST_VARIANTS))
+    setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), MAX_VARIANTS))
     torch._functorch.config.activation_memory_budget = activation_budget
     regions = [module for module in model.modules() if getattr(module, "is_region", False)]
     for module in regions or [model]:
@@ -62,21 +67,22 @@ def compile_regions(model: nn.Module, mode: str, activation_budget: float = 1.0)
 
 
 def uses_graphs(mode: str, device: torch.device) -> bool:
-    """Whether a mode replays CUDA graphs on this device."""
+    """Return whether a mode uses CUDA graphs on this device."""
     return mode in GRAPH_MODES and device.type == "cuda"
 
 
 def effective_mode(mode: str, *, is_captured: bool) -> str:
-    """What a mode came to: itself, or without a graph what is left of it."""
+    """Return the mode that takes effect: without a captured graph, one that only compiles."""
     return mode if is_captured or mode not in GRAPH_MODES else INDUCTOR_MODES[mode] or "default"
 
 
 class Capture:
-    """A function on the device as one CUDA graph, replayed at each call: no work for the host but one launch.
+    """Function captured as a CUDA graph, and replayed at each call: one launch for the host.
 
     Args:
-        function: reads its tensors from where they are, every time; must not wait for the device, nor choose its way by
-            anything that changes. It is called `warmup_calls` times before it is recorded.
+        function: reads its inputs from the same tensors each time; must neither wait for the device nor branch on
+            values that change.
+        warmup_calls: calls before the capture.
     """
 
     def __init__(self, function: Callable[[], Any], warmup_calls: int = 3) -> None:
@@ -87,26 +93,26 @@ class Capture:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         self.graph = torch.cuda.CUDAGraph()
-        # A loader's thread may allocate pinned memory meanwhile, which "global", the default, forbids to all threads.
+        # The default, "global", forbids all threads to allocate, and a data loader's thread may allocate pinned memory.
         with torch.cuda.graph(self.graph, stream=side_stream(device, RECORDING), capture_error_mode="thread_local"):
             self.result = function()
 
     def __call__(self) -> Any:
-        """Replay; the result lies in the same tensors each time."""
+        """Replay the graph; the result is in the same tensors each time."""
         self.graph.replay()
         return self.result
 
 
 class CapturedModel(nn.Module):
-    """A model in evaluation whose forward pass is one CUDA graph for each of the first few input shapes.
+    """Model in evaluation mode with a CUDA graph for each of the first input shapes; other shapes run without a graph.
 
-    Other shapes run without a graph. Call it without gradient, under one and the same autocast.
+    Call it always under the same autocast; gradients are off.
     """
 
-    def __init__(self, model: nn.Module, most_shapes: int = 8) -> None:
+    def __init__(self, model: nn.Module, max_shapes: int = 8) -> None:
         super().__init__()
         self.model = model
-        self.most_shapes = most_shapes
+        self.max_shapes = max_shapes
         self.captures: dict[tuple[int, ...], tuple[Tensor, Capture]] = {}
         self.eval()
 
@@ -114,7 +120,7 @@ class CapturedModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         shape = tuple(images.shape)
         if shape not in self.captures:
-            if len(self.captures) == self.most_shapes:
+            if len(self.captures) == self.max_shapes:
                 return self.model(images)
             static = images.clone(memory_format=torch.preserve_format)
             self.captures[shape] = static, Capture(lambda: self.model(static))
@@ -124,6 +130,6 @@ class CapturedModel(nn.Module):
 
 
 def prepared_for_inference(model: nn.Module, mode: str, device: torch.device) -> nn.Module:
-    """The model through a mode's compilation and graphs, for evaluation."""
+    """Compile the model for evaluation, with CUDA graphs if the mode uses them."""
     model = compile_regions(model.eval(), mode)
     return CapturedModel(model) if uses_graphs(mode, device) else model

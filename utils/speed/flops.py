@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates of a model, part by part."""
+"""Parameters and multiply-accumulates of a model and its parts."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class Part(NamedTuple):
-    """A part of a model: its parameters, and its multiply-accumulates (half its FLOPs) for one image."""
+    """Part of a model: its number of parameters, and its multiply-accumulates (half its FLOPs) per image."""
 
     name: str
     parameters: int
@@ -18,11 +18,15 @@ class Part(NamedTuple):
 
 
 def profile(model: nn.Module, image_size: int | tuple[int, int], in_chans: int = 3) -> list[Part]:
-    """The parts of a model (its children, and one level deeper in its lists), then "total".
+    """Return the parts of a model (its children, and those of its lists), then "total".
 
-    MACs are of convolutions and matrix products, as PyTorch's counter sees them, for one image of
-    `image_size`, its side or (height, width). Nothing is computed: the model runs without data, so any size costs the
-    same.
+    PyTorch's counter counts the MACs of convolutions and matrix multiplications. The model runs on the meta device, so
+    any size costs the same.
+
+    Args:
+        model: not changed.
+        image_size: side of the image, or (height, width).
+        in_chans: channels of the image.
     """
     model = deepcopy(model).to("meta").eval()
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -43,7 +47,7 @@ def profile(model: nn.Module, image_size: int | tuple[int, int], in_chans: int =
 
 
 def profile_table(parts: Sequence[Part], paper: tuple[float, float] | None = None) -> str:
-    """Parts as a table; `paper` is what the paper prints for the total, in millions of parameters and GMACs."""
+    """Format parts as a table; `paper` is the paper's total, in millions of parameters and in GMACs."""
     lines = [f"{'part':<14}{'parameters':>14}{'GMACs':>10}"]
     lines += [f"{part.name:<14}{part.parameters:>14,}{part.macs / 1e9:>10.3f}" for part in parts]
     if paper is not None:

@@ -1,4 +1,4 @@
-"""How much memory is used, and what to say when a GPU's does not suffice."""
+"""Peak memory, and the message for a GPU that runs out of it."""
 
 import platform
 import re
@@ -19,35 +19,34 @@ def out_of_memory_message(
     can_recompute: bool,
     smaller: str,
 ) -> str:
-    """One line with what was asked of the GPU, and what asks less of it, the mildest remedy first.
+    """Return one line with what did not fit into the GPU's memory, and the remedies, the mildest first.
 
     Args:
         error: torch.OutOfMemoryError.
         work: what did not fit.
         batch_size: images per process and forward pass.
-        accumulation_steps: forward passes per step; None where nothing is trained.
-        amp: 16-bit autocast is on already.
-        can_recompute: --use-checkpoint would help.
-        smaller: the last remedy, which is smaller images.
+        accumulation_steps: gradient accumulation steps; None if nothing is trained.
+        amp: mixed precision is on already.
+        can_recompute: activation checkpointing (--use-checkpoint) is available and off.
+        smaller: the last remedy, smaller images.
     """
     capacity = USAGE.search(str(error))
     remedies = [] if amp else ["add --amp"]
     half = max(1, batch_size // 2)
     if accumulation_steps is None:
-        remedies += [f"lower --batch-size (to {half}, say)"] if batch_size > 1 else []
+        remedies += [f"lower --batch-size (for example to {half})"] if batch_size > 1 else []
     else:
-        remedies += ["add --use-checkpoint, which recomputes the blocks"] if can_recompute else []
+        remedies += ["add --use-checkpoint (activation checkpointing)"] if can_recompute else []
         if batch_size > 1:
-            same_step = f"TRAIN.ACCUMULATION_STEPS {accumulation_steps * 2}"
-            remedies.append(f"lower --batch-size (to {half}, say; with --opts {same_step} a step has as many images)")
+            opts = f"--opts TRAIN.ACCUMULATION_STEPS {accumulation_steps * 2}"
+            remedies.append(f"lower --batch-size (for example to {half}; {opts} keeps the global batch size)")
     return (
-        f"the GPU's memory{f' of {capacity[1]}' if capacity else ''} does not suffice for {work}: "
-        f"{', or '.join([*remedies, smaller])}"
+        f"out of GPU memory{f' ({capacity[1]})' if capacity else ''} with {work}: {', or '.join([*remedies, smaller])}"
     )
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Most memory used so far: allocated on the GPU, or resident in this process where there is none. MiB."""
+    """Return the peak memory in MiB: allocated on the GPU, or, without a GPU, resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Streams of a GPU beside the one that everything runs on; on a CPU there are none, and things happen in turn."""
+"""Side streams of a GPU; on a CPU everything runs in order."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,13 +10,13 @@ from torch import Tensor
 
 @cache
 def side_stream(device: torch.device, purpose: str) -> torch.cuda.Stream:  # noqa: ARG001
-    """One and the same for a purpose: cuBLAS keeps some 60 MiB for every stream that it has seen."""
+    """Return the one stream of a purpose: cuBLAS keeps some 60 MiB for every stream that it has seen."""
     return torch.cuda.Stream(device)
 
 
 @contextmanager
 def on_side_stream(device: torch.device, purpose: str) -> Iterator[None]:
-    """Within: work after all that came before, and before all that comes after, but not on the present stream."""
+    """Run the context on a side stream, after all earlier work and before all later work of the current stream."""
     if device.type != "cuda":
         yield
         return
@@ -27,10 +27,12 @@ def on_side_stream(device: torch.device, purpose: str) -> Iterator[None]:
     torch.cuda.current_stream(device).wait_stream(stream)
 
 
-def start_beside(compute: Callable[[], Tensor], device: torch.device, purpose: str) -> Callable[[], Tensor]:
-    """Begin to compute a tensor beside what comes next; what is returned lets the present stream wait for it.
+def start_on_side_stream(compute: Callable[[], Tensor], device: torch.device, purpose: str) -> Callable[[], Tensor]:
+    """Start to compute a tensor on a side stream.
 
-    What `compute` reads must stay as it is until then.
+    Returns:
+        A function that lets the current stream wait for the tensor, and returns it. Until then the inputs of `compute`
+        must not change.
     """
     if device.type != "cuda":
         result = compute()
@@ -41,9 +43,9 @@ def start_beside(compute: Callable[[], Tensor], device: torch.device, purpose: s
         result = compute()
 
     def wait() -> Tensor:
-        present = torch.cuda.current_stream(device)
-        present.wait_stream(stream)
-        result.record_stream(present)  # so that its memory is not given to others too early
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(stream)
+        result.record_stream(current)  # so that its memory is not reused too early
         return result
 
     return wait

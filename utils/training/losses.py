@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.speed.streams import start_beside
+from utils.speed.streams import start_on_side_stream
 
 
 def training_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None, ratio: float = 0.0) -> Tensor:
@@ -54,7 +54,7 @@ class ClassificationLoss:
         images, targets = batch
         if not self.variant(step):
             return {"loss": training_loss(self.model(images), targets)}
-        wait_for_teacher = start_beside(lambda: self.ask_teacher(images), images.device, "teacher")
+        wait_for_teacher = start_on_side_stream(lambda: self.ask_teacher(images), images.device, "teacher")
         logits = self.model(images)
         return {"loss": training_loss(logits, targets, wait_for_teacher(), self.mesa_ratio)}
 

@@ -202,7 +202,7 @@ def test_too_little_memory_on_a_gpu_is_explained(run: Run, monkeypatch: pytest.M
     monkeypatch.setattr(Detection, "losses", losses)
     code, out, _ = run()
     assert code == 1
-    assert "the GPU's memory of 79.10 GiB does not suffice for DATA.BATCH_SIZE 2: add --amp, or add --use-" in out
+    assert "out of GPU memory (79.10 GiB) with DATA.BATCH_SIZE 2: add --amp, or add --use-" in out
 
 
 def test_the_backbone_is_compiled_by_blocks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ def test_modes() -> None:
 
 def test_auto_is_off_where_a_gpu_has_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(compile.logger, "info", lambda words, *parts: said.append(words % parts))
+    monkeypatch.setattr(compile.logger, "info", lambda line, *args: said.append(line % args))
     monkeypatch.setattr(compile, "find_spec", lambda *_: object())
     monkeypatch.setattr(compile.shutil, "which", lambda *_: None)
     for compiler, mode in ((None, "off"), ("/usr/bin/cc", "reduce-overhead")):
@@ -43,11 +43,11 @@ def test_auto_is_off_where_a_gpu_has_no_compiler(monkeypatch: pytest.MonkeyPatch
             monkeypatch.setenv("CC", compiler)
         compile.compile_unsupported_reason.cache_clear()
         assert [resolve_mode("auto", torch.device("cuda", 0)) for _ in range(2)] == [mode] * 2
-    assert said == ["nothing is compiled: Triton needs a C compiler: install gcc or clang, or let CC name one"]
+    assert said == ["torch.compile is off: Triton needs a C compiler: install gcc or clang, or let CC name one"]
     monkeypatch.setattr(compile, "find_spec", lambda *_: None)
     compile.compile_unsupported_reason.cache_clear()
     assert resolve_mode("auto", torch.device("cuda", 0)) == "off"
-    assert said[1:] == ["nothing is compiled: Triton is not installed"]
+    assert said[1:] == ["torch.compile is off: Triton is not installed"]
     compile.compile_unsupported_reason.cache_clear()
 
 
