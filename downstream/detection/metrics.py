@@ -12,6 +12,7 @@ from torch import Tensor
 
 from downstream.detection.model.masks import paste_masks
 from downstream.detection.model.structures import Detections, Size
+from utils.logs.atomic_write import write_atomic
 
 # COCO's twelve, in its order: mean over IoU 0.50 to 0.95, at 0.50, at 0.75, by area; recall by detections and by area.
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -94,7 +95,5 @@ def metrics_table(figures: Mapping[str, float]) -> list[str]:
 
 
 def write_results(results: Sequence[Result], path: Path) -> None:
-    """As COCO's results file, in one piece or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(list(results)))
-    temporary.replace(path)
+    """Write a COCO results file, complete or not at all."""
+    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(list(results))))

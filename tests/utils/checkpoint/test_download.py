@@ -25,7 +25,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves CONTENT, and files of `folder`; the path says how badly. Counts the requests."""
+    """Serves CONTENT and the files of `folder`, with the fault that the path names, and records the requests."""
 
     daemon_threads = True
 
@@ -83,7 +83,7 @@ def cached_files(folder: Path) -> list[str]:
     return sorted(path.name for path in files if path.suffix != ".lock")
 
 
-def test_a_url_is_fetched_once(server: Server, tmp_path: Path) -> None:
+def test_a_url_is_downloaded_once(server: Server, tmp_path: Path) -> None:
     path = local_file(f"{server.url}/w.safetensors")
     assert path.read_bytes() == CONTENT
     assert re.fullmatch(r"w_[0-9a-f]{8}\.safetensors", path.name)
@@ -95,7 +95,7 @@ def test_a_url_is_fetched_once(server: Server, tmp_path: Path) -> None:
     assert local_file(f"{server.url}/unannounced").read_bytes() == CONTENT
 
 
-def test_another_checksum(server: Server, tmp_path: Path) -> None:
+def test_a_wrong_checksum_deletes_the_file(server: Server, tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(DownloadError, match=f"sha256 is {SHA256}, not {'0' * 64}; the file was deleted") as caught:
             local_file(f"{server.url}/w.pth#sha256={'0' * 64}")
@@ -109,13 +109,13 @@ def test_another_checksum(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fragment", ["sha256=123", "sha256=xyz", "md5=12345678", f"sha256={'0' * 65}"])
-def test_what_follows_the_hash_sign(server: Server, fragment: str) -> None:
+def test_malformed_checksums_are_refused(server: Server, fragment: str) -> None:
     with pytest.raises(DownloadError, match="must be sha256= and 8 to 64 hexadecimal digits"):
         local_file(f"{server.url}/w.pth#{fragment}")
     assert not server.requests
 
 
-def test_what_a_server_may_do_wrong(server: Server, tmp_path: Path) -> None:
+def test_server_errors(server: Server, tmp_path: Path) -> None:
     for name, message in {
         "missing": "the server says 404 Not Found; or download it by other means and name the file",
         "login": "leads to a web page, not to a file",
@@ -147,12 +147,12 @@ FETCH = "import sys; from utils.checkpoint.download import local_file; print(loc
 
 def fetcher(url: str, home: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "TORCH_HOME": str(home), "no_proxy": "127.0.0.1"}
-    words = [sys.executable, "-c", FETCH, url]
-    return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", FETCH, url]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def test_a_kill_leaves_no_torn_file_and_no_lock(server: Server, tmp_path: Path) -> None:
-    """Two processes ask for one file; the one that fetches it is killed, and the other does it instead, once."""
+def test_a_killed_download_leaves_no_partial_file_and_no_lock(server: Server, tmp_path: Path) -> None:
+    """Of two processes that need a file, the one that downloads it is killed, and the other downloads it, once."""
     first = fetcher(f"{server.url}/slow", tmp_path / "home")
     while not server.requests:
         time.sleep(0.02)
@@ -219,7 +219,7 @@ def test_weights_over_the_network(server: Server) -> None:
     assert read_weights(f"{server.url}/w.pth").model == {"a": torch.tensor(1.0)}
 
 
-def test_the_bar_counts_bytes(server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_bar_counts_bytes(server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     class Terminal:
         def __init__(self) -> None:
             self.text = ""

@@ -24,7 +24,7 @@ from utils.training.train_state import restore_rng_state, rng_state
 CPU = torch.device("cpu")
 
 
-def test_highest_epoch_by_number_not_by_time_or_text(tmp_path: Path) -> None:
+def test_checkpoints_are_sorted_by_number(tmp_path: Path) -> None:
     for epoch in (9, 10, 2):
         save_checkpoint(tmp_path / f"ckpt_epoch_{epoch}.pth", {"epoch": epoch, "model": {}, "optimizer": {}})
     save_checkpoint(tmp_path / "max_acc.pth", {"epoch": 99})
@@ -36,7 +36,7 @@ def test_highest_epoch_by_number_not_by_time_or_text(tmp_path: Path) -> None:
     assert latest[1]["epoch"] == 10
 
 
-def test_a_torn_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
+def test_unreadable_checkpoints_are_skipped(tmp_path: Path) -> None:
     for epoch in (3, 4):
         content = {"epoch": epoch, "optimizer": {}, "model": {"w": torch.zeros(999)}}
         save_checkpoint(tmp_path / f"ckpt_epoch_{epoch}.pth", content)
@@ -49,7 +49,7 @@ def test_a_torn_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert load_latest(tmp_path / "empty") is None
 
 
-def test_a_failed_save_leaves_the_former_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "ckpt_epoch_0.pth"
     save_checkpoint(path, {"epoch": 0})
 
@@ -63,7 +63,7 @@ def test_a_failed_save_leaves_the_former_file(tmp_path: Path, monkeypatch: pytes
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_newest_three_and_the_best_are_kept(tmp_path: Path) -> None:
+def test_the_newest_three_and_the_best_are_kept(tmp_path: Path) -> None:
     for epoch in range(5):
         names = [f"ckpt_epoch_{epoch}.pth", *(["max_acc.pth"] if epoch == 1 else [])]
         save_under_names(tmp_path, Progress(epoch + 1), names, {"epoch": epoch})
@@ -87,7 +87,7 @@ def test_copies_where_links_do_not_work(tmp_path: Path, monkeypatch: pytest.Monk
     assert load_checkpoint(tmp_path / "b.pth") == {"epoch": 1}
 
 
-def test_random_number_generators_go_through_a_checkpoint(tmp_path: Path) -> None:
+def test_random_number_generators_are_restored(tmp_path: Path) -> None:
     random.random(), np.random.rand(), torch.rand(1)
     save_checkpoint(tmp_path / "rng.pth", {"rng": rng_state(CPU)})
     expected = random.random(), np.random.standard_normal(), torch.rand(1).item()
@@ -96,20 +96,20 @@ def test_random_number_generators_go_through_a_checkpoint(tmp_path: Path) -> Non
 
 
 def written(folder: Path, epochs: int, size: int, *, in_background: bool = True) -> CheckpointWriter:
-    """A writer after it was given the checkpoint of an epoch's end, with `size` numbers in it."""
+    """Return a writer that has written the checkpoint of an epoch's end, with `size` numbers in it."""
     writer = CheckpointWriter(folder, in_background=in_background)
     progress, weights = Progress(epochs), torch.full((size,), 1.0)
     writer.write(progress, [progress.checkpoint_name], {"model": {"w": weights}, "optimizer": {}, "epoch": epochs - 1})
-    weights.fill_(2.0)  # training goes on at once, and the copy does not see it
+    weights.fill_(2.0)  # training continues at once, and does not change the copy
     writer.wait()
     return writer
 
 
 @pytest.mark.parametrize("in_background", [True, False])
-def test_a_full_disk_keeps_the_former_checkpoint(
+def test_a_full_disk_keeps_the_last_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, in_background: bool
 ) -> None:
-    """The largest file that the system lets this process write stands for the space that is left."""
+    """A limit of this process's file size simulates the full disk."""
     monkeypatch.setattr(logger, "propagate", True)
     assert not written(tmp_path, 1, 1000, in_background=in_background).has_failed
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -129,7 +129,7 @@ def test_a_full_disk_keeps_the_former_checkpoint(
     assert torch.all(latest[1]["model"]["w"] == 1) or not in_background
 
 
-def test_a_folder_that_vanished_is_reported(
+def test_a_missing_folder_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logger, "propagate", True)

@@ -39,7 +39,7 @@ Reduction = tuple[Any, ...]
 
 
 class Attack:
-    """Pickled as a call of a function with arguments."""
+    """Object whose pickle calls a function with arguments."""
 
     def __init__(self, *reduction: Any) -> None:
         self.reduction = reduction
@@ -111,7 +111,7 @@ def load_or_refuse(path: Path) -> None:
 def test_attacks_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, write: Callable[..., None], tolerant: bool
 ) -> None:
-    """With a CfgNode before them, so that PyTorch's own reader gives up and ours meets the attack."""
+    """A CfgNode comes first, so that PyTorch's reader refuses the file and ours meets the attack."""
     monkeypatch.chdir(tmp_path)
     Path("nested.pth").write_bytes(nested_file())
     Path("code.py").write_text(CODE)
@@ -126,7 +126,7 @@ def test_attacks_are_refused(
 
 
 def test_the_attacks_are_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read as pickles are read by default, such a file leaves its mark."""
+    """Read by plain pickle, the files do run code."""
     monkeypatch.chdir(tmp_path)
     for name in ("os.system", "eval", "in a list in a set in a dictionary"):
         write_zip({"config": CfgNode({"A": 1}), "x": ATTACKS[name][0]}, tmp_path / "bad.pth")
@@ -136,7 +136,7 @@ def test_the_attacks_are_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def with_pickle(path: Path, data: bytes) -> Path:
-    """A checkpoint in PyTorch's zip format whose pickle is `data`."""
+    """Return a checkpoint in PyTorch's zip format whose pickle is `data`."""
     torch.save({}, path)
     with zipfile.ZipFile(path) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
@@ -180,7 +180,7 @@ def test_forged_pickles_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.filterwarnings("ignore:'torch.load' received a zip file")
 def test_torchscript_archives_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are programs, which torch.load would hand to another reader."""
+    """TorchScript archives are programs, which torch.load would pass to another reader."""
     monkeypatch.setattr(torch.jit, "load", lambda *_, **__: {"model": {}})
     path = tmp_path / "script.pth"
     torch.save({"config": CfgNode({"A": 1})}, path)
@@ -196,8 +196,8 @@ def read_plain(data: bytes) -> Any:
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize(("offset", "size"), [(0, (2, 4)), (1, (2, 3)), (-1, (2, 3)), (0, (99, 99))])
-def test_tensors_within_their_storage_only(offset: int, size: tuple[int, int]) -> None:
-    """PyTorch would enlarge the storage by whatever is in memory."""
+def test_tensors_beyond_their_storage_are_refused(offset: int, size: tuple[int, int]) -> None:
+    """PyTorch would enlarge the storage by uninitialized memory."""
     storage = torch.storage.TypedStorage(wrap_storage=innocent_tensor().untyped_storage(), dtype=torch.float32)
     assert make_tensor(storage, 0, (2, 3), (3, 1)).equal(innocent_tensor())
     assert make_tensor(storage, 6, (0, 3), (3, 1)).shape == (0, 3)
@@ -255,7 +255,7 @@ def test_arrays_of_objects_are_refused(tmp_path: Path) -> None:
 
 
 class History:
-    """An object of a package of its own, as OpenMMLab's files hold."""
+    """Object of an unknown package, which OpenMMLab's files have."""
 
     def __init__(self) -> None:
         self.values = [1.0]
@@ -267,15 +267,15 @@ class History:
 
 
 class Settings(dict[str, int]):
-    """A dictionary of a package of its own."""
+    """Dictionary of an unknown package."""
 
 
 class Steps(list[int]):
-    """A list of a package of its own."""
+    """List of an unknown package."""
 
 
 class Slots:
-    """An object whose state is not a dictionary."""
+    """Object whose state is not a dictionary."""
 
     __slots__ = ("value",)
 
@@ -296,7 +296,7 @@ def test_unknown_objects_are_skipped_if_tolerant(tmp_path: Path, protocol: int) 
     assert not hasattr(found["meta"]["history"], "values")
 
 
-def test_the_table_has_no_callable_but_ours() -> None:
+def test_the_table_has_only_sealed_callables() -> None:
     for name, value in ALLOWED.items():
         assert isinstance(value, str | torch.dtype | Call) or issubclass(value, dict), name
         assert not isinstance(value, type) or "__setstate__" in vars(value), name  # else BUILD could alter the class

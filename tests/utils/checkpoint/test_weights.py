@@ -45,7 +45,7 @@ def with_rotations(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def official_checkpoint(model: nn.Module, average: nn.Module) -> dict[str, Any]:
-    """What the official training script saves: yacs's own class among it, and NumPy's numbers."""
+    """Return what the official training script saves, with a yacs node and NumPy numbers."""
     config = CfgNode({"MODEL": {"NAME": "mlla_tiny"}, "DATA": {"IMG_SIZE": 32}})
     config.freeze()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -67,7 +67,7 @@ def same(weights: dict[str, torch.Tensor] | None, model: nn.Module) -> bool:
     return weights is not None and all(weights[name].equal(value) for name, value in own.items())
 
 
-def test_weights_in_every_kind_of_file(tmp_path: Path) -> None:
+def test_weights_in_every_format(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, average, path = small(), small(), tmp_path / "w.pth"
     weights = model.state_dict()
@@ -94,7 +94,7 @@ def test_weights_in_every_kind_of_file(tmp_path: Path) -> None:
     assert same(found.ema, model)
 
 
-def test_what_are_no_weights(tmp_path: Path) -> None:
+def test_content_without_weights(tmp_path: Path) -> None:
     for odd in ([torch.zeros(3)], {1: torch.zeros(3)}, {"a": 1}, "text", {}):
         assert weights_in({"model": odd}, "model") is None
     weights = {"a": torch.tensor(1.0), "module.b": torch.tensor(2.0)}
@@ -105,7 +105,7 @@ def test_what_are_no_weights(tmp_path: Path) -> None:
         read_weights(tmp_path / "none.pth")
 
 
-def test_what_does_not_fit_is_counted_and_listed() -> None:
+def test_misfits_are_counted_and_listed() -> None:
     model, other = small(), small(embed_dim=16)
     with pytest.raises(CheckpointError, match=r"w.pth: does not fit the model. \d+ of another shape: ") as caught:
         load_weights(model, other.state_dict(), "w.pth")
@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_counted_and_listed() -> None:
         load_weights(model, weights, "w.pth")
 
 
-def test_a_refused_file_leaves_the_model_as_it_was() -> None:
+def test_a_refused_file_does_not_change_the_model() -> None:
     model, weights = small(), dict(small().state_dict())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     del weights["norm.weight"]
@@ -131,7 +131,7 @@ def test_a_refused_file_leaves_the_model_as_it_was() -> None:
     assert same(before, model)
 
 
-def test_a_head_of_another_width(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_head_with_another_number_of_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, other, path = small(), small(num_classes=7), tmp_path / "w.pth"
     own_head = model.head.weight.detach().clone()
     torch.save({"model": with_rotations(other.state_dict())}, path)
@@ -144,7 +144,7 @@ def test_a_head_of_another_width(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert "re-initialized: head" in caplog.text
 
 
-def test_the_average_is_what_training_starts_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_pretraining_prefers_the_ema(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, average, path = small(), small(), tmp_path / "w.pth"
     torch.save({**official_checkpoint(model, average), "classes": [str(i) for i in range(10)]}, path)
     fresh = small()
@@ -194,7 +194,7 @@ def test_a_classifier_into_a_dense_backbone(tmp_path: Path, caplog: pytest.LogCa
 
 
 def test_a_position_table_of_another_size(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The model of the larger size computes what the smaller one does on larger images."""
+    """The model of the larger size computes the same as the smaller one on larger images."""
     model, larger, path = small(ape=True), small(ape=True, img_size=64), tmp_path / "w.pth"
     nn.init.normal_(model.absolute_pos_embed)
     torch.save(model.state_dict(), path)
@@ -213,7 +213,7 @@ def test_a_position_table_of_another_size(tmp_path: Path, caplog: pytest.LogCapt
 
 
 class Unknown:
-    """Of a package that a reader of the file need not have."""
+    """Class of a package that is not installed where the file is read."""
 
 
 def test_state_dicts_of_detectors(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files of every format, and files that are none."""
+"""Files of every format, and files that are not weights."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def test_safetensors(tmp_path: Path) -> None:
     assert (content["classes"], content["config"]) == (["cat", "dog"], "SEED: 1\n")
 
 
-def test_the_format_is_told_by_the_content(tmp_path: Path) -> None:
+def test_the_format_is_recognized_by_content(tmp_path: Path) -> None:
     save_file(WEIGHTS, tmp_path / "w.pth")
     torch.save(WEIGHTS, tmp_path / "w.safetensors")
     torch.save(WEIGHTS, tmp_path / "legacy", _use_new_zipfile_serialization=False)
@@ -41,7 +41,7 @@ def test_the_format_is_told_by_the_content(tmp_path: Path) -> None:
         (b"\x10\x00\x00\x00\x00\x00\x00\x00{" + b" " * 15, "cannot be read as a safetensors file"),
     ],
 )
-def test_what_is_no_weights_file(tmp_path: Path, content: bytes, message: str) -> None:
+def test_other_files_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "w.pth"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -50,7 +50,7 @@ def test_what_is_no_weights_file(tmp_path: Path, content: bytes, message: str) -
     assert "\n" not in str(caught.value)
 
 
-def test_no_file_and_no_dictionary(tmp_path: Path) -> None:
+def test_missing_files_and_other_content(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint file"):
         load_checkpoint(tmp_path / "none.pth")
     with pytest.raises(CheckpointError, match="is a folder"):
@@ -63,7 +63,7 @@ def test_no_file_and_no_dictionary(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_torn_files(tmp_path: Path, legacy: bool) -> None:
+def test_truncated_files(tmp_path: Path, legacy: bool) -> None:
     path = tmp_path / "w.pth"
     torch.save({"w": torch.zeros(9999)}, path, _use_new_zipfile_serialization=not legacy)
     whole = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Started by torchrun from test_distributed.py: the project's own training step and evaluation on several processes.
+"""Training step and evaluation on several processes, started by test_process.py.
 
 torchrun --nproc_per_node=P tests/utils/distributed/distributed_worker.py OUT.pt BATCH_SIZE ACCUMULATION_STEPS
 """
@@ -43,7 +43,7 @@ class Noise:
 
 
 def make_model() -> MLLA:
-    """With batch norm in evaluation mode, since its statistics are of a process's own batch by design."""
+    """Return a model with batch norm in evaluation mode, since its statistics differ between processes by design."""
     torch.manual_seed(0)
     model = MLLA(img_size=32, **MICRO).train()  # type: ignore[arg-type]
     for module in model.modules():
@@ -53,7 +53,7 @@ def make_model() -> MLLA:
 
 
 def run(process: Process, batch_size: int, accumulation_steps: int) -> dict[str, object]:
-    """Weights and EMA weights after a few steps, and the scores of a fresh model on the uneven data set."""
+    """Return the weights and EMA weights after a few steps, and the new model's scores on a dataset of odd size."""
     opts = {"DATA.BATCH_SIZE": batch_size, "TRAIN.ACCUMULATION_STEPS": accumulation_steps, "TRAIN.BASE_LR": 0.02}
     opts |= {"TRAIN.WARMUP_EPOCHS": 0, "TRAIN.EPOCHS": 1, "AUG.MESA": 0}
     config = load_config("cfgs/digits.yaml", flags=opts)
@@ -81,7 +81,7 @@ def run(process: Process, batch_size: int, accumulation_steps: int) -> dict[str,
         grad_norms.append(result.grad_norm.item())
     assert ema is not None
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    average = {name: value.clone() for name, value in ema.module.state_dict().items()}
+    ema_weights = {name: value.clone() for name, value in ema.module.state_dict().items()}
     model.train()  # one more step, in which each process's batch norm sees its own images
     train_step(micro_batches, step=STEPS, learning_rate=0.01)
     digests = [sum(float(v.double().abs().sum()) for v in m.state_dict().values()) for m in (model, ema.module)]
@@ -91,7 +91,7 @@ def run(process: Process, batch_size: int, accumulation_steps: int) -> dict[str,
     return {
         "bad_steps": gather_objects(train_step.check_finite(STEPS + 1)),
         "weights": weights,
-        "ema": average,
+        "ema": ema_weights,
         "digests": gather_objects(digests),
         "grad_norms": grad_norms,
         "derived": (derived.global_batch, derived.base_lr, derived.steps_per_epoch, derived.ema_decay),

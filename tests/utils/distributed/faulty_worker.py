@@ -1,6 +1,6 @@
-"""Started by torchrun from test_interruptions.py: main.py, in which one process fails while the others wait for it.
+"""main.py with a process that fails while the others wait for it, started by test_interruptions.py.
 
-torchrun --nproc_per_node=2 tests/utils/distributed/faulty_worker.py RANK WORDS...
+torchrun --nproc_per_node=2 tests/utils/distributed/faulty_worker.py RANK ARGS...
 """
 
 import sys
@@ -15,10 +15,10 @@ if __name__ == "__main__":
     rank = int(sys.argv[1])
     report = Trainer.report
 
-    def fail(trainer: Trainer, *words: object) -> None:
+    def fail(trainer: Trainer, *args: object) -> None:
         if trainer.process.rank == rank:
             raise IndexError("the injected fault")
-        report(trainer, *words)  # type: ignore[arg-type]
+        report(trainer, *args)  # type: ignore[arg-type]
 
     Trainer.report = fail  # type: ignore[assignment, method-assign]
     sys.exit(main.main(sys.argv[2:]))

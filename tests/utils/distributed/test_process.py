@@ -7,6 +7,7 @@ import torch
 
 from tests.helpers import is_running, run_python, wait_for
 from tests.utils.distributed.distributed_worker import make_model, run
+from utils.config.errors import UserError
 from utils.distributed.process import Process, start_process
 
 
@@ -29,8 +30,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return launch(2, tmp_path_factory.mktemp("two") / "out.pt", 4, 1)
 
 
-def test_nothing_outlives_a_launcher_that_takes_too_long(tmp_path: Path) -> None:
-    """Launchers put their workers into sessions of their own."""
+def test_a_launcher_that_times_out_leaves_no_process(tmp_path: Path) -> None:
+    """Its worker is in another session, as torchrun's workers are."""
     script = tmp_path / "launcher.py"
     script.write_text(
         "import pathlib, subprocess, sys, time\n"
@@ -65,7 +66,7 @@ def test_accumulation_on_two_processes(alone: dict[str, Any], tmp_path: Path) ->
 
 
 def test_weights_have_moved(alone: dict[str, Any]) -> None:
-    """Otherwise the comparisons above would show nothing."""
+    """Otherwise the comparisons above would prove nothing."""
     moved = (alone["weights"]["head.weight"] - make_model().head.weight).abs().max()
     assert moved > 1e-4
 
@@ -81,17 +82,17 @@ def test_evaluation_is_exact_for_one_two_and_three_processes(
         assert other["scores"][3] == 101
 
 
-def test_all_processes_hold_the_same_model_and_average(two: dict[str, Any]) -> None:
-    """Batch statistics included, which differ from process to process before they are averaged."""
+def test_all_processes_have_the_same_model_and_ema(two: dict[str, Any]) -> None:
+    """Including batch statistics, which differ between processes before they are averaged."""
     first, second = two["digests"]
     assert first == second
 
 
-def test_a_loss_that_is_not_finite_on_one_process_stops_all_at_that_step(two: dict[str, Any]) -> None:
+def test_a_nonfinite_loss_on_one_process_stops_all_at_that_step(two: dict[str, Any]) -> None:
     assert two["bad_steps"] == [4, 4]
 
 
-def test_the_first_process_speaks_for_all() -> None:
+def test_only_rank_0_prints_the_error() -> None:
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py", "--cfg", "nothere.yaml"]
     done = run_python(*words)
     assert done.returncode != 0
@@ -102,5 +103,5 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(ValueError, match="process 1 on this machine has no GPU of its own: there are 1"):
+    with pytest.raises(UserError, match="process 1 on this machine has no GPU of its own: there are 1"):
         start_process()

@@ -1,4 +1,4 @@
-"""Whatever asks a run to stop is heard, at whatever moment it comes."""
+"""Stop requests by signals and by the end of the launcher."""
 
 import os
 import signal
@@ -14,14 +14,14 @@ from utils.distributed.stop_signal import Cause, StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_is_noted_and_the_handler_before_comes_back(number: signal.Signals) -> None:
-    former = signal.getsignal(number)
+def test_a_signal_requests_a_stop_and_the_handler_is_restored(number: signal.Signals) -> None:
+    previous = signal.getsignal(number)
     with StopRequest() as stop:
         assert stop.agreed() is Cause.NONE
         os.kill(os.getpid(), number)
         assert stop.agreed() is Cause[number.name]
         assert stop.cause.text == number.name
-    assert signal.getsignal(number) is former
+    assert signal.getsignal(number) is previous
 
 
 def test_a_signal_while_processes_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +45,7 @@ def test_the_highest_cause_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stop.agreed() is Cause.SAVING_FAILED
 
 
-def test_a_launcher_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_the_launcher_requests_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     program = (
         "import os, time; from utils.distributed.stop_signal import StopRequest\n"
         "stop = StopRequest()\n"

@@ -12,11 +12,9 @@ from utils.logs.environment import commit, record_environment
 HERE = Process(0, 2, torch.device("cpu"))
 
 
-def git(folder: Path, *words: str) -> str:
+def git(folder: Path, *args: str) -> str:
     who = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    return subprocess.run(
-        ["git", "-C", folder, *who, *words], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    return subprocess.run(["git", "-C", folder, *who, *args], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_each_start_adds_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,7 +31,7 @@ def test_each_start_adds_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert environment.version_of("no-such-package") is None
 
 
-def test_the_codes_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert commit(tmp_path) is None
     git(tmp_path, "init", "-q")
     git(tmp_path, "commit", "-q", "--allow-empty", "-m", "another project, which installs this one")

@@ -1,4 +1,4 @@
-"""Compile modes, and the recorded training step, whose graph is played here by the function itself."""
+"""Compile modes, and the graphed training step, with a CUDA graph that is simulated on the CPU."""
 
 from collections.abc import Callable
 from functools import partial
@@ -60,7 +60,7 @@ def test_missing_c_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("something else")
 
 
-def test_regions_compile_alone_or_else_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_regions_are_compiled_or_else_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
     monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
     model = MLLA(img_size=32, embed_dim=16, depths=(1, 2), num_heads=(1, 2))
@@ -69,15 +69,13 @@ def test_regions_compile_alone_or_else_the_model(monkeypatch: pytest.MonkeyPatch
     compile_regions(model, "default")
     assert sorted(type(module).__name__ for module in compiled) == ["Downsample", *["MLLABlock"] * 3, "Stem"]
     compiled.clear()
-    plain = nn.Linear(2, 2)
-    compile_regions(plain, "max-autotune")
-    assert compiled == [plain]
+    linear = nn.Linear(2, 2)
+    compile_regions(linear, "max-autotune")
+    assert compiled == [linear]
 
 
-class PlayedCapture:
-    """What a CUDA graph does: nothing when it is recorded, and each time it is replayed the work as it was recorded,
-    with the optimizer's settings of that time.
-    """
+class SimulatedCapture:
+    """Simulates a CUDA graph: a capture computes nothing, and a replay uses the optimizer's settings of the capture."""
 
     recordings = 0
 
@@ -86,7 +84,7 @@ class PlayedCapture:
         self.groups, self.function = optimizer.param_groups, function
         self.recorded = [dict(group) for group in self.groups]
         assert all(isinstance(group["lr"], torch.Tensor) for group in self.recorded)
-        PlayedCapture.recordings += 1
+        SimulatedCapture.recordings += 1
 
     def __call__(self) -> Any:
         present = [dict(group) for group in self.groups]
@@ -98,23 +96,23 @@ class PlayedCapture:
         return result
 
 
-def graphed(plain: Any, monkeypatch: pytest.MonkeyPatch | None = None) -> GraphedTrainStep:
-    """The step recorded; by PlayedCapture, if there is something to patch it in with."""
+def graphed(eager: Any, monkeypatch: pytest.MonkeyPatch | None = None) -> GraphedTrainStep:
+    """Return the graphed step, with a simulated graph if `monkeypatch` is given."""
     if monkeypatch:
-        monkeypatch.setattr(graphed_step, "Capture", partial(PlayedCapture, plain.optimizer))
+        monkeypatch.setattr(graphed_step, "Capture", partial(SimulatedCapture, eager.optimizer))
     return GraphedTrainStep(
-        plain.model,
-        plain.optimizer,
-        plain.precision,
-        compute_losses=plain.compute_losses,
-        clip_grad=plain.max_norm,
-        ema=plain.ema,
+        eager.model,
+        eager.optimizer,
+        eager.precision,
+        compute_losses=eager.compute_losses,
+        clip_grad=eager.max_norm,
+        ema=eager.ema,
     )
 
 
-def test_recorded_step_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a rate that changes, a teacher from some step on, and batches of another size: each is recorded once."""
-    PlayedCapture.recordings = 0
+def test_graphed_step_equals_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a changing learning rate, MESA from step 8 on, and two batch sizes; each case is captured once."""
+    SimulatedCapture.recordings = 0
     torch.manual_seed(1)
     batches = [batch(8) for _ in range(16)] + [batch(4) for _ in range(6)]
     results = []
@@ -129,11 +127,11 @@ def test_recorded_step_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> 
         assert step.check_finite(99) is None
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     torch.testing.assert_close(results[0][1:], results[1][1:])
-    assert PlayedCapture.recordings == 3
+    assert SimulatedCapture.recordings == 3
     assert NUM_WARMUP_STEPS < 6
 
 
-def test_recorded_step_stops_at_a_loss_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphed_step_stops_at_a_nonfinite_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     model, train_step = small_step()
     step = graphed(train_step, monkeypatch)
     images, targets = batch()
@@ -147,8 +145,8 @@ def test_recorded_step_stops_at_a_loss_that_is_not_finite(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_optimizer_settings_are_as_before_after_recording(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """So that a checkpoint holds numbers, and nothing more than without graphs."""
+def test_capture_restores_the_optimizer_settings(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """So a checkpoint has the same content as without graphs."""
     _, train_step = small_step()
     train_step.optimizer = make_optimizer(name, parameter_groups(train_step.model, 0.05))
     before = [dict(group) for group in train_step.optimizer.param_groups]
@@ -156,7 +154,7 @@ def test_optimizer_settings_are_as_before_after_recording(monkeypatch: pytest.Mo
     assert train_step.optimizer.param_groups == before
 
 
-def test_why_a_step_is_not_recorded() -> None:
+def test_graph_unsupported_reason() -> None:
     _, train_step = small_step()
     assert graph_unsupported_reason(train_step, 1) == "there is no GPU"
 
@@ -184,8 +182,8 @@ def test_prepared_model_computes_the_same() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_recorded_step_on_a_gpu(dtype: str) -> None:
-    """The real graph: with a changing rate, MESA from step 8 on, and a loss that is not finite in step 14."""
+def test_graphed_step_on_a_gpu(dtype: str) -> None:
+    """A real CUDA graph, with a changing learning rate, MESA from step 8 on, and a nonfinite loss in step 14."""
     device = torch.device("cuda")
     torch.manual_seed(1)
     batches = [batch(8, device) for _ in range(16)]
