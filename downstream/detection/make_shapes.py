@@ -54,11 +54,11 @@ def render(folder: Path, count: int, part: tuple[float, float], rng: np.random.G
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number in range(1, count + 1):
-        image, drawn = draw_image(photographs[rng.integers(len(photographs))], rng)
+        image, shapes = draw_image(photographs[rng.integers(len(photographs))], rng)
         name = f"{number:06}.jpg"
         save_image(image, folder / name)
         images.append({"id": number, "file_name": name, "height": image.shape[0], "width": image.shape[1]})
-        for shape in drawn:
+        for shape in shapes:
             annotations.append({"id": len(annotations) + 1, "image_id": number, **annotation_of(shape)})
     categories = [{"id": category_id, "name": name} for name, category_id in CATEGORIES.items()]
     return {"images": images, "annotations": annotations, "categories": categories}

@@ -1,4 +1,4 @@
-"""Pictures of detections, next to the truth where it is known."""
+"""Images with detections drawn on them, next to the ground truth."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +11,19 @@ from faster_coco_eval import mask as rle
 from matplotlib import colormaps, font_manager
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-SMALLEST_SIDE = 256  # of a picture, in pixels; smaller images are enlarged by a whole factor
-GAP = 8  # pixels between pictures
+MIN_SIDE = 256  # of a drawing, in pixels; smaller images are enlarged by a whole factor
+GAP = 8  # pixels between drawings
 
 
 class LabeledObjects(NamedTuple):
-    """Objects of an image: boxes (D, 4), masks (D, H, W) bool, labels (D,), and a caption for each."""
+    """Objects of an image to draw, detected or true.
+
+    Attributes:
+        boxes: (D, 4), x1 y1 x2 y2 in pixels.
+        masks: (D, H, W) bool.
+        labels: (D,) int64, from 0.
+        captions: text for each object.
+    """
 
     boxes: np.ndarray
     masks: np.ndarray
@@ -27,7 +34,7 @@ class LabeledObjects(NamedTuple):
 def objects_of_results(
     results: Sequence[dict[str, Any]], categories: Sequence[dict[str, Any]], threshold: float = 0.5
 ) -> LabeledObjects:
-    """COCO results of one image from a score of `threshold` on; categories have id and name."""
+    """Return the COCO results of one image that score at least `threshold`; categories have id and name."""
     chosen = [result for result in results if result["score"] >= threshold]
     numbers = {category["id"]: number for number, category in enumerate(categories)}
     labels = np.array([numbers[result["category_id"]] for result in chosen], dtype=np.int64)
@@ -39,33 +46,33 @@ def objects_of_results(
     return LabeledObjects(boxes, masks.astype(bool), labels, captions)
 
 
-def draw_objects(image: np.ndarray, found: LabeledObjects) -> np.ndarray:
-    """An image (H, W, 3) uint8 with its objects' boxes, masks and captions; enlarged where it is small."""
-    factor = -(-SMALLEST_SIDE // min(image.shape[:2])) if min(image.shape[:2]) < SMALLEST_SIDE else 1
+def draw_objects(image: np.ndarray, objects: LabeledObjects) -> np.ndarray:
+    """Return an image (H, W, 3) uint8 with its objects' boxes, masks and captions, enlarged if it is small."""
+    factor = -(-MIN_SIDE // min(image.shape[:2])) if min(image.shape[:2]) < MIN_SIDE else 1
     size = image.shape[1] * factor, image.shape[0] * factor
-    picture = torch.from_numpy(cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)).permute(2, 0, 1)  # (3, H, W)
-    if not len(found.labels):
-        return picture.permute(1, 2, 0).numpy()
+    drawing = torch.from_numpy(cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)).permute(2, 0, 1)  # (3, H, W)
+    if not len(objects.labels):
+        return drawing.permute(1, 2, 0).numpy()
     palette = colormaps["tab10"].colors  # type: ignore[attr-defined]
-    colors = [tuple(int(255 * part) for part in palette[label % len(palette)]) for label in found.labels]
-    masks = torch.from_numpy(found.masks).repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-    for mask, color in zip(masks.flip(0), colors[::-1], strict=True):  # one by one: where several meet, all show
-        picture = draw_segmentation_masks(picture, mask, alpha=0.4, colors=color)
-    picture = draw_bounding_boxes(
-        picture,
-        torch.from_numpy(found.boxes * factor),
-        labels=found.captions,
+    colors = [tuple(int(255 * part) for part in palette[label % len(palette)]) for label in objects.labels]
+    masks = torch.from_numpy(objects.masks).repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    for mask, color in zip(masks.flip(0), colors[::-1], strict=True):  # one by one, so that all show where they overlap
+        drawing = draw_segmentation_masks(drawing, mask, alpha=0.4, colors=color)
+    drawing = draw_bounding_boxes(
+        drawing,
+        torch.from_numpy(objects.boxes * factor),
+        labels=objects.captions,
         colors=colors,
         width=max(2, min(size) // 250),
         font=font_manager.findfont("DejaVu Sans"),
         font_size=max(14, min(size) // 22),
     )
-    return picture.permute(1, 2, 0).numpy()
+    return drawing.permute(1, 2, 0).numpy()
 
 
-def save_image(picture: np.ndarray, path: Path) -> None:
-    """Write (H, W, 3) uint8, RGB, as PNG or JPEG by the name's ending."""
-    written, content = cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+def save_image(image: np.ndarray, path: Path) -> None:
+    """Write an image (H, W, 3) uint8, RGB, as PNG or JPEG by the file's suffix."""
+    written, content = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     assert written
     path.write_bytes(content.tobytes())
 
@@ -73,16 +80,16 @@ def save_image(picture: np.ndarray, path: Path) -> None:
 def save_comparison(
     rows: Sequence[tuple[np.ndarray, LabeledObjects, LabeledObjects]], path: Path, *, columns: int = 3
 ) -> None:
-    """A grid of pairs: the truth on the left, what was found on the right.
+    """Write a grid of pairs: the ground truth on the left, the detections on the right.
 
     Args:
-        rows: (image (H, W, 3) uint8, truth, found) of each pair.
-        path: of the picture.
+        rows: (image (H, W, 3) uint8, truth, detections) of each pair.
+        path: file of the grid.
         columns: pairs side by side.
     """
     pairs = []
-    for image, truth, found in rows:
-        left, right = draw_objects(image, truth), draw_objects(image, found)
+    for image, truth, detections in rows:
+        left, right = draw_objects(image, truth), draw_objects(image, detections)
         gap = np.full((left.shape[0], GAP, 3), 255, dtype=np.uint8)
         pairs.append(np.concatenate((left, gap, right), axis=1))
     height = max(pair.shape[0] for pair in pairs) + 2 * GAP

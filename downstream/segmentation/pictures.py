@@ -1,4 +1,4 @@
-"""Masks as palette PNGs, overlays, and what a segmentor predicts next to the truth."""
+"""Masks as palette PNGs, overlays, and plots of predictions next to the ground truth."""
 
 import colorsys
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
-LEGEND_CLASSES = 20  # more of them do not fit below a picture
+LEGEND_CLASSES = 20  # more do not fit below a plot
 
 
 def class_colors(num_classes: int) -> np.ndarray:
-    """RGB colors (256, 3), uint8: one for each class, all different, near ones far apart; the rest black."""
+    """Return RGB colors (256, 3), uint8: a different one for each class, far apart for neighbors; the rest black."""
     colors = np.zeros((256, 3), dtype=np.uint8)
     for i in range(num_classes):
         hue, ring = i * GOLDEN_RATIO % 1, i % 3
@@ -29,16 +29,16 @@ def class_colors(num_classes: int) -> np.ndarray:
 
 
 def save_mask(path: Path, classes: np.ndarray, num_classes: int, *, first_label: int = 0) -> None:
-    """Write class indices (H, W), uint8, as a palette PNG in the data set's own numbers.
+    """Write class indices (H, W), uint8, as a palette PNG in the dataset's own numbers.
 
     Args:
         first_label: number of the first class in the file: 1 where 0 means that a pixel has no class.
     """
     colors = np.roll(class_colors(num_classes), first_label, axis=0)
     ignored = classes == IGNORED
-    picture = Image.fromarray(np.where(ignored, classes, classes + first_label).astype(np.uint8))
-    picture.putpalette(colors.tobytes())
-    picture.save(path)
+    mask = Image.fromarray(np.where(ignored, classes, classes + first_label).astype(np.uint8))
+    mask.putpalette(colors.tobytes())
+    mask.save(path)
 
 
 def prediction_files(path: Path) -> tuple[Path, Path]:
@@ -62,7 +62,7 @@ def save_prediction(
 
 
 def overlay(image: np.ndarray, classes: np.ndarray, num_classes: int, *, opacity: float = 0.6) -> np.ndarray:
-    """An image (H, W, 3) in gray, colored by its pixels' classes (H, W), with lines between classes, uint8.
+    """Return an image (H, W, 3) in gray, colored by its pixels' classes (H, W), with lines between classes, uint8.
 
     Pixels without a class keep the image's colors.
     """
@@ -82,9 +82,9 @@ def plot_segmentations(
     classes: Sequence[str],
     picture: Path,
 ) -> None:
-    """Draw images (H, W, 3) with overlays of their true and predicted classes (H, W), two images a row.
+    """Plot images (H, W, 3) with overlays of their true and predicted classes (H, W), two images per row.
 
-    The title of a prediction says how many of the labeled pixels are right.
+    The title of a prediction is the share of labeled pixels that are right.
     """
     rows = -(-len(images) // 2)
     figure, axes = plt.subplots(rows, 6, figsize=(13, 2.35 * rows + 0.4), squeeze=False, layout="constrained")

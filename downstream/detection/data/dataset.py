@@ -1,4 +1,4 @@
-"""Images of an annotation file as the detector takes them, one by one and in batches."""
+"""Images of an annotation file as the detector takes them, alone and in batches."""
 
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from downstream.transforms import fitting_size
 
 
 class Item(NamedTuple):
-    """An image (H, W, 3) uint8, its sizes, its id in the file, and its objects if it is for training."""
+    """An image (H, W, 3) uint8, its sizes, its id in the file, and its objects (only for training)."""
 
     image: np.ndarray
     frame: Frame
@@ -30,7 +30,7 @@ class Item(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images (B, 3, H, W) uint8, padded; then what their items say."""
+    """Images (B, 3, H, W) uint8, padded, with the sizes, ids and objects of their items."""
 
     images: Tensor
     frames: list[Frame]
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
 
 
 class TrainImages(Dataset[Item]):
-    """Augmented images by SampleKey; what is drawn depends on (seed, epoch, position) and nothing else."""
+    """Augmented images by SampleKey; the augmentation follows from (seed, epoch, position) alone."""
 
     def __init__(self, images: CocoImages, transform: TrainTransform, seed: int) -> None:
         self.images = images
@@ -62,7 +62,7 @@ class TrainImages(Dataset[Item]):
 
 
 class EvalImages(Dataset[Item]):
-    """Images scaled for evaluation, by SampleKey."""
+    """Images resized for evaluation, by SampleKey."""
 
     def __init__(self, images: CocoImages, *, short_side: int, long_side: int) -> None:
         self.images = images
@@ -79,17 +79,17 @@ class EvalImages(Dataset[Item]):
 
 
 def eval_item(image: np.ndarray, *, short_side: int, long_side: int, image_id: int = 0) -> Item:
-    """An image (H, W, 3) uint8 of any size, scaled."""
+    """Return an image (H, W, 3) uint8 of any size as an item for evaluation, resized."""
     height, width = fitting_size(image.shape[:2], short=short_side, long=long_side)
     scaled = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
     return Item(scaled, frame_of((height, width), image.shape[:2]), image_id, None)
 
 
 def target_of(sample: Sample, frame: Frame) -> Target:
-    """The objects with masks on the image's padded size, 0 in the padding."""
-    masks = torch.zeros(len(sample.bitmaps), *frame.padded, dtype=torch.uint8)
-    for own, picture in zip(masks, sample.bitmaps, strict=True):
-        own[: picture.shape[0], : picture.shape[1]] = torch.from_numpy(np.ascontiguousarray(picture))
+    """Return the objects with masks of the image's padded size, 0 in the padding."""
+    masks = torch.zeros(len(sample.masks), *frame.padded, dtype=torch.uint8)
+    for padded, mask in zip(masks, sample.masks, strict=True):
+        padded[: mask.shape[0], : mask.shape[1]] = torch.from_numpy(np.ascontiguousarray(mask))
     return Target(torch.from_numpy(sample.boxes.astype(np.float32)), torch.from_numpy(sample.labels), masks)
 
 

@@ -1,4 +1,4 @@
-"""Batches of images of like shape, in an order that seed and epoch fix."""
+"""Batches of images of similar shape, in an order that follows from seed and epoch."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,18 +9,19 @@ from data.samplers import SampleKey
 
 
 class AspectBatches(Sampler[list[SampleKey]]):
-    """A process's micro-batches. All images of a step, over processes and micro-batches, are either wider than high or
-    not, so that little is padded; only the last steps of an epoch, of what is left over, mix both.
+    """This process's micro-batches, each step of one shape.
 
-    A step's images are the same for any number of processes and micro-batches with the same number of images a step.
-    Fewer images than a step takes are left out at the end of each epoch, others in each.
+    All images of a step are wider than high, or none is: this saves padding. Only the last step or steps of an epoch
+    mix both. A step has the same images for any number of processes and gradient accumulation steps with the same
+    global batch size. Images that do not fill a step are dropped, others in each epoch.
 
     Args:
         aspect_ratios: width over height of each image.
-        batch_size: images of a micro-batch.
-        micro_batches: of a step on each process.
-        rank, num_processes: this process among all.
-        seed: of the order.
+        batch_size: images per micro-batch.
+        micro_batches: micro-batches per step on each process (gradient accumulation steps).
+        rank: this process.
+        num_processes: all processes.
+        seed: seed of the order.
     """
 
     def __init__(
@@ -43,10 +44,10 @@ class AspectBatches(Sampler[list[SampleKey]]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch that the next iteration gives, less its first `start` micro-batches of this process.
+        """Choose the epoch that the next iteration yields, without this process's first `start` micro-batches.
 
         Raises:
-            ValueError: an epoch has fewer.
+            ValueError: an epoch has fewer micro-batches.
         """
         if not 0 <= start <= self.steps * self.micro_batches:
             raise ValueError(f"start {start}: an epoch has {self.steps * self.micro_batches} micro-batches")
@@ -61,19 +62,19 @@ class AspectBatches(Sampler[list[SampleKey]]):
         return ([SampleKey(self.epoch, int(p)) for p in batch] for batch in micro_batches[self.start :])
 
     def steps_of(self, order: np.ndarray) -> list[np.ndarray]:
-        """The positions of each step: as soon as enough of a kind have come along the order, then what is left."""
+        """Return the images of each step: full steps of one kind as the order fills them, then the rest."""
         size = self.batch_size * self.micro_batches * self.num_processes
-        order = order[: self.steps * size]  # the others would else always be of the rarer shape
+        order = order[: self.steps * size]  # cut now, or the dropped images would always be of the rarer shape
         full, rest = [], []
         for kind in (True, False):
-            places = np.flatnonzero(self.is_wide[order] == kind)
-            whole = len(places) // size * size
-            full += list(places[:whole].reshape(-1, size))
-            rest.append(places[whole:])
-        full.sort(key=lambda places: int(places[-1]))
+            positions = np.flatnonzero(self.is_wide[order] == kind)
+            whole = len(positions) // size * size
+            full += list(positions[:whole].reshape(-1, size))
+            rest.append(positions[whole:])
+        full.sort(key=lambda positions: int(positions[-1]))
         full += list(np.concatenate(rest).reshape(-1, size))
-        return [order[places] for places in full]
+        return [order[positions] for positions in full]
 
     def share_of(self, step: np.ndarray) -> np.ndarray:
-        """This process's micro-batches of a step, (micro_batches, batch_size)."""
+        """Return this process's micro-batches of a step, (micro_batches, batch_size)."""
         return step[self.rank :: self.num_processes].reshape(self.micro_batches, self.batch_size)

@@ -1,4 +1,4 @@
-"""From an image with its objects to what the detector takes: the published recipe's augmentation, and evaluation's."""
+"""Augmentation of the published recipe, and batches of images as the detector takes them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,30 +12,30 @@ from torch import Tensor
 from downstream.detection.model.structures import Frame, Size
 from downstream.transforms import fitting_size
 
-MULTIPLE = 32  # of the sides of padded images
+MULTIPLE = 32  # sides of padded images are multiples of this
 
 
 @dataclass
 class Sample:
-    """An image (H, W, 3) uint8 with boxes (G, 4), labels (G,) and bitmaps, each (H, W) uint8."""
+    """An image (H, W, 3) uint8 with boxes (G, 4), labels (G,) and G masks, each (H, W) uint8."""
 
     image: np.ndarray
     boxes: np.ndarray
     labels: np.ndarray
-    bitmaps: list[np.ndarray]
+    masks: list[np.ndarray]
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Flip; then either a resize, or a resize, a random crop and another resize.
+    """Random flip, then a resize, before which an image may be resized and cropped.
 
     Attributes:
-        short_sides: one of them is drawn for a resize, in pixels.
-        long_side: no image's long side gets longer.
+        short_sides: short sides to choose from for the resize, pixels.
+        long_side: largest long side after a resize, pixels.
         flip: probability of a horizontal flip.
         crop: probability of a crop.
-        crop_short_sides: as short_sides, for the resize before a crop.
-        crop_size: smallest and largest side of a crop; height and width are drawn each.
+        crop_short_sides: short sides to choose from for the resize before a crop, pixels.
+        crop_size: smallest and largest side of a crop, pixels; height and width are drawn separately.
     """
 
     short_sides: Sequence[int]
@@ -54,7 +54,7 @@ class TrainTransform:
         return resized(sample, short=int(rng.choice(self.short_sides)), long=self.long_side)
 
     def cropped(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """A part of random size and place; objects of which nothing is left are gone."""
+        """Return a crop of random size and position, without the objects that lie outside."""
         low, high = self.crop_size
         sides = sample.image.shape[:2]
         height, width = (int(rng.integers(min(side, low), min(side, high) + 1)) for side in sides)
@@ -63,21 +63,21 @@ class TrainTransform:
         boxes = boxes.clip(0, np.array([width, height, width, height], dtype=np.float32))
         kept = ((boxes[:, 2:] > boxes[:, :2]).all(axis=1)).nonzero()[0]
         area = slice(top, top + height), slice(left, left + width)
-        bitmaps = [sample.bitmaps[i][area] for i in kept]
-        return Sample(sample.image[area], boxes[kept], sample.labels[kept], bitmaps)
+        masks = [sample.masks[i][area] for i in kept]
+        return Sample(sample.image[area], boxes[kept], sample.labels[kept], masks)
 
 
 def flipped(sample: Sample) -> Sample:
-    """The mirror image."""
+    """Return the mirror image."""
     width = sample.image.shape[1]
     boxes = sample.boxes.copy()
     boxes[:, [0, 2]] = width - sample.boxes[:, [2, 0]]
-    bitmaps = [np.ascontiguousarray(bitmap[:, ::-1]) for bitmap in sample.bitmaps]
-    return Sample(np.ascontiguousarray(sample.image[:, ::-1]), boxes, sample.labels, bitmaps)
+    masks = [np.ascontiguousarray(mask[:, ::-1]) for mask in sample.masks]
+    return Sample(np.ascontiguousarray(sample.image[:, ::-1]), boxes, sample.labels, masks)
 
 
 def resized(sample: Sample, *, short: int, long: int) -> Sample:
-    """Scaled as `fitting_size` says: the image bilinearly, bitmaps to the nearest pixel; boxes are cut to the image."""
+    """Return the sample at `fitting_size`: bilinear for the image, nearest pixel for masks; boxes are clipped to it."""
     height, width = sample.image.shape[:2]
     new_height, new_width = fitting_size((height, width), short=short, long=long)
     scale = np.array([new_width / width, new_height / height] * 2, dtype=np.float32)
@@ -87,12 +87,12 @@ def resized(sample: Sample, *, short: int, long: int) -> Sample:
         cv2.resize(sample.image, size, interpolation=cv2.INTER_LINEAR),
         (sample.boxes * scale).clip(0, limits),
         sample.labels,
-        [cv2.resize(bitmap, size, interpolation=cv2.INTER_NEAREST) for bitmap in sample.bitmaps],
+        [cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST) for mask in sample.masks],
     )
 
 
 def padded_size(size: Size) -> Size:
-    """Both sides rounded up to a multiple of 32."""
+    """Return both sides rounded up to a multiple of 32."""
     return -(-size[0] // MULTIPLE) * MULTIPLE, -(-size[1] // MULTIPLE) * MULTIPLE
 
 
@@ -101,21 +101,21 @@ def frame_of(size: Size, original: Size) -> Frame:
 
 
 def stack_images(images: Sequence[np.ndarray]) -> Tensor:
-    """Images (H, W, 3) uint8 in the top left corners of a batch (B, 3, H', W') uint8 that holds their padded sizes."""
+    """Return a batch (B, 3, H', W') uint8 of images (H, W, 3) uint8, each in the top left corner."""
     height, width = (max(sides) for sides in zip(*(padded_size(image.shape[:2]) for image in images), strict=True))
     batch = torch.zeros(len(images), height, width, 3, dtype=torch.uint8)
-    for own, image in zip(batch, images, strict=True):
-        own[: image.shape[0], : image.shape[1]] = torch.from_numpy(image)
+    for padded, image in zip(batch, images, strict=True):
+        padded[: image.shape[0], : image.shape[1]] = torch.from_numpy(image)
     return batch.permute(0, 3, 1, 2)  # (B, 3, H', W'), in channels_last memory
 
 
 def normalize(batch: Tensor, frames: Sequence[Frame]) -> Tensor:
-    """A batch (B, 3, H, W) uint8 as float32 with ImageNet's mean and deviation; 0 outside the images."""
+    """Return a batch (B, 3, H, W) uint8 normalized by ImageNet's mean and deviation, float32; 0 outside the images."""
     mean = 255 * batch.new_tensor(IMAGENET_DEFAULT_MEAN, dtype=torch.float32)[:, None, None]
     std = 255 * batch.new_tensor(IMAGENET_DEFAULT_STD, dtype=torch.float32)[:, None, None]
     normalized = (batch - mean) / std
-    for own, frame in zip(normalized, frames, strict=True):
+    for image, frame in zip(normalized, frames, strict=True):
         height, width = frame.size
-        own[:, height:] = 0
-        own[:, :, width:] = 0
+        image[:, height:] = 0
+        image[:, :, width:] = 0
     return normalized

@@ -1,4 +1,4 @@
-"""Anchors, and boxes as differences from others (Faster R-CNN, arXiv 1506.01497, equation 2). Boxes are x1 y1 x2 y2."""
+"""Anchors, and boxes encoded relative to them (Faster R-CNN, arXiv 1506.01497, equation 2); boxes are x1 y1 x2 y2."""
 
 import math
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ BOX_HEAD_STDS = (0.1, 0.1, 0.2, 0.2)
 
 
 def make_anchors(grids: Sequence[Size], device: torch.device) -> list[Tensor]:
-    """Anchors of each level, (H * W * 3, 4) for a grid (H, W): by row, column, then aspect ratio.
+    """Return the anchors of each level, (H * W * 3, 4) for a grid (H, W): by row, column, then aspect ratio.
 
-    Centers are multiples of the level's stride, whatever the image's size; nothing is rounded.
+    Centers are multiples of the level's stride for any image size; nothing is rounded.
     """
     ratios = torch.tensor(ASPECT_RATIOS, device=device)
     heights, widths = ratios.sqrt(), ratios.rsqrt()
@@ -36,7 +36,7 @@ def make_anchors(grids: Sequence[Size], device: torch.device) -> list[Tensor]:
 
 
 def anchors_within(grids: Sequence[Size], padded: Size, device: torch.device) -> Tensor:
-    """Which anchors of all levels, (sum of H * W * 3,), have their center within an image's own padded size."""
+    """Return which anchors of all levels, (sum of H * W * 3,) bool, are centered in an image's own padded size."""
     parts = []
     for stride, (height, width) in zip(STRIDES, grids, strict=True):
         rows = torch.arange(height, device=device) * stride < padded[0]
@@ -47,16 +47,20 @@ def anchors_within(grids: Sequence[Size], padded: Size, device: torch.device) ->
 
 
 def encode(references: Tensor, boxes: Tensor, stds: Sequence[float]) -> Tensor:
-    """What turns references (..., 4) into boxes (..., 4): shifts over the reference's sides, logarithms of ratios."""
+    """Return deltas (..., 4) from references to boxes, (..., 4) both: shifts over sides, logarithms of ratios."""
     centers, sides = centers_and_sides(references)
-    goal_centers, goal_sides = centers_and_sides(boxes)
-    deltas = torch.cat(((goal_centers - centers) / sides, (goal_sides / sides).log()), dim=-1)
+    box_centers, box_sides = centers_and_sides(boxes)
+    deltas = torch.cat(((box_centers - centers) / sides, (box_sides / sides).log()), dim=-1)
     return deltas / deltas.new_tensor(stds)
 
 
 def decode(references: Tensor, deltas: Tensor, stds: Sequence[float], limits: Tensor | None = None) -> Tensor:
-    """The boxes that deltas (..., 4) make of references (..., 4), clipped to `limits` (..., 4) (width, height, width,
-    height) where they are given. Ratios of sides beyond 62.5, or below 1 / 62.5, are cut to that.
+    """Return the boxes (..., 4) that deltas (..., 4) make of references (..., 4).
+
+    Ratios of sides are clamped to 1 / 62.5 and 62.5.
+
+    Args:
+        limits: (..., 4), width, height, width, height: clip the boxes to that; None: do not clip.
     """
     centers, sides = centers_and_sides(references)
     shifts, logs = (deltas * deltas.new_tensor(stds)).split(2, dim=-1)
@@ -67,12 +71,12 @@ def decode(references: Tensor, deltas: Tensor, stds: Sequence[float], limits: Te
 
 
 def centers_and_sides(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """(x, y) and (width, height) of boxes (..., 4), (..., 2) each."""
+    """Return (x, y) and (width, height) of boxes (..., 4), (..., 2) each."""
     low, high = boxes.split(2, dim=-1)
     return (low + high) / 2, high - low
 
 
 def limits_of(sizes: Sequence[Size], device: torch.device) -> Tensor:
-    """Sizes (height, width) of B images as (B, 4): width, height, width, height."""
+    """Return sizes (height, width) of B images as (B, 4): width, height, width, height."""
     limits = torch.tensor([[width, height, width, height] for height, width in sizes], dtype=torch.float32)
     return limits.to(device, non_blocking=True)

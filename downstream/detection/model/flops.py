@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates of the detector, part by part, as published tables count them."""
+"""Parameters and multiply-accumulates of the detector by part, counted as in published tables."""
 
 from copy import deepcopy
 
@@ -11,17 +11,17 @@ from downstream.detection.model.roi_heads import BOX_GRID, MASK_GRID
 from utils.speed.flops import Part
 
 HEIGHT, WIDTH = 800, 1280
-PROPOSALS, MASKS = 1000, 100  # that the heads are counted for
+PROPOSALS, MASKS = 1000, 100  # inputs of the heads
 # Millions of parameters and GMACs that the official repository prints.
 PUBLISHED = {
-    f"mask_rcnn_mlla_{size}_{schedule}": figures
-    for size, figures in {"tiny": (44.0, 255.0), "small": (63.0, 319.0), "base": (115.0, 502.0)}.items()
+    f"mask_rcnn_mlla_{size}_{schedule}": published
+    for size, published in {"tiny": (44.0, 255.0), "small": (63.0, 319.0), "base": (115.0, 502.0)}.items()
     for schedule in ("1x", "3x")
 }
 
 
 def profile_detector(model: MaskRCNN) -> list[Part]:
-    """Backbone, neck, both heads and the total. Nothing is computed: the parts run without data."""
+    """Return the counts of backbone, neck, heads and total. Nothing is computed: the parts run on the meta device."""
     model = deepcopy(model).to("meta").eval()
     width = model.rpn_head.rpn_conv.in_channels
     counts: list[Part] = []

@@ -1,4 +1,4 @@
-"""Feature pyramid (Lin et al., arXiv 1612.03144): maps at strides 4 to 32 to five maps of one width."""
+"""Feature pyramid (Lin et al., arXiv 1612.03144): from maps at strides 4 to 32 to five maps of one width."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class NamedConv(nn.Module):
-    """A convolution under the name `conv`, as the published weights have it."""
+    """Convolution under the name `conv`, as in the published weights."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -18,8 +18,9 @@ class NamedConv(nn.Module):
 
 
 class FPN(nn.Module):
-    """Maps (B, widths[i], H_i, W_i) to as many and one more, (B, width, H_i, W_i); the last halves the one before it
-    by taking every other row and column.
+    """Feature pyramid from maps (B, widths[i], H_i, W_i) to maps (B, width, H_i, W_i) and one more.
+
+    The extra map takes every other row and column of the last one.
     """
 
     def __init__(self, widths: Sequence[int], width: int) -> None:

@@ -1,4 +1,4 @@
-"""Mask R-CNN (He et al., arXiv 1703.06870) with a feature pyramid on any backbone of four maps."""
+"""Mask R-CNN (He et al., arXiv 1703.06870) with a feature pyramid, on any backbone with four maps."""
 
 from collections.abc import Sequence
 
@@ -12,15 +12,16 @@ from downstream.detection.model.structures import Detections, Frame, Target
 
 
 class MaskRCNN(nn.Module):
-    """Detector of the published MLLA models, with their names of modules.
+    """Mask R-CNN with the module names of the published MLLA detectors.
 
     Args:
-        backbone: from images (B, 3, H, W) to maps (B, widths[i], H / s, W / s) at strides s = 4, 8, 16, 32.
-        num_classes: without the background.
-        width: of the pyramid's maps.
+        backbone: module from images (B, 3, H, W) to maps (B, widths[i], H / s, W / s) at strides s = 4, 8, 16, 32.
+        num_classes: number of classes without the background.
+        width: channels of the pyramid's maps.
         hidden: width of the box head.
-        rpn_samples, roi_samples: anchors and proposals that the losses see in each image.
-        max_proposals: places for proposals in each image.
+        rpn_samples: anchors per image that the losses see.
+        roi_samples: proposals per image that the losses see.
+        max_proposals: slots for proposals per image.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class MaskRCNN(nn.Module):
         self.roi_head = RoIHead(num_classes, width, hidden=hidden, samples_per_image=roi_samples)
 
     def forward(self, images: Tensor, frames: Sequence[Frame], targets: Sequence[Target]) -> dict[str, Tensor]:
-        """The five losses, scalars, for images (B, 3, H, W), normalized, H and W multiples of 32."""
+        """Return the five losses, scalars, of images (B, 3, H, W), normalized; H and W are multiples of 32."""
         maps = self.neck(self.backbone(images))
         predictions = self.rpn_head(maps)
         losses = self.rpn_head.losses(predictions, frames, targets)
@@ -50,7 +51,7 @@ class MaskRCNN(nn.Module):
 
     @torch.no_grad()
     def detect(self, images: Tensor, frames: Sequence[Frame]) -> list[Detections]:
-        """What is found in each of images (B, 3, H, W), normalized; the model is in evaluation mode."""
+        """Return the detections in each of images (B, 3, H, W), normalized; the model must be in evaluation mode."""
         maps = self.neck(self.backbone(images))
         proposals = self.rpn_head.propose(self.rpn_head(maps), frames)
         return self.roi_head.detect(maps, proposals, frames)

@@ -1,4 +1,4 @@
-"""Masks as 28x28 pictures of boxes, and back onto the image (Mask R-CNN, arXiv 1703.06870)."""
+"""Masks on a 28x28 grid per box, and pasted back onto the image (Mask R-CNN, arXiv 1703.06870)."""
 
 import torch
 import torch.nn.functional as F
@@ -6,12 +6,13 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 MASK_SIZE = 28
-CHUNK_PIXELS = 2**26  # of pasted masks at a time; 256 MiB
+CHUNK_PIXELS = 2**26  # pixels of masks that are pasted at a time; 256 MiB
 
 
-def mask_goals(masks: Tensor, boxes: Tensor, gt_indices: Tensor) -> Tensor:
-    """What the mask head should say of boxes (K, 4): the mean of mask gt_indices[k] of masks (G, H, W), 0 or 1, over
-    each of 28x28 cells, cut at a half. (K, 28, 28) float32, 0 or 1.
+def mask_targets(masks: Tensor, boxes: Tensor, gt_indices: Tensor) -> Tensor:
+    """Return the mask head's targets for boxes (K, 4): (K, 28, 28) float32, 0 or 1.
+
+    A cell is 1 if the mean of the object's mask over it, masks[gt_indices[k]] of masks (G, H, W), is at least a half.
     """
     height, width = masks.shape[1:]
     limits = boxes.new_tensor([width, height, width, height])
@@ -21,15 +22,15 @@ def mask_goals(masks: Tensor, boxes: Tensor, gt_indices: Tensor) -> Tensor:
 
 
 def paste_masks(probabilities: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
-    """Masks of a whole image, (D, height, width) bool, from probabilities (D, 28, 28) over boxes (D, 4).
+    """Return masks of the whole image, (D, height, width) bool, from probabilities (D, 28, 28) over boxes (D, 4).
 
-    A pixel's probability is interpolated at its center, with 0 around the box; it belongs to the mask from 0.5 on. A
-    box without area has an empty mask.
+    A pixel belongs to the mask if the probability interpolated at its center is at least 0.5; it is 0 outside the box.
+    A box without area has an empty mask.
     """
     masks = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=boxes.device)
     chunk = max(1, CHUNK_PIXELS // max(1, height * width))
     if boxes.device.type == "cpu":
-        chunk = 1  # and only the part of the image that the box covers
+        chunk = 1  # box by box, and only the part of the image that the box covers
     for start in range(0, len(boxes), chunk):
         some = slice(start, start + chunk)
         top, bottom, left, right = 0, height, 0, width
@@ -38,8 +39,8 @@ def paste_masks(probabilities: Tensor, boxes: Tensor, height: int, width: int) -
             left, right = max(0, int(x1) - 1), min(width, int(x2) + 2)
             top, bottom = max(0, int(y1) - 1), min(height, int(y2) + 2)
         x1, y1, x2, y2 = boxes[some].unbind(dim=1)
-        xs = places_in_boxes(torch.arange(left, right, device=boxes.device), x1, x2)  # (D, W)
-        ys = places_in_boxes(torch.arange(top, bottom, device=boxes.device), y1, y2)  # (D, H)
+        xs = positions_in_boxes(torch.arange(left, right, device=boxes.device), x1, x2)  # (D, W)
+        ys = positions_in_boxes(torch.arange(top, bottom, device=boxes.device), y1, y2)  # (D, H)
         grid = torch.stack(
             (
                 xs[:, None].expand(-1, ys.shape[1], -1),
@@ -53,7 +54,7 @@ def paste_masks(probabilities: Tensor, boxes: Tensor, height: int, width: int) -
     return masks
 
 
-def places_in_boxes(pixels: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Centers of pixels (W,) from -1 at a box's one side, low (D,), to 1 at the other, high (D,): (D, W)."""
+def positions_in_boxes(pixels: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return positions of pixel centers (W,) in boxes: (D, W), -1 at the side low (D,), 1 at high (D,)."""
     sides = (high - low).clamp(min=1e-6)[:, None]
     return (pixels + 0.5 - low[:, None]) / sides * 2 - 1

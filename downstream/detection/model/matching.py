@@ -1,4 +1,4 @@
-"""Which ground truth an anchor or proposal stands for, and which of them the losses see."""
+"""Matching of anchors and proposals with ground truths, and sampling for the losses."""
 
 from typing import NamedTuple
 
@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-NEGATIVE, UNUSED = -1, -2  # in place of a ground truth's index
+NEGATIVE, UNUSED = -1, -2  # instead of a ground truth's index
 
 
 class Thresholds(NamedTuple):
-    """IoU with the best ground truth: positive from `positive` on, negative below `negative`, in between unused.
+    """Thresholds of a candidate's IoU with its best ground truth.
 
-    A ground truth whose best IoU is `low_quality` or more also gets every candidate that reaches that best.
+    Attributes:
+        positive: least IoU of a positive candidate.
+        negative: IoU below which a candidate is negative; candidates in between are unused.
+        low_quality: a ground truth whose best IoU is at least this gets every candidate with that best IoU.
     """
 
     positive: float
@@ -25,13 +28,13 @@ ROI_THRESHOLDS = Thresholds(0.5, 0.5, 0.5)
 
 
 class Sample(NamedTuple):
-    """K chosen candidates, positives first.
+    """K sampled candidates, positives first.
 
     Attributes:
-        indices: (K,) of the candidates.
-        gt_indices: (K,) of the ground truths that they stand for; 0 but for positives.
+        indices: (K,), index of each candidate.
+        gt_indices: (K,), index of the matched ground truth; 0 unless positive.
         is_positive: (K,) bool.
-        is_used: (K,) bool; False where there were fewer candidates than places.
+        is_used: (K,) bool; False for empty slots, if there are fewer candidates than slots.
     """
 
     indices: Tensor
@@ -41,12 +44,12 @@ class Sample(NamedTuple):
 
 
 def assign(candidates: Tensor, is_valid: Tensor, gt_boxes: Tensor, thresholds: Thresholds) -> Tensor:
-    """The index of the ground truth that each candidate stands for, NEGATIVE or UNUSED.
+    """Return the index of each candidate's ground truth, NEGATIVE or UNUSED.
 
     Args:
         candidates: (N, 4).
-        is_valid: (N,) bool; the others are UNUSED.
-        gt_boxes: (G, 4); G may be 0, then every valid candidate is negative.
+        is_valid: (N,) bool; invalid candidates are UNUSED.
+        gt_boxes: (G, 4); if G is 0, every valid candidate is negative.
 
     Returns:
         (N,) int64.
@@ -65,16 +68,16 @@ def assign(candidates: Tensor, is_valid: Tensor, gt_boxes: Tensor, thresholds: T
 
 
 def sample(matches: Tensor, count: int, positive_fraction: float) -> Sample:
-    """Choose `count` candidates at random, up to count * positive_fraction positives and the rest negatives.
+    """Sample `count` candidates at random: up to count * positive_fraction positives, the rest negatives.
 
-    The number of places is fixed, so that the host need not know how many there are.
+    The number of slots is fixed, so that no host sync is needed to count them.
     """
-    places, most_positives = (min(int(number), len(matches)) for number in (count, count * positive_fraction))
+    slots, max_positives = (min(int(number), len(matches)) for number in (count, count * positive_fraction))
     is_positive, is_negative = matches >= 0, matches == NEGATIVE
     chance = torch.rand(matches.shape, device=matches.device) / 2
-    lowest = torch.where(is_positive, chance, 0).topk(most_positives).values[-1]
-    is_positive = is_positive & (chance >= lowest)  # those beyond their share count as unused
+    lowest = torch.where(is_positive, chance, 0).topk(max_positives).values[-1]
+    is_positive = is_positive & (chance >= lowest)  # surplus positives count as unused
     order = torch.where(is_positive, chance + 2, torch.where(is_negative, chance + 1, 0))
-    indices = order.topk(places).indices
+    indices = order.topk(slots).indices
     is_used = is_positive | is_negative
     return Sample(indices, matches[indices].clamp(min=0), is_positive[indices], is_used[indices])

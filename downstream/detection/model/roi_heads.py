@@ -1,4 +1,4 @@
-"""The second stage: class and box, then mask, of each proposal (Mask R-CNN, arXiv 1703.06870)."""
+"""Second stage of Mask R-CNN (arXiv 1703.06870): class, box and mask of each proposal."""
 
 from collections.abc import Sequence
 
@@ -9,14 +9,14 @@ from torchvision.ops import batched_nms, roi_align
 
 from downstream.detection.model.boxes import BOX_HEAD_STDS, decode, encode, limits_of
 from downstream.detection.model.fpn import NamedConv
-from downstream.detection.model.masks import mask_goals
+from downstream.detection.model.masks import mask_targets
 from downstream.detection.model.matching import ROI_THRESHOLDS, UNUSED, Sample, assign, sample
 from downstream.detection.model.rpn import Proposals
 from downstream.detection.model.structures import Detections, Frame, Target, rows
 
 BOX_GRID, MASK_GRID = 7, 14
 STRIDES = (4, 8, 16, 32)
-FINEST_SIDE = 56  # sqrt of the area, in pixels, above which the finest map is left
+FINEST_SIDE = 56  # pixels; boxes twice as large (square root of the area) use the next coarser map
 POSITIVE_FRACTION = 0.25
 SCORE_THRESHOLD = 0.05
 NMS_THRESHOLD = 0.5
@@ -24,10 +24,10 @@ MAX_DETECTIONS = 100
 
 
 def pool_regions(maps: Sequence[Tensor], boxes: Tensor, images: Tensor, grid: int) -> Tensor:
-    """RoIAlign of boxes (R, 4) of images (R,), each from the map that its size asks for: (R, C, grid, grid).
+    """Return RoIAlign of boxes (R, 4) of images (R,), each from the map for its size: (R, C, grid, grid).
 
-    Every map is asked for every box, but for other maps' boxes as if they had no area: for those nothing is read and 0
-    comes back. So the host need not know which boxes go where.
+    Every map pools every box, but boxes of other maps as if they had no area, which reads nothing and gives 0. So no
+    host sync is needed to sort the boxes.
     """
     sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1).sqrt()
     levels = torch.floor(torch.log2(sides / FINEST_SIDE + 1e-6)).clamp(0, len(STRIDES) - 1)  # (R,)
@@ -42,7 +42,7 @@ def pool_regions(maps: Sequence[Tensor], boxes: Tensor, images: Tensor, grid: in
 
 
 class BoxHead(nn.Module):
-    """Regions (R, width, 7, 7) to logits (R, classes + 1), background last, and deltas (R, classes, 4), float32."""
+    """Box head: regions (R, width, 7, 7) to logits (R, classes + 1), background last, and deltas (R, classes, 4)."""
 
     def __init__(self, num_classes: int, width: int, hidden: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class BoxHead(nn.Module):
 
 
 class MaskHead(nn.Module):
-    """Regions (R, width, 14, 14) to logits (R, classes, 28, 28), float32."""
+    """Mask head from regions (R, width, 14, 14) to logits (R, classes, 28, 28), float32."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
@@ -85,13 +85,13 @@ class MaskHead(nn.Module):
 
 
 class RoIHead(nn.Module):
-    """Both heads.
+    """Box head and mask head, with their losses and detections.
 
     Args:
-        num_classes: without the background.
-        width: of the maps.
+        num_classes: number of classes without the background.
+        width: channels of the maps.
         hidden: width of the box head.
-        samples_per_image: proposals that the losses see in each image.
+        samples_per_image: proposals per image that the losses see.
     """
 
     def __init__(self, num_classes: int, width: int, *, hidden: int, samples_per_image: int) -> None:
@@ -102,21 +102,21 @@ class RoIHead(nn.Module):
         self.mask_head = MaskHead(num_classes, width)
 
     def losses(self, maps: Sequence[Tensor], proposals: Proposals, targets: Sequence[Target]) -> dict[str, Tensor]:
-        """Cross-entropy and L1 of sampled proposals, sums by their number; cross-entropy of the positives' masks."""
+        """Return cross-entropy and L1 loss per sampled proposal, and cross-entropy of the positives' masks."""
         boxes, chosen = self.sample_regions(proposals, targets)  # (B, K, 4)
-        num_images, places = boxes.shape[:2]
+        num_images, slots = boxes.shape[:2]
         matched = [target.boxes_or_dummy()[own] for target, own in zip(targets, chosen.gt_indices, strict=True)]
         labels = [target.labels_or_dummy()[own] for target, own in zip(targets, chosen.gt_indices, strict=True)]
         is_positive, is_used = chosen.is_positive.flatten(), chosen.is_used.flatten()  # (B * K,)
         classes = torch.where(is_positive, torch.cat(labels), self.num_classes)
-        goals = encode(boxes.flatten(0, 1), torch.cat(matched), BOX_HEAD_STDS)  # (B * K, 4)
+        box_targets = encode(boxes.flatten(0, 1), torch.cat(matched), BOX_HEAD_STDS)  # (B * K, 4)
 
-        images = torch.arange(num_images, device=boxes.device).repeat_interleave(places)
+        images = torch.arange(num_images, device=boxes.device).repeat_interleave(slots)
         logits, deltas = self.bbox_head(pool_regions(maps, boxes.flatten(0, 1), images, BOX_GRID))
         total = is_used.sum().clamp(min=1)
         errors = F.cross_entropy(logits, classes, reduction="none")
         own_deltas = rows(deltas, torch.where(is_positive, classes, 0)[:, None])[:, 0]  # (B * K, 4)
-        distances = (own_deltas - goals).abs()
+        distances = (own_deltas - box_targets).abs()
         return {
             "loss_cls": torch.where(is_used, errors, 0).sum() / total,
             "loss_bbox": torch.where(is_positive[:, None], distances, 0).sum() / total,
@@ -125,14 +125,14 @@ class RoIHead(nn.Module):
 
     @torch.no_grad()
     def sample_regions(self, proposals: Proposals, targets: Sequence[Target]) -> tuple[Tensor, Sample]:
-        """Boxes (B, K, 4) out of ground truths and proposals, and what they stand for, (B, K) each."""
+        """Return boxes (B, K, 4) sampled from ground truths and proposals, and their matches, (B, K) each."""
         most = max(len(target.boxes) for target in targets)
         boxes, chosen = [], []
         for own, is_valid, target in zip(proposals.boxes, proposals.is_valid, targets, strict=True):
             count = len(target.boxes)
             numbers = torch.arange(most, device=own.device)
             matches = assign(own, is_valid, target.boxes, ROI_THRESHOLDS)
-            # As many places for ground truths as the fullest image needs, so that all images have as many candidates.
+            # As many slots for ground truths as the fullest image needs: all images have equally many candidates.
             matches = torch.cat((torch.where(numbers < count, numbers, UNUSED), matches))
             candidates = torch.cat((F.pad(target.boxes, (0, 0, 0, most - count)), own))  # (most + P, 4)
             chosen.append(sample(matches, self.samples_per_image, POSITIVE_FRACTION))
@@ -140,61 +140,62 @@ class RoIHead(nn.Module):
         return torch.stack(boxes), Sample(*(torch.stack(x) for x in zip(*chosen, strict=True)))
 
     def mask_loss(self, maps: Sequence[Tensor], boxes: Tensor, chosen: Sample, targets: Sequence[Target]) -> Tensor:
-        """Mean binary cross-entropy of the positives' masks, on the channel of their class; 0 without positives.
+        """Return the mean binary cross-entropy of the positives' masks, on the channel of their class; 0 without any.
 
-        The one place where the host waits to know how many there are: the head is too costly for empty places.
+        The only host sync of the losses, to count the positives: the head is too costly for empty slots.
         """
         counts = chosen.is_positive.sum(dim=1).tolist()  # positives come first
         is_empty = not sum(counts)
         if is_empty:
-            counts[0] = 1  # the head runs all the same, so that its parameters have a gradient
-        mine = [(own[:n], gts[:n]) for own, gts, n in zip(boxes, chosen.gt_indices, counts, strict=True)]
+            counts[0] = 1  # the head must run, so that its parameters get a gradient
+        positives = [(own[:n], gts[:n]) for own, gts, n in zip(boxes, chosen.gt_indices, counts, strict=True)]
         images = torch.repeat_interleave(
             torch.arange(len(counts), device=boxes.device),
             torch.tensor(counts).to(boxes.device, non_blocking=True),
             output_size=sum(counts),
         )
-        logits = self.mask_head(pool_regions(maps, torch.cat([own for own, _ in mine]), images, MASK_GRID))
+        logits = self.mask_head(pool_regions(maps, torch.cat([own for own, _ in positives]), images, MASK_GRID))
         if is_empty:
             return logits.sum() * 0
         with torch.no_grad():
-            found = [(own, gts, target) for (own, gts), target in zip(mine, targets, strict=True) if len(own)]
-            goals = torch.cat([mask_goals(target.masks, own, gts) for own, gts, target in found])  # (R, 28, 28)
-            labels = torch.cat([target.labels[gts] for _, gts, target in found])  # (R,)
+            matched = [(own, gts, target) for (own, gts), target in zip(positives, targets, strict=True) if len(own)]
+            expected = torch.cat([mask_targets(target.masks, own, gts) for own, gts, target in matched])  # (R, 28, 28)
+            labels = torch.cat([target.labels[gts] for _, gts, target in matched])  # (R,)
         own_logits = logits[torch.arange(len(labels), device=labels.device), labels]  # (R, 28, 28)
-        return F.binary_cross_entropy_with_logits(own_logits, goals)
+        return F.binary_cross_entropy_with_logits(own_logits, expected)
 
     @torch.no_grad()
     def detect(self, maps: Sequence[Tensor], proposals: Proposals, frames: Sequence[Frame]) -> list[Detections]:
-        """What is found in each image, in pixels of its file."""
-        device, (num_images, places) = proposals.boxes.device, proposals.is_valid.shape
+        """Return the detections in each image, in pixels of its file."""
+        device, (num_images, slots) = proposals.boxes.device, proposals.is_valid.shape
         limits = limits_of([frame.size for frame in frames], device)  # (B, 4)
         scales = limits / limits_of([frame.original for frame in frames], device)
-        images = torch.arange(num_images, device=device).repeat_interleave(places)
+        images = torch.arange(num_images, device=device).repeat_interleave(slots)
         logits, deltas = self.bbox_head(pool_regions(maps, proposals.boxes.flatten(0, 1), images, BOX_GRID))
-        scores = logits.softmax(dim=1)[:, :-1].unflatten(0, (num_images, places))  # (B, P, classes)
+        scores = logits.softmax(dim=1)[:, :-1].unflatten(0, (num_images, slots))  # (B, P, classes)
         scores = scores * proposals.is_valid[..., None]
         references = proposals.boxes[:, :, None]  # (B, P, 1, 4)
-        deltas = deltas.unflatten(0, (num_images, places))  # (B, P, classes, 4)
+        deltas = deltas.unflatten(0, (num_images, slots))  # (B, P, classes, 4)
         boxes = decode(references, deltas, BOX_HEAD_STDS, limits[:, None, None]) / scales[:, None, None]
-        found = [best_of_image(own_boxes, own_scores) for own_boxes, own_scores in zip(boxes, scores, strict=True)]
+        best = [best_of_image(own_boxes, own_scores) for own_boxes, own_scores in zip(boxes, scores, strict=True)]
 
-        counts = [len(own) for _, own, _ in found]
+        counts = [len(own) for _, own, _ in best]
         images = torch.repeat_interleave(
             torch.arange(num_images, device=device), torch.tensor(counts, device=device), output_size=sum(counts)
         )
-        regions = torch.cat([own for own, _, _ in found]) * scales[images]
-        labels = torch.cat([own for _, _, own in found])
+        regions = torch.cat([own for own, _, _ in best]) * scales[images]
+        labels = torch.cat([own for _, _, own in best])
         mask_logits = self.mask_head(pool_regions(maps, regions, images, MASK_GRID))
         probabilities = mask_logits[torch.arange(len(labels), device=device), labels].sigmoid()  # (D, 28, 28)
-        return [Detections(*own, masks) for own, masks in zip(found, probabilities.split(counts), strict=True)]
+        return [Detections(*own, masks) for own, masks in zip(best, probabilities.split(counts), strict=True)]
 
 
 def best_of_image(boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes (D, 4), scores (D,) and labels (D,), best first, out of boxes (P, classes, 4) with scores (P, classes):
-    those above the threshold that non-maximum suppression within each class leaves.
+    """Return boxes (D, 4), scores (D,) and labels (D,), best first, from boxes (P, classes, 4), scores (P, classes).
+
+    These are the boxes above the score threshold that survive non-maximum suppression within their class.
     """
-    places, labels = (scores > SCORE_THRESHOLD).nonzero(as_tuple=True)
-    boxes, scores = boxes[places, labels], scores[places, labels]
+    slots, labels = (scores > SCORE_THRESHOLD).nonzero(as_tuple=True)
+    boxes, scores = boxes[slots, labels], scores[slots, labels]
     kept = batched_nms(boxes, scores, labels, NMS_THRESHOLD)[:MAX_DETECTIONS]
     return boxes[kept], scores[kept], labels[kept]

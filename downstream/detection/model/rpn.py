@@ -25,7 +25,7 @@ POSITIVE_FRACTION = 0.5
 
 
 class Predictions(NamedTuple):
-    """What the head says of all N anchors, level by level.
+    """Outputs of the head for all N anchors, level by level.
 
     Attributes:
         logits: (B, N) float32.
@@ -41,11 +41,11 @@ class Predictions(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """P places for each of B images, best first; where there are fewer proposals, the last ones are empty.
+    """P slots for proposals in each of B images, best first; the last slots may be empty.
 
     Attributes:
         boxes: (B, P, 4).
-        scores: (B, P), 0 in empty places.
+        scores: (B, P), 0 in empty slots.
         is_valid: (B, P) bool.
     """
 
@@ -55,13 +55,13 @@ class Proposals(NamedTuple):
 
 
 class RPNHead(nn.Module):
-    """Scores and shifts of three anchors at each place of each map.
+    """Region proposal network: scores and box deltas of three anchors at each position of each map.
 
     Args:
-        width: of the maps.
-        samples_per_image: anchors that the losses see in each image.
-        max_proposals: places for proposals in each image. As many candidates of each level are looked at before, twice
-            as many in training.
+        width: channels of the maps.
+        samples_per_image: anchors per image that the losses see.
+        max_proposals: slots for proposals per image. Non-maximum suppression sees as many candidates of each level,
+            twice as many in training.
     """
 
     def __init__(self, width: int, *, samples_per_image: int, max_proposals: int) -> None:
@@ -76,7 +76,7 @@ class RPNHead(nn.Module):
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
 
     def forward(self, maps: Sequence[Tensor]) -> Predictions:
-        """From maps (B, width, H, W) at strides 4 to 64."""
+        """Return the predictions for maps (B, width, H, W) at strides 4 to 64."""
         logits, deltas = [], []
         for x in maps:
             x = F.relu(self.rpn_conv(x))
@@ -88,7 +88,7 @@ class RPNHead(nn.Module):
 
     @torch.no_grad()
     def propose(self, predictions: Predictions, frames: Sequence[Frame]) -> Proposals:
-        """The best boxes of each image, after non-maximum suppression within each level."""
+        """Return the best boxes of each image, after non-maximum suppression within each level."""
         limits = limits_of([frame.size for frame in frames], predictions.logits.device)[:, None]  # (B, 1, 4)
         lengths = [height * width * len(ASPECT_RATIOS) for height, width in predictions.grids]
         most = self.max_proposals * (2 if self.training else 1)
@@ -101,32 +101,31 @@ class RPNHead(nn.Module):
         indices = torch.cat(chosen, dim=1)  # (B, N)
         scores = predictions.logits.gather(1, indices).sigmoid()
         boxes = decode(predictions.anchors[indices], rows(predictions.deltas, indices), RPN_STDS, limits)  # (B, N, 4)
-        # Levels side by side: one call then suppresses within each of them.
+        # Shift levels side by side, so that one call suppresses within each of them.
         shift = torch.cat(levels)[:, None] * (limits + 1) * limits.new_tensor([1, 0, 1, 0])  # (B, N, 4)
         is_kept = torch.zeros_like(scores, dtype=torch.bool)
         for image, side_by_side in enumerate(boxes + shift):
             is_kept[image].index_fill_(0, nms(side_by_side, scores[image], NMS_THRESHOLD), True)
         is_kept &= (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
-        # What is not kept scores below any probability.
-        best, places = torch.where(is_kept, scores, -1).topk(min(self.max_proposals, scores.shape[1]), dim=1)  # (B, P)
-        return Proposals(rows(boxes, places), best.clamp(min=0), best >= 0)
+        best, slots = torch.where(is_kept, scores, -1).topk(min(self.max_proposals, scores.shape[1]), dim=1)  # (B, P)
+        return Proposals(rows(boxes, slots), best.clamp(min=0), best >= 0)
 
     def losses(self, predictions: Predictions, frames: Sequence[Frame], targets: Sequence[Target]) -> dict[str, Tensor]:
-        """Binary cross-entropy and L1 of sampled anchors: sums over the batch, by the number of sampled anchors."""
+        """Return binary cross-entropy and L1 loss: sums over the batch, divided by the number of sampled anchors."""
         anchors, device = predictions.anchors, predictions.anchors.device
-        chosen, goals = [], []
+        chosen, box_targets = [], []
         for frame, target in zip(frames, targets, strict=True):
             is_valid = anchors_within(predictions.grids, frame.padded, device)
             matches = assign(anchors, is_valid, target.boxes, RPN_THRESHOLDS)
             chosen.append(sample(matches, self.samples_per_image, POSITIVE_FRACTION))
             matched = target.boxes_or_dummy()[chosen[-1].gt_indices]
-            goals.append(encode(anchors[chosen[-1].indices], matched, RPN_STDS))
+            box_targets.append(encode(anchors[chosen[-1].indices], matched, RPN_STDS))
         indices, _, is_positive, is_used = (torch.stack(x) for x in zip(*chosen, strict=True))  # (B, K)
         total = is_used.sum().clamp(min=1)
         errors = F.binary_cross_entropy_with_logits(
             predictions.logits.gather(1, indices), is_positive.float(), reduction="none"
         )
-        distances = (rows(predictions.deltas, indices) - torch.stack(goals)).abs()  # (B, K, 4)
+        distances = (rows(predictions.deltas, indices) - torch.stack(box_targets)).abs()  # (B, K, 4)
         return {
             "loss_rpn_cls": torch.where(is_used, errors, 0).sum() / total,
             "loss_rpn_bbox": torch.where(is_positive[..., None], distances, 0).sum() / total,

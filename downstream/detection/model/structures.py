@@ -1,4 +1,4 @@
-"""What goes into the detector beside images, and what comes out."""
+"""Inputs of the detector beside images, and its outputs."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,9 +13,9 @@ class Frame(NamedTuple):
     """The sizes (height, width) of an image in a batch.
 
     Attributes:
-        size: of the image, in the batch's top left corner.
-        padded: with the padding that it would have alone; what lies beyond is there for other images' sake.
-        original: of the file, whose pixels detections are in.
+        size: size of the image, in the batch's top left corner.
+        padded: size with the padding that the image would have alone; the batch may be larger.
+        original: size of the file; detections are in its pixels.
     """
 
     size: Size
@@ -25,7 +25,7 @@ class Frame(NamedTuple):
 
 @dataclass
 class Target:
-    """The objects of an image, on the batch's pixels.
+    """The objects of an image, in the batch's pixels.
 
     Attributes:
         boxes: (G, 4) float32, x1 y1 x2 y2.
@@ -41,11 +41,11 @@ class Target:
         return Target(*(x.to(device, non_blocking=True) for x in (self.boxes, self.labels, self.masks)))
 
     def boxes_or_dummy(self) -> Tensor:
-        """The boxes, or one that stands for nothing where there are none, so that there is a row to take."""
+        """Return the boxes, or one dummy box if there are none, so that indexing works."""
         return self.boxes if len(self.boxes) else self.boxes.new_tensor([[0.0, 0.0, 1.0, 1.0]])
 
     def labels_or_dummy(self) -> Tensor:
-        """The labels, or a 0 where there are none."""
+        """Return the labels, or one 0 if there are none."""
         return self.labels if len(self.labels) else self.labels.new_zeros(1)
 
     def pin_memory(self) -> "Target":
@@ -53,13 +53,13 @@ class Target:
 
 
 class Detections(NamedTuple):
-    """What was found in an image, best first, in pixels of the original file.
+    """Detections in an image, best first, in pixels of the original file.
 
     Attributes:
         boxes: (D, 4), x1 y1 x2 y2.
         scores: (D,), from 0 to 1.
         labels: (D,) int64.
-        mask_probabilities: (D, 28, 28), of each box's own class, over the box; see `masks.paste_masks`.
+        mask_probabilities: (D, 28, 28), for each box's class, over the box; see `masks.paste_masks`.
     """
 
     boxes: Tensor
@@ -72,5 +72,5 @@ class Detections(NamedTuple):
 
 
 def rows(values: Tensor, indices: Tensor) -> Tensor:
-    """Row indices[b, k] of values[b]: values (B, N, D) and indices (B, K) to (B, K, D)."""
+    """Return rows indices[b, k] of values[b]: (B, K, D) from values (B, N, D) and indices (B, K)."""
     return values.gather(1, indices[..., None].expand(-1, -1, values.shape[-1]))

@@ -1,4 +1,4 @@
-"""Pictures of textured shapes on textured backgrounds with exact masks: data for demos and tests, from a seed alone."""
+"""Images of the demonstration: textured shapes on textured backgrounds, with exact masks."""
 
 import colorsys
 from typing import NamedTuple
@@ -7,17 +7,17 @@ import numpy as np
 
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 TEXTURES = ("stripes", "checks", "dots", "clouds", "plain")  # of each shape
-HUE_SPREAD = 0.12  # of a turn, to both sides of a shape's own hue; neighbors are 0.2 apart
+HUE_SPREAD = 0.12  # of the color circle, to both sides of a shape's hue; neighbors are 0.2 apart
 MIN_VISIBLE = 0.4  # share of a shape that others may not cover
 TRIES = 20
 
 
 class Scene(NamedTuple):
-    """A picture and its shapes, from the one furthest back to the one in front.
+    """An image and its shapes, from back to front.
 
     Attributes:
         image: (H, W, 3) uint8, RGB.
-        labels: indices into SHAPES, N of them.
+        labels: N indices into SHAPES.
         masks: (N, H, W) bool, the visible part of each; no two overlap.
     """
 
@@ -34,14 +34,16 @@ def render_scene(
     num_shapes: tuple[int, int] = (2, 5),
     radius: tuple[float, float] = (0.12, 0.3),
 ) -> Scene:
-    """Draw shapes of random kind, place, size and angle. Each kind has a texture of its own, and colors around a hue
-    of its own, which the neighboring kinds share in part; a background may have any texture, and is less colorful.
+    """Draw shapes of random kind, position, size and angle.
+
+    Each kind has its own texture, and colors around its own hue, which overlap with those of its neighbors. A
+    background has any texture, and grayer colors.
 
     Args:
-        rng: gives all that is random.
-        height, width: of the picture, pixels.
-        num_shapes: fewest and most in a picture; fewer where they find no room.
-        radius: smallest and largest, as a share of the shorter side.
+        rng: source of all randomness.
+        height, width: size of the image, pixels.
+        num_shapes: smallest and largest number of shapes; fewer if there is no room.
+        radius: smallest and largest radius, as a share of the shorter side.
     """
     gray = rng.uniform(0.25, 0.75) + rng.uniform(-0.1, 0.1, size=3)
     image = texture(rng, str(rng.choice(TEXTURES)), height, width, gray, (gray + rng.uniform(-0.2, 0.2)).clip(0, 1))
@@ -69,8 +71,9 @@ def render_scene(
 
 
 def shape_mask(rng: np.random.Generator, label: int, height: int, width: int, radius: float) -> np.ndarray:
-    """Where a shape lies, (H, W) bool: it fits into a circle of `radius` pixels, whose center is in the picture and
-    which is at most half a radius outside.
+    """Return the pixels of a shape, (H, W) bool.
+
+    It fits into a circle of `radius` pixels that lies at most half a radius outside the image.
     """
     inset_y, inset_x = min(radius / 2, height / 2), min(radius / 2, width / 2)
     center_y, center_x = rng.uniform(inset_y, height - inset_y), rng.uniform(inset_x, width - inset_x)
@@ -96,7 +99,7 @@ def shape_mask(rng: np.random.Generator, label: int, height: int, width: int, ra
 def texture(
     rng: np.random.Generator, name: str, height: int, width: int, first: np.ndarray, second: np.ndarray
 ) -> np.ndarray:
-    """Two colors (3,) in a pattern of random period and angle, (H, W, 3) from 0 to 1."""
+    """Return two colors (3,) in a pattern of random period and angle, (H, W, 3) from 0 to 1."""
     period, angle = rng.uniform(5, 16), rng.uniform(0, np.pi)
     y, x = np.mgrid[:height, :width] * (2 * np.pi / period)
     along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)

@@ -1,4 +1,4 @@
-"""From an image (H, W, 3) and its mask (H, W), both uint8, to what the network takes, in training and in tests."""
+"""Transforms of an image (H, W, 3) and its mask (H, W), both uint8, for training and for evaluation."""
 
 from dataclasses import dataclass
 
@@ -12,18 +12,18 @@ from downstream.segmentation.model.losses import IGNORED
 from downstream.transforms import fitting_size
 
 CROP_TRIES = 10
-BRIGHTNESS = 32  # of 255, at most
-FACTORS = (0.5, 1.5)  # of contrast and saturation
-HUE = 18  # of OpenCV's 180, at most
+BRIGHTNESS = 32  # largest change, of 255
+FACTORS = (0.5, 1.5)  # range of factors of contrast and saturation
+HUE = 18  # largest change, of OpenCV's 180
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Image (H, W, 3) uint8 to (*size, 3), bilinear without antialiasing, as the published segmentors were tested."""
+    """Resize an image (H, W, 3) uint8 to (*size, 3), bilinear without antialiasing, as for the published results."""
     return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
 
 
 def normalize(image: np.ndarray) -> Tensor:
-    """Image (H, W, 3) uint8 to (3, H, W) float32 with ImageNet's mean and deviation."""
+    """Return an image (H, W, 3) uint8 as (3, H, W) float32, normalized by ImageNet's mean and standard deviation."""
     mean, deviation = np.array(IMAGENET_DEFAULT_MEAN) * 255, np.array(IMAGENET_DEFAULT_STD) * 255
     scaled = (image.astype(np.float32) - mean.astype(np.float32)) * (1 / deviation).astype(np.float32)
     return torch.from_numpy(scaled).permute(2, 0, 1)  # (3, H, W)
@@ -31,16 +31,15 @@ def normalize(image: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """The published recipe's augmentation: resize, crop, flip, colors, pad.
+    """Augmentation of the published recipe: resize, crop, flip, colors, pad.
 
     Attributes:
         scale: (long, short) side that the image is fitted into, pixels, before the random ratio.
         ratio: smallest and largest factor of `scale`.
-        crop_size: side of the crop; what is smaller is padded at the right and the bottom, with ignored labels.
-        max_category_share: a crop of which one class covers as much or more is drawn anew, up to ten times;
-            1: never.
+        crop_size: side of the crop, pixels; smaller images are padded at the right and bottom, with ignored labels.
+        max_category_share: a crop is redrawn, up to ten times, if one class covers at least this share; 1: never.
         hflip: probability of a horizontal flip.
-        colors: change brightness, contrast, saturation and hue.
+        colors: randomly change brightness, contrast, saturation and hue.
     """
 
     scale: tuple[int, int]
@@ -51,7 +50,7 @@ class TrainTransform:
     colors: bool = True
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Normalized image (3, crop_size, crop_size) and labels (crop_size, crop_size), int64."""
+        """Return a normalized image (3, crop_size, crop_size) and labels (crop_size, crop_size), int64."""
         ratio = rng.uniform(*self.ratio)
         long, short = (int(side * ratio) for side in self.scale)
         size = fitting_size(mask.shape[:2], short=short, long=long)
@@ -70,7 +69,7 @@ class TrainTransform:
         return images, labels
 
     def draw_crop(self, mask: np.ndarray, rng: np.random.Generator) -> tuple[slice, slice]:
-        """Rows and columns of a crop in which no class covers too much, or of the last one drawn."""
+        """Return rows and columns of a crop in which no class covers too much, or of the last crop drawn."""
         for _ in range(CROP_TRIES + 1 if self.max_category_share < 1 else 1):
             top, left = (int(rng.integers(max(side - self.crop_size, 0) + 1)) for side in mask.shape)
             crop = slice(top, top + self.crop_size), slice(left, left + self.crop_size)
@@ -81,7 +80,7 @@ class TrainTransform:
 
 
 def distort_colors(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Each with probability 1/2: brightness, contrast (before or after the other two), saturation, hue."""
+    """Change brightness, contrast (before or after the other two), saturation and hue, each with probability 1/2."""
     if rng.random() < 0.5:
         image = stretched(image, 1.0, rng.uniform(-BRIGHTNESS, BRIGHTNESS))
     contrast_is_first = rng.random() < 0.5
@@ -101,24 +100,24 @@ def distort_colors(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def stretched(values: np.ndarray, factor: float, offset: float = 0.0) -> np.ndarray:
-    """values * factor + offset, uint8, cut off at 0 and 255."""
+    """Return values * factor + offset, uint8, clipped to 0 and 255."""
     return (values.astype(np.float32) * factor + offset).clip(0, 255).astype(np.uint8)
 
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resizing without cropping or padding, once for each factor.
+    """Resize without crop or padding, once for each factor.
 
     Attributes:
         scale: (long, short) side that the image is fitted into, pixels, times each factor.
-        factors: 1 alone, or several for multi-scale testing.
+        factors: factors of `scale`; several for multi-scale testing.
     """
 
     scale: tuple[int, int]
     factors: tuple[float, ...] = (1.0,)
 
     def __call__(self, image: np.ndarray) -> list[Tensor]:
-        """Normalized images (3, h, w), one for each factor."""
+        """Return normalized images (3, h, w), one for each factor."""
         scales = [[int(side * factor) for side in self.scale] for factor in self.factors]
         sizes = [fitting_size(image.shape[:2], short=short, long=long) for long, short in scales]
         return [normalize(resize_image(image, size)) for size in sizes]

@@ -1,4 +1,4 @@
-"""From an image to class indices of its pixels: whole, in windows, at several scales, or in tiles of a large image."""
+"""Predict class indices of an image's pixels: whole, in windows, at several scales, or in tiles of a large image."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from downstream.segmentation.data.transforms import normalize
 from downstream.segmentation.model.upernet import resize
 from utils.training.amp import Precision
 
-STRIP_ELEMENTS = 2**28  # of resized logits that are in memory at once: 1 GiB
+STRIP_ELEMENTS = 2**28  # resized logits in memory at once: 1 GiB
 
 
 @dataclass(frozen=True)
 class Inference:
-    """How a segmentor is applied.
+    """Settings of inference.
 
     Attributes:
-        flip: also apply it to the mirror image, and average.
-        window: side of square windows that the image is cut into; 0: the whole image at once.
-        stride: from one window to the next; the logits of those that overlap are averaged.
+        flip: average with the prediction for the mirror image.
+        window: side of square windows, pixels; 0: the whole image at once.
+        stride: distance between windows, pixels; logits are averaged where windows overlap.
     """
 
     flip: bool = False
@@ -32,12 +32,12 @@ class Inference:
     def predict(
         self, model: nn.Module, inputs: Sequence[Tensor], size: tuple[int, int], precision: Precision
     ) -> Tensor:
-        """Classes (H, W), uint8, of an image of `size` = (H, W).
+        """Return classes (H, W), uint8, of an image of `size` = (H, W).
 
         The probabilities of all inputs and, with `flip`, of their mirror images are averaged.
 
         Args:
-            model: in evaluation mode; images (1, 3, h, w) to logits (1, classes, h, w).
+            model: segmentor in evaluation mode; images (1, 3, h, w) to logits (1, classes, h, w).
             inputs: the normalized image (3, h, w) at one or several scales, on the model's device.
         """
         logits = []
@@ -48,7 +48,7 @@ class Inference:
         return classes_at(logits, size)
 
     def logits(self, model: nn.Module, image: Tensor, precision: Precision) -> Tensor:
-        """Logits (1, classes, h, w), float32, of an image (3, h, w)."""
+        """Return logits (1, classes, h, w), float32, of an image (3, h, w)."""
         images = image[None].contiguous(memory_format=torch.channels_last)  # (1, 3, h, w)
         with precision.autocast():
             if not self.window:
@@ -67,7 +67,7 @@ class Inference:
 
 
 def windows(height: int, width: int, *, side: int, stride: int) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of windows that cover a picture: every `stride` pixels, the last ones flush with its border."""
+    """Yield rows and columns of windows that cover an image: one every `stride` pixels, the last ones at its border."""
 
     def starts(length: int) -> list[int]:
         last = max(length - side, 0)
@@ -79,10 +79,10 @@ def windows(height: int, width: int, *, side: int, stride: int) -> Iterator[tupl
 
 
 def classes_at(logits: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    """The most probable classes (H, W), uint8, of logits (1, classes, h_i, w_i), each resized to `size` = (H, W).
+    """Return the most probable classes (H, W), uint8, of logits (1, classes, h_i, w_i), resized to `size` = (H, W).
 
-    Probabilities are averaged where there are several. It works in strips of rows, so that a large picture needs no
-    more memory than STRIP_ELEMENTS float32 numbers, some times over.
+    Probabilities of several logits are averaged. The image is processed in strips of rows, so that a large one needs
+    only a few times STRIP_ELEMENTS float32 numbers of memory.
     """
     height, width = size
     num_rows = max(1, STRIP_ELEMENTS // (logits[0].shape[1] * width))
@@ -99,7 +99,7 @@ def classes_at(logits: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
 
 
 def resized_rows(x: Tensor, size: tuple[int, int], top: int, bottom: int) -> Tensor:
-    """Rows top to bottom of what `resize(x, size)` gives, (B, C, bottom - top, W)."""
+    """Return rows top to bottom of `resize(x, size)`, (B, C, bottom - top, W)."""
     height, width = size
     if (top, bottom) == (0, height):
         return resize(x, size)
@@ -116,21 +116,20 @@ def resized_rows(x: Tensor, size: tuple[int, int], top: int, bottom: int) -> Ten
 def predict_tiles(
     model: nn.Module, image: np.ndarray, *, side: int, margin: int, device: torch.device, precision: Precision
 ) -> Tensor:
-    """Classes (H, W), uint8, of an image (H, W, 3) of any size at its own resolution, in memory for one tile.
+    """Return classes (H, W), uint8, of an image (H, W, 3) of any size, with memory for one tile.
 
-    The image is seen in tiles that overlap; of each the outer `margin` pixels, which lack surroundings, are not used,
-    but at the image's border.
+    Tiles overlap. The outer `margin` pixels of a tile, which lack context, are used only at the image's border.
 
     Args:
-        side: of a tile, pixels; more than twice the margin.
+        side: side of a tile, pixels; more than twice the margin.
     """
     height, width = image.shape[:2]
-    found = torch.zeros(height, width, dtype=torch.uint8)
-    plain = Inference()
+    result = torch.zeros(height, width, dtype=torch.uint8)
+    inference = Inference()
     for rows, columns in windows(height, width, side=side, stride=side - 2 * margin):
         tile = normalize(image[rows, columns]).to(device)
-        classes = classes_at([plain.logits(model, tile, precision)], (tile.shape[1], tile.shape[2])).cpu()
+        classes = classes_at([inference.logits(model, tile, precision)], (tile.shape[1], tile.shape[2])).cpu()
         top = 0 if rows.start == 0 else margin
         left = 0 if columns.start == 0 else margin
-        found[rows.start + top : rows.stop, columns.start + left : columns.stop] = classes[top:, left:]
-    return found
+        result[rows.start + top : rows.stop, columns.start + left : columns.stop] = classes[top:, left:]
+    return result

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from downstream.segmentation.model.upernet import SegmentationLogits, resize
 
-IGNORED = 255  # label of pixels that count nowhere
+IGNORED = 255  # label of pixels without a class
 
 
 class SegmentationLoss(NamedTuple):
-    """Scalars; total = decode + auxiliary, and the auxiliary head's weight is in its loss already."""
+    """Scalar losses: total = decode + auxiliary, which includes the auxiliary head's weight."""
 
     total: Tensor
     decode: Tensor
@@ -20,13 +20,13 @@ class SegmentationLoss(NamedTuple):
 
 
 def pixel_cross_entropy(logits: Tensor, labels: Tensor, *, average: str = "all") -> Tensor:
-    """Mean cross-entropy of logits (B, classes, h, w), resized to the labels (B, H, W), in float32 or wider.
+    """Return the mean cross-entropy of logits (B, classes, h, w), resized to labels (B, H, W), in float32 or float64.
 
     Args:
-        logits: of any size.
-        labels: class indices (int64), IGNORED where a pixel has none.
-        average: over which pixels the sum is divided: "all", ignored ones included, as the published segmentors were
-            trained, so that a crop with few labeled pixels weighs less; or "labelled", without them.
+        logits: any h and w.
+        labels: class indices, int64, or IGNORED.
+        average: divide by "all" pixels, ignored ones included, as for the published models: a crop with few labeled
+            pixels weighs less; or by the "labelled" pixels alone.
     """
     logits = resize(logits, labels.shape[1:])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -39,7 +39,7 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor, *, average: str = "all")
 def segmentation_loss(
     logits: SegmentationLogits, labels: Tensor, *, auxiliary_weight: float = 0.4, average: str = "all"
 ) -> SegmentationLoss:
-    """Both heads' losses for labels (B, H, W); see `pixel_cross_entropy`."""
+    """Return both heads' losses for labels (B, H, W); see `pixel_cross_entropy`."""
     decode = pixel_cross_entropy(logits.decode, labels, average=average)
     auxiliary = torch.zeros_like(decode)
     if logits.auxiliary is not None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 POOL_SIZES = (1, 2, 3, 6)
-AUXILIARY_STAGE = 2  # from 0
+AUXILIARY_STAGE = 2  # the third of four
 
 
 class ConvNormAct(nn.Module):
@@ -28,14 +28,14 @@ class ConvNormAct(nn.Module):
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps (B, C, H, W) to (B, C, *size), bilinear."""
+    """Resize maps (B, C, H, W) to (B, C, *size), bilinear."""
     if tuple(x.shape[2:]) == tuple(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 class Classifier(nn.Module):
-    """What both heads end with: channel dropout, then a 1x1 convolution to classes."""
+    """Last layers of both heads: channel dropout, then a 1x1 convolution to classes."""
 
     def __init__(self, channels: int, num_classes: int, dropout: float) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Classifier(nn.Module):
 
 
 class UPerHead(Classifier):
-    """Four maps at strides 4, 8, 16, 32 to logits (B, num_classes, H / 4, W / 4)."""
+    """Head from four maps at strides 4, 8, 16, 32 to logits (B, num_classes, H / 4, W / 4)."""
 
     def __init__(self, in_channels: Sequence[int], channels: int, num_classes: int, dropout: float) -> None:
         super().__init__(channels, num_classes, dropout)
@@ -73,13 +73,13 @@ class UPerHead(Classifier):
         return self.classify(self.fpn_bottleneck(torch.cat(outputs, dim=1)))  # (B, num_classes, H / 4, W / 4)
 
     def pool_pyramid(self, x: Tensor) -> Tensor:
-        """The last map (B, C, H, W) with its means over 1, 4, 9 and 36 cells, to (B, channels, H, W)."""
+        """Merge the last map (B, C, H, W) with its means over 1, 4, 9 and 36 cells: (B, channels, H, W)."""
         pooled = [resize(module(x), x.shape[2:]) for module in self.psp_modules]
         return self.bottleneck(torch.cat([x, *pooled], dim=1))
 
 
 class FCNHead(Classifier):
-    """One map to logits (B, num_classes, H, W) of its own size; it only helps to train the backbone."""
+    """Auxiliary head from one map to logits (B, num_classes, H, W); it only helps to train the backbone."""
 
     def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float) -> None:
         super().__init__(channels, num_classes, dropout)
@@ -92,25 +92,25 @@ class FCNHead(Classifier):
 
 
 class SegmentationLogits(NamedTuple):
-    """What a segmentor gives in training, both coarser than the image: see `losses.segmentation_loss`."""
+    """Outputs of a segmentor in training, coarser than the image; see `losses.segmentation_loss`."""
 
     decode: Tensor  # (B, classes, H / 4, W / 4)
     auxiliary: Tensor | None  # (B, classes, H / 16, W / 16)
 
 
 class UperNet(nn.Module):
-    """Normalized images (B, 3, H, W) of any H and W to logits of classes.
+    """Segmentor from normalized images (B, 3, H, W) of any size to logits of classes.
 
     In evaluation mode logits are (B, num_classes, H, W), resized to the images. In training mode they are
     `SegmentationLogits`, at the heads' own sizes, for the loss to resize.
 
     Args:
-        backbone: images to maps at strides 4, 8, 16 and 32, (B, C_i, ceil(H / s), ceil(W / s)).
+        backbone: module from images to maps at strides 4, 8, 16 and 32, (B, C_i, ceil(H / s), ceil(W / s)).
         in_channels: the widths C_i of those maps.
-        num_classes: classes, without the ignored one.
+        num_classes: number of classes.
         channels: width of the head; 512 in the published models.
-        auxiliary_channels: width of the auxiliary head; 0 leaves that head out.
-        dropout: of whole channels before each classifier.
+        auxiliary_channels: width of the auxiliary head; 0: no auxiliary head.
+        dropout: probability that a channel is dropped before each classifier.
     """
 
     def __init__(

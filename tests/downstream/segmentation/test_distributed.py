@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from downstream.run import prepare_model
-from downstream.segmentation.model.sync_norm import PlainSyncBatchNorm, synchronize_norms
+from downstream.segmentation.model.sync_norm import CpuSyncBatchNorm, synchronize_norms
 from downstream.segmentation.task import Segmentation
 from tests.downstream.segmentation.segmentation_worker import make_data, run, small_config
 from tests.helpers import run_python
@@ -59,7 +59,7 @@ def test_one_process_keeps_plain_norms() -> None:
     assert type(synchronize_norms(head, Process(0, 1, CPU))[1]) is nn.BatchNorm2d
     keys = list(head.state_dict())
     head = synchronize_norms(head, Process(1, 2, CPU))
-    assert type(head[1]) is PlainSyncBatchNorm
+    assert type(head[1]) is CpuSyncBatchNorm
     assert list(head.state_dict()) == keys
 
 
@@ -71,7 +71,7 @@ def test_gpus_get_their_own_kind() -> None:
 def test_plain_twin_equals_batch_norm_without_others(tmp_path: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
     try:
-        twin, plain = PlainSyncBatchNorm(5), nn.BatchNorm2d(5)
+        twin, plain = CpuSyncBatchNorm(5), nn.BatchNorm2d(5)
         x = torch.randn(3, 5, 4, 6, requires_grad=True)
         y = x.detach().clone().requires_grad_()
         with torch.no_grad():

@@ -26,23 +26,23 @@ RECIPE = TrainTransform(
 
 
 def sample(height: int = 48, width: int = 64) -> Sample:
-    """Two filled boxes, red and green, whose bitmaps are their pixels."""
+    """Two filled boxes, red and green, whose masks are their pixels."""
     boxes = np.array([[8, 8, 24, 40], [32, 16, 56, 32]], dtype=np.float32)
-    image, bitmaps = np.zeros((height, width, 3), dtype=np.uint8), []
+    image, masks = np.zeros((height, width, 3), dtype=np.uint8), []
     for channel, (x1, y1, x2, y2) in enumerate(boxes.astype(int)):
         image[y1:y2, x1:x2, channel] = 255
-        bitmaps.append((image[..., channel] > 0).astype(np.uint8))
-    return Sample(image, boxes, np.array([3, 5]), bitmaps)
+        masks.append((image[..., channel] > 0).astype(np.uint8))
+    return Sample(image, boxes, np.array([3, 5]), masks)
 
 
 def check_together(one: Sample, tolerance: float) -> None:
-    """Boxes, bitmaps and colors still say the same."""
-    for box, label, bitmap in zip(one.boxes, one.labels, one.bitmaps, strict=True):
+    """Boxes, masks and colors still say the same."""
+    for box, label, mask in zip(one.boxes, one.labels, one.masks, strict=True):
         channel = {3: 0, 5: 1}[int(label)]
-        assert bitmap.shape == one.image.shape[:2]
-        assert ((one.image[..., channel] > 127) != bitmap).mean() < 0.02
-        if bitmap.any():
-            rows, columns = bitmap.any(axis=1).nonzero()[0], bitmap.any(axis=0).nonzero()[0]
+        assert mask.shape == one.image.shape[:2]
+        assert ((one.image[..., channel] > 127) != mask).mean() < 0.02
+        if mask.any():
+            rows, columns = mask.any(axis=1).nonzero()[0], mask.any(axis=0).nonzero()[0]
             tight = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
             assert np.abs(box - tight).max() <= tolerance
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from downstream.detection.model import masks
-from downstream.detection.model.masks import MASK_SIZE, mask_goals, paste_masks
+from downstream.detection.model.masks import MASK_SIZE, mask_targets, paste_masks
 
 
 def interpolated(picture: Tensor, y: float, x: float) -> float:
@@ -63,13 +63,13 @@ def test_a_box_without_area_has_an_empty_mask() -> None:
     assert pasted.sum(dim=(1, 2)).tolist() == [0, 16]
 
 
-def slow_goal(mask: Tensor, box: list[float]) -> Tensor:
+def slow_target(mask: Tensor, box: list[float]) -> Tensor:
     """The mean of each cell's samples, as many as it has pixels along each side, cut at a half."""
     x1, y1, x2, y2 = box
     cell_h, cell_w = (y2 - y1) / MASK_SIZE, (x2 - x1) / MASK_SIZE
     samples_y, samples_x = -int(-cell_h // 1), -int(-cell_w // 1)
     height, width = mask.shape
-    goal = torch.zeros(MASK_SIZE, MASK_SIZE)
+    target = torch.zeros(MASK_SIZE, MASK_SIZE)
     for row in range(MASK_SIZE):
         for column in range(MASK_SIZE):
             total = 0.0
@@ -82,27 +82,27 @@ def slow_goal(mask: Tensor, box: list[float]) -> Tensor:
                     patch = mask[top : top + 2, left : left + 2]
                     line = patch[0] * (1 - (y - top)) + patch[1] * (y - top)
                     total += float(line[0] * (1 - (x - left)) + line[1] * (x - left))
-            goal[row, column] = total / (samples_y * samples_x)
-    return goal
+            target[row, column] = total / (samples_y * samples_x)
+    return target
 
 
-def test_goals_against_the_slow_way() -> None:
+def test_targets_against_the_slow_way() -> None:
     ys, xs = torch.meshgrid(torch.arange(40.0), torch.arange(60.0), indexing="ij")
     bitmaps = torch.stack([((xs - 20) ** 2 + (ys - 18) ** 2 < 150), (xs + ys < 50), xs > 100]).to(torch.uint8)
     boxes = torch.tensor(
         [[5.3, 2.1, 40.7, 33.9], [0.0, 0.0, 60.0, 40.0], [10.0, 10.0, 12.5, 11.5], [0.0, 5.0, 9.0, 9.0]]
     )
     numbers = torch.tensor([0, 1, 0, 2])
-    goals = mask_goals(bitmaps, boxes, numbers)
-    for goal, box, number in zip(goals, boxes.tolist(), numbers, strict=True):
-        slow = slow_goal(bitmaps[number].float(), box)
+    targets = mask_targets(bitmaps, boxes, numbers)
+    for target, box, number in zip(targets, boxes.tolist(), numbers, strict=True):
+        slow = slow_target(bitmaps[number].float(), box)
         is_clear = (slow - 0.5).abs() > 1e-4
-        assert torch.equal(goal[is_clear], (slow[is_clear] >= 0.5).float())
-    assert 0 < goals[0].mean() < 1
-    assert not goals[3].any()
+        assert torch.equal(target[is_clear], (slow[is_clear] >= 0.5).float())
+    assert 0 < targets[0].mean() < 1
+    assert not targets[3].any()
 
 
 def test_boxes_are_cut_to_the_mask() -> None:
     bitmaps = torch.ones(1, 20, 30, dtype=torch.uint8)
-    outside = mask_goals(bitmaps, torch.tensor([[-10.0, -5.0, 50.0, 40.0]]), torch.tensor([0]))
+    outside = mask_targets(bitmaps, torch.tensor([[-10.0, -5.0, 50.0, 40.0]]), torch.tensor([0]))
     assert outside.all()

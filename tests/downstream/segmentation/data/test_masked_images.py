@@ -159,7 +159,7 @@ def test_class_files_that_will_not_do(tmp_path: Path, text: str, message: str) -
         read_classes(tmp_path / "classes.txt")
 
 
-def test_images_turned_by_their_exif_note(folder: Path) -> None:
+def test_images_are_rotated_as_their_exif_data_say(folder: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn right by 90 degrees
     Image.fromarray(np.full((8, 6, 3), 90, dtype=np.uint8)).save(folder / "images/train/a.jpg", exif=exif)
