@@ -31,7 +31,7 @@ from utils.logs.logger import logger
 from utils.logs.output_dir import lock_output_dir, move_replaced_checkpoints, open_output_dir, save_config
 from utils.logs.plots import CLASSIFIER_PANELS, plot_predictions
 from utils.logs.wandb_logger import WandbLogger
-from utils.speed.compile import prepared_for_inference, resolve_mode
+from utils.speed.compile import compile_for_inference, resolve_mode
 from utils.speed.flops import profile, profile_table
 from utils.training.amp import Precision
 from utils.training.build import (
@@ -109,7 +109,7 @@ def run_evaluation(config: CfgNode, process: Process) -> int:
         if candidate is not None:
             load_weights(model, candidate, config.MODEL.RESUME)
             runner = model if mode == "off" else prepare_for_inference(model, precision.dtype)
-            runner = prepared_for_inference(runner, mode, process.device)
+            runner = compile_for_inference(runner, mode, process.device)
             log_scores(name, evaluate(runner, data.val, process, precision)._asdict())
     return 0
 

@@ -15,7 +15,7 @@ from utils.benchmark.tables import draw_bars, pixel_table, throughput_table
 from utils.distributed.process import Process, wrap_ddp
 from utils.logs.logger import logger
 from utils.logs.recorder import append_records
-from utils.speed.compile import effective_mode, prepared_for_inference, resolve_mode, uses_graphs
+from utils.speed.compile import compile_for_inference, effective_mode, resolve_mode, uses_graphs
 from utils.training.build import build_ema, build_optimizer, build_precision, build_train_step
 from utils.training.graphed_step import GraphedTrainStep
 
@@ -96,7 +96,7 @@ def inference_model(config: CfgNode, device: torch.device, model: nn.Module, pre
     mode = resolve_mode(config.TEST.COMPILE, device)
     if mode != "off":
         model = prepare(model, build_precision(config, device).dtype)
-    return prepared_for_inference(model, mode, device)
+    return compile_for_inference(model, mode, device)
 
 
 def inference_rows(

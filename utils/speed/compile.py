@@ -129,7 +129,7 @@ class CapturedModel(nn.Module):
         return capture().clone()
 
 
-def prepared_for_inference(model: nn.Module, mode: str, device: torch.device) -> nn.Module:
+def compile_for_inference(model: nn.Module, mode: str, device: torch.device) -> nn.Module:
     """Compile the model for evaluation, with CUDA graphs if the mode uses them."""
     model = compile_regions(model.eval(), mode)
     return CapturedModel(model) if uses_graphs(mode, device) else model

@@ -232,19 +232,19 @@ def test_harmless_objects_are_read(tmp_path: Path, write: Callable[..., None]) -
     }
     content["args"].nested.path = pathlib.Path("a/b")
     write(content, tmp_path / "w.pth")
-    found = load_checkpoint(tmp_path / "w.pth")
+    loaded = load_checkpoint(tmp_path / "w.pth")
     for name, value in content["model"].items():
-        assert found["model"][name].equal(value)
-        assert found["model"][name].dtype == value.dtype
-    assert found["model"]["transposed"].stride() == (1, 3)
-    assert found["config"] == {"MODEL": {"NAME": "mlla_tiny", "DEPTHS": [2, 4]}, "BETAS": (0.9, 0.999)}
-    assert isinstance(found["config"]["MODEL"], dict)
-    assert not isinstance(found["config"], CfgNode)
-    assert found["args"] == {"lr": 0.1, "nested": {"path": "a/b", "seen": {1, 2}}}
-    assert (found["best"], found["is_best"]) == (81.5, True)
+        assert loaded["model"][name].equal(value)
+        assert loaded["model"][name].dtype == value.dtype
+    assert loaded["model"]["transposed"].stride() == (1, 3)
+    assert loaded["config"] == {"MODEL": {"NAME": "mlla_tiny", "DEPTHS": [2, 4]}, "BETAS": (0.9, 0.999)}
+    assert isinstance(loaded["config"]["MODEL"], dict)
+    assert not isinstance(loaded["config"], CfgNode)
+    assert loaded["args"] == {"lr": 0.1, "nested": {"path": "a/b", "seen": {1, 2}}}
+    assert (loaded["best"], loaded["is_best"]) == (81.5, True)
     for name in ("counts", "by columns", "big endian"):
-        np.testing.assert_array_equal(found[name], content[name])
-    assert (found["dtype"], found["size"], found["bytes"]) == (torch.float16, (1, 2), b"\x00\xff")
+        np.testing.assert_array_equal(loaded[name], content[name])
+    assert (loaded["dtype"], loaded["size"], loaded["bytes"]) == (torch.float16, (1, 2), b"\x00\xff")
 
 
 def test_arrays_of_objects_are_refused(tmp_path: Path) -> None:
@@ -289,11 +289,11 @@ def test_unknown_objects_are_skipped_if_tolerant(tmp_path: Path, protocol: int) 
     torch.save(content, tmp_path / "w.pth", pickle_protocol=protocol)
     with pytest.raises(CheckpointError, match=r"it holds \S*test_unpickler\.(History|Settings), and such objects"):
         load_checkpoint(tmp_path / "w.pth")
-    found = load_checkpoint(tmp_path / "w.pth", tolerant=True)
-    assert found["state_dict"]["a"].equal(weights["a"])
-    assert found["meta"]["epoch"] == 3
-    assert not isinstance(found["meta"]["history"], History)
-    assert not hasattr(found["meta"]["history"], "values")
+    loaded = load_checkpoint(tmp_path / "w.pth", tolerant=True)
+    assert loaded["state_dict"]["a"].equal(weights["a"])
+    assert loaded["meta"]["epoch"] == 3
+    assert not isinstance(loaded["meta"]["history"], History)
+    assert not hasattr(loaded["meta"]["history"], "values")
 
 
 def test_the_table_has_only_sealed_callables() -> None:

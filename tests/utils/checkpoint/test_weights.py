@@ -44,14 +44,14 @@ def with_rotations(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**weights, "layers.0.blocks.0.attn.rope.rotations": torch.zeros(8, 8, 4, 2)}
 
 
-def official_checkpoint(model: nn.Module, average: nn.Module) -> dict[str, Any]:
+def official_checkpoint(model: nn.Module, ema: nn.Module) -> dict[str, Any]:
     """Return what the official training script saves, with a yacs node and NumPy numbers."""
     config = CfgNode({"MODEL": {"NAME": "mlla_tiny"}, "DATA": {"IMG_SIZE": 32}})
     config.freeze()
     optimizer = torch.optim.AdamW(model.parameters())
     return {
         "model": OrderedDict(with_rotations(model.state_dict())),
-        "state_dict_ema": OrderedDict(with_rotations(average.state_dict())),
+        "state_dict_ema": OrderedDict(with_rotations(ema.state_dict())),
         "optimizer": optimizer.state_dict(),
         "lr_scheduler": {"base_values": [0.1, 0.1], "t_in_epochs": False},
         "max_accuracy": np.float64(81.0),
@@ -69,10 +69,10 @@ def same(weights: dict[str, torch.Tensor] | None, model: nn.Module) -> bool:
 
 def test_weights_in_every_format(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, average, path = small(), small(), tmp_path / "w.pth"
+    model, ema, path = small(), small(), tmp_path / "w.pth"
     weights = model.state_dict()
     kinds: dict[str, Any] = {
-        "official": official_checkpoint(model, average),
+        "official": official_checkpoint(model, ema),
         "official release": {"model": with_rotations(weights)},
         "timm": {"arch": "mlla_tiny", "state_dict": weights, "args": argparse.Namespace(opt="adamw")},
         "bare": weights,
@@ -82,16 +82,16 @@ def test_weights_in_every_format(tmp_path: Path) -> None:
     }
     for name, content in kinds.items():
         torch.save(content, path)
-        found = read_weights(path)
-        assert same(found.model, model), name
-        assert same(found.ema, average) == (name == "official"), name
-        fresh = small()
-        load_weights(fresh, found.model or {}, path)
-        assert same(fresh.state_dict(), model), name
+        loaded = read_weights(path)
+        assert same(loaded.model, model), name
+        assert same(loaded.ema, ema) == (name == "official"), name
+        new = small()
+        load_weights(new, loaded.model or {}, path)
+        assert same(new.state_dict(), model), name
     torch.save({"state_dict_ema": weights}, path)
-    found = read_weights(path)
-    assert (found.model, found.classes) == (None, None)
-    assert same(found.ema, model)
+    loaded = read_weights(path)
+    assert (loaded.model, loaded.classes) == (None, None)
+    assert same(loaded.ema, model)
 
 
 def test_content_without_weights(tmp_path: Path) -> None:
@@ -145,11 +145,11 @@ def test_a_head_with_another_number_of_classes(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_pretraining_prefers_the_ema(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model, average, path = small(), small(), tmp_path / "w.pth"
-    torch.save({**official_checkpoint(model, average), "classes": [str(i) for i in range(10)]}, path)
-    fresh = small()
-    load_pretrained(fresh, path, [*"012345678", "ten"])
-    assert same(fresh.state_dict(), average)
+    model, ema, path = small(), small(), tmp_path / "w.pth"
+    torch.save({**official_checkpoint(model, ema), "classes": [str(i) for i in range(10)]}, path)
+    new = small()
+    load_pretrained(new, path, [*"012345678", "ten"])
+    assert same(new.state_dict(), ema)
     assert "(EMA)" in caplog.text
     assert "1 of 10 differ: 9 was 9, is ten" in caplog.text
     assert "re-initialized" not in caplog.text
@@ -158,11 +158,11 @@ def test_pretraining_prefers_the_ema(tmp_path: Path, caplog: pytest.LogCaptureFi
 def test_a_file_without_a_classifier(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, path = small(), tmp_path / "w.pth"
     torch.save({name: v for name, v in model.state_dict().items() if not name.startswith("head")}, path)
-    fresh = small()
-    head = fresh.head.weight.detach().clone()
-    load_pretrained(fresh, path)
-    assert fresh.head.weight.equal(head)
-    assert fresh.norm.weight.equal(model.norm.weight)
+    new = small()
+    head = new.head.weight.detach().clone()
+    load_pretrained(new, path)
+    assert new.head.weight.equal(head)
+    assert new.norm.weight.equal(model.norm.weight)
     assert "re-initialized: head" in caplog.text
     torch.save({name: v for name, v in model.state_dict().items() if not name.startswith("norm")}, path)
     with pytest.raises(CheckpointError, match=r"2 missing: norm.weight, norm.bias"):
@@ -173,9 +173,9 @@ def test_a_detectors_backbone_into_a_classifier(tmp_path: Path, caplog: pytest.L
     backbone, path = MLLABackbone(**SMALL), tmp_path / "w.pth"
     weights = {f"backbone.{name}": value for name, value in with_rotations(backbone.state_dict()).items()}
     torch.save({"state_dict": {**weights, "neck.conv.weight": torch.zeros(3)}}, path)
-    fresh = small()
-    load_pretrained(fresh, path)
-    assert same({**fresh.state_dict(), **{n: v for n, v in backbone.state_dict().items() if "norm" in n[:5]}}, backbone)
+    new = small()
+    load_pretrained(new, path)
+    assert same({**new.state_dict(), **{n: v for n, v in backbone.state_dict().items() if "norm" in n[:5]}}, backbone)
     assert "re-initialized: head, norm" in caplog.text
     assert "in the file and not used: norm0, norm1, norm2, norm3" in caplog.text
 
@@ -219,14 +219,14 @@ class Unknown:
 def test_state_dicts_of_detectors(tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     weights = {"backbone.a": torch.tensor(1.0), "backbone.layers.0.blocks.0.attn.rope.rotations": torch.zeros(2)}
-    average = {"backbone.a": torch.tensor(2.0)}
+    ema = {"backbone.a": torch.tensor(2.0)}
     content = {"meta": {"unknown": Unknown(), "CLASSES": ("cat",)}, "state_dict": weights, "optimizer": {}}
     torch.save(content, path)
     with pytest.raises(CheckpointError, match=r"it holds \S*test_weights\.Unknown"):
         read_weights(path)
     assert read_state_dict(path) == {"backbone.a": torch.tensor(1.0)}
-    torch.save({**content, "ema_state_dict": average}, path)
-    assert read_state_dict(path) == average
+    torch.save({**content, "ema_state_dict": ema}, path)
+    assert read_state_dict(path) == ema
     assert read_state_dict(path, ema=False) == {"backbone.a": torch.tensor(1.0)}
     torch.save({"meta": 1}, path)
     with pytest.raises(CheckpointError, match="found meta"):

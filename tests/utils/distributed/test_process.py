@@ -12,9 +12,9 @@ from utils.distributed.process import Process, start_process
 
 
 def launch(processes: int, out: Path, batch_size: int, accumulation_steps: int) -> dict[str, Any]:
-    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     done = run_python(
-        *words, "tests/utils/distributed/distributed_worker.py", out, str(batch_size), str(accumulation_steps)
+        *command, "tests/utils/distributed/distributed_worker.py", out, str(batch_size), str(accumulation_steps)
     )
     assert done.returncode == 0, done.stderr
     return torch.load(out)
@@ -93,8 +93,8 @@ def test_a_nonfinite_loss_on_one_process_stops_all_at_that_step(two: dict[str, A
 
 
 def test_only_rank_0_prints_the_error() -> None:
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py", "--cfg", "nothere.yaml"]
-    done = run_python(*words)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py", "--cfg", "nothere.yaml"]
+    done = run_python(*command)
     assert done.returncode != 0
     assert done.stderr.count("error: nothere.yaml: no such configuration file") == 1
 
