@@ -21,6 +21,7 @@ from config import SCHEMA, ConfigError, Derived, derive, load_config
 from data import Data, build_data, build_targets
 from data.transforms import denormalize
 from models import PAPER_PROFILES, build_model, input_channels, prepare_for_inference
+from models.kernels.self_test import run_self_test
 from utils.benchmark.throughput import run_benchmark
 from utils.checkpoint.files import Progress
 from utils.checkpoint.weights import check_classes, load_pretrained, load_weights, read_weights
@@ -210,6 +211,7 @@ def prepare_model(config: CfgNode, process: Process, num_classes: int | None) ->
     seed_everything(config.SEED)
     model = build_model(config, num_classes).to(process.device)
     model = model.to(memory_format=torch.channels_last)
+    run_self_test(model, build_precision(config, process.device).dtype, config.DATA.IMG_SIZE)
     seed_everything(config.SEED + process.rank)
     torch.backends.cudnn.benchmark = True
     return model

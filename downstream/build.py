@@ -10,6 +10,7 @@ from yacs.config import CfgNode
 
 from data.workers import RestartingDataLoader, leave_process_group
 from downstream.backbone import MLLABackbone, TimmBackbone
+from models import use_kernels
 from models.build import mlla_sizes
 
 
@@ -24,7 +25,7 @@ def build_backbone(config: CfgNode) -> nn.Module:
     kind, _, name = config.MODEL.TYPE.partition(":")
     if kind == "timm":
         return TimmBackbone(name, drop_path_rate=config.MODEL.DROP_PATH_RATE)
-    return MLLABackbone(**mlla_sizes(config))
+    return use_kernels(MLLABackbone(**mlla_sizes(config)), config.MODEL.KERNELS)
 
 
 def make_loader(

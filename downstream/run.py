@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from downstream.dense_config import REFERENCE_BATCH_SIZE
+from models.kernels.self_test import run_self_test
 from utils.checkpoint.weights import check_classes, load_pretrained, load_weights, read_weights
 from utils.config.command_line import report_user_errors
 from utils.config.errors import ConfigError
@@ -231,6 +232,7 @@ def prepare_model(task: Task, config: Any, process: Process, num_classes: int) -
     seed_everything(config.SEED)
     model = task.build_model(config, num_classes).to(process.device)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    run_self_test(model, precision_of(config, process).dtype, image_size=512)  # larger grids are in the same class
     seed_everything(config.SEED + process.rank)
     return model
 

@@ -1,6 +1,7 @@
-"""MLLA and the paper's ablations; importing this registers mlla_tiny, mlla_small, mlla_base (and mila_*) in timm."""
+"""MLLA and the paper's ablations; the import registers mlla_tiny, mlla_small, mlla_base (and mila_*) in timm."""
 
 from models.build import build_model, input_channels
+from models.kernels.fused_modules import use_kernels
 from models.kernels.inference import prepare_for_inference
 from models.mlla import MLLA
 from models.unified.block import Switches
@@ -17,7 +18,7 @@ from models.variants import (
     mlla_tiny,
 )
 
-# What the paper prints of the models that cfgs/ describes, by MODEL.NAME.
+# Profiles in the paper of the models in cfgs/, by MODEL.NAME.
 PAPER_PROFILES = {**MLLA_PROFILES, **{row.model: PaperProfile(row.parameters_m, row.gmacs) for row in ABLATIONS}}
 
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
     "mlla_small",
     "mlla_tiny",
     "prepare_for_inference",
+    "use_kernels",
 ]

@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.kernels import dispatch
-from models.layers import TokenConv, has_hooks, ops
+from models.layers import TokenConv
 from models.rope import rotate_pairs, spread_over_grid
 
 NORMALIZER_EPS = 1e-6
@@ -19,41 +18,31 @@ class LinearAttention(nn.Module):
     Args:
         dim: token width C.
         num_heads: heads; must divide dim.
-        qkv_bias: whether the projection to q and k has a bias.
+        qkv_bias: add a bias in the projection to q and k.
 
     Raises:
         ValueError: num_heads does not divide dim.
     """
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, kernels: str = "auto") -> None:
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"{num_heads} heads do not divide a token width of {dim}")
         self.dim, self.num_heads = dim, num_heads
-        self.kernels = kernels
         self.qk = nn.Linear(dim, dim * 2, bias=qkv_bias)
         self.lepe = TokenConv(dim)
 
     def forward(self, v: Tensor, gate: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Tokens v (B, H, W, C) to (attention + lepe) SiLU(gate), (B, H, W, C).
-
-        `gate` is like v; `rotary` holds the tables (cos, sin) of `position_tables`. Without gradient the kernels may
-        compute it, which never write q, k, their rotations or the normalizer to memory.
-        """
-        lepe, head_width = self.lepe, self.dim // self.num_heads
-        is_known = type(lepe) is TokenConv and not (torch.is_grad_enabled() or has_hooks(lepe))
-        if is_known and dispatch.takes(self.kernels, v, "mixer", channels=self.dim, head_width=head_width):
-            inputs = self.qk(v), v, gate, lepe.weight, lepe.bias, *rotary
-            return ops().linear_attention(*inputs, self.num_heads, False)[0]
+        """Return (attention + lepe) SiLU(gate) for v and gate (B, H, W, C); `rotary`: see `position_tables`."""
         return (self.attend(v, rotary) + self.lepe(v)) * F.silu(gate)
 
     def attend(self, v: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Attention alone, (B, H, W, C)."""
+        """Return the attention alone, (B, H, W, C) -> (B, H, W, C)."""
         batch, height, width, channels = v.shape
         num_tokens = height * width
         cos, sin = (spread_over_grid(table, height, width) for table in rotary)  # (H, W, C / 2) each
 
-        # ELU + 1 of a negative number is small: in 16 bits its digits would be lost, so this part is done in float32.
+        # ELU + 1 of a negative number is small and would lose its digits in 16 bits, so it is computed in float32.
         qk = self.qk(v)
         qk = F.elu(qk.float() if qk.dtype in (torch.float16, torch.bfloat16) else qk) + 1
         q, k = qk.chunk(2, dim=-1)  # (B, H, W, C) each
@@ -62,7 +51,7 @@ class LinearAttention(nn.Module):
         mean_k = self.split_heads(k.mean(dim=(1, 2), keepdim=True))  # (B, heads, 1, head_dim)
         normalizer = (q_heads * mean_k).sum(dim=-1, keepdim=True) + NORMALIZER_EPS  # (B, heads, N, 1)
 
-        # 1 / N is shared out over the rotary table of k and the small product, so that float16 sums do not overflow.
+        # Half of 1 / N goes into k's rotary table, half into the small product, so that float16 sums do not overflow.
         scale = num_tokens**-0.5
         q_rotated = self.split_heads(rotate_pairs(q, cos, sin))  # (B, heads, N, head_dim)
         k_rotated = self.split_heads(rotate_pairs(k, cos * scale, sin * scale))  # (B, heads, N, head_dim)

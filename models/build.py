@@ -1,10 +1,11 @@
-"""From a configuration to a model."""
+"""Build a model from a configuration."""
 
 from typing import Any
 
 from torch import nn
 from yacs.config import CfgNode
 
+from models.kernels.fused_modules import use_kernels
 from models.kernels.scan import use_scan_kernels
 from models.mlla import MLLA
 from models.unified.block import Switches
@@ -14,11 +15,11 @@ KNOWN_CLASSES = {"digits": 10, "imagenet": 1000, "folder": 1000}
 
 
 def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
-    """Make the model that MODEL.* describes, with fresh weights; with TRAIN.FREEZE only its classifier learns.
+    """Build the model that MODEL.* describes, with initial weights; with TRAIN.FREEZE only its classifier learns.
 
     Args:
         config: the whole configuration.
-        num_classes: classes of the data set; without it MODEL.NUM_CLASSES, or else 10 for digits, 1000 for others.
+        num_classes: classes of the dataset; by default MODEL.NUM_CLASSES, or else 10 for digits and 1000 for others.
 
     Raises:
         ValueError: sizes that do not fit each other, or an unknown MODEL.TYPE.
@@ -34,12 +35,13 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
 
 
 def build_mlla(config: CfgNode, num_classes: int) -> MLLA:
-    sizes = mlla_sizes(config)
-    return MLLA(img_size=config.DATA.IMG_SIZE, num_classes=num_classes, **sizes)
+    model = MLLA(img_size=config.DATA.IMG_SIZE, num_classes=num_classes, **mlla_sizes(config))
+    use_kernels(model, config.MODEL.KERNELS)
+    return model
 
 
 def mlla_sizes(config: CfgNode) -> dict[str, Any]:
-    """What a classifier and a dense backbone have in common, as keywords of either."""
+    """Return the keywords that the classifier and the dense backbone share."""
     sizes = config.MODEL.MLLA
     return {
         "patch_size": sizes.PATCH_SIZE,
@@ -53,7 +55,6 @@ def mlla_sizes(config: CfgNode) -> dict[str, Any]:
         "drop_rate": config.MODEL.DROP_RATE,
         "drop_path_rate": config.MODEL.DROP_PATH_RATE,
         "use_checkpoint": config.TRAIN.USE_CHECKPOINT,
-        "kernels": config.MODEL.KERNELS,
     }
 
 
@@ -91,5 +92,5 @@ def build_linear_vit(config: CfgNode, num_classes: int) -> LinearViT:
 
 
 def input_channels(config: CfgNode) -> int:
-    """Channels of the images that the model of this configuration takes."""
+    """Return the channels of the images that the model of this configuration takes."""
     return config.MODEL[config.MODEL.TYPE.upper()].IN_CHANS

@@ -1,26 +1,120 @@
-"""What timm expects of a model beside its forward pass: classifier, maps, pruning, layers, pretrained weights."""
+"""timm's interface of the models beside the forward pass: classifier, maps, pruning, layers, pretrained weights."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from timm.layers import SelectAdaptivePool2d
 from timm.models import clean_state_dict, load_pretrained, load_state_dict
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from models.classifier import PyramidClassifier
-from models.layers import DERIVED_KEY_SUFFIX
-
+POOLINGS = ("avg", "max", "avgmax", "catavgmax", "")
 FORMATS = ("NCHW", "NHWC")
-# Where weights are kept in files of this project, of the official code and of timm; an average goes first.
+# The official classifier stores rotary tables for its one image size; here they follow from the grid.
+DERIVED_KEY_SUFFIX = "attn.rope.rotations"
+# Where files of this project, of the official code and of timm keep weights; EMA weights go first.
 WEIGHT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 MAX_NAMES_SHOWN = 3
 
 
-class TimmInterface(PyramidClassifier):
-    """The part of a classifier that timm's tools call, beyond what all classifiers here have.
+class PyramidClassifier(nn.Module):
+    """Base of classifiers with a patch embedding, `layers` of stages and a `norm`, which they set themselves.
 
-    The stages give their blocks' output and the next stage's tokens; the model has `embed(images)` and sets `in_chans`.
+    They call `make_classifier` and define the forward pass.
+    """
+
+    layers: nn.ModuleList
+    global_pool: SelectAdaptivePool2d
+    head: nn.Module
+    num_classes: int
+    num_features: int
+    is_backbone_frozen = False
+
+    def make_classifier(self, num_classes: int, global_pool: str = "avg", **factory: Any) -> None:
+        """Set `global_pool`, `head` and `head_hidden_size`, the width of the head's input.
+
+        Raises:
+            ValueError: an unknown pooling.
+        """
+        if global_pool not in POOLINGS:
+            raise ValueError(f"global_pool {global_pool!r}: known are {', '.join(map(repr, POOLINGS))}")
+        self.num_classes = num_classes
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool), input_fmt="NHWC")
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.head = nn.Linear(self.head_hidden_size, num_classes, **factory) if num_classes else nn.Identity()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return timm's description of the layers from stem to head: one per block, or with `coarse` per stage.
+
+        A downsampling belongs to the block before it, the final norm to the last block.
+        """
+        joins_previous = (99999,)  # timm's mark of a part that joins the previous layer
+        blocks = [(r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^layers\.(\d+)\.downsample", joins_previous)]
+        return {
+            "stem": r"^patch_embed|^absolute_pos_embed",
+            "blocks": r"^layers\.(\d+)" if coarse else [*blocks, (r"^norm", joins_previous)],
+        }
+
+    def freeze_backbone(self) -> None:
+        """Train only the classifier from now on.
+
+        All other parts take no gradient and stay in evaluation mode whatever `train` says, so that batch norm
+        statistics do not move and nothing is dropped.
+
+        Raises:
+            ValueError: there is no classifier.
+        """
+        if not self.num_classes:
+            raise ValueError("only a model with a classifier can have its backbone frozen; num_classes is 0")
+        self.requires_grad_(False)
+        self.head.requires_grad_(True)
+        self.is_backbone_frozen = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "PyramidClassifier":
+        super().train(mode)
+        if self.is_backbone_frozen:
+            for child in self.children():
+                child.train(mode and child is self.head)
+        return self
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass, or stop doing so."""
+        for stage in self.layers:
+            stage.use_checkpoint = enable  # type: ignore[assignment]
+
+    def get_classifier(self) -> nn.Module:
+        """Return the linear layer from features to classes."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a newly initialized one on the model's device, in its dtype and mode.
+
+        Args:
+            num_classes: width of the new classifier; 0 for none.
+            global_pool: how tokens become one vector: avg, max, avgmax, catavgmax, or "" to keep the map (then the
+                classifier returns logits (B, H, W, num_classes)); None keeps the present pooling.
+        """
+        example = next(self.parameters())
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        self.make_classifier(num_classes, pool, device=example.device, dtype=example.dtype)
+        self.global_pool.train(self.training)
+        self.head.apply(init_weights).train(self.training)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initialize linear layers: weights truncated normal (std 0.02), biases 0; all others keep PyTorch's defaults."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class TimmInterface(PyramidClassifier):
+    """Methods that timm's tools call, beyond those of `PyramidClassifier`.
+
+    Stages return their blocks' output and the next stage's tokens; the model has `embed(images)` and sets `in_chans`.
     """
 
     output_fmt = "NHWC"  # of forward_features
@@ -30,19 +124,19 @@ class TimmInterface(PyramidClassifier):
     pretrained_cfg: dict[str, Any]  # set by timm
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters with two or more dimensions that are not decayed all the same."""
+        """Return names of parameters with two or more dimensions that take no weight decay."""
         return {"absolute_pos_embed"}
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
-        """Width, stride and place of each stage's map."""
+        """Width, stride and module name of each stage's map."""
         return [
             {"num_chs": stage.dim, "reduction": 4 * 2**i, "module": f"layers.{i}.blocks.{len(stage.blocks) - 1}"}
             for i, stage in enumerate(self.layers)
         ]
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to the first stage's tokens (B, H / 4, W / 4, C)."""
+        """Map images (B, in_chans, H, W) to the first stage's tokens (B, H / 4, W / 4, C)."""
         raise NotImplementedError
 
     def forward_intermediates(
@@ -54,19 +148,19 @@ class TimmInterface(PyramidClassifier):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The stages' maps, before downsampling.
+        """Return the stages' maps before downsampling.
 
         Args:
             x: images (B, in_chans, H, W).
-            indices: which stages; None: all, a number: the last so many, negative ones count from the end.
-            norm: put the last stage's map through the final norm, which fits no other.
-            stop_early: leave out the stages after the last one that is asked for.
-            output_fmt: NCHW or NHWC, of the maps.
-            intermediates_only: give the maps alone.
+            indices: stages; None for all, a number n for the last n; negative indices count from the end.
+            norm: apply the final norm to the last stage's map; it fits no other.
+            stop_early: skip the stages after the last requested one.
+            output_fmt: format of the maps, NCHW or NHWC.
+            intermediates_only: return the maps alone.
 
         Returns:
-            Maps (B, C, H, W) or (B, H, W, C), after the final tokens (B, H, W, C) unless intermediates_only; these are
-            normalized if the last stage was reached.
+            (final tokens (B, H, W, C), maps), or maps if intermediates_only; each map is (B, C, H, W) or (B, H, W, C).
+            The final tokens are normalized if the last stage was reached.
 
         Raises:
             ValueError: an unknown format.
@@ -92,12 +186,12 @@ class TimmInterface(PyramidClassifier):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the stages' maps do not need; what is left runs, and its features end at the last kept stage.
+        """Remove the parts that the wanted maps do not need; the model still runs, up to its last kept stage.
 
         Args:
-            indices: which stages' maps are wanted, as in `forward_intermediates`.
-            prune_norm: remove the final norm, which goes anyway if the last stage does.
-            prune_head: remove the classifier and pooling, which go anyway if the last stage does.
+            indices: stages whose maps are wanted, as in `forward_intermediates`.
+            prune_norm: remove the final norm, even if the last stage is kept.
+            prune_head: remove classifier and pooling, even if the last stage is kept.
 
         Returns:
             The wanted stages, counted from 0.
@@ -114,10 +208,10 @@ class TimmInterface(PyramidClassifier):
         return taken
 
     def load_pretrained(self, path: str | Path) -> None:
-        """Load a file that timm has downloaded, fitted to in_chans; a classifier of another width starts fresh.
+        """Load a file that timm downloaded, fitted to in_chans; a classifier of another width is re-initialized.
 
         Raises:
-            ValueError: not a file of weights, or not of this model.
+            ValueError: the file cannot be read as weights, or they are of another model.
         """
         try:
             weights = load_state_dict(str(path))
@@ -136,13 +230,15 @@ class TimmInterface(PyramidClassifier):
 
 
 def checkpoint_filter_fn(content: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """The weights in what a file holds: of this project, the official code or timm, also as the average's, or bare.
+    """Return the weights in a file's content: of this project, the official code or timm, also EMA or bare ones.
 
     Raises:
-        ValueError: they are another model's.
+        ValueError: the weights are of another model.
     """
-    found = next((content[key] for key in WEIGHT_KEYS if isinstance(content.get(key), dict)), content)
-    weights = {name: value for name, value in clean_state_dict(found).items() if not name.endswith(DERIVED_KEY_SUFFIX)}
+    weights = next((content[key] for key in WEIGHT_KEYS if isinstance(content.get(key), dict)), content)
+    weights = {
+        name: value for name, value in clean_state_dict(weights).items() if not name.endswith(DERIVED_KEY_SUFFIX)
+    }
     own = {name for name in model.state_dict() if not name.startswith("head.")}
     missing, unknown = sorted(own - set(weights)), sorted(set(weights) - own - {"head.weight", "head.bias"})
     if missing or unknown:

@@ -1,4 +1,4 @@
-"""MLLA-T, -S and -B: their sizes, what the paper reports of them, and their registration in timm."""
+"""MLLA-T, -S and -B: their sizes, their profiles in the paper, and their registration in timm."""
 
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from timm.models import (
 )
 from torch import nn
 
+from models.kernels.fused_modules import use_kernels
 from models.layers import Downsample, Stem
 from models.mlla import MLLA, MLLABlock
 from models.rope import position_tables
@@ -22,7 +23,7 @@ from models.timm_interface import checkpoint_filter_fn
 
 
 class PaperProfile(NamedTuple):
-    """What the paper prints for a model at 224x224: millions of parameters and GMACs ("FLOPs")."""
+    """The paper's millions of parameters and GMACs ("FLOPs") of a model at 224x224."""
 
     parameters_m: float
     gmacs: float
@@ -34,7 +35,7 @@ MLLA_PROFILES = {
     "mlla_base": PaperProfile(96, 16.2),
 }
 
-# The released ImageNet-1K classifiers. Their URLs end in no file name: timm keeps each under the one beside it.
+# The released ImageNet-1K classifiers; timm stores each under the file name beside its URL, which has none.
 RELEASED = {
     "tiny": ("https://cloud.tsinghua.edu.cn/f/7a19712877cb4242889c/?dl=1", "mlla-t_b28db327.pth"),
     "small": ("https://cloud.tsinghua.edu.cn/f/0e5d0b1409d540aaa80c/?dl=1", "mlla-s_904aa273.pth"),
@@ -48,7 +49,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def pretrained_cfg(size: str) -> dict[str, Any]:
-    """timm's description of a released classifier: where its weights are, and how its images are prepared."""
+    """Return timm's description of a released classifier: where its weights are, and how to prepare its images."""
     return {
         "url": RELEASED[size],
         "custom_load": True,  # by MLLA.load_pretrained
@@ -62,19 +63,19 @@ def pretrained_cfg(size: str) -> dict[str, Any]:
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.conv1.conv",
         "classifier": "head",
-        "license": "other",  # we know of no license that the released files state
+        "license": "other",  # the released files state none
         "origin_url": "https://github.com/LeapLabTHU/MLLA",
         "paper_ids": "arXiv:2405.16605",
         "paper_name": "Demystify Mamba in Vision: A Linear Attention Perspective",
     }
 
 
-# MILA is what the paper's last version calls MLLA.
+# The last version of the paper calls MLLA MILA.
 default_cfgs = generate_default_cfgs(
     {f"{family}_{size}.in1k": pretrained_cfg(size) for family in ("mlla", "mila") for size in SIZES}
 )
 
-# To torch.fx these are single operations, since what they do depends on sizes, devices and dtypes.
+# torch.fx takes these as single operations, since what they do depends on sizes, devices and dtypes.
 for module in (Stem, MLLABlock, Downsample):
     register_notrace_module(module)
 register_notrace_function(position_tables)
@@ -86,12 +87,20 @@ def create_variant(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    kernels: str = "auto",
     **kwargs: Any,
 ) -> nn.Module:
-    """timm.create_model's work for one of the names here; `kwargs` are timm's, and over the model's sizes `MLLA`'s.
+    """Make the model of one of these names as timm.create_model does.
+
+    Args:
+        name: such as mlla_tiny.
+        pretrained: load the released weights.
+        device, dtype: of the parameters.
+        kernels: "auto" (Triton kernels where they can run), "triton" or "torch", see `use_kernels`.
+        kwargs: keywords of timm, and of `MLLA`, which override the model's sizes.
 
     Raises:
-        ValueError: timm is asked for a scriptable model; these can be traced and exported, but not scripted.
+        ValueError: timm asks for a scriptable model; these can be traced and exported, but not scripted.
     """
     if is_scriptable():
         raise ValueError(
@@ -108,40 +117,40 @@ def create_variant(
             feature_cfg={"out_indices": tuple(range(len(kwargs["depths"]))), "feature_cls": "getter"},
             **kwargs,
         )
-    return model if dtype is None else model.to(dtype)
+    return use_kernels(model if dtype is None else model.to(dtype), kernels)
 
 
 @register_model
 def mlla_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """MLLA-T: 24.4 M parameters, 4.1 GMACs at 224x224. Keywords are those of `MLLA`."""
+    """MLLA-T: 24.4 M parameters, 4.1 GMACs at 224x224. Keywords are those of `create_variant` and `MLLA`."""
     return create_variant("mlla_tiny", pretrained, **kwargs)
 
 
 @register_model
 def mlla_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """MLLA-S: 43.0 M parameters, 7.2 GMACs at 224x224. Keywords are those of `MLLA`."""
+    """MLLA-S: 43.0 M parameters, 7.2 GMACs at 224x224. Keywords are those of `create_variant` and `MLLA`."""
     return create_variant("mlla_small", pretrained, **kwargs)
 
 
 @register_model
 def mlla_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """MLLA-B: 96.0 M parameters, 16.1 GMACs at 224x224. Keywords are those of `MLLA`."""
+    """MLLA-B: 96.0 M parameters, 16.1 GMACs at 224x224. Keywords are those of `create_variant` and `MLLA`."""
     return create_variant("mlla_base", pretrained, **kwargs)
 
 
 @register_model
 def mila_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """mlla_tiny under the name of the paper's last version."""
+    """mlla_tiny under its name in the paper's last version."""
     return create_variant("mila_tiny", pretrained, **kwargs)
 
 
 @register_model
 def mila_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """mlla_small under the name of the paper's last version."""
+    """mlla_small under its name in the paper's last version."""
     return create_variant("mila_small", pretrained, **kwargs)
 
 
 @register_model
 def mila_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """mlla_base under the name of the paper's last version."""
+    """mlla_base under its name in the paper's last version."""
     return create_variant("mila_base", pretrained, **kwargs)

@@ -1,84 +1,119 @@
-"""Whether the Triton kernels take a tensor; nothing here needs Triton to be installed."""
+"""Whether a Triton kernel computes a tensor, or eager PyTorch; imports no Triton."""
 
 import logging
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
+MODES = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_WIDTH = 1024  # channels that one program normalizes
-HEAD_WIDTHS = (16, 32, 64, 128)
-GRIDS = (7, 14)  # up to these many rows, and beyond, grids are cut into tiles of other sizes
+HEAD_DIMS = (16, 32, 64, 128)
+# Grids of up to so many rows share their tiles; the self-test takes the number of rows beside it for them.
+GRID_CLASSES = ((7, 6), (14, 12))
+LARGE_GRID_ROWS = 17
 
 logger = logging.getLogger("mlla")
 
 
-def takes(
-    choice: str,
+class KernelsUnavailableError(ValueError):
+    """MODEL.KERNELS is triton, and the kernels cannot compute the model."""
+
+
+def supports(
+    mode: str,
     x: Tensor,
     kernel: str,
     *,
     channels: int,
-    head_width: int = 32,
+    head_dim: int = 32,
     norm: nn.Module | None = None,
     dtype: torch.dtype | None = None,
+    unsupported_parts: Callable[[], str] | None = None,
 ) -> bool:
-    """Whether a kernel computes tokens x (B, H, W, C), or images (B, C, H, W), for a MODEL.KERNELS of `choice`.
+    """Return whether a kernel computes tokens x (B, H, W, C), or images (B, C, H, W).
 
-    "auto" asks the kernel first to do a small problem right, forward and backward, once for each width and dtype.
-    `channels` is the width that the kernel sees: C, or a hidden layer's; `dtype` what it computes in, if that
-    is not x's.
+    Args:
+        mode: MODEL.KERNELS. "auto" trusts a kernel that passed its self-test, which runs here where set-up ran none.
+        x: the input.
+        kernel: its name.
+        channels: the width that the kernel sees: C, or that of a hidden layer.
+        head_dim: channels of an attention head.
+        norm: the normalization that the kernel replaces.
+        dtype: what the kernel computes in; None for that of x.
+        unsupported_parts: returns why the parts of the module are not those that the kernel computes, or "".
 
     Raises:
-        ValueError: `choice` is "triton" and it cannot.
+        KernelsUnavailableError: `mode` is "triton" and the kernel cannot compute this.
     """
-    if choice == "torch" or x.device.type == "meta":
+    if mode == "torch" or x.device.type == "meta":
         return False
     dtype = dtype or x.dtype
-    reason = missing_triton(x.device.type) or unsupported_reason(dtype, channels, head_width, norm)
+    reason = missing_triton(x.device.type) or unsupported_reason(dtype, channels, head_dim, norm)
     if not reason and x.shape[0] == 0:
         return False  # there is nothing to compute
-    if not reason and choice == "auto":
-        rows = 6 if x.shape[1] <= GRIDS[0] else 12 if x.shape[1] <= GRIDS[1] else 17
-        reason = failed_trial(kernel, x.device, dtype, channels, head_width, rows)
-    return not reason or fall_back(choice, reason)
+    if not reason and unsupported_parts is not None:
+        reason = unsupported_parts()
+    if not reason and mode == "auto":
+        reason = failed_self_test(kernel, x.device, dtype, channels, head_dim, self_test_rows(x.shape[1]))
+    return not reason or fall_back(mode, reason)
 
 
-def fall_back(choice: str, reason: str) -> bool:
-    """False, and the reason in the log.
+def fall_back(mode: str, reason: str) -> bool:
+    """Log the reason once and return False.
 
     Raises:
-        ValueError: `choice` is "triton".
+        KernelsUnavailableError: `mode` is "triton".
     """
-    if choice == "triton":
-        raise ValueError(f"MODEL.KERNELS triton: {reason}; use auto or torch")
-    say_once(reason)
+    if mode == "triton":
+        raise KernelsUnavailableError(f"MODEL.KERNELS triton: {reason}; use auto or torch")
+    log_fallback(reason)
     return False
 
 
-def unsupported_reason(dtype: torch.dtype, channels: int, head_width: int, norm: nn.Module | None) -> str:
-    """Why the kernels do not know such tokens, or an empty string."""
+def unsupported_reason(dtype: torch.dtype, channels: int, head_dim: int, norm: nn.Module | None) -> str:
+    """Return why the kernels do not support such tokens, or an empty string."""
     if dtype not in DTYPES:
-        return f"they know no {dtype}"
-    if norm is not None and channels > LARGEST_WIDTH:
+        return f"the kernels do not support {dtype}"
+    if head_dim not in HEAD_DIMS:
+        return f"heads of {head_dim} channels; the kernels support {', '.join(map(str, HEAD_DIMS))}"
+    if norm is None:
+        return ""
+    if channels > LARGEST_WIDTH:
         return f"{channels} channels are more than {LARGEST_WIDTH}"
-    if head_width not in HEAD_WIDTHS:
-        return f"heads of {head_width} channels; they know {', '.join(map(str, HEAD_WIDTHS))}"
-    if norm is not None and type(norm) is not nn.LayerNorm:
-        return f"they know LayerNorm, not {type(norm).__name__}"
-    if norm is not None and (norm.weight is None or norm.bias is None):
-        return "they know no LayerNorm without weight and bias"
+    if type(norm) is not nn.LayerNorm:
+        return f"the kernels support LayerNorm, not {type(norm).__name__}"
+    if norm.weight is None or norm.bias is None:
+        return "the kernels do not support LayerNorm without weight and bias"
     return ""
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a layer computes x: its own, or that of autocast."""
+    kind = x.device.type
+    is_cast = x.dtype in DTYPES and kind in ("cuda", "cpu") and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if is_cast else x.dtype
+
+
+def self_test_rows(rows: int) -> int:
+    """Return how many rows of tokens the self-test takes for grids of `rows` rows."""
+    return next((tested for most, tested in GRID_CLASSES if rows <= most), LARGE_GRID_ROWS)
 
 
 @torch.compiler.assume_constant_result
 def missing_triton(device_type: str) -> str:
-    """Why the kernels cannot run on this kind of device, or an empty string."""
+    """Return why no kernel can run on this kind of device, or an empty string."""
+    return find_missing_triton(device_type)
+
+
+@lru_cache
+def find_missing_triton(device_type: str) -> str:
     if device_type != "cuda" or not torch.cuda.is_available():
         return f"there is no Triton for the device {device_type}"
     if torch.version.hip is not None:
-        return "they were written for NVIDIA's GPUs"
+        return "the kernels were written for NVIDIA GPUs"
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -87,29 +122,20 @@ def missing_triton(device_type: str) -> str:
 
 
 @torch.compiler.assume_constant_result
-def failed_trial(
-    kernel: str, device: torch.device, dtype: torch.dtype, channels: int, head_width: int, rows: int
+def failed_self_test(
+    kernel: str, device: torch.device, dtype: torch.dtype, channels: int, head_dim: int, rows: int
 ) -> str:
-    """Why a kernel is not to be trusted here, or an empty string; found out once."""
-    return remembered_trial(kernel, device, dtype, int(channels), int(head_width), rows)
-
-
-@lru_cache
-def remembered_trial(
-    kernel: str, device: torch.device, dtype: torch.dtype, channels: int, head_width: int, rows: int
-) -> str:
+    """Return why a kernel is not to be trusted for this problem, or an empty string."""
     from models.kernels import self_test
 
-    return self_test.run(
-        kernel, device, dtype, channels, head_width, rows=rows, batch=self_test.full_batch(device, channels)
-    )
+    return self_test.verdict(kernel, device, dtype, int(channels), int(head_dim), int(rows))
 
 
 @torch.compiler.assume_constant_result
-def say_once(reason: str) -> None:
-    remember_and_say(reason)
+def log_fallback(reason: str) -> None:
+    log_fallback_once(reason)
 
 
 @lru_cache
-def remember_and_say(reason: str) -> None:
-    logger.info("plain PyTorch instead of Triton kernels: %s", reason)
+def log_fallback_once(reason: str) -> None:
+    logger.info("Triton kernels: falls back to eager PyTorch: %s", reason)

@@ -1,6 +1,12 @@
-"""The block of MLLA as its kernels compute it: in training, and in inference. What it is can be read in `MLLABlock`."""
+"""The modules of MLLA whose forward pass Triton kernels compute, and `use_kernels`, which puts them into a model.
 
-from typing import TYPE_CHECKING, Any, cast
+Each is a subclass that overrides `forward` only, so names in the state_dict, isinstance, deepcopy and pickle are those
+of the eager module. A kernel reads the weights of a module's parts instead of calling them. Whether these are the
+original parts, without hooks, is examined at the first call after fusing and whenever one of them has changed.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,150 +15,330 @@ from torch import Tensor, nn
 
 from models.attention import LinearAttention
 from models.kernels import dispatch
-from models.kernels.matmul import linear_gelu
-from models.layers import AddedLinear, TokenConv, computed_dtype, has_hooks, ops, segments
+from models.kernels.dispatch import compute_dtype
+from models.layers import ConvLayer, DepthwiseConv, Downsample, DropPath, Stem, TokenConv, pad_to_multiple
+from models.mlla import MLLABlock
 
-if TYPE_CHECKING:
-    from models.mlla import MLLABlock
-
+RGB, WIDEST_STEM = 3, 128  # channels of the images that the stem's kernel reads, and at most of its outputs
 WIDEST_FUSED_MLP = 128  # beyond, the matrix products are too large to keep a hidden layer in registers
 UNKNOWN_MIXER = "a part of the block was replaced or has hooks, and must be called"
-UNKNOWN_MLP = "they know no MLP with dropout (MODEL.DROP_RATE), with hooks, or with parts that were replaced"
+UNKNOWN_MLP = "the kernels support no MLP with dropout (MODEL.DROP_RATE), with hooks, or with replaced parts"
 
 
-def takes(block: "MLLABlock", x: Tensor, kernel: str) -> bool:
-    """Whether the kernels take tokens x (B, H, W, C) through "mixer" or "mlp_branch", the block's halves, or "mlp"."""
-    attention = block.attn
-    needs: dict[str, dict[str, Any]] = {
-        "mixer": {"norm": block.norm1, "head_width": attention.dim // attention.num_heads},
-        "mlp_branch": {"norm": block.norm2},
-        "mlp": {},
-    }
-    return dispatch.takes(block.kernels, x, kernel, channels=attention.dim, dtype=computed_dtype(x), **needs[kernel])
+def ops() -> Any:
+    """Return the kernels' operators; imported where they are used, since they need Triton."""
+    from models.kernels import ops
+
+    return ops
 
 
-def drops_out(block: "MLLABlock") -> bool:
-    """Whether there is dropout in the MLP, which the kernels do not know."""
-    return block.mlp.drop1.training and block.mlp.drop1.p > 0
+def autograd() -> Any:
+    """Return the autograd functions of the kernels."""
+    from models.kernels import autograd
+
+    return autograd
 
 
-def are(kind: type[nn.Module], *modules: nn.Module) -> bool:
-    """Whether modules are of just this type and without hooks: kernels read their weights and do not call them."""
-    return all(type(module) is kind and not has_hooks(module) for module in modules)
+class Parts(NamedTuple):
+    """Parts of a module that a kernel reads or leaves out, and what they must be for it to compute the same."""
+
+    types: tuple[tuple[nn.Module, type[nn.Module]], ...]
+    has_bias: tuple[tuple[nn.Module, bool], ...] = ()
+    settings: tuple[tuple[nn.Module, str, object], ...] = ()
+
+    def are_original(self) -> bool:
+        """Return whether no part was replaced, parametrized or hooked."""
+        return (
+            all(type(part) is kind and not has_hooks(part) for part, kind in self.types)
+            and all((part.bias is not None) is has_bias for part, has_bias in self.has_bias)
+            and all(getattr(part, name) == value for part, name, value in self.settings)
+        )
 
 
-def has_original_mixer(block: "MLLABlock") -> bool:
-    """Whether the parts of the block's first half are those it was made of: none replaced, parametrized or hooked."""
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether calling the module does more than compute; kernels, which read weights, would leave that out."""
+    forward, backward = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
+    return bool(forward or backward or module._backward_pre_hooks)
+
+
+class Snapshot:
+    """The verdict on a module's parts, and what it rests on: it holds until one of these has changed."""
+
+    def __init__(self, owner: nn.Module, parts: Parts) -> None:
+        self.are_original = parts.are_original()
+        self.modules = [part for part, _ in parts.types]
+        self.types = [type(part) for part in self.modules]
+        self.children_of = [module._modules for module in (owner, *self.modules) if module._modules]
+        self.children = [list(children.values()) for children in self.children_of]
+        self.parameters = [(part._parameters, "bias") for part, _ in parts.has_bias]
+        self.lacks = [parameters.get(name) is None for parameters, name in self.parameters]
+        self.settings = [(part.__dict__, name) for part, name, _ in parts.settings]
+        self.values = [settings.get(name) for settings, name in self.settings]
+        self.hooks = [
+            hooks
+            for part in self.modules
+            for hooks in (
+                part._forward_hooks,
+                part._forward_pre_hooks,
+                part._backward_hooks,
+                part._backward_pre_hooks,
+            )
+        ]
+        self.has_hooks = any(self.hooks)
+
+    def is_current(self) -> bool:
+        """Return whether nothing has changed; called in every forward pass, so it compares identities only."""
+        return (
+            any(self.hooks) is self.has_hooks
+            and list(map(type, self.modules)) == self.types
+            and [list(children.values()) for children in self.children_of] == self.children
+            and [parameters.get(name) is None for parameters, name in self.parameters] == self.lacks
+            and [settings.get(name) for settings, name in self.settings] == self.values
+        )
+
+
+class FusedModule(nn.Module):
+    """Base of the modules that kernels compute; `kernels` is "auto" or "triton"."""
+
+    kernels: str
+    snapshots: dict[Callable[[Any], Parts], Snapshot]
+
+    def has_original(self, find_parts: Callable[[Any], Parts]) -> bool:
+        """Return whether the parts that `find_parts` lists are original; remembered until one of them changes."""
+        if torch.compiler.is_compiling():
+            return find_parts(self).are_original()
+        snapshot = self.snapshots.get(find_parts)
+        if snapshot is None or not snapshot.is_current():
+            snapshot = Snapshot(self, find_parts(self))
+            self.snapshots = {**self.snapshots, find_parts: snapshot}  # a new one: replicas share the old dictionary
+        return snapshot.are_original
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "snapshots": {}}  # of copies and files: they have parts of their own
+
+
+def mixer_parts(block: MLLABlock) -> Parts:
+    """List the parts of a block's first half, around attention."""
     attention = block.attn
     linears = block.in_proj, block.act_proj, block.out_proj
-    return (
-        are(nn.Linear, *linears, attention.qk)
-        and all(linear.bias is not None for linear in linears)
-        and are(TokenConv, block.cpe1, block.dwc, attention.lepe)
-        and are(nn.LayerNorm, block.norm1)
-        and are(LinearAttention, attention)
+    convs = block.cpe1, block.dwc, attention.lepe
+    return Parts(
+        (
+            *((linear, nn.Linear) for linear in (*linears, attention.qk)),
+            *((conv, TokenConv) for conv in convs),
+            (block.norm1, nn.LayerNorm),
+            (attention, LinearAttention),
+            (block.drop_path, DropPath),
+        ),
+        has_bias=tuple((part, True) for part in (*linears, *convs)),
     )
 
 
-def has_original_mlp(block: "MLLABlock") -> bool:
-    """The same of its second half."""
+def mlp_parts(block: MLLABlock) -> Parts:
+    """List the parts of a block's second half."""
     mlp = block.mlp
-    return (
-        are(TokenConv, block.cpe2)
-        and are(nn.LayerNorm, block.norm2)
-        and are(Mlp, mlp)
-        and are(nn.Linear, mlp.fc1, mlp.fc2)
-        and are(nn.GELU, mlp.act)
-        and mlp.act.approximate == "none"
-        and are(nn.Dropout, mlp.drop1, mlp.drop2)
-        and are(nn.Identity, mlp.norm)
+    return Parts(
+        (
+            *((block.cpe2, TokenConv), (block.norm2, nn.LayerNorm), (block.drop_path, DropPath), (mlp, Mlp)),
+            *((mlp.fc1, nn.Linear), (mlp.act, nn.GELU), (mlp.norm, nn.Identity), (mlp.fc2, nn.Linear)),
+            *((mlp.drop1, nn.Dropout), (mlp.drop2, nn.Dropout)),
+        ),
+        has_bias=((block.cpe2, True), (mlp.fc1, True), (mlp.fc2, True)),
+        settings=((mlp.act, "approximate", "none"),),
     )
 
 
-def can_train(block: "MLLABlock", x: Tensor) -> bool:
-    """Whether `train` computes the block for tokens x (B, H, W, C), with a gradient."""
-    if not (torch.is_grad_enabled() and takes(block, x, "mixer")):
-        return False
-    return has_original_mixer(block) or dispatch.fall_back(block.kernels, UNKNOWN_MIXER)
+class FusedMLLABlock(FusedModule, MLLABlock):
+    """A block of which kernels compute both halves, or the one whose parts are original."""
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        x = self.fused_mixer(x, rotary) if self.supports("mixer", x) else self.mix_tokens(x, rotary)
+        return self.fused_mlp(x) if self.supports("mlp_branch", x) else self.mix_channels(x)
+
+    def supports(self, kernel: str, x: Tensor) -> bool:
+        """Return whether kernels compute a half of the block, "mixer" or "mlp_branch", for tokens x (B, H, W, C)."""
+        return block_supports(self, kernel, x, self.unsupported_mixer if kernel == "mixer" else self.unsupported_mlp)
+
+    def unsupported_mixer(self) -> str:
+        return "" if self.has_original(mixer_parts) else UNKNOWN_MIXER
+
+    def unsupported_mlp(self) -> str:
+        drops_out = self.mlp.drop1.training and self.mlp.drop1.p > 0
+        return UNKNOWN_MLP if drops_out or not self.has_original(mlp_parts) else ""
+
+    def fused_mixer(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Compute `mix_tokens`, in autocast's dtype where there is autocast."""
+        x = x.to(compute_dtype(x))
+        norm, attention = cast("nn.LayerNorm", self.norm1), self.attn
+        if torch.is_grad_enabled() or self.training:
+            return autograd().Mixer.apply(
+                *(x, *rotary, self.drop_path.draw(x), attention.num_heads, norm.eps),
+                *(self.cpe1.weight, self.cpe1.bias, norm.weight, norm.bias),
+                *(self.in_proj.weight, self.in_proj.bias, self.act_proj.weight, self.act_proj.bias),
+                *(self.dwc.weight, self.dwc.bias, attention.qk.weight, attention.qk.bias),
+                *(attention.lepe.weight, attention.lepe.bias, self.out_proj.weight, self.out_proj.bias),
+            )
+        x, y = conv_norm(x, self.cpe1, norm)
+        gated = fused_attention(attention, conv_silu(self.in_proj(y), self.dwc), self.act_proj(y), rotary)
+        return x + self.out_proj(gated)
+
+    def fused_mlp(self, x: Tensor) -> Tensor:
+        """Compute `mix_channels`, in autocast's dtype where there is autocast."""
+        x = x.to(compute_dtype(x))
+        norm, fc1, fc2 = cast("nn.LayerNorm", self.norm2), cast("nn.Linear", self.mlp.fc1), self.mlp.fc2
+        if torch.is_grad_enabled() or self.training:
+            return autograd().MlpBranch.apply(
+                *(x, self.drop_path.draw(x), norm.eps, self.cpe2.weight, self.cpe2.bias, norm.weight, norm.bias),
+                *(fc1.weight, fc1.bias, fc2.weight, fc2.bias),
+            )
+        x, y = conv_norm(x, self.cpe2, norm)
+        if self.attn.dim <= WIDEST_FUSED_MLP and block_supports(self, "mlp", x):
+            return ops().mlp(y, fc1.weight, fc1.bias, fc2.weight, fc2.bias, x)
+        return x + fc2(ops().gelu(fc1(y)))
 
 
-def train(block: "MLLABlock", x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """The block for tokens x (B, H, W, C), in autocast's dtype where there is autocast."""
-    x = x.to(computed_dtype(x))
-    norm, attention = cast("nn.LayerNorm", block.norm1), block.attn
-    x = segments().Mixer.apply(
-        *(x, *rotary, block.drop_path.draw(x), attention.num_heads, norm.eps),
-        *(block.cpe1.weight, block.cpe1.bias, norm.weight, norm.bias),
-        *(block.in_proj.weight, block.in_proj.bias, block.act_proj.weight, block.act_proj.bias),
-        *(block.dwc.weight, block.dwc.bias, attention.qk.weight, attention.qk.bias),
-        *(attention.lepe.weight, attention.lepe.bias, block.out_proj.weight, block.out_proj.bias),
+def block_supports(block: Any, kernel: str, x: Tensor, unsupported_parts: Callable[[], str] | None = None) -> bool:
+    """Return whether a kernel computes tokens x (B, H, W, C) of a block, which has the names of `MLLABlock`."""
+    attention, needs = block.attn, {}
+    if kernel == "mixer":
+        needs = {"norm": block.norm1, "head_dim": attention.dim // attention.num_heads}
+    elif kernel == "mlp_branch":
+        needs = {"norm": block.norm2}
+    return dispatch.supports(
+        *(block.kernels, x, kernel),
+        channels=attention.dim,
+        dtype=compute_dtype(x),
+        unsupported_parts=unsupported_parts,
+        **needs,
     )
-    mlp, norm = block.mlp, cast("nn.LayerNorm", block.norm2)
-    fc1, fc2 = cast("nn.Linear", mlp.fc1), cast("nn.Linear", mlp.fc2)
-    is_known = has_original_mlp(block) and not drops_out(block)
-    if not (takes(block, x, "mlp_branch") and (is_known or dispatch.fall_back(block.kernels, UNKNOWN_MLP))):
-        return block.add_mlp(x)
-    return segments().MlpBranch.apply(
-        *(x, block.drop_path.draw(x), norm.eps, block.cpe2.weight, block.cpe2.bias, norm.weight, norm.bias),
-        *(fc1.weight, fc1.bias, fc2.weight, fc2.bias),
+
+
+def conv_norm(
+    x: Tensor, conv: TokenConv, norm: nn.LayerNorm, later_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return x + conv(x) and its norm, both (B, H, W, C); `later_bias` is added to the first after taking the norm."""
+    return ops().conv_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, later_bias)
+
+
+def conv_silu(x: Tensor, conv: TokenConv) -> Tensor:
+    """Return SiLU(conv(x)), (B, H, W, C), without gradient."""
+    return ops().conv_silu(x, conv.weight, conv.bias, False)[0]
+
+
+def fused_attention(attention: LinearAttention, v: Tensor, gate: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Compute `LinearAttention.forward` without gradient; of q and k only their projection reaches memory."""
+    lepe = attention.lepe
+    inputs = attention.qk(v), v, gate, lepe.weight, lepe.bias, *rotary
+    return ops().linear_attention(*inputs, attention.num_heads, False)[0]
+
+
+def conv_settings(conv: nn.Conv2d, kernel_size: int, groups: int) -> tuple[tuple[nn.Module, str, object], ...]:
+    """List what the kernels take for granted of a convolution: stride 2 where it has a window, padded to keep size."""
+    stride = 2 if kernel_size > 1 else 1
+    values = {"kernel_size": kernel_size, "stride": stride, "padding": kernel_size // 2, "dilation": 1}
+    pairs: dict[str, object] = {name: (value, value) for name, value in values.items()}
+    return tuple((conv, name, value) for name, value in {**pairs, "groups": groups, "padding_mode": "zeros"}.items())
+
+
+def stem_parts(stem: Stem) -> Parts:
+    """List the parts of a stem that its kernel computes; norm and activation of the layer are called."""
+    layer, conv = stem.conv1, stem.conv1.conv
+    settings = (conv, "in_channels", RGB), *conv_settings(conv, kernel_size=3, groups=1)
+    return Parts(((layer, ConvLayer), (conv, nn.Conv2d)), has_bias=((conv, False),), settings=settings)
+
+
+class FusedStem(FusedModule, Stem):
+    """A stem whose first convolution is a kernel, which reads images of any strides and dtype."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = pad_to_multiple(images, 4)
+        layer, dtype = self.conv1, compute_dtype(x)
+        width = layer.conv.out_channels
+        is_known = width <= WIDEST_STEM and not needs_gradient(images) and self.has_original(stem_parts)
+        if not (is_known and dispatch.supports(self.kernels, x, "stem_conv", channels=width, dtype=dtype)):
+            return super().forward(images)
+        x = layer.act(layer.norm(ops().stem_conv(x, layer.conv.weight, dtype)))  # (B, E / 2, H / 2, W / 2)
+        x = x + self.conv2(x)
+        return self.conv3(x).permute(0, 2, 3, 1)  # (B, H / 4, W / 4, E)
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Return whether autograd will ask for a gradient of one of these."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def downsample_parts(downsample: Downsample) -> Parts:
+    """List the parts of a downsampling that its kernel computes; the norm of the last layer is called."""
+    widen, depthwise, narrow = layers_of(downsample)
+    types: list[tuple[nn.Module, type[nn.Module]]] = [(downsample.conv, nn.Sequential)]
+    for layer, conv in ((widen, nn.Conv2d), (depthwise, DepthwiseConv), (narrow, nn.Conv2d)):
+        types += [(layer, ConvLayer), (layer.conv, conv)]
+    for layer in (widen, depthwise):
+        types += [(layer.norm, nn.Identity), (layer.act, nn.ReLU)]
+    return Parts(
+        (*types, (narrow.act, nn.Identity)),
+        has_bias=tuple((layer.conv, True) for layer in (widen, depthwise, narrow)),
+        settings=(
+            *conv_settings(widen.conv, kernel_size=1, groups=1),
+            *conv_settings(depthwise.conv, kernel_size=3, groups=widen.conv.out_channels),
+            *conv_settings(narrow.conv, kernel_size=1, groups=1),
+        ),
     )
 
 
-def is_prepared(block: "MLLABlock") -> bool:
-    """Whether the block comes from `prepare_for_inference`: its in_proj holds both products of its input."""
-    return isinstance(block.act_proj, nn.Identity)
+def layers_of(downsample: Downsample) -> tuple[ConvLayer, ConvLayer, ConvLayer]:
+    widen, depthwise, narrow = (cast("ConvLayer", layer) for layer in downsample.conv)
+    return widen, depthwise, narrow
 
 
-def can_infer(block: "MLLABlock", x: Tensor) -> bool:
-    """Whether `infer` computes the block for tokens x (B, H, W, C), without gradient."""
-    if is_prepared(block):
-        return True
-    if torch.is_grad_enabled() or block.training or drops_out(block):
-        return False
-    if not (takes(block, x, "mixer") or takes(block, x, "mlp_branch")):
-        return False
-    is_known = has_original_mixer(block) and has_original_mlp(block)
-    return is_known or dispatch.fall_back(block.kernels, UNKNOWN_MIXER)
+class FusedDownsample(FusedModule, Downsample):
+    """A downsampling whose wide tokens kernels compute."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        dtype = compute_dtype(tokens)
+        widen, depthwise, narrow = layers_of(self)
+        width = widen.conv.out_channels
+        if not (
+            self.has_original(downsample_parts)
+            and dispatch.supports(self.kernels, tokens, "wide_conv", channels=width, dtype=dtype)
+        ):
+            return super().forward(tokens)
+        x = pad_to_multiple(tokens.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1).to(dtype)  # (B, H, W, C), both even
+        x = autograd().WideConv.apply(
+            *(x, widen.conv.weight.flatten(1), widen.conv.bias, depthwise.conv.weight, depthwise.conv.bias)
+        )  # (B, H / 2, W / 2, 8 C)
+        x = F.linear(x, narrow.conv.weight.flatten(1), narrow.conv.bias)  # (B, H / 2, W / 2, 2 C)
+        return narrow.norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-@torch.no_grad()
-def infer(block: "MLLABlock", x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """The block without gradient for tokens x (B, H, W, C), by those kernels that take them, prepared or not."""
-    mixes = takes(block, x, "mixer")
-    x = x.to(computed_dtype(x)) if mixes else x
-    x, y = conv_norm(x, block.cpe1, block.norm1, is_fused=mixes)
-    if is_prepared(block):
-        inner, gate = block.in_proj(y).chunk(2, dim=-1)
-    else:
-        inner, gate = block.in_proj(y), block.act_proj(y)
-    v = ops().conv_silu(inner, block.dwc.weight, block.dwc.bias, False)[0] if mixes else F.silu(block.dwc(inner))
-    gated = block.attn(v, gate, rotary)
-    out_proj = block.out_proj
-    x = out_proj(x, gated) if isinstance(out_proj, AddedLinear) else x + out_proj(gated)
-    is_fused = takes(block, x, "mlp_branch")
-    x, y = conv_norm(x, block.cpe2, block.norm2, is_fused=is_fused)
-    if block.attn.dim <= WIDEST_FUSED_MLP and takes(block, x, "mlp"):
-        mlp = block.mlp
-        return ops().mlp(y.to(x.dtype), mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, x)
-    return infer_mlp(x, y, block.mlp, is_fused=is_fused)
+FUSED_TYPES: dict[type[nn.Module], type[FusedModule]] = {
+    MLLABlock: FusedMLLABlock,
+    Stem: FusedStem,
+    Downsample: FusedDownsample,
+}
+EAGER_TYPES = {fused: eager for eager, fused in FUSED_TYPES.items()}
 
 
-def conv_norm(x: Tensor, conv: TokenConv, norm: nn.Module, *, is_fused: bool) -> tuple[Tensor, Tensor]:
-    """x + conv(x) and its norm, both (B, H, W, C)."""
-    if is_fused:
-        norm = cast("nn.LayerNorm", norm)
-        return ops().conv_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, conv.later_bias)
-    x = x + conv(x)
-    return x if conv.later_bias is None else x + conv.later_bias.to(x.dtype), norm(x)
+def use_kernels(model: nn.Module, mode: str = "auto") -> nn.Module:
+    """Let Triton kernels compute the blocks, stem and downsamplings inside a model, in place, and return it.
 
+    Args:
+        model: an MLLA, or a network that holds one.
+        mode: "auto" uses kernels where they can run and have passed their self-test, "triton" raises
+            KernelsUnavailableError in the forward pass where they cannot, and "torch" makes all modules eager again.
 
-def infer_mlp(x: Tensor, y: Tensor, mlp: Mlp, *, is_fused: bool) -> Tensor:
-    """x + mlp(y), (B, H, W, C)."""
-    is_added = isinstance(mlp.fc2, AddedLinear)
-    if is_added and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and mlp.fc1.weight.dtype == x.dtype:
-        # In the plain path autocast has left y, a norm's result, in float32.
-        hidden = linear_gelu(y.to(x.dtype), mlp.fc1.weight, mlp.fc1.bias)
-    else:
-        hidden = mlp.fc1(y)
-        hidden = ops().gelu(hidden) if is_fused else mlp.act(hidden)
-    return mlp.fc2(x, hidden) if is_added else x + mlp.fc2(hidden)
+    Raises:
+        ValueError: an unknown mode.
+    """
+    if mode not in dispatch.MODES:
+        raise ValueError(f"kernels {mode!r}: known are {', '.join(dispatch.MODES)}")
+    for module in model.modules():
+        eager = EAGER_TYPES.get(type(module), type(module))  # type: ignore[arg-type]
+        if eager in FUSED_TYPES:
+            for name in ("kernels", "snapshots"):
+                vars(module).pop(name, None)
+            module.__class__ = eager
+            if mode != "torch":
+                module.__class__ = FUSED_TYPES[eager]
+                vars(module).update(kernels=mode, snapshots={})
+    return model

@@ -4,60 +4,171 @@ from copy import deepcopy
 from typing import cast
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from models.kernels.fused_modules import WIDEST_FUSED_MLP, has_original_mixer, has_original_mlp
-from models.layers import AddedLinear, ConvLayer, TokenConv, has_hooks
+from models.kernels import dispatch
+from models.kernels.dispatch import compute_dtype
+from models.kernels.fused_modules import (
+    WIDEST_FUSED_MLP,
+    WIDEST_STEM,
+    block_supports,
+    conv_norm,
+    conv_silu,
+    fused_attention,
+    has_hooks,
+    mixer_parts,
+    mlp_parts,
+    needs_gradient,
+    ops,
+    stem_parts,
+)
+from models.kernels.matmul import add_linear, linear_gelu
+from models.layers import ConvLayer, Stem, TokenConv, pad_to_multiple
 from models.mlla import MLLABlock
 
 
 def prepare_for_inference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy in evaluation mode that computes the same with fewer passes over memory; it cannot be trained.
+    """Return a copy in evaluation mode that computes the same with fewer passes over memory; it cannot be trained.
 
-    What has hooks, and blocks in which parts were replaced, stay as they are.
+    Blocks and stems that have hooks, or in which parts were replaced, stay as they are.
 
     Args:
         model: an MLLA, or a network that holds one.
         dtype: of the weights of linear layers and convolutions; norms and the blocks' depthwise weights, which are
             small, stay as they are. Run it under autocast of this dtype; with float32 nothing is cast.
     """
-    model = deepcopy(model).eval().requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, ConvLayer) and can_fold(module):
-            module.conv = fuse_conv_bn_eval(module.conv, cast("nn.BatchNorm2d", module.norm))
-            module.norm = nn.Identity()
-        if isinstance(module, MLLABlock) and has_original_mixer(module) and has_original_mlp(module):
-            join_products(module)
+    model = prepared(deepcopy(model).eval().requires_grad_(False))
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and not isinstance(module, TokenConv):
             module.to(dtype)
     return model
 
 
-def can_fold(layer: ConvLayer) -> bool:
-    """Whether the layer's norm can go into its convolution: nothing in between is watched or replaced."""
+def prepared(module: nn.Module) -> nn.Module:
+    """Return the module with everything prepared inside of it, or an InferenceBlock or InferenceStem in its place."""
+    if isinstance(module, MLLABlock):
+        is_original = mixer_parts(module).are_original() and mlp_parts(module).are_original()
+        return InferenceBlock(module) if is_original and not has_hooks(module) else module
+    if isinstance(module, ConvLayer):
+        fold_norm(module)
+    takes_kernel = isinstance(module, Stem) and InferenceStem.replaces(module)
+    for name, child in module.named_children():
+        setattr(module, name, prepared(child))
+    return InferenceStem(cast("Stem", module)) if takes_kernel else module
+
+
+def fold_norm(layer: ConvLayer) -> None:
+    """Let the convolution take up the batch norm, unless one of them was replaced or has hooks."""
     conv, norm = layer.conv, layer.norm
-    return type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and not (has_hooks(conv) or has_hooks(norm))
+    if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and not (has_hooks(conv) or has_hooks(norm)):
+        layer.conv, layer.norm = fuse_conv_bn_eval(conv, norm), nn.Identity()
 
 
-def join_products(block: MLLABlock) -> None:
-    """One product for both projections of the block's input; sums with the residual inside of products.
+class InferenceStem(nn.Module):
+    """A stem of folded layers, whose first one is a kernel with bias and ReLU; images to tokens as `Stem`."""
 
-    cuBLAS adds either a bias or a tensor to a product: the bias is added beforehand, where that tensor is written.
+    is_region = True  # torch.compile makes one graph of it
+
+    def __init__(self, stem: Stem) -> None:
+        super().__init__()
+        self.kernels = getattr(stem, "kernels", "torch")
+        self.conv1, self.conv2, self.conv3 = stem.conv1, stem.conv2, stem.conv3
+        self.eval()
+
+    @staticmethod
+    def replaces(stem: Stem) -> bool:
+        """Return whether the first layer is the original one, so that the kernel computes it to its end."""
+        layer = stem.conv1
+        ends = type(layer.norm) is nn.BatchNorm2d and type(layer.act) is nn.ReLU
+        return ends and stem_parts(stem).are_original() and not any(map(has_hooks, (stem, layer.norm, layer.act)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = pad_to_multiple(images, 4)
+        conv, dtype = self.conv1.conv, compute_dtype(x)
+        width = conv.out_channels
+        is_known = width <= WIDEST_STEM and not needs_gradient(images)
+        if is_known and dispatch.supports(self.kernels, x, "stem_conv_relu", channels=width, dtype=dtype):
+            x = ops().stem_conv_relu(x, conv.weight, conv.bias, dtype)  # (B, E / 2, H / 2, W / 2)
+        else:
+            x = self.conv1(x.contiguous(memory_format=torch.channels_last))  # (B, E / 2, H / 2, W / 2)
+        x = x + self.conv2(x)
+        return self.conv3(x).permute(0, 2, 3, 1)  # (B, H / 4, W / 4, E)
+
+
+class InferenceBlock(nn.Module):
+    """A block with one product for both projections of its input, and sums with the residual inside of products.
+
+    cuBLAS adds either a bias or a tensor to a product, so a bias is added beforehand, where that tensor is written.
     """
-    in_proj, act_proj = block.in_proj, block.act_proj
-    both = nn.Linear(in_proj.in_features, in_proj.out_features + act_proj.out_features, device=in_proj.weight.device)
-    both.weight.data = torch.cat([in_proj.weight, act_proj.weight])
-    both.bias.data = torch.cat([in_proj.bias, act_proj.bias])
-    block.in_proj, block.act_proj = both.requires_grad_(False), nn.Identity()  # type: ignore[assignment]
-    block.out_proj = added_after(block.cpe1, block.out_proj)
-    if block.out_proj.out_features > WIDEST_FUSED_MLP:
-        block.mlp.fc2 = added_after(block.cpe2, cast("nn.Linear", block.mlp.fc2))
+
+    is_region = True  # torch.compile makes one graph of it
+    out_bias: Tensor
+    mlp_bias: Tensor | None
+
+    def __init__(self, block: MLLABlock) -> None:
+        super().__init__()
+        self.kernels = getattr(block, "kernels", "torch")
+        self.cpe1, self.norm1 = block.cpe1, cast("nn.LayerNorm", block.norm1)
+        self.in_proj = joined(block.in_proj, block.act_proj)
+        self.dwc, self.attn, self.out_proj = block.dwc, block.attn, without_bias(block.out_proj)
+        self.cpe2, self.norm2 = block.cpe2, cast("nn.LayerNorm", block.norm2)
+        self.fc1, self.act, fc2 = cast("nn.Linear", block.mlp.fc1), block.mlp.act, cast("nn.Linear", block.mlp.fc2)
+        self.adds_mlp = fc2.out_features > WIDEST_FUSED_MLP  # narrower MLPs are one kernel
+        self.fc2 = without_bias(fc2) if self.adds_mlp else fc2
+        # Buffers, so that they keep their dtype where those of the linear layers are cast.
+        self.register_buffer("out_bias", block.out_proj.bias.detach(), persistent=False)
+        self.register_buffer("mlp_bias", fc2.bias.detach() if self.adds_mlp else None, persistent=False)
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Map tokens x (B, H, W, C) to (B, H, W, C); `rotary` holds (cos, sin) of `position_tables`."""
+        return self.mix_channels(self.mix_tokens(x, rotary))
+
+    def mix_tokens(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Add the attention branch, (B, H, W, C) -> (B, H, W, C)."""
+        if block_supports(self, "mixer", x):
+            x, y = conv_norm(x.to(compute_dtype(x)), self.cpe1, self.norm1, self.out_bias)
+            inner, gate = self.in_proj(y).chunk(2, dim=-1)
+            gated = fused_attention(self.attn, conv_silu(inner, self.dwc), gate, rotary)
+        else:
+            x, y = eager_conv_norm(x, self.cpe1, self.norm1, self.out_bias)
+            inner, gate = self.in_proj(y).chunk(2, dim=-1)
+            gated = self.attn(F.silu(self.dwc(inner)), gate, rotary)
+        return add_linear(x, gated, self.out_proj.weight)
+
+    def mix_channels(self, x: Tensor) -> Tensor:
+        """Add the MLP branch, (B, H, W, C) -> (B, H, W, C)."""
+        fc1, fc2 = self.fc1, self.fc2
+        is_fused = block_supports(self, "mlp_branch", x)
+        x, y = (conv_norm if is_fused else eager_conv_norm)(x, self.cpe2, self.norm2, self.mlp_bias)
+        if not self.adds_mlp and block_supports(self, "mlp", x):
+            return ops().mlp(y.to(x.dtype), fc1.weight, fc1.bias, fc2.weight, fc2.bias, x)
+        if self.adds_mlp and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and fc1.weight.dtype == x.dtype:
+            hidden = linear_gelu(y.to(x.dtype), fc1.weight, fc1.bias)  # in eager mode autocast left y in float32
+        else:
+            hidden = ops().gelu(fc1(y)) if is_fused else self.act(fc1(y))
+        return add_linear(x, hidden, fc2.weight) if self.adds_mlp else x + fc2(hidden)
 
 
-def added_after(conv: TokenConv, proj: nn.Linear) -> AddedLinear:
-    added = AddedLinear(proj.in_features, proj.out_features, bias=False, device=proj.weight.device)
-    added.weight.data = proj.weight
-    conv.later_bias = proj.bias.detach()
-    return added.requires_grad_(False)
+def eager_conv_norm(x: Tensor, conv: TokenConv, norm: nn.Module, later_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return x + conv(x) and its norm, both (B, H, W, C); `later_bias` is added to the first after taking the norm."""
+    x = x + conv(x)
+    return x if later_bias is None else x + later_bias.to(x.dtype), norm(x)
+
+
+def joined(first: nn.Linear, second: nn.Linear) -> nn.Linear:
+    """Return one linear layer that gives the outputs of both, one after the other."""
+    both = nn.Linear(first.in_features, first.out_features + second.out_features, device=first.weight.device)
+    both.weight.data = torch.cat([first.weight, second.weight])
+    both.bias.data = torch.cat([first.bias, second.bias])
+    return both.requires_grad_(False)
+
+
+def without_bias(linear: nn.Linear) -> nn.Linear:
+    """Return a linear layer of the same weight without bias."""
+    bare = nn.Linear(linear.in_features, linear.out_features, bias=False, device=linear.weight.device)
+    bare.weight.data = linear.weight
+    return bare.requires_grad_(False)

@@ -1,31 +1,106 @@
-"""A small problem for each kernel, whose answer is compared with plain PyTorch in float64."""
+"""The kernels' self-test: each solves a small problem, forward and backward, and is compared with float64.
 
-from collections.abc import Callable
+A verdict counts for one kernel, device, dtype, width, head dim and class of grids. `run_self_test` obtains those that a
+model needs when it is set up; `dispatch` asks for one that is missing at the first call.
+"""
+
+from functools import cache
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from models.kernels import autograd, ops
-from models.rope import position_tables, rotate_pairs, spread_over_grid
+from models.kernels import dispatch
+from models.kernels.fused_modules import (
+    WIDEST_FUSED_MLP,
+    FusedDownsample,
+    FusedMLLABlock,
+    FusedModule,
+    FusedStem,
+    layers_of,
+)
+from models.kernels.inference import InferenceBlock, InferenceStem
+from models.mlla import MLLA
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the norm of each result
 COLUMNS = 6
 FULL_SIZE = 2**14 + 2**13  # images times channels that keep a GPU busy: kernels take the tiles that training takes
-EPS = 1e-5  # of the norms
 INFERENCE_ONLY = ("mlp", "stem_conv_relu")  # without gradient
-Outputs = tuple[Tensor, ...]
+Case = tuple[str, int, int, int]  # kernel, channels, head dim, rows of tokens
+
+
+def run_self_test(model: nn.Module, dtype: torch.dtype, image_size: int | tuple[int, int]) -> None:
+    """Test the kernels that a model uses, and log that they passed or what falls back to eager PyTorch.
+
+    Args:
+        model: a network on its device, after `use_kernels`; only its modules with kernels "auto" are of interest.
+        dtype: what it computes in, autocast's where there is autocast.
+        image_size: height and width of its images in pixels, or the side of square ones.
+    """
+    device = next(model.parameters()).device
+    cases = kernel_cases(model, image_size)
+    if not cases or device.type == "meta":
+        return
+    reason = dispatch.missing_triton(device.type) or ("" if dtype in dispatch.DTYPES else f"{dtype} is not supported")
+    reasons = {reason} if reason else {verdict(name, device, dtype, *sizes) for name, *sizes in cases}
+    for reason in sorted(filter(None, reasons)):
+        dispatch.log_fallback(reason)
+    if reasons == {""}:
+        names, widths = sorted({case[0] for case in cases}), sorted({case[1] for case in cases})
+        dispatch.logger.info(
+            "Triton kernels passed their self-test: %s; widths %s; %s",
+            *(", ".join(names), ", ".join(map(str, widths)), str(dtype).removeprefix("torch.")),
+        )
+
+
+def kernel_cases(model: nn.Module, image_size: int | tuple[int, int]) -> list[Case]:
+    """List what the kernels of the networks inside a model have to solve for images of this size, each case once."""
+    height = image_size if isinstance(image_size, int) else image_size[0]
+    cases: list[Case] = []
+    for network in model.modules():
+        if isinstance(network, MLLA):
+            cases += module_cases(network.patch_embed, network.in_chans)
+            rows = -(-height // 4)
+            for stage in network.stages:
+                for module in (*stage.blocks, stage.downsample):
+                    cases += module_cases(module, rows)
+                rows = -(-rows // 2)
+    return sorted(set(cases))
+
+
+def module_cases(module: nn.Module | None, rows: int) -> list[Case]:
+    """List the cases of one module whose input has so many rows (for a stem: channels, its second dimension)."""
+    fused = FusedModule | InferenceBlock | InferenceStem
+    if not isinstance(module, fused) or module.kernels != "auto":
+        return []
+    rows = dispatch.self_test_rows(rows)
+    if isinstance(module, FusedStem | InferenceStem):
+        kernel = "stem_conv" if isinstance(module, FusedStem) else "stem_conv_relu"
+        return [(kernel, module.conv1.conv.out_channels, 32, rows)]
+    if isinstance(module, FusedDownsample):
+        return [("wide_conv", layers_of(module)[0].conv.out_channels, 32, rows)]
+    assert isinstance(module, FusedMLLABlock | InferenceBlock)
+    attention = module.attn
+    kernels = ("mlp_branch", "mlp") if attention.dim <= WIDEST_FUSED_MLP else ("mlp_branch",)
+    mixer = ("mixer", attention.dim, attention.dim // attention.num_heads, rows)
+    return [mixer, *((kernel, attention.dim, 32, rows) for kernel in kernels)]
+
+
+@cache
+def verdict(kernel: str, device: torch.device, dtype: torch.dtype, channels: int, head_dim: int, rows: int) -> str:
+    """Return why a kernel is not to be trusted, or an empty string; the cache is the table of verdicts."""
+    return find_error(kernel, device, dtype, channels, head_dim, rows=rows, batch=full_batch(device, channels))
 
 
 def full_batch(device: torch.device, channels: int) -> int:
+    """Return the batch size of the self-test: on a GPU large enough for the tiles of training."""
     return max(2, FULL_SIZE // channels) if device.type == "cuda" else 2
 
 
-def run(
-    kernel: str, device: torch.device, dtype: torch.dtype, channels: int, head_width: int, *, rows: int, batch: int
+def find_error(
+    kernel: str, device: torch.device, dtype: torch.dtype, channels: int, head_dim: int, *, rows: int, batch: int
 ) -> str:
-    """What is wrong with a kernel at (batch, rows, 6, channels), forward or backward; an empty string if nothing is.
+    """Return what is wrong with a kernel at (batch, rows, 6, channels), forward or backward, or an empty string.
 
     It raises nothing but torch.OutOfMemoryError, and leaves the random number generators as they are.
     """
@@ -35,13 +110,14 @@ def run(
         torch.set_float32_matmul_precision("highest")  # TF32 is not the kernel's fault
         # A checkpoint around the block must not see what is saved here: hooks of our own hide it.
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-        plain = torch.autocast(device.type, enabled=False)
-        with _disable_current_modes(), torch.inference_mode(False), plain, hooks:
-            worst = largest_error(kernel, device, dtype, channels, head_width, rows=rows, batch=batch)
+        no_autocast = torch.autocast(device.type, enabled=False)
+        with _disable_current_modes(), torch.inference_mode(False), no_autocast, hooks:
+            worst = largest_error(kernel, device, dtype, channels, head_dim, rows=rows, batch=batch)
     except torch.OutOfMemoryError:  # not the kernel's fault
         raise
     except Exception as error:  # whatever a compiler may say
-        return f"the {kernel} kernel fails here, {type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
+        last_line = " ".join(str(error).strip().splitlines()[-1:])
+        return f"the {kernel} kernel fails here, {type(error).__name__}: {last_line}"
     finally:
         if precision is not None:
             torch.set_float32_matmul_precision(precision)
@@ -50,10 +126,10 @@ def run(
 
 
 def largest_error(
-    kernel: str, device: torch.device, dtype: torch.dtype, channels: int, head_width: int, *, rows: int, batch: int
+    kernel: str, device: torch.device, dtype: torch.dtype, channels: int, head_dim: int, *, rows: int, batch: int
 ) -> float:
-    """The worst of `relative_errors`."""
-    return max(relative_errors(kernel, device, dtype, channels, head_width, rows=rows, batch=batch))
+    """Return the largest of `relative_errors`."""
+    return max(relative_errors(kernel, device, dtype, channels, head_dim, rows=rows, batch=batch))
 
 
 def relative_errors(
@@ -61,137 +137,34 @@ def relative_errors(
     device: torch.device,
     dtype: torch.dtype,
     channels: int,
-    head_width: int,
+    head_dim: int,
     *,
     rows: int,
     batch: int,
     eager: bool = False,
 ) -> list[float]:
-    """Those of results and gradients, by norm; infinite where there is a NaN.
+    """Return the errors of results and gradients by norm, relative to float64; infinite where there is a NaN.
 
-    `eager`: not of the kernels, but of plain PyTorch under autocast of this dtype.
+    With `eager`, return those of eager PyTorch under autocast of this dtype instead of the kernel's.
     """
+    from models.kernels.problems import problem  # which needs Triton
+
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int, scale: float = 1.0, of: torch.dtype = dtype) -> Tensor:
         values = torch.randn(*shape, generator=generator, device=device) * scale
         return values.to(of).requires_grad_(kernel not in INFERENCE_ONLY)
 
-    fused, plain, inputs = problem(kernel, draw, (batch, rows, COLUMNS, channels), head_width)
+    fused, reference, inputs = problem(kernel, draw, (batch, rows, COLUMNS, channels), head_dim)
     doubled = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs]
     trained, doubled_trained = ([tensor for tensor in t if tensor.requires_grad] for t in (inputs, doubled))
     with torch.set_grad_enabled(bool(trained)):
         with torch.autocast(device.type, dtype, enabled=eager and dtype != torch.float32):
-            found = list((plain if eager else fused)(*inputs))
-        expected = list(plain(*doubled))
+            results = list((reference if eager else fused)(*inputs))
+        expected = list(reference(*doubled))
     if trained:
-        upstream = [torch.randn(o.shape, generator=generator, device=device).to(o.dtype) for o in found]
+        upstream = [torch.randn(o.shape, generator=generator, device=device).to(o.dtype) for o in results]
         expected += torch.autograd.grad(expected, doubled_trained, [u.double() for u in upstream])
-        found += torch.autograd.grad(found, trained, upstream)
-    errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
+        results += torch.autograd.grad(results, trained, upstream)
+    errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(results, expected, strict=True)]
     return [error if error == error else float("inf") for error in errors]
-
-
-def problem(
-    kernel: str, draw: Callable[..., Tensor], tokens: tuple[int, int, int, int], head_width: int
-) -> tuple[Callable[..., Outputs], Callable[..., Outputs], list[Tensor]]:
-    """(the kernels, the same in plain PyTorch, arguments of both)."""
-    batch, rows, columns, channels = tokens
-
-    def product(width: int, wide: int = channels) -> list[Tensor]:
-        return [draw(width, wide, scale=wide**-0.5, of=torch.float32), draw(width, of=torch.float32)]
-
-    def taps(width: int = channels) -> list[Tensor]:
-        return [draw(width, 1, 3, 3, scale=0.3, of=torch.float32), draw(width, of=torch.float32)]
-
-    def norm() -> list[Tensor]:
-        return [draw(channels, of=torch.float32), draw(channels, of=torch.float32)]
-
-    if kernel.startswith("stem_conv"):
-        inputs = [draw(batch, 3, 4 * rows, 4 * columns).detach(), draw(channels, 3, 3, 3, scale=0.2, of=torch.float32)]
-        inputs += [draw(channels, of=torch.float32)] if kernel == "stem_conv_relu" else []
-        return fused_stem, reference_stem, inputs
-    if kernel == "wide_conv":
-        narrow = max(1, channels // 8)
-        inputs = [draw(batch, rows + rows % 2, columns, narrow), *product(channels, narrow), *taps()]
-        return (lambda *a: (autograd.WideConv.apply(*a),)), reference_wide_conv, inputs
-    x = draw(*tokens)
-    if kernel == "mlp":
-        inputs = [x, *product(4 * channels), *product(channels, 4 * channels), draw(*tokens)]
-        return (lambda *a: (ops.mlp(*a),)), reference_mlp, inputs
-    scale = ((torch.arange(batch, device=x.device) + 1) % 3).view(-1, 1, 1, 1)  # of the branch, for each image
-    if kernel == "mlp_branch":
-        inputs = [x, *taps(), *norm(), *product(4 * channels), *product(channels, 4 * channels)]
-        return (
-            lambda x, *a: (autograd.MlpBranch.apply(x, scale.to(x.dtype), EPS, *a),),
-            lambda *a: (reference_mlp_branch(*a, scale=scale),),
-            inputs,
-        )
-    heads = channels // head_width
-    rotary = position_tables(rows, columns, channels, x.device)
-    inputs = [x, *taps(), *norm(), *product(channels), *product(channels), *taps(), *product(2 * channels)]
-    inputs += [*taps(), *product(channels)]
-    return (
-        lambda x, *a: (autograd.Mixer.apply(x, *rotary, scale.to(x.dtype), heads, EPS, *a),),
-        lambda *a: (reference_mixer(*a, scale=scale, rotary=rotary, heads=heads),),
-        inputs,
-    )
-
-
-def conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
-    x = x.permute(0, 3, 1, 2)  # (B, C, H, W)
-    return F.conv2d(x, weight, bias, stride, padding=1, groups=weight.shape[0]).permute(0, 2, 3, 1)  # (B, H, W, C)
-
-
-def reference_wide_conv(x: Tensor, widen: Tensor, widen_bias: Tensor, taps: Tensor, taps_bias: Tensor) -> Outputs:
-    return (F.relu(conv(F.relu(F.linear(x, widen, widen_bias)), taps, taps_bias, stride=2)),)
-
-
-def reference_mlp_branch(x: Tensor, *weights: Tensor, scale: Tensor) -> Tensor:
-    cpe, norm, widen, narrow = zip(weights[::2], weights[1::2], strict=True)
-    x = x + conv(x, *cpe)
-    return x + scale * F.linear(F.gelu(F.linear(layer_norm(x, *norm), *widen)), *narrow)
-
-
-def reference_mixer(x: Tensor, *weights: Tensor, scale: Tensor, rotary: tuple[Tensor, Tensor], heads: int) -> Tensor:
-    cpe, norm, inner, gate, dwc, qk, lepe, out = zip(weights[::2], weights[1::2], strict=True)
-    x = x + conv(x, *cpe)
-    y = layer_norm(x, *norm)
-    v = F.silu(conv(F.linear(y, *inner), *dwc))
-    attended = reference_attention(F.linear(v, *qk), v, rotary, heads) + conv(v, *lepe)
-    return x + scale * F.linear(attended * F.silu(F.linear(y, *gate)), *out)
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
-
-
-def reference_attention(qk: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], heads: int) -> Tensor:
-    _, height, width, channels = v.shape
-    cos, sin = (spread_over_grid(table, height, width).to(v.dtype) for table in rotary)  # (H, W, C / 2)
-
-    def split(x: Tensor) -> Tensor:
-        return x.flatten(1, 2).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, N, head_dim)
-
-    q, k = (F.elu(qk) + 1).split(channels, dim=-1)
-    weights = split(rotate_pairs(q, cos, sin)) @ split(rotate_pairs(k, cos, sin)).transpose(-2, -1)  # (B, heads, N, N)
-    normalizer = (split(q) @ split(k).transpose(-2, -1)).sum(dim=-1, keepdim=True)
-    return (weights / normalizer @ split(v)).transpose(1, 2).reshape(v.shape)  # (B, H, W, C)
-
-
-def reference_mlp(
-    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, residual: Tensor
-) -> Outputs:
-    return (residual + F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2),)
-
-
-def fused_stem(images: Tensor, weight: Tensor, *bias: Tensor) -> Outputs:
-    """Of images as a loader gives them, to be computed as autocast asks, and of others; ReLU where there is a bias."""
-    conv = ops.stem_conv_relu if bias else ops.stem_conv
-    loaded = images.float().contiguous(memory_format=torch.channels_last)
-    return conv(loaded, weight, *bias, images.dtype), conv(images, weight, *bias, images.dtype)
-
-
-def reference_stem(images: Tensor, weight: Tensor, *bias: Tensor) -> Outputs:
-    x = F.conv2d(images, weight, bias[0] if bias else None, stride=2, padding=1)
-    return (x.relu() if bias else x,) * 2  # (B, C, H / 2, W / 2) each

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.classifier import PyramidClassifier, init_weights
 from models.layers import pad_to_multiple
 from models.rope import rotary_tables
+from models.timm_interface import PyramidClassifier, init_weights
 from models.unified.block import Switches, UnifiedAttention, UnifiedBlock
 
 NOT_DECAYED = ("absolute_pos_embed", "A_log")
@@ -146,6 +146,9 @@ class LinearViT(PyramidClassifier):
         """Return the names of further parameters without weight decay: absolute position embeddings and A."""
         return {name for name, _ in self.named_parameters() if name.endswith(NOT_DECAYED)}
 
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> normalized tokens of the last stage, (B, H / 32, W / 32, num_features)."""
         x = pad_to_multiple(images, self.patch_size).contiguous(memory_format=torch.channels_last)
@@ -153,6 +156,11 @@ class LinearViT(PyramidClassifier):
         for stage in self.stages:
             x = stage(x)  # (B, H / 2, W / 2, 2 C), in the last stage (B, H, W, C)
         return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map tokens (B, H, W, C) to logits (B, num_classes), or if pre_logits to one vector (B, head_hidden_size)."""
+        x = self.global_pool(x)  # (B, C)
+        return x if pre_logits else self.head(x)
 
 
 def check_heads(stage: int, width: int, heads: int, switches: Switches) -> None:

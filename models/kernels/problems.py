@@ -1,0 +1,118 @@
+"""A small problem for each kernel: the kernel, its eager PyTorch reference, and the arguments of both."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.kernels import autograd, ops
+from models.rope import position_tables, rotate_pairs, spread_over_grid
+
+EPS = 1e-5  # of the norms
+Outputs = tuple[Tensor, ...]
+
+
+def problem(
+    kernel: str, draw: Callable[..., Tensor], tokens: tuple[int, int, int, int], head_dim: int
+) -> tuple[Callable[..., Outputs], Callable[..., Outputs], list[Tensor]]:
+    """Return (the kernel, the same in eager PyTorch, arguments of both) for tokens of a shape (B, H, W, C)."""
+    batch, rows, columns, channels = tokens
+
+    def product(width: int, wide: int = channels) -> list[Tensor]:
+        return [draw(width, wide, scale=wide**-0.5, of=torch.float32), draw(width, of=torch.float32)]
+
+    def taps(width: int = channels) -> list[Tensor]:
+        return [draw(width, 1, 3, 3, scale=0.3, of=torch.float32), draw(width, of=torch.float32)]
+
+    def norm() -> list[Tensor]:
+        return [draw(channels, of=torch.float32), draw(channels, of=torch.float32)]
+
+    if kernel.startswith("stem_conv"):
+        inputs = [draw(batch, 3, 4 * rows, 4 * columns).detach(), draw(channels, 3, 3, 3, scale=0.2, of=torch.float32)]
+        inputs += [draw(channels, of=torch.float32)] if kernel == "stem_conv_relu" else []
+        return fused_stem, reference_stem, inputs
+    if kernel == "wide_conv":
+        narrow = max(1, channels // 8)
+        inputs = [draw(batch, rows + rows % 2, columns, narrow), *product(channels, narrow), *taps()]
+        return (lambda *a: (autograd.WideConv.apply(*a),)), reference_wide_conv, inputs
+    x = draw(*tokens)
+    if kernel == "mlp":
+        inputs = [x, *product(4 * channels), *product(channels, 4 * channels), draw(*tokens)]
+        return (lambda *a: (ops.mlp(*a),)), reference_mlp, inputs
+    scale = ((torch.arange(batch, device=x.device) + 1) % 3).view(-1, 1, 1, 1)  # of the branch, for each image
+    if kernel == "mlp_branch":
+        inputs = [x, *taps(), *norm(), *product(4 * channels), *product(channels, 4 * channels)]
+        return (
+            lambda x, *a: (autograd.MlpBranch.apply(x, scale.to(x.dtype), EPS, *a),),
+            lambda *a: (reference_mlp_branch(*a, scale=scale),),
+            inputs,
+        )
+    heads = channels // head_dim
+    rotary = position_tables(rows, columns, channels, x.device)
+    inputs = [x, *taps(), *norm(), *product(channels), *product(channels), *taps(), *product(2 * channels)]
+    inputs += [*taps(), *product(channels)]
+    return (
+        lambda x, *a: (autograd.Mixer.apply(x, *rotary, scale.to(x.dtype), heads, EPS, *a),),
+        lambda *a: (reference_mixer(*a, scale=scale, rotary=rotary, heads=heads),),
+        inputs,
+    )
+
+
+def conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
+    x = x.permute(0, 3, 1, 2)  # (B, C, H, W)
+    return F.conv2d(x, weight, bias, stride, padding=1, groups=weight.shape[0]).permute(0, 2, 3, 1)  # (B, H, W, C)
+
+
+def reference_wide_conv(x: Tensor, widen: Tensor, widen_bias: Tensor, taps: Tensor, taps_bias: Tensor) -> Outputs:
+    return (F.relu(conv(F.relu(F.linear(x, widen, widen_bias)), taps, taps_bias, stride=2)),)
+
+
+def reference_mlp_branch(x: Tensor, *weights: Tensor, scale: Tensor) -> Tensor:
+    cpe, norm, widen, narrow = zip(weights[::2], weights[1::2], strict=True)
+    x = x + conv(x, *cpe)
+    return x + scale * F.linear(F.gelu(F.linear(layer_norm(x, *norm), *widen)), *narrow)
+
+
+def reference_mixer(x: Tensor, *weights: Tensor, scale: Tensor, rotary: tuple[Tensor, Tensor], heads: int) -> Tensor:
+    cpe, norm, inner, gate, dwc, qk, lepe, out = zip(weights[::2], weights[1::2], strict=True)
+    x = x + conv(x, *cpe)
+    y = layer_norm(x, *norm)
+    v = F.silu(conv(F.linear(y, *inner), *dwc))
+    attended = reference_attention(F.linear(v, *qk), v, rotary, heads) + conv(v, *lepe)
+    return x + scale * F.linear(attended * F.silu(F.linear(y, *gate)), *out)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
+
+
+def reference_attention(qk: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], heads: int) -> Tensor:
+    _, height, width, channels = v.shape
+    cos, sin = (spread_over_grid(table, height, width).to(v.dtype) for table in rotary)  # (H, W, C / 2)
+
+    def split(x: Tensor) -> Tensor:
+        return x.flatten(1, 2).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, N, head_dim)
+
+    q, k = (F.elu(qk) + 1).split(channels, dim=-1)
+    weights = split(rotate_pairs(q, cos, sin)) @ split(rotate_pairs(k, cos, sin)).transpose(-2, -1)  # (B, heads, N, N)
+    normalizer = (split(q) @ split(k).transpose(-2, -1)).sum(dim=-1, keepdim=True)
+    return (weights / normalizer @ split(v)).transpose(1, 2).reshape(v.shape)  # (B, H, W, C)
+
+
+def reference_mlp(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, residual: Tensor
+) -> Outputs:
+    return (residual + F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2),)
+
+
+def fused_stem(images: Tensor, weight: Tensor, *bias: Tensor) -> Outputs:
+    """Convolve images as a loader returns them, float32 and packed, and others; with ReLU where there is a bias."""
+    conv = ops.stem_conv_relu if bias else ops.stem_conv
+    loaded = images.float().contiguous(memory_format=torch.channels_last)
+    return conv(loaded, weight, *bias, images.dtype), conv(images, weight, *bias, images.dtype)
+
+
+def reference_stem(images: Tensor, weight: Tensor, *bias: Tensor) -> Outputs:
+    x = F.conv2d(images, weight, bias[0] if bias else None, stride=2, padding=1)
+    return (x.relu() if bias else x,) * 2  # (B, C, H / 2, W / 2) each
