@@ -4,6 +4,7 @@
 # make finetune           train on five digits, then on all ten at another size, from those weights and from scratch
 # make ablation           train all rows of the paper's tables 1 and 2 on digits, three seeds each; ABLATION='--epochs 50' for more
 # make test               lint, format, types and tests
+# make test-kernels       the tests of the Triton kernels: on a GPU, or on a CPU through Triton's interpreter
 # make test-oldest        the tests with the oldest torch, torchvision and timm that will do, in .venv-oldest
 # make soak               interrupt training many times; the results must be those of a run left alone (a quarter of an hour)
 # make bench-data         images a second that a core prepares, beside the plain pipeline
@@ -16,7 +17,7 @@ DEMO_RUN := $(DEMO_OUTPUT)/mlla_digits/default
 # One process for each GPU, two at most; two on a CPU.
 COUNT_PROCESSES := import torch; print(min(2, torch.cuda.device_count() or 2))
 
-.PHONY: demo demo-detection demo-segmentation finetune ablation test test-oldest lint soak bench-data clean
+.PHONY: demo demo-detection demo-segmentation finetune ablation test test-kernels test-oldest lint soak bench-data clean
 
 demo: .venv/installed
 	processes=$$($(BIN)/python -c '$(COUNT_PROCESSES)') && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
@@ -59,13 +60,22 @@ demo-detection: .venv/installed
 ablation: .venv/installed
 	$(BIN)/python -m models.ablation_study --output output/ablation $(ABLATION)
 
-TESTS := -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+# Triton's interpreter is chosen when Triton is imported, so the tests of the kernels are processes of their own.
+PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+TESTS := $(PYTEST) tests --ignore=tests/kernels
+KERNEL_TESTS := $(PYTEST) tests/kernels
+INTERPRETS := import torch; print(int(not torch.cuda.is_available()))
 
 test: lint
 	$(BIN)/python $(TESTS)
+	$(MAKE) test-kernels
+
+test-kernels: .venv/installed
+	TRITON_INTERPRET=$$($(BIN)/python -c '$(INTERPRETS)') $(BIN)/python $(KERNEL_TESTS)
 
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python $(TESTS)
+	TRITON_INTERPRET=$$(.venv-oldest/bin/python -c '$(INTERPRETS)') .venv-oldest/bin/python $(KERNEL_TESTS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -1,9 +1,8 @@
 """Build a model from a configuration."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from yacs.config import CfgNode
 
 from models.kernels.fused_modules import use_kernels
 from models.kernels.scan import use_scan_kernels
@@ -11,10 +10,13 @@ from models.mlla import MLLA
 from models.unified.block import Switches
 from models.unified.linear_vit import LinearViT
 
+if TYPE_CHECKING:
+    from yacs.config import CfgNode
+
 KNOWN_CLASSES = {"digits": 10, "imagenet": 1000, "folder": 1000}
 
 
-def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
+def build_model(config: "CfgNode", num_classes: int | None = None) -> nn.Module:
     """Build the model that MODEL.* describes, with initial weights; with TRAIN.FREEZE only its classifier learns.
 
     Args:
@@ -34,13 +36,13 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
     return model
 
 
-def build_mlla(config: CfgNode, num_classes: int) -> MLLA:
+def build_mlla(config: "CfgNode", num_classes: int) -> MLLA:
     model = MLLA(img_size=config.DATA.IMG_SIZE, num_classes=num_classes, **mlla_sizes(config))
     use_kernels(model, config.MODEL.KERNELS)
     return model
 
 
-def mlla_sizes(config: CfgNode) -> dict[str, Any]:
+def mlla_sizes(config: "CfgNode") -> dict[str, Any]:
     """Return the keywords that the classifier and the dense backbone share."""
     sizes = config.MODEL.MLLA
     return {
@@ -58,7 +60,7 @@ def mlla_sizes(config: CfgNode) -> dict[str, Any]:
     }
 
 
-def build_linear_vit(config: CfgNode, num_classes: int) -> LinearViT:
+def build_linear_vit(config: "CfgNode", num_classes: int) -> LinearViT:
     sizes = config.MODEL.LINEAR_VIT
     switches = Switches(
         input_gate=sizes.INPUT_GATE,
@@ -91,6 +93,6 @@ def build_linear_vit(config: CfgNode, num_classes: int) -> LinearViT:
     return model
 
 
-def input_channels(config: CfgNode) -> int:
+def input_channels(config: "CfgNode") -> int:
     """Return the channels of the images that the model of this configuration takes."""
     return config.MODEL[config.MODEL.TYPE.upper()].IN_CHANS

@@ -1,57 +1,130 @@
-"""The Triton kernels, in a process of their own: Triton decides when it is imported whether it interprets."""
+"""Which modules are fused, and what happens where kernels cannot run; without Triton."""
 
-from concurrent.futures import ThreadPoolExecutor
-from subprocess import CompletedProcess
+import copy
+import io
+import pickle
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from models import MLLA
+from models import MLLA, use_kernels
 from models.kernels import dispatch
-from tests.helpers import run_python
+from models.kernels.dispatch import KernelsUnavailableError
+from models.kernels.fused_modules import FusedDownsample, FusedMLLABlock, FusedStem
+from models.layers import Downsample, Stem
+from models.mlla import MLLABlock
 
-triton = pytest.importorskip("triton")
-
-
-def test_kernels_compute_what_plain_pytorch_does() -> None:
-    """On the GPU, or by Triton's interpreter: float64, golden numbers, operators' registration, the trial.
-
-    Two processes share the checks, as the interpreter is slow.
-    """
-    environment = {"CUDA_VISIBLE_DEVICES": "0"} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-
-    def run(worker: str) -> CompletedProcess[str]:
-        return run_python(f"tests/{worker}", timeout=290, **environment)
-
-    with ThreadPoolExecutor() as threads:
-        ends = list(threads.map(run, ("kernel_worker.py", "kernel_network_worker.py")))
-    for done in ends:
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert sum(done.stdout.count(" s\n") for done in ends) == 11
+SIZES = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 1), "num_classes": 4, "drop_path_rate": 0.0}
+IMAGES = torch.ones(1, 3, 24, 32)
 
 
-def test_plain_path_where_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eager_where_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = torch.zeros(1, 4, 4, 32)
-    said: list[str] = []
-    monkeypatch.setattr(dispatch.logger, "info", lambda words, *parts: said.append(words % parts))
-    dispatch.remember_and_say.cache_clear()
-    assert not any(dispatch.takes("auto", tokens, "mixer", channels=32) for _ in range(3))
-    assert not dispatch.takes("torch", tokens, "mixer", channels=32)
-    assert said == ["plain PyTorch instead of Triton kernels: there is no Triton for the device cpu"]
-    with pytest.raises(ValueError, match=r"MODEL\.KERNELS triton: there is no Triton for the device cpu; use auto"):
-        dispatch.takes("triton", tokens, "mixer", channels=32)
-    with pytest.raises(ValueError, match=r"MODEL\.KERNELS triton"):
-        MLLA(img_size=32, embed_dim=16, depths=(1,), num_heads=(1,), kernels="triton")(torch.zeros(1, 3, 32, 32))
+    lines: list[str] = []
+    monkeypatch.setattr(dispatch.logger, "info", lambda line, *parts: lines.append(line % parts))
+    dispatch.log_fallback_once.cache_clear()
+    assert not any(dispatch.supports("auto", tokens, "mixer", channels=32) for _ in range(3))
+    assert not dispatch.supports("torch", tokens, "mixer", channels=32)
+    assert lines == ["Triton kernels: falls back to eager PyTorch: there is no Triton for the device cpu"]
+    with pytest.raises(
+        KernelsUnavailableError, match=r"MODEL\.KERNELS triton: .* no Triton for the device cpu; use auto"
+    ):
+        dispatch.supports("triton", tokens, "mixer", channels=32)
+    with pytest.raises(KernelsUnavailableError, match=r"MODEL\.KERNELS triton"):
+        use_kernels(MLLA(**SIZES), "triton")(IMAGES)  # type: ignore[arg-type]
 
 
-def test_what_the_kernels_do_not_know() -> None:
+def test_unsupported_reasons() -> None:
     def reason(dtype: torch.dtype = torch.float32, width: int = 64, **options: object) -> str:
-        options = {"head_width": 32, "norm": None, **options}
+        options = {"head_dim": 32, "norm": None, **options}
         return dispatch.unsupported_reason(dtype, width, **options)  # type: ignore[arg-type]
 
     assert reason() == ""
     assert "float64" in reason(torch.float64)
-    assert "heads of 24 channels" in reason(head_width=24)
-    assert "1056 channels are more than 1024" in reason(width=1056, norm=torch.nn.LayerNorm(1056))
-    assert "without weight" in reason(norm=torch.nn.LayerNorm(64, bias=False))
-    assert "not BatchNorm2d" in reason(norm=torch.nn.BatchNorm2d(64))
+    assert "heads of 24 channels" in reason(head_dim=24)
+    assert "1056 channels are more than 1024" in reason(width=1056, norm=nn.LayerNorm(1056))
+    assert "without weight" in reason(norm=nn.LayerNorm(64, bias=False))
+    assert "not BatchNorm2d" in reason(norm=nn.BatchNorm2d(64))
+
+
+def kinds(model: nn.Module) -> list[type]:
+    return [type(module) for module in model.modules() if isinstance(module, MLLABlock | Stem | Downsample)]
+
+
+def test_use_kernels_changes_classes_and_nothing_else() -> None:
+    model = MLLA(**SIZES).eval()  # type: ignore[arg-type]
+    names, logits = list(model.state_dict()), model(IMAGES)
+    eager, fused = (
+        [Stem, MLLABlock, Downsample, MLLABlock],
+        [FusedStem, FusedMLLABlock, FusedDownsample, FusedMLLABlock],
+    )
+    assert kinds(model) == eager
+    assert use_kernels(model) is model
+    assert kinds(use_kernels(model)) == fused
+    assert list(model.state_dict()) == names
+    assert model(IMAGES).equal(logits)
+    attributes = {name for module in model.modules() for name in vars(module)}
+    assert kinds(use_kernels(model, "torch")) == eager
+    assert attributes - {name for module in model.modules() for name in vars(module)} == {"kernels", "snapshots"}
+    with pytest.raises(ValueError, match="kernels 'cuda': known are auto, triton, torch"):
+        use_kernels(model, "cuda")
+
+
+def test_subclasses_with_a_forward_pass_of_their_own_stay() -> None:
+    class Quiet(MLLABlock):
+        def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:  # noqa: ARG002
+            return x
+
+    block = Quiet(16, 1)
+    assert type(use_kernels(block)) is Quiet
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_are_fused_and_watch_their_own_parts(how: str, device: torch.device, trusted: None) -> None:  # noqa: ARG001
+    """What changes in the original does not concern a copy, as that of the EMA, nor the other way round."""
+    block: FusedMLLABlock = use_kernels(MLLABlock(16, 1)).eval().to(device)  # type: ignore[assignment]
+    assert block.unsupported_mixer() == ""
+    duplicate = {"deepcopy": copy.deepcopy, "pickle": lambda b: pickle.loads(pickle.dumps(b)), "torch.save": saved}[
+        how
+    ](block)
+    assert type(duplicate) is FusedMLLABlock
+    assert not duplicate.snapshots
+    block.norm1.register_forward_hook(lambda *_: None)
+    assert (block.unsupported_mixer() == "", duplicate.unsupported_mixer()) == (False, "")
+    duplicate.out_proj = nn.Linear(16, 16, bias=False)
+    assert duplicate.unsupported_mixer()
+
+
+def saved(block: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(block, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def test_parts_are_examined_again_only_when_one_has_changed() -> None:
+    block: FusedMLLABlock = use_kernels(MLLABlock(16, 1))  # type: ignore[assignment]
+
+    def snapshot() -> object:
+        block.unsupported_mixer()
+        return block.snapshots
+
+    first = snapshot()
+    block.double().train().float()
+    block.load_state_dict(block.state_dict(), assign=True)
+    assert snapshot() is first
+    handle = block.attn.qk.register_full_backward_hook(lambda *_: None)
+    assert snapshot() is not first
+    assert block.unsupported_mixer()
+    handle.remove()
+    assert not block.unsupported_mixer()
+    bias, block.out_proj.bias = block.out_proj.bias, None  # type: ignore[assignment]
+    assert block.unsupported_mixer()
+    block.out_proj.bias = bias
+    assert not block.unsupported_mixer()
+    nn.utils.parametrizations.weight_norm(block.in_proj)
+    assert block.unsupported_mixer()
+    assert not block.unsupported_mlp()
+    block.mlp.act.approximate = "tanh"
+    assert block.unsupported_mlp()

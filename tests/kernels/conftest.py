@@ -1,0 +1,26 @@
+"""The device of the kernel tests: a GPU, or a CPU with Triton's interpreter, chosen before Triton is imported."""
+
+import os
+
+import pytest
+import torch
+
+from models.kernels import dispatch
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A GPU, with exact float32 convolutions, or the CPU that plays one through the interpreter."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        monkeypatch.setattr(dispatch, "missing_triton", lambda device_type: "")  # noqa: ARG005
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU, or TRITON_INTERPRET=1 in an environment of its own: make test-kernels")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return torch.device("cuda")
+
+
+@pytest.fixture
+def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels whose self-test counts as passed, where running it is not the point."""
+    monkeypatch.setattr(dispatch, "failed_self_test", lambda *_: "")
