@@ -1,5 +1,6 @@
 """Maps of what models read and see, against their definitions; and the command that draws them."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,10 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "gated.pth"
 
 
-def test_pictures(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pictures(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("mlla"), "handlers", [])  # of commands that other tests have run
     images = []
     for i, size in enumerate([(50, 90), (64, 40)]):
         Image.new("RGB", size, (200, 30 * i, 5)).save(tmp_path / f"{i}.png")
