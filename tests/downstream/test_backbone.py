@@ -9,6 +9,7 @@ from downstream.backbone import MLLABackbone, TimmBackbone
 from models import MLLA
 from tests.helpers import GOLDEN, MICRO, fill_weights, random_values
 from utils.checkpoint.weights import load_pretrained
+from utils.config.errors import ConfigError
 
 
 def test_golden_dense() -> None:
@@ -64,6 +65,7 @@ def test_every_parameter_of_a_timm_backbone_has_a_gradient() -> None:
 @pytest.mark.parametrize(
     ("name", "message"), [("convnext_tinny", "did you mean convnext_tiny"), ("vit_tiny_patch16_224", "no maps at")]
 )
-def test_timm_models_that_will_not_do(name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_unsuitable_timm_models_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
         TimmBackbone(name)
+    assert caught.value.key == "MODEL.TYPE"

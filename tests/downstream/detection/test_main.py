@@ -258,6 +258,10 @@ def test_predict(run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     assert [category["name"] for category in written["categories"]] == ["circle", "square", "triangle", "star"]
     for annotation in written["annotations"]:
         assert annotation["segmentation"]["size"] == list(sizes[annotation["image_id"] - 1])
+    # The checkpoint's own configuration is the same.
+    assert predict.main([str(word) for word in [*paths, "--weights", checkpoint, "--output", tmp_path / "own"]]) == 0
+    own = json.loads((tmp_path / "own" / "predictions_1.json").read_text())
+    assert own["annotations"] == written["annotations"]
     with pytest.raises(SystemExit) as stop:
         predict.main([str(tmp_path / "none.jpg"), *map(str, words[2:])])
     assert stop.value.code == 2

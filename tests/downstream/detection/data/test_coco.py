@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from faster_coco_eval import mask as rle
 
+from data.errors import BrokenImageError, DataError
 from downstream.detection.data.coco import CocoImages, clipped_box, decode_mask
 from downstream.detection.data.shapes import run_lengths
+from utils.config.errors import MissingFileError
 
 SQUARE = [[2.0, 2.0, 12.0, 2.0, 12.0, 12.0, 2.0, 12.0]]
 
@@ -78,12 +80,14 @@ def test_small_images_are_not_trained_on(tmp_path: Path) -> None:
         ({"categories": [{"id": 3, "name": "cat"}]}, "annotation 0 has category_id 90, not listed"),
         ({"annotations": [item(99, 3, [2, 2, 9, 9])]}, "has image_id 99, not listed"),
         ({"annotations": [{**item(10, 3, [2, 2, 9, 9]), "segmentation": []}]}, "has no segmentation"),
+        ({"annotations": [item(10, 3, [2, 2, 9])]}, r"annotation None has bbox \[2, 2, 9\]; must be four numbers"),
+        ({"annotations": ["x"]}, "item 0 of annotations is not an object"),
         ({"annotations": []}, "no usable training images"),
     ],
 )
 def test_files_that_are_not_right(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = write(tmp_path, [item(10, 90, [2, 2, 10, 10])], **change)
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         open_images(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
@@ -91,15 +95,15 @@ def test_files_that_are_not_right(tmp_path: Path, change: dict[str, Any], messag
 
 def test_missing_files(tmp_path: Path) -> None:
     path = write(tmp_path, [item(10, 3, [2, 2, 10, 10]), item(20, 3, [2, 2, 10, 10])])
-    with pytest.raises(FileNotFoundError, match=r"b\.json: no such annotation file"):
+    with pytest.raises(MissingFileError, match=r"b\.json: no such annotation file"):
         open_images(tmp_path / "b.json")
-    with pytest.raises(FileNotFoundError, match=r"none: no such folder"):
+    with pytest.raises(MissingFileError, match=r"none: no such folder"):
         CocoImages(path, tmp_path / "none", for_training=True)
     (tmp_path / "images" / "1.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"1 of the 2 images .* are not there, such as 1\.png"):
+    with pytest.raises(MissingFileError, match=r"1 of the 2 images .* are not there, such as 1\.png"):
         open_images(path)
     path.write_text("{")
-    with pytest.raises(ValueError, match="is not a JSON file"):
+    with pytest.raises(DataError, match="is not a JSON file"):
         open_images(path)
 
 
@@ -107,11 +111,19 @@ def test_images_that_do_not_match(tmp_path: Path) -> None:
     path = write(tmp_path, [item(10, 3, [2, 2, 10, 10])])
     cv2.imwrite(str(tmp_path / "images" / "0.png"), np.zeros((60, 40, 3), dtype=np.uint8))
     images = open_images(path)
-    with pytest.raises(ValueError, match=r"0\.png: is 40x60 pixels, but .* says 60x40"):
+    with pytest.raises(DataError, match=r"0\.png: is 40x60 pixels, but .* says 60x40"):
         images.read_image(images[0])
     (tmp_path / "images" / "0.png").write_bytes(b"no image")
-    with pytest.raises(OSError, match="cannot be read as an image"):
+    with pytest.raises(BrokenImageError, match="cannot be read as an image"):
         images.read_image(images[0])
+
+
+def test_a_segmentation_that_cannot_be_decoded(tmp_path: Path) -> None:
+    broken = {"size": [40, 60], "counts": "~~~"}
+    images = open_images(write(tmp_path, [item(10, 3, [2, 2, 10, 10], segmentation=broken)]))
+    with pytest.raises(DataError, match=r"a\.json: image 10 has a segmentation that cannot be decoded") as caught:
+        images.read_masks(images[0])
+    assert "\n" not in str(caught.value)
 
 
 def test_colors_are_red_green_blue(tmp_path: Path) -> None:
