@@ -26,7 +26,7 @@ from data.decoding import decode_pillow
 from data.prefetch import Normalizer
 from data.transforms import EvalTransform, Transform
 from models import build_model
-from utils.checkpoint.download import LONG_NAMES
+from utils.checkpoint.download import released_name
 from utils.checkpoint.weights import classes_in, load_weights, read_state_dict
 from utils.checkpoint.weights_file import load_checkpoint
 from utils.config.command_line import Parser, at_least, report_user_errors
@@ -131,7 +131,7 @@ def released_weights(model: str) -> str:
         PredictionError: a model without released weights.
     """
     name = model.split(".")[0].replace("mila_", "mlla_")
-    if model and name.replace("_", "-") not in LONG_NAMES:
+    if model and not released_name(name):
         raise PredictionError(f"--model {model}: this project has no weights of it; name a file with --weights")
     return name
 

@@ -79,7 +79,7 @@ def test_registered_with_tags_and_weights() -> None:
 def test_links_and_file_names_are_those_of_the_training_code() -> None:
     """So that main.py --pretrained mlla-t and timm share one download."""
     for size, (url, name) in RELEASED.items():
-        assert url == download.RELEASED[f"mlla-{size[0]}"]
+        assert url == download.released_url(f"mlla-{size[0]}")
         assert name == download.cache_path(url, f"mlla-{size[0]}").name
 
 

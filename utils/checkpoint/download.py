@@ -13,19 +13,15 @@ from urllib.parse import unquote, urlsplit
 
 import torch
 from filelock import FileLock, Timeout
+from timm.models import get_pretrained_cfg
 from tqdm import tqdm
 
 from utils.config.errors import UserError
 from utils.logs.atomic_write import write_atomic
 from utils.logs.logger import logger
 
-# ImageNet-1K classifiers that the paper's authors released.
-RELEASED = {
-    "mlla-t": "https://cloud.tsinghua.edu.cn/f/7a19712877cb4242889c/?dl=1",
-    "mlla-s": "https://cloud.tsinghua.edu.cn/f/0e5d0b1409d540aaa80c/?dl=1",
-    "mlla-b": "https://cloud.tsinghua.edu.cn/f/91c85c5a1061496d8796/?dl=1",
-}
-LONG_NAMES = {"mlla-tiny": "mlla-t", "mlla-small": "mlla-s", "mlla-base": "mlla-b"}
+# Released ImageNet-1K classifiers by short name. `models` registers their URLs in timm.
+RELEASED = {"mlla-t": "mlla_tiny", "mlla-s": "mlla_small", "mlla-b": "mlla_base"}
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 30.0  # without an answer from the server
@@ -49,10 +45,9 @@ def local_file(source: str | Path) -> Path:
     Raises:
         DownloadError: the URL cannot be downloaded, or the checksum differs.
     """
-    name = str(source).lower().replace("_", "-")
-    name = LONG_NAMES.get(name, name)
-    if name in RELEASED and not Path(source).is_file():
-        return cached(RELEASED[name], sha256="", stem=name)
+    name = released_name(str(source))
+    if name and not Path(source).is_file():
+        return cached(released_url(name), sha256="", stem=name)
     parts = urlsplit(str(source))
     if parts.scheme not in ("http", "https", "file"):
         return Path(source)
@@ -68,6 +63,25 @@ def local_file(source: str | Path) -> Path:
             raise DownloadError(f"{path}: its sha256 is {checksum(path)}, not {sha256}: another or a damaged file")
         return path
     return cached(parts._replace(fragment="").geturl(), sha256=sha256)
+
+
+def released_name(source: str) -> str:
+    """Return the short name of released weights, such as mlla-t, for mlla_t, mlla-t or mlla_tiny; "" for others."""
+    name = source.lower().replace("_", "-")
+    return next((short for short, model in RELEASED.items() if name in (short, model.replace("_", "-"))), "")
+
+
+def released_url(name: str) -> str:
+    """Return the URL of released weights, by a key of `RELEASED`.
+
+    Raises:
+        DownloadError: the package `models` was not imported, so timm does not know the URL.
+    """
+    config = get_pretrained_cfg(RELEASED[name])
+    if config is None or not isinstance(config.url, tuple):
+        raise DownloadError(f"{name}: import models first, which registers the released weights in timm")
+    url, _ = config.url  # with the file name
+    return url
 
 
 def cache_folder() -> Path:

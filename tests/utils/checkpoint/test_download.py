@@ -16,8 +16,17 @@ from typing import Any
 import pytest
 import torch
 
+import models  # noqa: F401, registers the released weights in timm
 from tests.helpers import ROOT
-from utils.checkpoint.download import RELEASED, DownloadError, cache_path, checksum, download, local_file
+from utils.checkpoint.download import (
+    RELEASED,
+    DownloadError,
+    cache_path,
+    checksum,
+    download,
+    local_file,
+    released_url,
+)
 from utils.checkpoint.weights import read_weights
 
 CONTENT = bytes(range(256)) * 20_000  # 5 MB
@@ -200,10 +209,10 @@ def test_names_of_released_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("utils.checkpoint.download.download", pretend)
     paths = {name: local_file(name) for name in ("mlla-t", "mlla_t", "mlla_tiny", "MLLA-T", "mlla-s", "mlla_base")}
-    assert fetched == [RELEASED["mlla-t"], RELEASED["mlla-s"], RELEASED["mlla-b"]]
+    assert fetched == [released_url(name) for name in ("mlla-t", "mlla-s", "mlla-b")]
     assert len(set(paths.values())) == 3
     assert re.fullmatch(r"mlla-b_[0-9a-f]{8}\.pth", paths["mlla_base"].name)
-    assert local_file(RELEASED["mlla-t"]).name != local_file(RELEASED["mlla-s"]).name  # both end in /?dl=1
+    assert local_file(released_url("mlla-t")).name != local_file(released_url("mlla-s")).name  # both end in /?dl=1
     Path("mlla-t").write_bytes(b"my own")
     assert local_file("mlla-t") == Path("mlla-t")
     assert local_file("some/file.pth") == Path("some/file.pth")
@@ -211,7 +220,7 @@ def test_names_of_released_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_readme_has_the_same_links() -> None:
     text = (ROOT / "README.md").read_text()
-    assert all(url in text for url in RELEASED.values())
+    assert all(released_url(name) in text for name in RELEASED)
 
 
 def test_weights_over_the_network(server: Server) -> None:
@@ -242,3 +251,9 @@ def test_progress_bar_counts_bytes(server: Server, tmp_path: Path, capfd: pytest
     assert "5.12M/5.12M" in terminal.text
     download(f"{server.url}/w.pth", tmp_path / "v.pth")
     assert capfd.readouterr().err == ""
+
+
+def test_released_weights_need_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.checkpoint.download.get_pretrained_cfg", lambda _: None)
+    with pytest.raises(DownloadError, match="mlla-t: import models first"):
+        local_file("mlla_tiny")
