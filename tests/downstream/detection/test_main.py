@@ -75,7 +75,7 @@ def weights(output: Path, name: str) -> dict[str, torch.Tensor]:
     return torch.load(folder_of(output) / name)["model"]
 
 
-def test_what_a_run_leaves_behind_and_evaluating_it(run: Run, tmp_path: Path) -> None:
+def test_files_of_a_run_and_its_evaluation(run: Run, tmp_path: Path) -> None:
     code, out, err = run()
     assert code == 0, err
     folder = folder_of(tmp_path / "out")
@@ -120,7 +120,7 @@ def stopping_after(calls: int) -> Iterator[None]:
     raise RuntimeError("killed")
 
 
-def test_going_on_in_mid_epoch_gives_the_same_weights(
+def test_resuming_within_an_epoch_gives_the_same_weights(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where worker processes loaded the images of one part and not of the other."""
@@ -153,7 +153,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run: Run, monkeypatch: pytest.M
     assert "the loss or gradient is not finite in epoch 1, step 1" in out
 
 
-def test_two_processes_with_uneven_data(run: Run, shapes: Path, tmp_path: Path) -> None:
+def test_two_processes_evaluate_every_image_once(run: Run, shapes: Path, tmp_path: Path) -> None:
     """Nine training and five validation images: every validation image is judged once, as by one process."""
     pairs = [word for pair in {**SMALL, "TRAIN.EPOCHS": "1"}.items() for word in pair]
     flags = ["--cfg", CFG, "--data-path", shapes, "--output", tmp_path, "--opts", *pairs]
@@ -172,7 +172,7 @@ def test_two_processes_with_uneven_data(run: Run, shapes: Path, tmp_path: Path) 
     assert [r["score"] for r in again] == pytest.approx([r["score"] for r in found], abs=1e-5)
 
 
-def test_mistakes(run: Run, shapes: Path, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(run: Run, shapes: Path, tmp_path: Path) -> None:
     def refused(message: str, *words: Any, **opts: str) -> None:
         code, _, err = run(*words, **opts)
         assert code == 2
@@ -268,7 +268,7 @@ def test_predict(run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     assert "none.jpg: no such image file" in capfd.readouterr().err
 
 
-def test_names_of_categories() -> None:
+def test_category_names() -> None:
     coco = predict.categories_of(None, 80)
     assert (coco[0], coco[-1]) == ({"id": 1, "name": "person"}, {"id": 90, "name": "toothbrush"})
     assert predict.categories_of(["cat"], 1) == [{"id": 1, "name": "cat"}]

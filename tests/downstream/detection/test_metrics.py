@@ -80,7 +80,7 @@ BY_PYCOCOTOOLS = {
 }
 
 
-def test_all_figures_are_those_of_pycocotools(truth_and_results: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_all_metrics_match_pycocotools(truth_and_results: tuple[Path, list[dict[str, Any]]]) -> None:
     path, results = truth_and_results
     before = deepcopy(results)
     figures = CocoEvaluator(path).compute(results)
@@ -104,7 +104,7 @@ def test_evaluating_twice_gives_the_same(truth_and_results: tuple[Path, list[dic
     assert evaluator.compute(results) == evaluator.compute(results)
 
 
-def test_figures_by_class(truth_and_results: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_metrics_by_class(truth_and_results: tuple[Path, list[dict[str, Any]]]) -> None:
     """Against evaluating one category at a time; one without objects has none."""
     path, results = truth_and_results
     figures = CocoEvaluator(path).compute(results, per_class=True)
@@ -121,7 +121,7 @@ def test_figures_by_class(truth_and_results: tuple[Path, list[dict[str, Any]]]) 
     assert figures["box_AP/never there"] == -1
 
 
-def test_no_results_and_no_truth(truth_and_results: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+def test_without_results_or_objects(truth_and_results: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
     path, _ = truth_and_results
     assert CocoEvaluator(path).compute([])["box_AP"] == 0
     content = json.loads(path.read_text())
@@ -130,7 +130,7 @@ def test_no_results_and_no_truth(truth_and_results: tuple[Path, list[dict[str, A
     assert set(CocoEvaluator(tmp_path / "empty.json").compute([]).values()) == {-1.0}
 
 
-def test_detections_as_results(tmp_path: Path) -> None:
+def test_detections_convert_to_coco_results(tmp_path: Path) -> None:
     boxes = torch.tensor([[10.0, 20.0, 38.0, 48.0], [0.0, 0.0, 28.0, 56.0]])
     found = Detections(boxes, torch.tensor([0.9, 0.2]), torch.tensor([1, 0]), torch.ones(2, 28, 28))
     results = coco_results(found, image_id=7, size=(60, 80), category_ids=[3, 17])

@@ -20,7 +20,7 @@ CLASSES = ["background", "circle", "square", "triangle", "star", "cross"]
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small segmentor as a run's checkpoint holds it, with fresh weights."""
+    """A small segmentor as a run's checkpoint holds it, newly initialized."""
     folder = tmp_path_factory.mktemp("weights")
     config = small_config(folder, folder)
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def test_predict(
             assert picture.size == size[::-1]
 
 
-def test_predict_tells_mistakes_in_one_line(
+def test_mistakes_in_predict_are_one_line(
     weights: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wide, out = images / "wide.png", tmp_path / "out"
@@ -90,7 +90,7 @@ def test_predict_tells_mistakes_in_one_line(
         assert len(err.splitlines()) == 1
 
 
-def test_predict_takes_bare_weights_with_their_configuration(
+def test_predict_reads_bare_weights_with_cfg(
     weights: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Published files hold neither configuration nor class names, but rotary tables."""
@@ -168,7 +168,7 @@ def test_overlay_by_hand() -> None:
     assert (shown[1, 3] == 255).all()
 
 
-def test_picture_of_predictions(tmp_path: Path) -> None:
+def test_plot_of_predictions(tmp_path: Path) -> None:
     images = [np.zeros((20, 30, 3), dtype=np.uint8)] * 3
     masks = [np.full((20, 30), value, dtype=np.uint8) for value in (0, 1, 255)]
     plot_segmentations(images, masks, masks[:2] + masks[:1], classes=["$a", "b"], picture=tmp_path / "p.png")

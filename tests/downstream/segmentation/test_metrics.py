@@ -26,7 +26,7 @@ def test_scores_by_hand() -> None:
     assert scores.num_pixels == 5
 
 
-def test_against_counting_one_by_one() -> None:
+def test_counts_match_a_loop_over_pixels() -> None:
     rng = np.random.default_rng(0)
     matrix, counts = ConfusionMatrix(5, CPU), np.zeros((5, 5), dtype=int)
     for _ in range(3):
@@ -39,7 +39,7 @@ def test_against_counting_one_by_one() -> None:
     assert np.array_equal(matrix.counts.numpy(), counts)
 
 
-def test_nothing_labeled() -> None:
+def test_without_labeled_pixels() -> None:
     matrix = ConfusionMatrix(2, CPU)
     matrix.update(torch.zeros(3, 3, dtype=torch.uint8), torch.full((3, 3), 255))
     with pytest.raises(ValueError, match="no labeled pixel"):

@@ -47,7 +47,7 @@ def test_categories_with_gaps_become_labels_by_id(tmp_path: Path) -> None:
     assert record.boxes.tolist() == [[2, 2, 12, 12], [5, 5, 25, 15]]
 
 
-def test_what_is_not_trained_on(tmp_path: Path) -> None:
+def test_crowds_and_boxes_without_area_are_skipped_and_others_clipped(tmp_path: Path) -> None:
     """Images without objects, crowds, boxes of no size or outside; boxes that stick out are cut."""
     annotations = [
         item(10, 3, [2, 2, 10, 10], iscrowd=1),
@@ -64,7 +64,7 @@ def test_what_is_not_trained_on(tmp_path: Path) -> None:
     assert [len(everything[i].boxes) for i in range(3)] == [0, 1, 0]
 
 
-def test_small_images_are_not_trained_on(tmp_path: Path) -> None:
+def test_images_under_32_pixels_are_skipped_in_training(tmp_path: Path) -> None:
     path = write(tmp_path, [item(10, 3, [2, 2, 10, 10]), item(20, 3, [2, 2, 10, 10])])
     content = json.loads(path.read_text())
     content["images"][0]["height"] = 31
@@ -85,7 +85,7 @@ def test_small_images_are_not_trained_on(tmp_path: Path) -> None:
         ({"annotations": []}, "no usable training images"),
     ],
 )
-def test_files_that_are_not_right(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_wrong_annotation_files_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = write(tmp_path, [item(10, 90, [2, 2, 10, 10])], **change)
     with pytest.raises(DataError, match=message) as caught:
         open_images(path)
@@ -93,7 +93,7 @@ def test_files_that_are_not_right(tmp_path: Path, change: dict[str, Any], messag
     assert str(path) in str(caught.value)
 
 
-def test_missing_files(tmp_path: Path) -> None:
+def test_missing_files_are_named(tmp_path: Path) -> None:
     path = write(tmp_path, [item(10, 3, [2, 2, 10, 10]), item(20, 3, [2, 2, 10, 10])])
     with pytest.raises(MissingFileError, match=r"b\.json: no such annotation file"):
         open_images(tmp_path / "b.json")
@@ -107,7 +107,7 @@ def test_missing_files(tmp_path: Path) -> None:
         open_images(path)
 
 
-def test_images_that_do_not_match(tmp_path: Path) -> None:
+def test_images_of_another_size_or_damaged_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path, [item(10, 3, [2, 2, 10, 10])])
     cv2.imwrite(str(tmp_path / "images" / "0.png"), np.zeros((60, 40, 3), dtype=np.uint8))
     images = open_images(path)
@@ -118,7 +118,7 @@ def test_images_that_do_not_match(tmp_path: Path) -> None:
         images.read_image(images[0])
 
 
-def test_a_segmentation_that_cannot_be_decoded(tmp_path: Path) -> None:
+def test_broken_segmentations_are_data_errors(tmp_path: Path) -> None:
     broken = {"size": [40, 60], "counts": "~~~"}
     images = open_images(write(tmp_path, [item(10, 3, [2, 2, 10, 10], segmentation=broken)]))
     with pytest.raises(DataError, match=r"a\.json: image 10 has a segmentation that cannot be decoded") as caught:
@@ -133,7 +133,7 @@ def test_colors_are_red_green_blue(tmp_path: Path) -> None:
     assert images.read_image(images[0])[0, 0].tolist() == [30, 20, 10]
 
 
-def test_segmentations_of_all_kinds() -> None:
+def test_polygons_and_run_lengths_decode_to_the_same_mask() -> None:
     square = np.zeros((20, 30), dtype=np.uint8)
     square[2:12, 2:12] = 1
     compressed = rle.encode(np.asfortranarray(square))
@@ -158,7 +158,7 @@ def random_masks(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.asfortranarray(np.stack(masks, axis=-1), dtype=np.uint8)
 
 
-def test_run_lengths_of_the_library_against_numpy() -> None:
+def test_run_length_functions_match_numpy() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
         masks = random_masks(rng, 3)
@@ -189,12 +189,12 @@ def test_run_lengths_of_the_library_against_numpy() -> None:
         ([-4.0, 5.5, 20.2, -3.1, 35.0, 10.0, 12.5, 26.3, 6.1, 13.9], b"45?1N2O1O0O2O1O2M3NU8NlG2O1N1O2N2O1NL"),
     ],
 )
-def test_polygons_cover_the_pixels_that_pycocotools_gives_them(polygon: list[float], counts: bytes) -> None:
+def test_polygons_cover_the_same_pixels_as_in_pycocotools(polygon: list[float], counts: bytes) -> None:
     """Recorded with pycocotools 2.0.11; the last polygon sticks out of the image of 20 rows and 30 columns."""
     assert rle.frPyObjects([polygon], 20, 30) == [{"size": [20, 30], "counts": counts}]
 
 
-def test_clipping() -> None:
+def test_boxes_are_clipped_to_the_image() -> None:
     image = {"width": 60, "height": 40}
     assert clipped_box([10, 10, 5, 5], image) == [10, 10, 15, 15]
     assert clipped_box([-5, -5, 100, 100], image) == [0, 0, 60, 40]

@@ -17,7 +17,7 @@ def positions(batches: list[list[SampleKey]]) -> list[list[int]]:
     return [[key.position for key in batch] for batch in batches]
 
 
-def test_steps_hold_one_shape_but_for_the_last() -> None:
+def test_steps_have_one_shape_except_the_last() -> None:
     batches = positions(list(make()))
     assert len(batches) == len(make()) == 103 // 8
     flat = [p for batch in batches for p in batch]
@@ -28,7 +28,7 @@ def test_steps_hold_one_shape_but_for_the_last() -> None:
     assert all(kind == 1 for kind in kinds[:-1])
 
 
-def test_any_split_over_processes_and_micro_batches_has_the_same_steps() -> None:
+def test_steps_do_not_depend_on_processes_or_accumulation() -> None:
     whole = [set(batch) for batch in positions(list(make()))]
     two = [positions(list(make(rank, 2, 4))) for rank in range(2)]
     assert [set(a) | set(b) for a, b in zip(*two, strict=True)] == whole
@@ -52,7 +52,7 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
     assert len(second) == len(first)
 
 
-def test_an_epoch_can_start_in_its_middle() -> None:
+def test_an_epoch_can_start_at_any_batch() -> None:
     batches = make(1, 2, 2, 2)
     batches.set_epoch(3)
     whole = list(batches)
@@ -65,7 +65,7 @@ def test_an_epoch_can_start_in_its_middle() -> None:
         batches.set_epoch(3, len(whole) + 1)
 
 
-def test_all_images_have_their_turn() -> None:
+def test_every_image_is_drawn_in_some_epoch() -> None:
     """Also those of the rarer shape, which alone would never fill a batch."""
     ratios = [2.0] * 20 + [0.5] * 3
     batches = AspectBatches(ratios, batch_size=8, micro_batches=1, rank=0, num_processes=1, seed=0)

@@ -17,7 +17,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_what_is_written(shapes: Path) -> None:
+def test_written_dataset_is_consistent(shapes: Path) -> None:
     content = json.loads((shapes / "train.json").read_text())
     annotations = content["annotations"]
     assert {a["category_id"] for a in annotations} == set(CATEGORIES.values()) == {1, 3, 4, 7}
@@ -61,7 +61,7 @@ def test_run_lengths_start_with_what_is_outside() -> None:
     assert (decode_mask({"size": [2, 2], "counts": run_lengths(pixels)}, 2, 2) == pixels).all()
 
 
-def test_the_same_again_and_nothing_overwritten(shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rendering_is_deterministic_and_overwrites_nothing(shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (shapes / "train.json").read_bytes(), (shapes / "train" / "000007.jpg").read_bytes()
     assert main([str(shapes), "--train", "60", "--val", "8"]) == 0
     assert "holds this dataset already" in capsys.readouterr().out
@@ -75,19 +75,19 @@ def test_the_same_again_and_nothing_overwritten(shapes: Path, capsys: pytest.Cap
     assert (shapes / "train.json").read_bytes() == before[0]
 
 
-def test_pictures_show_what_was_found(tmp_path: Path) -> None:
+def test_drawings_show_the_objects(tmp_path: Path) -> None:
     image = np.full((50, 80, 3), 100, dtype=np.uint8)
     mask = np.zeros((1, 50, 80), dtype=bool)
     mask[0, 10:30, 20:60] = True
-    found = LabeledObjects(np.array([[20, 10, 60, 30]], dtype=np.float32), mask, np.array([2]), ["star $0.9"])
-    picture = draw_objects(image, found)
-    assert picture.shape == (300, 480, 3)  # sixfold
-    changed = (picture != 100).any(axis=2)
+    objects = LabeledObjects(np.array([[20, 10, 60, 30]], dtype=np.float32), mask, np.array([2]), ["star $0.9"])
+    drawing = draw_objects(image, objects)
+    assert drawing.shape == (300, 480, 3)  # sixfold
+    changed = (drawing != 100).any(axis=2)
     assert changed[75:165, 150:330].all()
     assert not changed[225:].any()
     nothing = objects_of_results([], [{"id": 1, "name": "cat"}])
     assert (draw_objects(image, nothing) == 100).all()
-    save_comparison([(image, found, nothing)] * 4, tmp_path / "grid.png")
+    save_comparison([(image, objects, nothing)] * 4, tmp_path / "grid.png")
     assert (tmp_path / "grid.png").stat().st_size > 1000
 
 
@@ -99,8 +99,8 @@ def test_results_below_the_threshold_are_not_drawn() -> None:
     results = [
         {"category_id": 7, "score": score, "bbox": [10.0, 0.0, 2.0, 50.0], "segmentation": code} for score in (0.4, 0.6)
     ]
-    found = objects_of_results(results, [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}])
-    assert found.captions == ["dog 0.60"]
-    assert found.labels.tolist() == [1]
-    assert found.boxes.tolist() == [[10, 0, 12, 50]]
-    assert found.masks.sum() == 100
+    objects = objects_of_results(results, [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}])
+    assert objects.captions == ["dog 0.60"]
+    assert objects.labels.tolist() == [1]
+    assert objects.boxes.tolist() == [[10, 0, 12, 50]]
+    assert objects.masks.sum() == 100

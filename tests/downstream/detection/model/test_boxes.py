@@ -31,7 +31,7 @@ def test_anchors_by_hand() -> None:
     torch.testing.assert_close(levels[4][1], torch.tensor([-256.0, -256, 256, 256]))
 
 
-def test_strides_do_not_follow_from_the_image() -> None:
+def test_strides_do_not_depend_on_the_image_size() -> None:
     """A P6 map of an odd P5 (25 -> 13) still has stride 64, though 800 / 13 is less."""
     anchors = make_anchors([(200, 200), (100, 100), (50, 50), (25, 25), (13, 13)], torch.device("cpu"))[4]
     centers = (anchors[:, :2] + anchors[:, 2:]) / 2
@@ -39,7 +39,7 @@ def test_strides_do_not_follow_from_the_image() -> None:
     torch.testing.assert_close(centers[3 * 13], torch.tensor([0.0, 64.0]))
 
 
-def test_anchors_in_other_images_padding() -> None:
+def test_anchors_in_the_padding_of_the_batch_are_excluded() -> None:
     """An image of 64x33 in a batch of 64x128, against counting places by hand."""
     grids = [(16, 32), (8, 16), (4, 8), (2, 4), (1, 2)]
     within = anchors_within(grids, (64, 33), torch.device("cpu"))
@@ -57,7 +57,7 @@ def random_boxes(count: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("stds", [RPN_STDS, BOX_HEAD_STDS])
-def test_there_and_back(stds: tuple[float, ...]) -> None:
+def test_decode_inverts_encode(stds: tuple[float, ...]) -> None:
     boxes, references = random_boxes(50), random_boxes(50).flip(0)
     torch.testing.assert_close(decode(references, encode(references, boxes, stds), stds), boxes, atol=1e-3, rtol=0)
 

@@ -33,7 +33,7 @@ BOXES = torch.tensor([[3.2, 4.7, 20.9, 15.8], [0.0, 0.0, 30.0, 24.0], [25.5, 20.
 
 
 @pytest.mark.parametrize("chunk_pixels", [1, 2**26])
-def test_pasting_against_the_slow_way(monkeypatch: pytest.MonkeyPatch, chunk_pixels: int) -> None:
+def test_pasting_matches_a_loop_over_pixels(monkeypatch: pytest.MonkeyPatch, chunk_pixels: int) -> None:
     monkeypatch.setattr(masks, "CHUNK_PIXELS", chunk_pixels)
     probabilities = torch.rand(4, MASK_SIZE, MASK_SIZE, generator=torch.Generator().manual_seed(0))
     pasted = paste_masks(probabilities, BOXES, 24, 30)
@@ -44,7 +44,7 @@ def test_pasting_against_the_slow_way(monkeypatch: pytest.MonkeyPatch, chunk_pix
     assert pasted[:3].any(dim=(1, 2)).all()
 
 
-def test_the_box_region_alone_pastes_as_the_whole_image() -> None:
+def test_pasting_into_the_box_matches_the_whole_image() -> None:
     """What a GPU does, all masks over the whole image at once, done here on the CPU."""
     probabilities = torch.rand(4, MASK_SIZE, MASK_SIZE) ** 0.3
     regions = paste_masks(probabilities, BOXES, 24, 30)
@@ -86,7 +86,7 @@ def slow_target(mask: Tensor, box: list[float]) -> Tensor:
     return target
 
 
-def test_targets_against_the_slow_way() -> None:
+def test_mask_targets_match_a_loop_over_cells() -> None:
     ys, xs = torch.meshgrid(torch.arange(40.0), torch.arange(60.0), indexing="ij")
     bitmaps = torch.stack([((xs - 20) ** 2 + (ys - 18) ** 2 < 150), (xs + ys < 50), xs > 100]).to(torch.uint8)
     boxes = torch.tensor(
@@ -102,7 +102,7 @@ def test_targets_against_the_slow_way() -> None:
     assert not targets[3].any()
 
 
-def test_boxes_are_cut_to_the_mask() -> None:
+def test_boxes_are_clipped_to_the_mask() -> None:
     bitmaps = torch.ones(1, 20, 30, dtype=torch.uint8)
     outside = mask_targets(bitmaps, torch.tensor([[-10.0, -5.0, 50.0, 40.0]]), torch.tensor([0]))
     assert outside.all()

@@ -37,7 +37,7 @@ def slow_assign(candidates: Tensor, is_valid: Tensor, gt_boxes: Tensor, threshol
 
 @pytest.mark.parametrize("thresholds", [RPN_THRESHOLDS, ROI_THRESHOLDS])
 @pytest.mark.parametrize("num_gts", [0, 1, 7])
-def test_against_the_slow_way(thresholds: Thresholds, num_gts: int) -> None:
+def test_assignment_matches_a_loop(thresholds: Thresholds, num_gts: int) -> None:
     torch.manual_seed(num_gts)
     corners = torch.randint(0, 40, (150, 2)).float()
     candidates = torch.cat((corners, corners + torch.randint(5, 25, (150, 2))), dim=1)
@@ -59,7 +59,7 @@ def test_a_poorly_covered_ground_truth_gets_its_best_candidates() -> None:
     assert assign(candidates, torch.ones(4) > 0, gt, RPN_THRESHOLDS).tolist() == [0, 0, UNUSED, NEGATIVE]
 
 
-def test_the_thresholds_themselves() -> None:
+def test_thresholds_are_inclusive() -> None:
     """IoU of exactly 0.5 is positive for proposals; beside a better candidate, so that no rescue is needed."""
     gt, candidates = boxes((0, 0, 8, 8)), boxes((0, 0, 8, 8), (0, 0, 8, 4), (0, 0, 8, 3.9))
     assert assign(candidates, torch.ones(3) > 0, gt, ROI_THRESHOLDS).tolist() == [0, 0, NEGATIVE]
@@ -102,7 +102,9 @@ def check_sample(matches: Tensor, count: int, fraction: float) -> tuple[int, int
         (200, 300, 10, 10**9, (200, 300)),  # all of them
     ],
 )
-def test_sampling(positives: int, negatives: int, unused: int, count: int, expected: tuple[int, int]) -> None:
+def test_numbers_of_sampled_positives_and_negatives(
+    positives: int, negatives: int, unused: int, count: int, expected: tuple[int, int]
+) -> None:
     torch.manual_seed(0)
     matches = torch.cat(
         (torch.arange(positives) % 4, torch.full((negatives,), NEGATIVE), torch.full((unused,), UNUSED))

@@ -41,7 +41,7 @@ def train_loader(root: Path, num_workers: int, start: int = 0) -> DataLoader[Any
     return DataLoader(samples, batch_sampler=batches, num_workers=num_workers, worker_init_fn=set_up_worker)
 
 
-def test_augmentation_belongs_to_the_draw(folder: Path) -> None:
+def test_augmentation_follows_from_the_draw_alone(folder: Path) -> None:
     """Not to the reader: not to workers, nor to where a run began. The same image in another turn looks different."""
     expected = list(train_loader(folder, 0))
     for loader, first in ((train_loader(folder, 2), 0), (train_loader(folder, 0, start=2), 2)):
@@ -54,7 +54,7 @@ def test_augmentation_belongs_to_the_draw(folder: Path) -> None:
     assert not torch.equal(samples[Draw(0, 3)][0], samples[Draw(1, 3)][0])
 
 
-def test_eval_samples_are_the_images_as_they_are(folder: Path) -> None:
+def test_eval_items_keep_the_labels_of_the_files(folder: Path) -> None:
     images = MaskedImages(str(folder), "val", layout="folder", reduce_zero_label=False)
     loader = DataLoader(EvalImages(images, EvalTransform((64, 32), (1.0, 2.0))), batch_size=None)
     for index, sample in enumerate(loader):
@@ -64,7 +64,7 @@ def test_eval_samples_are_the_images_as_they_are(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_bad_file_is_one_line_from_workers_too(tmp_path: Path, num_workers: int) -> None:
+def test_data_errors_are_one_line_from_workers_too(tmp_path: Path, num_workers: int) -> None:
     for kind in ("images", "masks"):
         (tmp_path / kind / "train").mkdir(parents=True)
     Image.new("RGB", (40, 40)).save(tmp_path / "images/train/x.png")

@@ -55,7 +55,7 @@ def test_sixteen_bits_keep_their_upper_eight(tmp_path: Path) -> None:
     assert read_image(tmp_path / "deep.png").mean() == pytest.approx(127.5, abs=1)
 
 
-def test_zero_is_no_class_where_it_is_reduced(folder: Path) -> None:
+def test_reduce_zero_label_ignores_zero(folder: Path) -> None:
     _, mask = open_folder(folder, reduce_zero_label=True).read(0)
     assert mask[0].tolist() == [255, 0, 1, 255, 0, 1, 255, 0]
 
@@ -99,7 +99,7 @@ def test_255_is_ignored(tmp_path: Path) -> None:
         assert read_mask(tmp_path / "m.png", num_classes=3, reduce_zero_label=reduce).tolist() == expected
 
 
-def test_labels_beyond_the_classes(tmp_path: Path) -> None:
+def test_labels_beyond_the_classes_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 1, 2, 3, 7]], dtype=np.uint8)).save(tmp_path / "m.png")
     with pytest.raises(DataError, match=r"m\.png: the mask holds 3, 7; .* must be 0 to 2, 255 for ignored"):
         read_mask(tmp_path / "m.png", num_classes=3, reduce_zero_label=False)
@@ -107,27 +107,27 @@ def test_labels_beyond_the_classes(tmp_path: Path) -> None:
         read_mask(tmp_path / "m.png", num_classes=3, reduce_zero_label=True)
 
 
-def test_colored_mask(tmp_path: Path) -> None:
+def test_colored_masks_are_refused(tmp_path: Path) -> None:
     Image.new("RGB", (2, 2)).save(tmp_path / "m.png")
     with pytest.raises(DataError, match=r"m\.png: a mask must hold one number per pixel .* mode is RGB"):
         read_mask(tmp_path / "m.png", num_classes=3, reduce_zero_label=False)
 
 
-def test_mask_of_another_size(folder: Path) -> None:
+def test_masks_of_another_size_are_refused(folder: Path) -> None:
     Image.new("L", (5, 6)).save(folder / "masks/train/a.png")
     with pytest.raises(DataError, match=r"masks/train/a\.png: the mask is 5x6 pixels, its image .*a\.jpg is 8x6"):
         open_folder(folder).read(0)
 
 
 @pytest.mark.parametrize("kind", ["images/train/a.jpg", "masks/train/a.png"])
-def test_missing_pair(folder: Path, kind: str) -> None:
+def test_unpaired_files_are_refused(folder: Path, kind: str) -> None:
     (folder / kind).unlink()
     with pytest.raises(DataError, match=r"1 file\(s\) without (a mask|an image) of the same name: .*/a\.(png|jpg)"):
         open_folder(folder)
 
 
 @pytest.mark.parametrize("kind", ["images/train/a.jpg", "masks/train/a.png"])
-def test_damaged_file(folder: Path, kind: str) -> None:
+def test_damaged_files_are_refused(folder: Path, kind: str) -> None:
     content = (folder / kind).read_bytes()
     (folder / kind).write_bytes(content[: len(content) // 2])
     with pytest.raises(BrokenImageError, match=rf"{kind}: cannot be read as an image \(") as caught:
@@ -135,13 +135,13 @@ def test_damaged_file(folder: Path, kind: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_two_images_of_one_name(folder: Path) -> None:
+def test_two_images_of_one_name_are_refused(folder: Path) -> None:
     Image.new("RGB", (8, 6)).save(folder / "images/train/a.png")
     with pytest.raises(DataError, match=r"a\.png: a\.jpg has the same name"):
         open_folder(folder)
 
 
-def test_folders_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"classes\.txt: cannot be read"):
         open_folder(tmp_path)
     (tmp_path / "classes.txt").write_text("one\ntwo\n")
@@ -153,7 +153,7 @@ def test_folders_that_are_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), [("", "holds 0 classes"), ("a\nb\na\n", "a occurs more than once")])
-def test_class_files_that_will_not_do(tmp_path: Path, text: str, message: str) -> None:
+def test_wrong_class_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "classes.txt").write_text(text)
     with pytest.raises(DataError, match=message):
         read_classes(tmp_path / "classes.txt")

@@ -17,7 +17,7 @@ def draws_of(batches: EndlessBatches, epochs: int, *, start: int = 0) -> list[li
     return found
 
 
-def test_permutation_follows_permutation() -> None:
+def test_order_is_one_permutation_after_another() -> None:
     draws = [draw for batch in draws_of(make(), 5) for draw in batch]
     assert len(draws) == 60
     groups = [draws[i : i + 10] for i in range(0, 60, 10)]
@@ -43,6 +43,6 @@ def test_a_step_has_the_same_images_for_any_number_of_processes(num_processes: i
         assert sorted(draw for share in shares for draw in share[step]) == sorted(whole)
 
 
-def test_a_start_beyond_the_epoch() -> None:
+def test_starting_beyond_the_epoch_is_refused() -> None:
     with pytest.raises(ValueError, match="start_batch 4: an epoch has 3 for this process"):
         make().set_epoch(0, 4)
