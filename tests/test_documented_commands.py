@@ -193,7 +193,7 @@ RULES = [
     Rule(r"python finetune\.py photos", fine_tunes),
 ]
 # Indented blocks that nobody types: trees of folders, and what is printed. They begin like this.
-NO_COMMANDS: tuple[str, ...] = ("COCO/annotations/", "garden/classes.txt", "error: ", "the GPU's memory")
+NO_COMMANDS: tuple[str, ...] = ("COCO/annotations/", "garden/classes.txt", "error: ", "out of GPU memory")
 # For SLURM; tests/test_interruptions.py runs its launcher.
 NO_COMMANDS += ("#!/bin/bash\n#SBATCH",)
 COMMANDS = documentation.commands()
