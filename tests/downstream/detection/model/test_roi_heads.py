@@ -47,7 +47,7 @@ def test_suppression_is_within_a_class_and_keeps_the_best_hundred() -> None:
         assert overlaps.fill_diagonal_(0).max() <= 0.5
 
 
-def test_empty_places_reach_no_gradient() -> None:
+def test_empty_slots_get_no_gradient() -> None:
     """Proposals that are not there, of no size, whose shift to a ground truth around the same point is 0 / 0."""
     head = RoIHead(3, 8, hidden=16, samples_per_image=16)
     proposals = Proposals(torch.zeros(1, 20, 4), torch.zeros(1, 20), torch.zeros(1, 20, dtype=torch.bool))
