@@ -1,7 +1,7 @@
 """The kernels as PyTorch operators, which torch.compile and fake tensors understand.
 
-They have no gradients of their own but for `stem_conv`: these are in `segments.py`. What they compute can be read in
-models/mlla.py, models/layers.py and models/attention.py.
+Only `stem_conv` has a gradient of its own; the others' are in `autograd.py`. The eager PyTorch references are in
+models/mlla.py, models/layers.py and models/attention.py; models/kernels/problems.py puts them side by side.
 """
 
 from typing import Any
@@ -32,9 +32,9 @@ def conv_norm(
     eps: float,
     later_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x + conv(x) and its LayerNorm; x (B, H, W, C), weight (C, 1, 3, 3).
+    """Return x + conv(x) and its LayerNorm; x (B, H, W, C), weight (C, 1, 3, 3).
 
-    `later_bias`, for inference, is added to the first after the norm was taken: it belongs to what is added next.
+    `later_bias`, for inference, is added to the first after taking the norm: it belongs to the product added next.
     """
     return depthwise.conv_norm_forward(x, weight, bias, norm_weight, norm_bias, eps, later_bias)
 
@@ -43,24 +43,24 @@ def conv_norm(
 def norm_backward(
     grad: Tensor, x: Tensor, residual_grad: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """residual_grad plus the gradient through LayerNorm(x); (2, C): gradients of norm weight and bias; LayerNorm(x)."""
+    """Return residual_grad + the gradient through LayerNorm(x); (2, C) for norm weight and bias; LayerNorm(x)."""
     return norm.norm_backward(grad, x, residual_grad, norm_weight, norm_bias, eps)
 
 
 @torch.library.custom_op("mlla::conv_backward", mutates_args=())
 def conv_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, extra: Tensor | None, residual: bool, before: bool
+    grad: Tensor, x: Tensor, weight: Tensor, extra: Tensor | None, residual: bool, input_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of conv(x) (+ x if residual) for x, plus extra, and (10 C,): gradients of the taps, then of the bias.
+    """Return the gradient of conv(x) (+ x if residual) for x, plus extra, and (10 C,) for the taps, then the bias.
 
-    (11 C,) if `before`: and of a bias that was added to x.
+    With `input_bias`, (11 C,): also for a bias that was added to x.
     """
-    return depthwise_backward.conv_backward(grad, x, weight, extra, residual=residual, before=before)
+    return depthwise_backward.conv_backward(grad, x, weight, extra, residual=residual, input_bias=input_bias)
 
 
 @torch.library.custom_op("mlla::conv_silu", mutates_args=())
 def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """SiLU(conv(x)), and conv(x) if keep (else empty), which the gradient needs."""
+    """Return SiLU(conv(x)), and conv(x) if keep (else empty), which the gradient needs."""
     return depthwise.conv_silu_forward(x, weight, bias, keep=keep)
 
 
@@ -68,7 +68,7 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tens
 def linear_attention(
     qk: Tensor, v: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, heads: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(attention + lepe) * SiLU(gate), and if keep attention + lepe; the heads' matrices and means by parts."""
+    """Return (attention + lepe) SiLU(gate), if keep attention + lepe, and the heads' matrices and means by parts."""
     return attention.attention_forward(qk.contiguous(), v.contiguous(), gate, weight, bias, cos, sin, heads, keep=keep)
 
 
@@ -85,8 +85,9 @@ def linear_attention_backward(
     mean: Tensor,
     heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of qk, of v without lepe's part, of gate, and of attention + lepe; linear_attention's first result once
-    more; and (3 C,): the gradients of biases that were added to qk and to gate.
+    """Return gradients of qk, v without lepe's part, gate and attention + lepe; linear_attention's first result again;
+
+    and (3 C,): gradients of biases that were added to qk and to gate.
     """
     return attention_backward.attention_backward(
         grad.contiguous(), qk.contiguous(), v.contiguous(), gate.contiguous(), ungated, cos, sin, matrix, mean, heads
@@ -95,57 +96,55 @@ def linear_attention_backward(
 
 @torch.library.custom_op("mlla::gelu", mutates_args=())
 def gelu(x: Tensor) -> Tensor:
-    """GELU(x)."""
+    """Return GELU(x)."""
     return elementwise.gelu_forward(x.contiguous())
 
 
 @torch.library.custom_op("mlla::gelu_backward", mutates_args=())
 def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient through GELU(x); GELU(x) once more; and the gradient's sum over tokens, (C,)."""
+    """Return the gradient through GELU(x), GELU(x) again, and the gradient's sum over tokens, (C,)."""
     return elementwise.gelu_backward(grad.contiguous(), x.contiguous())
 
 
 @torch.library.custom_op("mlla::scale_and_sum", mutates_args=())
 def scale_and_sum(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """scale x, for x (B, ..., C) and a scale for each image, and its sum over tokens, (C,)."""
+    """Return scale x, for x (B, ..., C) and a scale for each image, and its sum over tokens, (C,)."""
     return elementwise.scale_and_sum(x.contiguous(), scale)
 
 
 @torch.library.custom_op("mlla::mlp", mutates_args=())
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, residual: Tensor) -> Tensor:
-    """residual + MLP(x); for inference, it has no gradient."""
+    """Return residual + MLP(x); for inference, without gradient."""
     return mlp_kernels.mlp_forward(x, weight1.to(x.dtype), bias1, weight2.to(x.dtype), bias2, residual)
 
 
 @torch.library.custom_op("mlla::strided_conv", mutates_args=())
 def strided_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """ReLU(conv(ReLU(x))) with stride 2, (B, H, W, C) -> (B, H / 2, W / 2, C)."""
+    """Return ReLU(conv(ReLU(x))) with stride 2, (B, H, W, C) -> (B, H / 2, W / 2, C)."""
     return downsample.strided_forward(x, weight, bias)
 
 
 @torch.library.custom_op("mlla::wide_conv_backward", mutates_args=())
 def wide_conv_backward(grad: Tensor, x: Tensor, weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """With out = strided_conv(x, weight, bias): the gradient for x, and (11 C,): of weight and bias, and of a bias that
-    was added to x.
-    """
+    """Return gradients of out = strided_conv(x, weight, bias): for x, and (11 C,) for weight, bias, and a bias in x."""
     return downsample.strided_backward(grad, x, weight, out)
 
 
 @torch.library.custom_op("mlla::stem_conv", mutates_args=())
 def stem_conv(images: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """3x3 convolution with stride 2, in dtype, (B, 3, H, W) -> (B, C, H / 2, W / 2); only the weight has a gradient."""
+    """Return the 3x3 convolution with stride 2, in dtype, (B, C, H / 2, W / 2); only the weight has a gradient."""
     return stem.stem_forward(images, weight, None, dtype)
 
 
 @torch.library.custom_op("mlla::stem_conv_relu", mutates_args=())
 def stem_conv_relu(images: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same through bias and ReLU; for inference, it has no gradient."""
+    """Return the same with bias and ReLU; for inference, without gradient."""
     return stem.stem_forward(images, weight, bias, dtype)
 
 
 @torch.library.custom_op("mlla::stem_conv_backward", mutates_args=())
 def stem_conv_backward(grad: Tensor, images: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of stem_conv for its weight, float32 in the weight's memory format."""
+    """Return the gradient of stem_conv for its weight, float32 in the weight's memory format."""
     return stem.stem_backward(grad, images, weight)
 
 
@@ -165,9 +164,9 @@ def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @conv_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, weight: Tensor, extra: Tensor | None, residual: bool, before: bool
+    grad: Tensor, x: Tensor, weight: Tensor, extra: Tensor | None, residual: bool, input_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    return empty(x), empty(x, (11 if before else 10) * x.shape[-1], dtype=torch.float32)
+    return empty(x), empty(x, (11 if input_bias else 10) * x.shape[-1], dtype=torch.float32)
 
 
 @conv_silu.register_fake
@@ -181,7 +180,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, height, width, channels = v.shape
     parts = attention.forward_parts(height * width, batch * heads, v.device)
-    dim, parts = channels // heads, parts if parts <= attention.MOST_PARTS else 1
+    dim, parts = channels // heads, parts if parts <= attention.MAX_PARTS else 1
     return (
         empty(v),
         empty(v) if keep else empty(v, 0),
@@ -221,7 +220,7 @@ def _(x: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def empty_stem(images: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, C, H / 2, W / 2), channels last: a permuted view after the operator would cost torch.compile copies."""
+    """Return (B, C, H / 2, W / 2), channels last: a permuted view after the operator would cost inductor copies."""
     batch, _, height, width = images.shape
     return empty(images, batch, height // 2, width // 2, weight.shape[0], dtype=dtype).permute(0, 3, 1, 2)
 

@@ -40,9 +40,9 @@ def test_kernel(device: torch.device, kernel: str, channels: int, head_dim: int,
 
 
 def test_attention_in_many_parts(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "TOKENS_A_PART", 4)
+    monkeypatch.setattr(attention, "TOKENS_PER_PART", 4)
     monkeypatch.setattr(attention, "num_multiprocessors", lambda _: 64)
-    assert attention.forward_parts(17 * self_test.COLUMNS, 1, device) > attention.MOST_PARTS
+    assert attention.forward_parts(17 * self_test.COLUMNS, 1, device) > attention.MAX_PARTS
     assert self_test.largest_error("mixer", device, torch.float32, 32, 32, rows=17, batch=1) < 1e-5
 
 

@@ -31,7 +31,7 @@ def test_few_programs_sum_over_many_blocks(packed: Tensor) -> None:
     weight = torch.randn(24, 3, 3, 3, device=packed.device).contiguous(memory_format=torch.channels_last)
     weight.requires_grad_()
     expected = F.conv2d(packed, weight, stride=2, padding=1)
-    few = {"tile": (16, 4, 1), "programs_a_multiprocessor": 1}
+    few = {"tile": (16, 4, 1), "programs_per_multiprocessor": 1}
     torch.testing.assert_close(stem_kernels.stem_forward(packed, weight, None, torch.float32, **few), expected)
     upstream = torch.randn_like(expected)
     (gradient,) = torch.autograd.grad(expected, weight, upstream)

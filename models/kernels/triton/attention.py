@@ -1,9 +1,11 @@
 """Triton kernels for linear attention: rope(q) (rope(k)^T v) / N / (q . mean(k)) + lepe(v), times SiLU(gate).
 
+Eager reference: `LinearAttention` in models/attention.py.
+
 One pass over k and v sums a (head_dim, head_dim) matrix and the mean of k for each head; one pass over q gives the
-attention; the depthwise kernel adds lepe(v) and opens the gate. ELU, rotation and normalizer are computed in registers
-in float32; nothing of them reaches memory. All are split over tokens into parts with a buffer of their own, so that the
-order of adding is fixed. A program loads its next tokens before it works on those that it has.
+attention; the depthwise kernel adds lepe(v) and applies the gate. ELU, rotation and normalizer are computed in
+registers in float32 and do not reach memory. Sums over tokens are split into parts, each with a buffer of its own, so
+that the order of additions is fixed. A program loads its next tokens before it works on the present ones.
 """
 
 from typing import NamedTuple
@@ -14,19 +16,19 @@ import triton.language as tl
 from torch import Tensor
 
 from models.kernels.triton.depthwise import conv_gate_forward
-from models.kernels.triton.launch import num_multiprocessors, on_its_device, precision_of
+from models.kernels.triton.launch import matmul_precision, num_multiprocessors, on_its_device
 from models.kernels.triton.math import positive, reciprocal, sum_parts
 
 NORMALIZER_EPS = tl.constexpr(1e-6)
-TOKENS_A_PART = 256  # at least
-MOST_PARTS = 8  # that those who read their sums add up themselves
+TOKENS_PER_PART = 256  # at least
+MAX_PARTS = 8  # of which kernels add up the sums as they read them
 
 
 @triton.jit
 def load_angles(cos, sin, token, token_ok, width, head, half_channels, HALF: tl.constexpr, MIXED: tl.constexpr):
-    """cos and sin (tokens, pairs) by which the pairs of this head turn; the tables hold (position, frequency).
+    """Load cos and sin (tokens, pairs) of this head's rotation from the tables (position, frequency).
 
-    The first half of all pairs turns by the row, the other by the column; MIXED: a head may have pairs of both.
+    Rows rotate the first half of all pairs, columns the other; MIXED: a head may have pairs of both.
     """
     pair = head * HALF + tl.arange(0, HALF)[None, :]
     frequencies = half_channels // 2
@@ -34,31 +36,31 @@ def load_angles(cos, sin, token, token_ok, width, head, half_channels, HALF: tl.
     if MIXED:
         is_row = pair < frequencies
         position = tl.where(is_row, (token // width)[:, None], (token % width)[:, None])
-        place = position * frequencies + tl.where(is_row, pair, pair - frequencies)
+        index = position * frequencies + tl.where(is_row, pair, pair - frequencies)
         ok &= pair < half_channels
     else:
         is_row = head * HALF < frequencies
         position = tl.where(is_row, token // width, token % width)
-        place = position[:, None] * frequencies + pair - tl.where(is_row, 0, frequencies)
-    return tl.load(cos + place, mask=ok, other=1.0), tl.load(sin + place, mask=ok, other=0.0)
+        index = position[:, None] * frequencies + pair - tl.where(is_row, 0, frequencies)
+    return tl.load(cos + index, mask=ok, other=1.0), tl.load(sin + index, mask=ok, other=0.0)
 
 
 @triton.jit
 def load_tokens(pointer, token, end, stride, channel):
-    """(tokens, channels) of those tokens that lie before end, zeros for the others."""
+    """Load (tokens, channels), with zeros for tokens from `end` on."""
     return tl.load(pointer + token[:, None] * stride + channel[None, :], mask=(token < end)[:, None], other=0.0)
 
 
 @triton.jit
-def turn(x, cos, sin, BLOCK: tl.constexpr, DIM: tl.constexpr):
-    """Each pair (a, b) of x (tokens, DIM) to (a cos - b sin, a sin + b cos)."""
+def rotate(x, cos, sin, BLOCK: tl.constexpr, DIM: tl.constexpr):
+    """Rotate each pair (a, b) of x (tokens, DIM) to (a cos - b sin, a sin + b cos)."""
     first, second = tl.split(tl.reshape(x, (BLOCK, DIM // 2, 2)))
     return tl.reshape(tl.join(first * cos - second * sin, first * sin + second * cos), (BLOCK, DIM))
 
 
 @triton.jit
 def load_state(matrix, mean, part_stride, mean_part_stride, head_index, parts, DIM: tl.constexpr):
-    """The sums over parts of a (DIM, DIM) matrix and a (DIM,) vector of one image's head."""
+    """Load a (DIM, DIM) matrix and a (DIM,) vector of one image's head, summed over parts."""
     i = tl.arange(0, DIM)
     total = tl.zeros((DIM, DIM), dtype=tl.float32)
     vector = tl.zeros((DIM,), dtype=tl.float32)
@@ -73,7 +75,7 @@ def key_value_kernel(
     qk, v, cos, sin, matrix, mean, num_tokens, width, heads, tokens_per_part,
     BLOCK: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """matrix = rope(k)^T v / N and mean = sum(k) / N, of one part of one image's tokens and one head."""
+    """Store matrix = rope(k)^T v / N and mean = sum(k) / N of one part of an image's tokens and one head."""
     head_index = tl.program_id(0)
     part = tl.program_id(1)
     image, head = head_index // heads, head_index % heads
@@ -96,8 +98,8 @@ def key_value_kernel(
         k = tl.where(ok[:, None], positive(k), 0.0)
         k_sum += k
         c, s = load_angles(cos, sin, token, ok, width, head, channels // 2, DIM // 2, MIXED)
-        turned = turn(k, c, s, BLOCK, DIM).to(value.dtype)
-        total = tl.dot(tl.trans(turned), value, total, input_precision=PRECISION)
+        rotated = rotate(k, c, s, BLOCK, DIM).to(value.dtype)
+        total = tl.dot(tl.trans(rotated), value, total, input_precision=PRECISION)
     base = (part * tl.num_programs(0) + head_index) * DIM
     tl.store(matrix + base * DIM + i[:, None] * DIM + i[None, :], total / num_tokens)
     tl.store(mean + base + i, tl.sum(k_sum, 0) / num_tokens)
@@ -108,7 +110,7 @@ def attend_kernel(
     qk, cos, sin, matrix, mean, out, num_tokens, width, heads, parts, tokens_per_program,
     BLOCK: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """out = rope(q) matrix / (q . mean)."""
+    """Store out = rope(q) matrix / (q . mean)."""
     head_index = tl.program_id(0)
     image, head = head_index // heads, head_index % heads
     channels = heads * DIM
@@ -132,8 +134,8 @@ def attend_kernel(
         q = positive(q)
         inverse = reciprocal(tl.sum(q * mean_k[None, :], 1, keep_dims=True) + NORMALIZER_EPS)
         c, s = load_angles(cos, sin, token, ok, width, head, channels // 2, DIM // 2, MIXED)
-        turned = (turn(q, c, s, BLOCK, DIM)).to(dtype)
-        result = tl.dot(turned, kv, input_precision=PRECISION) * inverse
+        rotated = (rotate(q, c, s, BLOCK, DIM)).to(dtype)
+        result = tl.dot(rotated, kv, input_precision=PRECISION) * inverse
         tl.store(out + token[:, None] * channels + i[None, :], result.to(out.dtype.element_ty), mask=ok[:, None])
 
 
@@ -145,25 +147,25 @@ class Tile(NamedTuple):
 
 
 def num_parts(num_tokens: int, head_count: int, device: torch.device, programs: int) -> int:
-    """Into how many parts an image's tokens are split, so that `programs` of them run on each multiprocessor."""
-    parts = min(programs * num_multiprocessors(device) // head_count, triton.cdiv(num_tokens, TOKENS_A_PART))
-    return max(1, parts if parts > 2 * MOST_PARTS else min(parts, MOST_PARTS))
+    """Return the number of parts of an image's tokens for which `programs` of them run on each multiprocessor."""
+    parts = min(programs * num_multiprocessors(device) // head_count, triton.cdiv(num_tokens, TOKENS_PER_PART))
+    return max(1, parts if parts > 2 * MAX_PARTS else min(parts, MAX_PARTS))
 
 
 def forward_parts(num_tokens: int, head_count: int, device: torch.device) -> int:
-    """Parts of the pass over k and v, whose programs are of one warp."""
+    """Return the parts of the pass over k and v, whose programs have one warp."""
     return num_parts(num_tokens, head_count, device, 16)
 
 
 def few_parts(parts: Tensor) -> Tensor:
-    """Sums over parts, float32 (parts, heads, ...): as they are if there are few, whose readers add them; else one."""
-    if parts.shape[0] <= MOST_PARTS:
+    """Sum float32 (parts, heads, ...) over parts, unless they are few enough for the kernels that read them."""
+    if parts.shape[0] <= MAX_PARTS:
         return parts
     return sum_parts(parts.flatten(2)).view(1, *parts.shape[1:])
 
 
 def forward_tiles(v: Tensor, dim: int, programs: int) -> tuple[Tile, Tile]:
-    """Of the pass over k and v in `programs`, and of that over q, as measured on an H200 for heads of 32 channels."""
+    """Return the tiles of the passes over k and v and over q that were fastest on an H200 with 32 channels a head."""
     if dim <= 32 and programs >= 2 * num_multiprocessors(v.device):
         return Tile(16, 1), Tile(64, 4)
     # Each program works alone on its multiprocessor. In float32 the products take more registers.
@@ -175,9 +177,9 @@ def attention_forward(
     qk: Tensor, v: Tensor, gate: Tensor, lepe_weight: Tensor, lepe_bias: Tensor, cos: Tensor, sin: Tensor,
     heads: int, *, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gated output (B, H, W, C), what came before the gate if `keep`, and the heads' matrices and means by parts.
+    """Return the gated output (B, H, W, C), the ungated one if `keep`, and the heads' matrices and means by parts.
 
-    qk is (B, H, W, 2 C) and v (B, H, W, C), contiguous; gate is like v, maybe a part of wider tokens; cos and sin are
+    qk (B, H, W, 2 C) and v (B, H, W, C) are contiguous; gate is like v or a slice of wider tokens; cos and sin are
     (positions, C / 4).
     """
     batch, height, width, channels = v.shape
@@ -187,17 +189,17 @@ def attention_forward(
     mean = torch.empty(parts, head_count, dim, dtype=torch.float32, device=v.device)
     attended = torch.empty_like(v)
     tiles = forward_tiles(v, dim, head_count * parts)
-    options = {"DIM": dim, "PRECISION": precision_of(v.dtype), "MIXED": heads % 2 == 1, "num_stages": 1}
+    constants = {"DIM": dim, "PRECISION": matmul_precision(v.dtype), "MIXED": heads % 2 == 1, "num_stages": 1}
     key_value_kernel[(head_count, parts)](
         *(qk, v, cos, sin, matrix, mean, num_tokens, width, heads, triton.cdiv(num_tokens, parts)),
-        BLOCK=tiles[0].tokens, num_warps=tiles[0].warps, **options,
+        BLOCK=tiles[0].tokens, num_warps=tiles[0].warps, **constants,
     )  # fmt: skip
     matrix, mean = few_parts(matrix), few_parts(mean)
     chunks = max(1, min(triton.cdiv(num_tokens, 64), 16 * num_multiprocessors(v.device) // head_count))
     attend_kernel[(head_count, chunks)](
         *(qk, cos, sin, matrix, mean, attended, num_tokens, width, heads, matrix.shape[0]),
         triton.cdiv(num_tokens, chunks),
-        BLOCK=tiles[1].tokens, num_warps=tiles[1].warps, **options,
+        BLOCK=tiles[1].tokens, num_warps=tiles[1].warps, **constants,
     )  # fmt: skip
     out, ungated = conv_gate_forward(v, lepe_weight, lepe_bias, attended, gate, keep=keep)
     return out, ungated, matrix, mean

@@ -1,4 +1,7 @@
-"""Triton kernels for the gradients of `attention.py`: one pass over q, gate and the gradient, and one over k and v."""
+"""Triton kernels for the gradients of `attention.py`: one pass over q, gate and the gradient, and one over k and v.
+
+Eager reference: autograd of `LinearAttention` in models/attention.py.
+"""
 
 import torch
 import triton
@@ -13,9 +16,9 @@ from models.kernels.triton.attention import (
     load_state,
     load_tokens,
     num_parts,
-    turn,
+    rotate,
 )
-from models.kernels.triton.launch import on_its_device, precision_of
+from models.kernels.triton.launch import matmul_precision, on_its_device
 from models.kernels.triton.math import positive, positive_gradient, reciprocal, sigmoid, sum_parts
 
 
@@ -26,9 +29,10 @@ def query_backward_kernel(
     num_tokens, width, heads, parts, tokens_per_part,
     BLOCK: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """From grad, that of the output: gradients of gate, of what came before the gate, of q, of matrix and of mean; the
-    output once more, gated; and the sums over tokens of q's and gate's gradients, rows 0 and 2 of `sums`
-    (parts, images, 3, channels). A product with ones sums them: its result takes fewer registers than the summands.
+    """Store the gradients of gate, of the ungated output, of q, of matrix and of mean; and the gated output again.
+
+    Sums over tokens of q's and gate's gradients go to rows 0 and 2 of `sums` (parts, images, 3, channels). A product
+    with ones computes them: its result takes fewer registers than the summands.
     """
     head_index = tl.program_id(0)
     part = tl.program_id(1)
@@ -60,33 +64,33 @@ def query_backward_kernel(
         token = first + tl.arange(0, BLOCK)
         ok = token < end
         mask = ok[:, None]
-        upstream, g, before = grad_next.to(tl.float32), gate_next.to(tl.float32), ungated_next.to(tl.float32)
-        q_before = q_next.to(tl.float32)
+        upstream, g, ungated_value = grad_next.to(tl.float32), gate_next.to(tl.float32), ungated_next.to(tl.float32)
+        q_raw = q_next.to(tl.float32)
         grad_next = load_tokens(grad, token + BLOCK, end, channels, i)
         gate_next = load_tokens(gate, token + BLOCK, end, channels, i)
         ungated_next = load_tokens(ungated, token + BLOCK, end, channels, i)
         q_next = load_tokens(qk, token + BLOCK, end, 2 * channels, i)
 
-        place = token[:, None] * channels + i[None, :]
-        opened = sigmoid(g)
-        g_gate = upstream * before * opened * (1.0 + g * (1.0 - opened))
-        upstream *= g * opened
+        index = token[:, None] * channels + i[None, :]
+        gate_sigmoid = sigmoid(g)
+        g_gate = upstream * ungated_value * gate_sigmoid * (1.0 + g * (1.0 - gate_sigmoid))
+        upstream *= g * gate_sigmoid
         gate_sum = tl.dot(ones, g_gate.to(dtype), gate_sum, input_precision=PRECISION)
-        tl.store(gated + place, (before * g * opened).to(gated.dtype.element_ty), mask=mask)
-        tl.store(grad_gate + place, g_gate.to(grad_gate.dtype.element_ty), mask=mask)
-        tl.store(grad_ungated + place, upstream.to(grad_ungated.dtype.element_ty), mask=mask)
+        tl.store(gated + index, (ungated_value * g * gate_sigmoid).to(gated.dtype.element_ty), mask=mask)
+        tl.store(grad_gate + index, g_gate.to(grad_gate.dtype.element_ty), mask=mask)
+        tl.store(grad_ungated + index, upstream.to(grad_ungated.dtype.element_ty), mask=mask)
 
-        q = positive(q_before)
+        q = positive(q_raw)
         c, s = load_angles(cos, sin, token, ok, width, head, channels // 2, DIM // 2, MIXED)
-        turned = turn(q, c, s, BLOCK, DIM).to(dtype)
+        rotated = rotate(q, c, s, BLOCK, DIM).to(dtype)
         inverse = reciprocal(tl.sum(q * mean_k[None, :], 1, keep_dims=True) + NORMALIZER_EPS)
         scaled = (upstream * inverse).to(dtype)
-        g_turned = tl.dot(scaled, tl.trans(kv), input_precision=PRECISION)
-        # The normalizer divides the attention (turned kv) whose product with scaled is that of turned with g_turned.
-        g_normalizer = -inverse * tl.sum(turned.to(tl.float32) * g_turned, 1, keep_dims=True)
-        g_q = (turn(g_turned, c, -s, BLOCK, DIM) + g_normalizer * mean_k[None, :]) * positive_gradient(q_before, q)
+        g_rotated = tl.dot(scaled, tl.trans(kv), input_precision=PRECISION)
+        # The normalizer divides the attention (rotated kv) whose product with scaled is that of rotated with g_rotated.
+        g_normalizer = -inverse * tl.sum(rotated.to(tl.float32) * g_rotated, 1, keep_dims=True)
+        g_q = (rotate(g_rotated, c, -s, BLOCK, DIM) + g_normalizer * mean_k[None, :]) * positive_gradient(q_raw, q)
         tl.store(grad_qk + token[:, None] * 2 * channels + i[None, :], g_q.to(grad_qk.dtype.element_ty), mask=mask)
-        total = tl.dot(tl.trans(turned), scaled, total, input_precision=PRECISION)
+        total = tl.dot(tl.trans(rotated), scaled, total, input_precision=PRECISION)
         mean_total += g_normalizer * q
         q_sum = tl.dot(ones, tl.where(mask, g_q, 0.0).to(dtype), q_sum, input_precision=PRECISION)
     base = (part * tl.num_programs(0) + head_index) * DIM
@@ -102,7 +106,7 @@ def key_value_backward_kernel(
     qk, v, cos, sin, grad_matrix, grad_mean, grad_qk, grad_v, sums, num_tokens, width, heads, parts, tokens_per_program,
     BLOCK: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of k and of v, the latter without its part through lepe; k's sum over tokens in row 1 of `sums`."""
+    """Store the gradients of k, and of v without its part through lepe; k's sum over tokens in row 1 of `sums`."""
     head_index = tl.program_id(0)
     image, head = head_index // heads, head_index % heads
     channels = heads * DIM
@@ -126,23 +130,23 @@ def key_value_backward_kernel(
         token = first + tl.arange(0, BLOCK)
         ok = token < end
         mask = ok[:, None]
-        k_before, value = k_next.to(tl.float32), value_next
+        k_raw, value = k_next.to(tl.float32), value_next
         k_next = load_tokens(qk, token + BLOCK, end, 2 * channels, i)
         value_next = load_tokens(v, token + BLOCK, end, channels, i)
-        k = positive(k_before)
+        k = positive(k_raw)
         c, s = load_angles(cos, sin, token, ok, width, head, channels // 2, DIM // 2, MIXED)
-        turned = turn(k, c, s, BLOCK, DIM).to(dtype)
-        g_v = tl.dot(turned, g_matrix, input_precision=PRECISION)
+        rotated = rotate(k, c, s, BLOCK, DIM).to(dtype)
+        g_v = tl.dot(rotated, g_matrix, input_precision=PRECISION)
         tl.store(grad_v + token[:, None] * channels + i[None, :], g_v.to(grad_v.dtype.element_ty), mask=mask)
-        g_k = turn(tl.dot(value, tl.trans(g_matrix), input_precision=PRECISION), c, -s, BLOCK, DIM)
-        g_k = (g_k + (g_mean / num_tokens)[None, :]) * positive_gradient(k_before, k)
+        g_k = rotate(tl.dot(value, tl.trans(g_matrix), input_precision=PRECISION), c, -s, BLOCK, DIM)
+        g_k = (g_k + (g_mean / num_tokens)[None, :]) * positive_gradient(k_raw, k)
         tl.store(grad_qk + token[:, None] * 2 * channels + i[None, :], g_k.to(grad_qk.dtype.element_ty), mask=mask)
         k_sum = tl.dot(ones, tl.where(mask, g_k, 0.0).to(dtype), k_sum, input_precision=PRECISION)
     sums += (tl.program_id(1) * (tl.num_programs(0) // heads) + head_index // heads) * 3 * channels + head * DIM
     tl.store(sums + channels + i, tl.sum(k_sum, 0) / 16)
 
 
-TILES = Tile(32, 2), Tile(64, 4)  # of the pass over q, and of that over k and v
+TILES = Tile(32, 2), Tile(64, 4)  # of the passes over q, and over k and v
 
 
 @on_its_device
@@ -150,8 +154,9 @@ def attention_backward(
     grad: Tensor, qk: Tensor, v: Tensor, gate: Tensor, ungated: Tensor, cos: Tensor, sin: Tensor,
     matrix: Tensor, mean: Tensor, heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of qk, of v (without lepe's part), of gate, and of the output before the gate; the output once more;
-    and float32 (3 C,): sums over tokens of the gradients of qk and of gate.
+    """Return the gradients of qk, v (without lepe's part), gate and ungated output; the gated output; and bias sums.
+
+    The latter, float32 (3 C,), are the gradients of qk and of gate summed over tokens.
     """
     batch, height, width, channels = v.shape
     num_tokens, dim, head_count = height * width, channels // heads, batch * heads
@@ -161,17 +166,17 @@ def attention_backward(
     sums = torch.empty(parts * batch, 3, channels, dtype=torch.float32, device=v.device)
     grad_matrix = torch.empty(parts, *matrix.shape[1:], dtype=torch.float32, device=v.device)
     grad_mean = torch.empty(parts, *mean.shape[1:], dtype=torch.float32, device=v.device)
-    options = {"DIM": dim, "PRECISION": precision_of(v.dtype), "MIXED": heads % 2 == 1, "num_stages": 1}
+    constants = {"DIM": dim, "PRECISION": matmul_precision(v.dtype), "MIXED": heads % 2 == 1, "num_stages": 1}
     query_backward_kernel[(head_count, parts)](
         *(grad, qk, gate, ungated, cos, sin, matrix, mean),
         *(grad_qk, grad_gate, grad_ungated, gated, grad_matrix, grad_mean, sums),
         *(num_tokens, width, heads, matrix.shape[0], triton.cdiv(num_tokens, parts)),
-        BLOCK=TILES[0].tokens, num_warps=TILES[0].warps, **options,
+        BLOCK=TILES[0].tokens, num_warps=TILES[0].warps, **constants,
     )  # fmt: skip
     grad_matrix, grad_mean = few_parts(grad_matrix), few_parts(grad_mean)
     key_value_backward_kernel[(head_count, parts)](
         *(qk, v, cos, sin, grad_matrix, grad_mean, grad_qk, grad_v, sums),
         *(num_tokens, width, heads, grad_matrix.shape[0], triton.cdiv(num_tokens, parts)),
-        BLOCK=TILES[1].tokens, num_warps=TILES[1].warps, **options,
+        BLOCK=TILES[1].tokens, num_warps=TILES[1].warps, **constants,
     )  # fmt: skip
     return grad_qk, grad_v, grad_gate, grad_ungated, gated, sum_parts(sums)

@@ -1,7 +1,9 @@
 """Triton kernels for the 3x3 depthwise convolution on tokens (B, H, W, C), stride 1, zero padding, with bias.
 
-A program takes pairs of neighboring columns (of all images, end to end) and a band of rows, and marches down: each row
-is read once, with the neighbors of each pair, and adds to the three output rows it touches, which stay in registers.
+Eager reference: `TokenConv` in models/layers.py, and what follows it in `MLLABlock` (models/mlla.py).
+
+A program takes pairs of neighboring columns (of all images, end to end) and a band of rows, and goes down: each row is
+read once, with the neighbors of each pair, and adds to the three output rows it touches, which stay in registers.
 """
 
 from typing import NamedTuple
@@ -11,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.kernels.triton.depthwise_io import load_opening, load_row, load_stencil, to_float
+from models.kernels.triton.depthwise_io import load_gate, load_row, load_stencil, to_float
 from models.kernels.triton.launch import channel_block, num_multiprocessors, on_its_device, token_stride
 from models.kernels.triton.math import as_tile, sigmoid
 
@@ -21,7 +23,7 @@ def finish(
     result, attended, gate, offset, ok, channel_ok, out, second_out, channels, eps, scale, shift, later,
     NORM: tl.constexpr, SILU: tl.constexpr, GATE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Store one token's result, and what follows from it."""
+    """Store a token's convolution, and its norm, SiLU or gated value."""
     if NORM:
         rounded = result.to(out.dtype.element_ty)
         tl.store(out + offset, (rounded + later).to(out.dtype.element_ty), mask=ok)
@@ -50,9 +52,11 @@ def conv_forward_kernel(
     NORM: tl.constexpr, LATER: tl.constexpr, SILU: tl.constexpr, GATE: tl.constexpr, KEEP: tl.constexpr,
     ROWS: tl.constexpr, PAIRS: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """One of three: NORM, out = conv(x) + bias + x, second_out = LayerNorm(out), and then out += later_bias if LATER;
-    SILU, out = conv(x) + bias, second_out = SiLU(out); GATE, out = conv(x) + bias + attended, second_out = out
-    SiLU(gate). Without NORM, `out` is stored if KEEP.
+    """Compute one of three; `out` is stored for NORM, and for the others if KEEP.
+
+    NORM: out = conv(x) + bias + x, second_out = LayerNorm(out), and then out += later_bias if LATER.
+    SILU: out = conv(x) + bias, second_out = SiLU(out).
+    GATE: out = conv(x) + bias + attended, second_out = out SiLU(gate).
     """
     channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     channel_ok = channel < channels
@@ -65,20 +69,20 @@ def conv_forward_kernel(
     later = start * 0.0
     if LATER:
         later = tl.load(later_bias + channel, mask=channel_ok, other=0.0).to(tl.float32)
-    pairs_a_row = (width + 1) // 2
+    pairs_per_row = (width + 1) // 2
     num_pair_blocks = tl.cdiv(num_pairs, PAIRS)
     row_stride = width * x_token_stride
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
         pair = ((block % num_pair_blocks) * PAIRS + tl.arange(0, PAIRS))[:, None]
         first_row = (block // num_pair_blocks) * ROWS
-        image, w = pair // pairs_a_row, pair % pairs_a_row * 2
+        image, w = pair // pairs_per_row, pair % pairs_per_row * 2
         ok1 = (pair < num_pairs) & channel_ok
         ok0, ok2, ok3 = ok1 & (w > 0), ok1 & (w + 1 < width), ok1 & (w + 2 < width)
         token = image.to(tl.int64) * height * width + w
         pointer = x + token * x_token_stride + channel
         offset = token * channels + channel
 
-        # The rows to come are on their way while a row is worked on: memory is far, and stores hold back later loads.
+        # Load two rows ahead: memory latency is long, and stores delay later loads.
         a, b, c, d = load_row(pointer, first_row - 1, height, ok0, ok1, ok2, ok3, row_stride, x_token_stride)
         e, f, g, h = load_row(pointer, first_row, height, ok0, ok1, ok2, ok3, row_stride, x_token_stride)
         next0, next1, next2, next3 = load_row(
@@ -87,10 +91,10 @@ def conv_forward_kernel(
         then0, then1, then2, then3 = load_row(
             pointer, first_row + 2, height, ok0, ok1, ok2, ok3, row_stride, x_token_stride
         )
-        opening0, opening1, opening2, opening3 = a, a, a, a
+        next_attended1, next_attended2, next_gate1, next_gate2 = a, a, a, a
         gate_pointer = gate + token * gate_token_stride + channel
         if GATE:
-            opening0, opening1, opening2, opening3 = load_opening(
+            next_attended1, next_attended2, next_gate1, next_gate2 = load_gate(
                 attended + offset, gate_pointer, first_row, height, ok1, ok2, width, channels, gate_token_stride
             )
         a, b, c, d = to_float(a, b, c, d)
@@ -112,10 +116,10 @@ def conv_forward_kernel(
             )
             here = offset + row * width * channels
             inside = as_tile(row) < height
-            attended1, attended2, gate1, gate2 = opening0, opening1, opening2, opening3
+            attended1, attended2, gate1, gate2 = next_attended1, next_attended2, next_gate1, next_gate2
             if GATE:
                 more = as_tile(i) + 1 < ROWS
-                opening0, opening1, opening2, opening3 = load_opening(
+                next_attended1, next_attended2, next_gate1, next_gate2 = load_gate(
                     attended + offset,
                     gate_pointer,
                     row + 1,
@@ -147,9 +151,7 @@ def conv_forward_kernel(
 
 
 class Tile(NamedTuple):
-    """What one program computes at a time: pairs of columns, rows, channels; its warps, and rows that one turn of its
-    loop does.
-    """
+    """Work of one program at a time: pairs of columns, rows, channels; its warps, and rows in one turn of its loop."""
 
     pairs: int
     rows: int
@@ -164,24 +166,22 @@ def conv_forward(
     *, norm: tuple[Tensor, Tensor, float] | None = None, later_bias: Tensor | None = None,
     gate: tuple[Tensor, Tensor] | None = None, keep: bool = True,
 ) -> None:  # fmt: skip
-    """Launch the kernel. `norm` is (weight, bias, eps) of a LayerNorm, `gate` (attended, gate); without either, SiLU
-    follows.
-    """
+    """Launch the kernel: `norm` is (weight, bias, eps) of a LayerNorm, `gate` (attended, gate); without both, SiLU."""
     batch, height, width, channels = x.shape
     x, stride = token_stride(x)
-    attended, opening = gate or (x, x)
-    opening, opening_stride = token_stride(opening)
+    attended, gate_tokens = gate or (x, x)
+    gate_tokens, gate_stride = token_stride(gate_tokens)
     num_pairs = batch * triton.cdiv(width, 2)
     pair_blocks, channel_blocks = triton.cdiv(num_pairs, tile.pairs), triton.cdiv(channels, tile.channels)
     rows = tile.rows
     while rows > 1 and pair_blocks * triton.cdiv(height, rows) * channel_blocks < 2 * num_multiprocessors(x.device):
-        rows //= 2  # one image or two: rather shorter marches than idle multiprocessors
+        rows //= 2  # with one or two images, shorter bands beat idle multiprocessors
     num_blocks = pair_blocks * triton.cdiv(height, rows)
     programs = min(num_blocks, max(1, 16 * num_multiprocessors(x.device) // channel_blocks))
     conv_forward_kernel[(programs, channel_blocks)](
         *(x, weight, bias, *((norm or (bias, bias))[:2]), bias if later_bias is None else later_bias),
-        *(attended, opening, out, second_out),
-        *(num_pairs, num_blocks, height, width, channels, stride, opening_stride, norm[2] if norm else 0.0),
+        *(attended, gate_tokens, out, second_out),
+        *(num_pairs, num_blocks, height, width, channels, stride, gate_stride, norm[2] if norm else 0.0),
         NORM=norm is not None, LATER=later_bias is not None, SILU=norm is None and gate is None,
         GATE=gate is not None, KEEP=keep,
         ROWS=rows, PAIRS=tile.pairs, CHANNELS=tile.channels, UNROLL=min(rows, tile.unroll), num_warps=tile.warps,
@@ -192,7 +192,7 @@ def conv_norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
     later_bias: Tensor | None = None, *, tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x + conv(x), to which `later_bias` is added after its LayerNorm, and that norm; each (B, H, W, C)."""
+    """Return x + conv(x), with `later_bias` added after taking its LayerNorm, and that norm; each (B, H, W, C)."""
     out, normed = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     block = triton.next_power_of_2(x.shape[-1])
     is_tall = x.shape[1] > 14
@@ -205,24 +205,24 @@ def conv_norm_forward(
 def conv_silu_forward(
     x: Tensor, weight: Tensor, bias: Tensor, *, keep: bool, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor]:
-    """SiLU(conv(x)) and, with `keep`, conv(x) itself, else an empty tensor."""
+    """Return SiLU(conv(x)) and, with `keep`, conv(x), else an empty tensor."""
     active = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    before = torch.empty(x.shape if keep else (0,), dtype=x.dtype, device=x.device)
-    conv_forward(x, weight, bias, before, active, tile or silu_tile(x), keep=keep)
-    return active, before
+    linear_out = torch.empty(x.shape if keep else (0,), dtype=x.dtype, device=x.device)
+    conv_forward(x, weight, bias, linear_out, active, tile or silu_tile(x), keep=keep)
+    return active, linear_out
 
 
 def conv_gate_forward(
     x: Tensor, weight: Tensor, bias: Tensor, attended: Tensor, gate: Tensor, *, keep: bool, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(conv(x) + attended) SiLU(gate) and, with `keep`, conv(x) + attended, else an empty tensor."""
+    """Return (conv(x) + attended) SiLU(gate) and, with `keep`, conv(x) + attended, else an empty tensor."""
     gated = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    before = torch.empty(x.shape if keep else (0,), dtype=x.dtype, device=x.device)
-    conv_forward(x, weight, bias, before, gated, tile or gate_tile(x), gate=(attended, gate), keep=keep)
-    return gated, before
+    linear_out = torch.empty(x.shape if keep else (0,), dtype=x.dtype, device=x.device)
+    conv_forward(x, weight, bias, linear_out, gated, tile or gate_tile(x), gate=(attended, gate), keep=keep)
+    return gated, linear_out
 
 
-# The tiles are those that did best on an H200 in MLLA-T's four grids.
+# These tiles were fastest on an H200 in MLLA-T's four grids.
 def silu_tile(x: Tensor) -> Tile:
     channels = channel_block(x.shape[-1], 64)
     return Tile(4, 14, channels, 4, unroll=14) if x.shape[1] > 7 else Tile(4, 7, channels, 2, unroll=7)

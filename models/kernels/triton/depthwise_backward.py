@@ -1,4 +1,7 @@
-"""Triton kernel for the gradients of the 3x3 depthwise convolution of `depthwise.py`, marching down in the same way."""
+"""Triton kernel for the gradients of the 3x3 depthwise convolution of `depthwise.py`, going down in the same way.
+
+Eager reference: autograd of `TokenConv` in models/layers.py.
+"""
 
 import torch
 import triton
@@ -15,39 +18,40 @@ from models.kernels.triton.math import as_tile, sum_parts
 def conv_backward_kernel(
     grad, x, weight, extra, grad_x, partials,
     num_pairs, num_blocks, height, width, channels, grad_token_stride, x_token_stride,
-    RESIDUAL: tl.constexpr, EXTRA: tl.constexpr, BEFORE: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    RESIDUAL: tl.constexpr, EXTRA: tl.constexpr, INPUT_BIAS: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
     CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the convolution: grad_x (+ grad if RESIDUAL, + extra if EXTRA); sums over tokens go to `partials`
-    (programs, 10, channels): nine taps and the bias, one part for each program, so that the order of adding is fixed;
-    if BEFORE, (programs, 11, channels): and grad_x.
+    """Store grad_x (+ grad if RESIDUAL, + extra if EXTRA), and sums over tokens in `partials` (programs, 10, channels).
+
+    The sums are the gradients of nine taps and the bias, a part for each program, so that the order of additions is
+    fixed. With INPUT_BIAS they are (programs, 11, channels), the last for grad_x.
     """
     channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     channel_ok = channel < channels
     top0, top1, top2, mid0, mid1, mid2, low0, low1, low2 = load_stencil(weight, channel, channel_ok)
     zeros = tl.zeros((PAIRS, CHANNELS), dtype=tl.float32)
     t0, t1, t2, m0, m1, m2, l0, l1, l2, total = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
-    before = zeros
-    pairs_a_row = (width + 1) // 2
+    input_sum = zeros
+    pairs_per_row = (width + 1) // 2
     num_pair_blocks = tl.cdiv(num_pairs, PAIRS)
     grad_row_stride = width * grad_token_stride
     x_row_stride = width * x_token_stride
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
         pair = ((block % num_pair_blocks) * PAIRS + tl.arange(0, PAIRS))[:, None]
         first_row = (block // num_pair_blocks) * ROWS
-        image, w = pair // pairs_a_row, pair % pairs_a_row * 2
+        image, w = pair // pairs_per_row, pair % pairs_per_row * 2
         ok1 = (pair < num_pairs) & channel_ok
         ok0, ok2, ok3 = ok1 & (w > 0), ok1 & (w + 1 < width), ok1 & (w + 2 < width)
         token = image.to(tl.int64) * height * width + w
         grad_pointer = grad + token * grad_token_stride + channel
         x_pointer = x + token * x_token_stride + channel
         offset = token * channels + channel
-        # Two zeros: Triton takes a name for a constant if a loop seems to give it the object that it had before.
+        # Not the same object as below: Triton takes a name for a constant if a loop seems to assign what it held.
         x_above1, x_above2 = zeros * 1.0, zeros * 1.0
         x_here1, x_here2 = zeros, zeros
         above1, above2, here1, here2 = zeros, zeros, zeros, zeros  # of grad_x: rows row - 1 and row
         grad_above1, grad_above2 = zeros, zeros
-        # A row is loaded while the one before it is worked on.
+        # A row is loaded while the previous one is worked on.
         next0, next1, next2, next3 = load_row(
             grad_pointer, first_row - 1, height, ok0, ok1, ok2, ok3, grad_row_stride, grad_token_stride
         )
@@ -72,12 +76,12 @@ def conv_backward_kernel(
             x_next1, x_next2 = load_pair(
                 x_pointer, row + 2, height, ok1 & more, ok2 & more, x_row_stride, x_token_stride
             )
-            done = (as_tile(i) >= 2) & (as_tile(row) - 1 < height)
-            place = offset + (row - 1) * width * channels
+            is_stored = (as_tile(i) >= 2) & (as_tile(row) - 1 < height)
+            index = offset + (row - 1) * width * channels
             extra1, extra2 = zeros, zeros
             if EXTRA:
-                extra1 = tl.load(extra + place, mask=ok1 & done, other=0.0).to(tl.float32)
-                extra2 = tl.load(extra + place + channels, mask=ok2 & done, other=0.0).to(tl.float32)
+                extra1 = tl.load(extra + index, mask=ok1 & is_stored, other=0.0).to(tl.float32)
+                extra2 = tl.load(extra + index + channels, mask=ok2 & is_stored, other=0.0).to(tl.float32)
             t0 += x_above1 * c + x_above2 * d
             t1 += x_above1 * b + x_above2 * c
             t2 += x_above1 * a + x_above2 * b
@@ -101,15 +105,15 @@ def conv_backward_kernel(
             if EXTRA:
                 result1 += extra1
                 result2 += extra2
-            if BEFORE:
-                before += tl.where(ok1 & done, result1, 0.0) + tl.where(ok2 & done, result2, 0.0)
-            tl.store(grad_x + place, result1.to(grad_x.dtype.element_ty), mask=ok1 & done)
-            tl.store(grad_x + place + channels, result2.to(grad_x.dtype.element_ty), mask=ok2 & done)
+            if INPUT_BIAS:
+                input_sum += tl.where(ok1 & is_stored, result1, 0.0) + tl.where(ok2 & is_stored, result2, 0.0)
+            tl.store(grad_x + index, result1.to(grad_x.dtype.element_ty), mask=ok1 & is_stored)
+            tl.store(grad_x + index + channels, result2.to(grad_x.dtype.element_ty), mask=ok2 & is_stored)
             grad_above1, grad_above2 = b, c
             x_above1, x_above2 = x_here1, x_here2
             x_here1, x_here2 = x_below1, x_below2
-    target = partials + tl.program_id(0) * (11 if BEFORE else 10) * channels + channel
-    store_sums(target, channels, channel_ok, t0, t1, t2, m0, m1, m2, l0, l1, l2, total, before, BEFORE)
+    target = partials + tl.program_id(0) * (11 if INPUT_BIAS else 10) * channels + channel
+    store_sums(target, channels, channel_ok, t0, t1, t2, m0, m1, m2, l0, l1, l2, total, input_sum, INPUT_BIAS)
 
 
 @on_its_device
@@ -120,12 +124,12 @@ def conv_backward(
     extra: Tensor | None = None,
     *,
     residual: bool,
-    before: bool = False,
+    input_bias: bool = False,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of conv(x) (+ x if `residual`): for x, plus `extra`, and float32 (10 C,) for taps, then bias.
+    """Return gradients of conv(x) (+ x if `residual`): for x, plus `extra`, and float32 (10 C,) for taps, then bias.
 
-    (11 C,) if `before`: and the sum over tokens of the gradient for x.
+    With `input_bias`, (11 C,): also for a bias that was added to x.
     """
     batch, height, width, channels = x.shape
     x, x_stride = token_stride(x)
@@ -137,11 +141,11 @@ def conv_backward(
     num_blocks = triton.cdiv(num_pairs, tile.pairs) * triton.cdiv(height, tile.rows)
     channel_blocks = triton.cdiv(channels, tile.channels)
     programs = min(num_blocks, max(1, 4 * num_multiprocessors(x.device) // channel_blocks))
-    partials = torch.empty(programs, 11 if before else 10, channels, dtype=torch.float32, device=x.device)
+    partials = torch.empty(programs, 11 if input_bias else 10, channels, dtype=torch.float32, device=x.device)
     conv_backward_kernel[(programs, channel_blocks)](
         *(grad, x, weight, grad if extra is None else extra.contiguous(), grad_x, partials),
         *(num_pairs, num_blocks, height, width, channels, grad_stride, x_stride),
-        RESIDUAL=residual, EXTRA=extra is not None, BEFORE=before,
+        RESIDUAL=residual, EXTRA=extra is not None, INPUT_BIAS=input_bias,
         ROWS=tile.rows, PAIRS=tile.pairs, CHANNELS=tile.channels, UNROLL=tile.unroll, num_warps=tile.warps,
     )  # fmt: skip
     return grad_x, sum_parts(partials, taps=True)

@@ -1,4 +1,4 @@
-"""What the depthwise kernels load and store: rows of tokens with their neighbors, the stencil's weights, its sums."""
+"""Loads and stores of the depthwise kernels: rows of tokens with their neighbors, weights, sums of gradients."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ from models.kernels.triton.math import as_tile
 
 @triton.jit
 def load_row(pointer, row, height, ok0, ok1, ok2, ok3, row_stride, token_stride):
-    """A pair of tokens of the row between their left and right neighbors; zeros outside the image."""
+    """Load a pair of tokens of a row between their left and right neighbors; zeros outside the image."""
     inside = (as_tile(row) < height) & (as_tile(row) >= 0)
     here = pointer + row * row_stride
     left = tl.load(here - token_stride, mask=ok0 & inside, other=0.0)
@@ -20,7 +20,7 @@ def load_row(pointer, row, height, ok0, ok1, ok2, ok3, row_stride, token_stride)
 
 @triton.jit
 def load_pair(pointer, row, height, ok1, ok2, row_stride, token_stride):
-    """A pair of tokens of the row; zeros outside the image."""
+    """Load a pair of tokens of a row; zeros outside the image."""
     inside = as_tile(row) < height
     here = pointer + row * row_stride
     first = tl.load(here, mask=ok1 & inside, other=0.0)
@@ -29,8 +29,8 @@ def load_pair(pointer, row, height, ok1, ok2, row_stride, token_stride):
 
 
 @triton.jit
-def load_opening(attended, gate, row, height, ok1, ok2, width, channels, gate_token_stride):
-    """What is added to a pair of the row's tokens, and what then multiplies them."""
+def load_gate(attended, gate, row, height, ok1, ok2, width, channels, gate_token_stride):
+    """Load attention's output and the gate for a pair of a row's tokens."""
     inside = as_tile(row) < height
     attended += row * width * channels
     gate += row * width * gate_token_stride
@@ -43,7 +43,7 @@ def load_opening(attended, gate, row, height, ok1, ok2, width, channels, gate_to
 
 @triton.jit
 def load_taps(weight, channel, channel_ok, row: tl.constexpr):
-    """The three weights of one row of the stencil, each (1, channels)."""
+    """Load the three weights of one row of the stencil, each (1, channels)."""
     base = weight + channel * 9 + row * 3
     first = tl.load(base, mask=channel_ok, other=0.0).to(tl.float32)
     second = tl.load(base + 1, mask=channel_ok, other=0.0).to(tl.float32)
@@ -53,7 +53,7 @@ def load_taps(weight, channel, channel_ok, row: tl.constexpr):
 
 @triton.jit
 def load_stencil(weight, channel, channel_ok):
-    """The nine weights, row by row, each (1, channels)."""
+    """Load the nine weights, row by row, each (1, channels)."""
     top0, top1, top2 = load_taps(weight, channel, channel_ok, 0)
     mid0, mid1, mid2 = load_taps(weight, channel, channel_ok, 1)
     low0, low1, low2 = load_taps(weight, channel, channel_ok, 2)
@@ -61,10 +61,12 @@ def load_stencil(weight, channel, channel_ok):
 
 
 @triton.jit
-def store_sums(target, channels, channel_ok, t0, t1, t2, m0, m1, m2, l0, l1, l2, total, before, BEFORE: tl.constexpr):
-    """A program's sums over tokens, (10, channels) at target: the nine taps' gradients, then the bias's.
+def store_sums(
+    target, channels, channel_ok, t0, t1, t2, m0, m1, m2, l0, l1, l2, total, input_sum, INPUT_BIAS: tl.constexpr
+):  # fmt: skip
+    """Store a program's sums over tokens, (10, channels): gradients of the nine taps, then of the bias.
 
-    (11, channels) if BEFORE: and those of a bias before.
+    With INPUT_BIAS, (11, channels): also of a bias that was added to the convolution's input.
     """
     tl.store(target, tl.sum(t0, 0, keep_dims=True), mask=channel_ok)
     tl.store(target + channels, tl.sum(t1, 0, keep_dims=True), mask=channel_ok)
@@ -76,8 +78,8 @@ def store_sums(target, channels, channel_ok, t0, t1, t2, m0, m1, m2, l0, l1, l2,
     tl.store(target + 7 * channels, tl.sum(l1, 0, keep_dims=True), mask=channel_ok)
     tl.store(target + 8 * channels, tl.sum(l2, 0, keep_dims=True), mask=channel_ok)
     tl.store(target + 9 * channels, tl.sum(total, 0, keep_dims=True), mask=channel_ok)
-    if BEFORE:
-        tl.store(target + 10 * channels, tl.sum(before, 0, keep_dims=True), mask=channel_ok)
+    if INPUT_BIAS:
+        tl.store(target + 10 * channels, tl.sum(input_sum, 0, keep_dims=True), mask=channel_ok)
 
 
 @triton.jit

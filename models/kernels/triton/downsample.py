@@ -1,5 +1,7 @@
 """Triton kernels for the 3x3 depthwise convolution with stride 2 between two ReLUs, on tokens (B, H, W, C).
 
+Eager reference: the first two layers of `Downsample` in models/layers.py.
+
 H and W are even. Gradients go by output tokens: those of the four tokens of x at (2r, 2c) .. (2r + 1, 2c + 1) depend on
 the four of the gradient at (r, c) .. (r + 1, c + 1) alone, by nine products in all.
 """
@@ -16,7 +18,7 @@ from models.kernels.triton.math import as_tile, sum_parts
 
 @triton.jit
 def load_three(pointer, ok_left, ok, channels):
-    """Three tokens in a row through ReLU, float32."""
+    """Load ReLU of three tokens in a row, float32."""
     a = tl.maximum(tl.load(pointer - channels, mask=ok_left, other=0.0).to(tl.float32), 0.0)
     b = tl.maximum(tl.load(pointer, mask=ok, other=0.0).to(tl.float32), 0.0)
     c = tl.maximum(tl.load(pointer + channels, mask=ok, other=0.0).to(tl.float32), 0.0)
@@ -28,7 +30,7 @@ def strided_forward_kernel(
     x, weight, bias, out, num_columns, num_blocks, height, width, channels,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """out = ReLU(conv(ReLU(x)) + bias); height and width are out's, half of x's."""
+    """Store out = ReLU(conv(ReLU(x)) + bias); height and width are out's, half of x's."""
     channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     channel_ok = channel < channels
     top0, top1, top2, mid0, mid1, mid2, low0, low1, low2 = load_stencil(weight, channel, channel_ok)
@@ -59,10 +61,10 @@ def strided_forward_kernel(
 
 
 @triton.jit
-def load_passed(grad, out, place, ok):
-    """The gradient where the second ReLU let the value through, float32."""
-    value = tl.load(grad + place, mask=ok, other=0.0).to(tl.float32)
-    return tl.where(tl.load(out + place, mask=ok, other=0.0) > 0, value, 0.0)
+def load_relu_grad(grad, out, index, ok):
+    """Load the gradient where the second ReLU's output is positive, zeros elsewhere, float32."""
+    value = tl.load(grad + index, mask=ok, other=0.0).to(tl.float32)
+    return tl.where(tl.load(out + index, mask=ok, other=0.0) > 0, value, 0.0)
 
 
 @triton.jit
@@ -70,13 +72,13 @@ def strided_backward_kernel(
     grad, x, weight, out, grad_x, partials, num_columns, num_blocks, height, width, channels,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """grad_x, and the sums over tokens for taps, bias and grad_x in `partials` (programs, 11, channels)."""
+    """Store grad_x, and sums over tokens for taps, bias and grad_x in `partials` (programs, 11, channels)."""
     channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     channel_ok = channel < channels
     top0, top1, top2, mid0, mid1, mid2, low0, low1, low2 = load_stencil(weight, channel, channel_ok)
     zeros = tl.zeros((COLUMNS, CHANNELS), dtype=tl.float32)
     t0, t1, t2, m0, m1, m2, l0, l1, l2, total = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
-    before = zeros
+    input_sum = zeros
     num_column_blocks = tl.cdiv(num_columns, COLUMNS)
     dtype = grad_x.dtype.element_ty
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
@@ -86,18 +88,18 @@ def strided_backward_kernel(
         ok = (column < num_columns) & channel_ok
         ok_right = ok & (w + 1 < width)
         image = image.to(tl.int64) * height * width
-        place = (image + w) * channels + channel
-        x_place = (4 * image + 2 * w) * channels + channel
-        here = load_passed(grad, out, place + first_row * width * channels, ok)
-        right = load_passed(grad, out, place + first_row * width * channels + channels, ok_right)
+        index = (image + w) * channels + channel
+        x_index = (4 * image + 2 * w) * channels + channel
+        here = load_relu_grad(grad, out, index + first_row * width * channels, ok)
+        right = load_relu_grad(grad, out, index + first_row * width * channels + channels, ok_right)
         for i in range(ROWS):
             row = first_row + i
             inside = as_tile(row) < height
             below_ok = as_tile(row) + 1 < height
-            below_place = place + (row + 1) * width * channels
-            below = load_passed(grad, out, below_place, ok & below_ok)
-            corner = load_passed(grad, out, below_place + channels, ok_right & below_ok)
-            first = x_place + row * 4 * width * channels
+            below_index = index + (row + 1) * width * channels
+            below = load_relu_grad(grad, out, below_index, ok & below_ok)
+            corner = load_relu_grad(grad, out, below_index + channels, ok_right & below_ok)
+            first = x_index + row * 4 * width * channels
             second = first + 2 * width * channels
             x00 = tl.load(x + first, mask=ok & inside, other=0.0).to(tl.float32)
             x01 = tl.load(x + first + channels, mask=ok & inside, other=0.0).to(tl.float32)
@@ -123,21 +125,21 @@ def strided_backward_kernel(
             t2 += x11 * below
             t0 += x11 * corner
             total += tl.where(inside, here, 0.0)
-            before += g00 + g01 + g10 + g11  # zeros outside, where x is
+            input_sum += g00 + g01 + g10 + g11  # zeros outside, where x is
             here = below
             right = corner
     target = partials + tl.program_id(0) * 11 * channels + channel
-    store_sums(target, channels, channel_ok, t0, t1, t2, m0, m1, m2, l0, l1, l2, total, before, True)
+    store_sums(target, channels, channel_ok, t0, t1, t2, m0, m1, m2, l0, l1, l2, total, input_sum, True)
 
 
-def plan(x: Tensor, tile: tuple[int, int, int, int], programs_a_multiprocessor: int) -> tuple[int, int, int, int]:
-    """Column count, blocks, programs and blocks of channels for x (B, H, W, C)."""
+def plan(x: Tensor, tile: tuple[int, int, int, int], programs_per_multiprocessor: int) -> tuple[int, int, int, int]:
+    """Return the number of columns, blocks, programs and blocks of channels for x (B, H, W, C)."""
     batch, height, width, channels = x.shape
     columns, rows, block, _ = tile
     num_columns = batch * width // 2
     num_blocks = triton.cdiv(num_columns, columns) * triton.cdiv(height // 2, rows)
     channel_blocks = triton.cdiv(channels, block)
-    limit = max(1, programs_a_multiprocessor * num_multiprocessors(x.device) // channel_blocks)
+    limit = max(1, programs_per_multiprocessor * num_multiprocessors(x.device) // channel_blocks)
     return num_columns, num_blocks, min(num_blocks, limit), channel_blocks
 
 
@@ -145,7 +147,7 @@ def plan(x: Tensor, tile: tuple[int, int, int, int], programs_a_multiprocessor: 
 def strided_forward(
     x: Tensor, weight: Tensor, bias: Tensor, *, tile: tuple[int, int, int, int] | None = None
 ) -> Tensor:
-    """ReLU(conv(ReLU(x)) + bias), (B, H, W, C) -> (B, H / 2, W / 2, C); `tile`: columns, rows, channels, warps."""
+    """Return ReLU(conv(ReLU(x)) + bias), (B, H / 2, W / 2, C); `tile`: columns, rows, channels, warps."""
     x = x.contiguous()
     batch, height, width, channels = x.shape
     tile = tile or (4, 7, channel_block(channels, 64), 4)
@@ -162,7 +164,7 @@ def strided_forward(
 def strided_backward(
     grad: Tensor, x: Tensor, weight: Tensor, out: Tensor, *, tile: tuple[int, int, int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `strided_forward`, whose result is `out`: for x, and float32 (11 C,): taps, bias and its own sum."""
+    """Return gradients of `strided_forward`, which gave `out`: for x, and (11 C,) for taps, bias and input bias."""
     grad, x = grad.contiguous(), x.contiguous()
     tile = tile or (4, 7, channel_block(x.shape[-1], 64), 4)
     num_columns, num_blocks, programs, channel_blocks = plan(x, tile, 4)

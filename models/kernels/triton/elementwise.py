@@ -1,7 +1,7 @@
-"""Triton kernels that go over tokens once, element by element, and in the backward pass sum them for a bias too.
+"""Triton kernels for GELU, its gradient, and a scale for each image; sums over tokens for a bias come with them.
 
-The bias is that of the matrix product before: its gradient is the sum over tokens of a gradient that is written here,
-so that no other pass has to read it.
+Eager references: F.gelu and `DropPath` (models/layers.py). The bias belongs to the previous linear layer: its gradient
+is the sum over tokens of the gradient that a kernel writes, so that no other pass has to read it.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ DENSITY_AT_ZERO = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 
 @triton.jit
 def normal(x):
-    """Phi(x) and exp(-x^2 / 2), by formula 7.1.26 of Abramowitz and Stegun: off by 1e-7 at most."""
+    """Return Phi(x) and exp(-x^2 / 2), by formula 7.1.26 of Abramowitz and Stegun: off by 1e-7 at most."""
     bell = exponential(-0.5 * x * x)
     t = reciprocal(1.0 + 0.23164189 * tl.abs(x))
     p = 0.5307027145 * t - 0.7265760135
@@ -32,23 +32,23 @@ def normal(x):
 
 @triton.jit
 def gelu_kernel(x, out, length, LENGTH: tl.constexpr):
-    """out = x Phi(x)."""
-    place = tl.program_id(0).to(tl.int64) * LENGTH + tl.arange(0, LENGTH)
-    value = tl.load(x + place, mask=place < length, other=0.0).to(tl.float32)
+    """Store out = x Phi(x)."""
+    index = tl.program_id(0).to(tl.int64) * LENGTH + tl.arange(0, LENGTH)
+    value = tl.load(x + index, mask=index < length, other=0.0).to(tl.float32)
     phi, _ = normal(value)
-    tl.store(out + place, (value * phi).to(out.dtype.element_ty), mask=place < length)
+    tl.store(out + index, (value * phi).to(out.dtype.element_ty), mask=index < length)
 
 
 @triton.jit
 def tile_at(first, num_tokens, channel, channels, TOKENS: tl.constexpr):
-    """The tokens from `first` on, the places of their channels, and which of these there are."""
+    """Return the tokens from `first` on, the indices of their channels, and a mask of those that exist."""
     token = first + tl.arange(0, TOKENS)[:, None]
     return token, token.to(tl.int64) * channels + channel, (token < num_tokens) & (channel < channels)
 
 
 @triton.jit
 def store_total(partials, total, channel, channels):
-    """A program's sum over its tokens, its row of `partials` (programs, channels)."""
+    """Store a program's sum over its tokens in its row of `partials` (programs, channels)."""
     target = partials + tl.program_id(0) * channels + channel
     tl.store(target, tl.sum(total, 0, keep_dims=True), mask=channel < channels)
 
@@ -57,39 +57,39 @@ def store_total(partials, total, channel, channels):
 def gelu_backward_kernel(
     grad, x, grad_x, out, partials, num_tokens, channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """grad_x = grad GELU'(x), whose sums over tokens go to `partials` (programs, channels); and out = GELU(x)."""
+    """Store grad_x = grad GELU'(x), its sums over tokens in `partials` (programs, channels), and out = GELU(x)."""
     channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     total = tl.zeros((TOKENS, CHANNELS), dtype=tl.float32)
     for first in range(tl.program_id(0) * TOKENS, num_tokens, tl.num_programs(0) * TOKENS):
-        _, place, ok = tile_at(first, num_tokens, channel, channels, TOKENS)
-        value = tl.load(x + place, mask=ok, other=0.0).to(tl.float32)
-        upstream = tl.load(grad + place, mask=ok, other=0.0).to(tl.float32)
+        _, index, ok = tile_at(first, num_tokens, channel, channels, TOKENS)
+        value = tl.load(x + index, mask=ok, other=0.0).to(tl.float32)
+        upstream = tl.load(grad + index, mask=ok, other=0.0).to(tl.float32)
         phi, bell = normal(value)
-        tl.store(out + place, (value * phi).to(out.dtype.element_ty), mask=ok)
+        tl.store(out + index, (value * phi).to(out.dtype.element_ty), mask=ok)
         result = upstream * (phi + value * bell * DENSITY_AT_ZERO)
         total += result
-        tl.store(grad_x + place, result.to(grad_x.dtype.element_ty), mask=ok)
+        tl.store(grad_x + index, result.to(grad_x.dtype.element_ty), mask=ok)
     store_total(partials, total, channel, channels)
 
 
 @triton.jit
 def scale_kernel(
-    x, scale, out, partials, num_tokens, tokens_an_image, channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr
+    x, scale, out, partials, num_tokens, tokens_per_image, channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """out = scale[image] x; its sums over tokens go to `partials` (programs, channels)."""
+    """Store out = scale[image] x, and its sums over tokens in `partials` (programs, channels)."""
     channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     total = tl.zeros((TOKENS, CHANNELS), dtype=tl.float32)
     for first in range(tl.program_id(0) * TOKENS, num_tokens, tl.num_programs(0) * TOKENS):
-        token, place, ok = tile_at(first, num_tokens, channel, channels, TOKENS)
-        factor = tl.load(scale + token // tokens_an_image, mask=token < num_tokens, other=0.0).to(tl.float32)
-        result = tl.load(x + place, mask=ok, other=0.0).to(tl.float32) * factor
+        token, index, ok = tile_at(first, num_tokens, channel, channels, TOKENS)
+        factor = tl.load(scale + token // tokens_per_image, mask=token < num_tokens, other=0.0).to(tl.float32)
+        result = tl.load(x + index, mask=ok, other=0.0).to(tl.float32) * factor
         total += result
-        tl.store(out + place, result.to(out.dtype.element_ty), mask=ok)
+        tl.store(out + index, result.to(out.dtype.element_ty), mask=ok)
     store_total(partials, total, channel, channels)
 
 
 class Tile(NamedTuple):
-    """Tokens and channels that a program takes at a time, its warps, and programs a multiprocessor."""
+    """Tokens and channels that a program takes at a time, its warps, and programs per multiprocessor."""
 
     tokens: int
     channels: int
@@ -98,7 +98,7 @@ class Tile(NamedTuple):
 
 
 def plan(x: Tensor, tile: Tile) -> tuple[int, tuple[int, int], Tensor]:
-    """Tokens of x (..., C), the launch's grid, and room for the parts of the sums."""
+    """Return the number of tokens of x (..., C), the launch grid, and a buffer for the parts of the sums."""
     channels = x.shape[-1]
     num_tokens = x.numel() // channels
     channel_blocks = triton.cdiv(channels, tile.channels)
@@ -110,7 +110,7 @@ def plan(x: Tensor, tile: Tile) -> tuple[int, tuple[int, int], Tensor]:
 
 @on_its_device
 def gelu_forward(x: Tensor, *, tile: tuple[int, int] = (1024, 4)) -> Tensor:
-    """GELU(x), like x, which is contiguous; `tile`: elements, warps."""
+    """Return GELU(x) for a contiguous x; `tile`: elements, warps."""
     out = torch.empty_like(x)
     gelu_kernel[(triton.cdiv(x.numel(), tile[0]),)](x, out, x.numel(), LENGTH=tile[0], num_warps=tile[1])
     return out
@@ -118,7 +118,7 @@ def gelu_forward(x: Tensor, *, tile: tuple[int, int] = (1024, 4)) -> Tensor:
 
 @on_its_device
 def gelu_backward(grad: Tensor, x: Tensor, *, tile: Tile | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient through GELU(x) and GELU(x), like x (..., C); the gradient's sum over tokens, float32 (C,)."""
+    """Return the gradient through GELU(x) (..., C), GELU(x), and the gradient's sum over tokens, float32 (C,)."""
     channels = x.shape[-1]
     tile = tile or Tile(2048 // channel_block(channels, 128), channel_block(channels, 128), 4, 4)
     num_tokens, grid, partials = plan(x, tile)
@@ -132,7 +132,7 @@ def gelu_backward(grad: Tensor, x: Tensor, *, tile: Tile | None = None) -> tuple
 
 @on_its_device
 def scale_and_sum(x: Tensor, scale: Tensor, *, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
-    """scale x for x (B, ..., C) contiguous and scale of B elements, and the sum of it over tokens, float32 (C,)."""
+    """Return scale x for a contiguous x (B, ..., C) and B scales, and its sum over tokens, float32 (C,)."""
     channels = x.shape[-1]
     tile = tile or Tile(2048 // channel_block(channels, 64), channel_block(channels, 64), 4, 8)
     num_tokens, grid, partials = plan(x, tile)

@@ -1,4 +1,4 @@
-"""What the kernels' launches share."""
+"""Helpers to launch kernels."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,19 +15,19 @@ INTERPRETED_MULTIPROCESSORS = 2  # on a CPU, where Triton's interpreter runs the
 
 
 def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
-    """Triton launches on the current device: make that the first argument's."""
+    """Launch on the device of the first argument; Triton takes the current one."""
 
     @wraps(launch)
-    def call(*args: P.args, **options: P.kwargs) -> R:
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
         device = args[0].device  # type: ignore[attr-defined]
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            return launch(*args, **options)
+            return launch(*args, **kwargs)
 
     return call
 
 
 def token_stride(x: Tensor) -> tuple[Tensor, int]:
-    """x (B, H, W, C) and the distance between its tokens; a copy where its tokens are not evenly spaced."""
+    """Return x (B, H, W, C) and the stride of its tokens; a contiguous copy if they are not evenly spaced."""
     _, height, width, _ = x.shape
     stride = x.stride(2)
     is_even = x.stride(3) == 1 and x.stride(1) == width * stride and x.stride(0) == height * width * stride
@@ -38,7 +38,7 @@ def token_stride(x: Tensor) -> tuple[Tensor, int]:
 
 
 def channel_block(channels: int, largest: int) -> int:
-    """A power of two of channels for one program, at most `largest`."""
+    """Return a power of two of channels for one program, at most `largest`."""
     return min(largest, triton.next_power_of_2(channels))
 
 
@@ -49,6 +49,6 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def precision_of(dtype: torch.dtype) -> str:
-    """How products of matrices of this dtype are computed: float32 exactly, not as TF32."""
+def matmul_precision(dtype: torch.dtype) -> str:
+    """Return tl.dot's input precision for a dtype: float32 exactly, not as TF32."""
     return "ieee" if dtype == torch.float32 else "tf32"

@@ -1,4 +1,4 @@
-"""Functions that several kernels compute on values in registers, all float32."""
+"""Functions of float32 values in registers, and sums over parts, that several kernels share."""
 
 import os
 
@@ -6,21 +6,21 @@ import torch
 import triton
 import triton.language as tl
 
-# PTX's approximations flush denormals, which saves the comparisons and rescaling that tl.exp and a division come with:
-# a third of a depthwise kernel's instructions. Their errors are a few units in float32's last place.
+# PTX's approximations flush denormals, which saves the comparisons and rescaling of tl.exp and of divisions: a third of
+# a depthwise kernel's instructions. Their errors are a few units in float32's last place.
 USE_PTX = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 
 
 @triton.jit
 def as_tile(x):
-    """A number as a (1, 1) tensor: Triton's interpreter cannot combine masks of tensors with those of numbers."""
+    """Make a number a (1, 1) tensor: Triton's interpreter cannot combine masks of tensors with masks of numbers."""
     return x + tl.zeros((1, 1), dtype=tl.int32)
 
 
 @triton.jit
 def exponential(x):
-    """e^x; 0 where that is below the normal numbers."""
+    """Return e^x; 0 where that is below the normal numbers."""
     if USE_PTX:
         return tl.inline_asm_elementwise(
             "{ .reg .f32 t; mul.f32 t, $1, 0f3FB8AA3B; ex2.approx.ftz.f32 $0, t; }",
@@ -32,7 +32,7 @@ def exponential(x):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x, 0 for infinity."""
+    """Return 1 / x; 0 for infinity."""
     if USE_PTX:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -48,19 +48,19 @@ def sigmoid(x):
 
 @triton.jit
 def positive(x):
-    """ELU(x) + 1."""
+    """Return ELU(x) + 1."""
     return tl.where(x > 0, x + 1.0, exponential(tl.minimum(x, 0.0)))
 
 
 @triton.jit
 def positive_gradient(x, y):
-    """d(ELU(x) + 1) / dx, given y = ELU(x) + 1."""
+    """Return d(ELU(x) + 1) / dx, given y = ELU(x) + 1."""
     return tl.where(x > 0, 1.0, y)
 
 
 @triton.jit
 def gelu(x, EXACT: tl.constexpr):
-    """x Phi(x). Without EXACT, by a polynomial that is off by 7e-5 at most: erf is what a fused MLP would wait for."""
+    """Return x Phi(x); without EXACT by a polynomial, off by 7e-5 at most, since a fused MLP would wait for erf."""
     if EXACT:
         return 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
     else:  # noqa: RET505
@@ -81,22 +81,22 @@ def gelu(x, EXACT: tl.constexpr):
 def sum_parts_kernel(
     parts, out, num_parts, rows, channels, PARTS: tl.constexpr, LENGTH: tl.constexpr, TAPS: tl.constexpr
 ):
-    """out = the sum over parts of (num_parts, rows, channels); with TAPS, the first nine rows by channel."""
+    """Store the sum over parts of (num_parts, rows, channels); with TAPS, the first nine rows by channel."""
     length = rows * channels
-    place = tl.program_id(0) * LENGTH + tl.arange(0, LENGTH)[None, :]
+    index = tl.program_id(0) * LENGTH + tl.arange(0, LENGTH)[None, :]
     total = tl.zeros((PARTS, LENGTH), dtype=tl.float32)
     for first in range(0, num_parts, PARTS):
         part = first + tl.arange(0, PARTS)[:, None]
-        total += tl.load(parts + part * length + place, mask=(part < num_parts) & (place < length), other=0.0)
-    target = place
+        total += tl.load(parts + part * length + index, mask=(part < num_parts) & (index < length), other=0.0)
+    target = index
     if TAPS:
-        row, channel = place // channels, place % channels
-        target = tl.where(row < 9, channel * 9 + row, place)
-    tl.store(out + target, tl.sum(total, 0, keep_dims=True), mask=place < length)
+        row, channel = index // channels, index % channels
+        target = tl.where(row < 9, channel * 9 + row, index)
+    tl.store(out + target, tl.sum(total, 0, keep_dims=True), mask=index < length)
 
 
 def sum_parts(parts: torch.Tensor, *, taps: bool = False) -> torch.Tensor:
-    """float32 (parts, rows, channels) summed over the first dimension, in one launch and in a fixed order: flat.
+    """Return float32 (parts, rows, channels) summed over parts, flat; in one launch and in a fixed order.
 
     With `taps` the first nine rows are those of a depthwise weight: (channels, taps), then the other rows.
     """

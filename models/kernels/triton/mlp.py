@@ -1,11 +1,14 @@
-"""Triton kernel for the MLP in inference: its hidden layer, four times as wide as the tokens, stays in registers."""
+"""Triton kernel for the MLP in inference: its hidden layer, four times as wide as the tokens, stays in registers.
+
+Eager reference: timm's `Mlp` in `MLLABlock.mix_channels` (models/mlla.py).
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.kernels.triton.launch import on_its_device, precision_of
+from models.kernels.triton.launch import matmul_precision, on_its_device
 from models.kernels.triton.math import gelu
 
 
@@ -14,13 +17,13 @@ def mlp_kernel(
     x, weight1, bias1, weight2, bias2, residual, out, num_tokens, channels, hidden,
     PRECISION: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    """out = residual + GELU(x weight1^T + bias1) weight2^T + bias2; the hidden layer stays in registers."""
+    """Store out = residual + GELU(x weight1^T + bias1) weight2^T + bias2."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     channel = tl.arange(0, CHANNELS)
     token_ok, channel_ok = (token < num_tokens)[:, None], channel < channels
-    place = token.to(tl.int64)[:, None] * channels + channel[None, :]
+    index = token.to(tl.int64)[:, None] * channels + channel[None, :]
     ok = token_ok & channel_ok[None, :]
-    value = tl.load(x + place, mask=ok, other=0.0)
+    value = tl.load(x + index, mask=ok, other=0.0)
     total = tl.zeros((TOKENS, CHANNELS), dtype=tl.float32)
     for first in range(0, hidden, HIDDEN):
         unit = first + tl.arange(0, HIDDEN)
@@ -37,8 +40,8 @@ def mlp_kernel(
         inner = gelu(tl.dot(value, w1, input_precision=PRECISION) + b1[None, :], PRECISION == "ieee")
         total = tl.dot(inner.to(value.dtype), w2, total, input_precision=PRECISION)
     total += tl.load(bias2 + channel, mask=channel_ok, other=0.0).to(tl.float32)[None, :]
-    total += tl.load(residual + place, mask=ok, other=0.0).to(tl.float32)
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=ok)
+    total += tl.load(residual + index, mask=ok, other=0.0).to(tl.float32)
+    tl.store(out + index, total.to(out.dtype.element_ty), mask=ok)
 
 
 @on_its_device
@@ -46,7 +49,7 @@ def mlp_forward(
     x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, residual: Tensor,
     *, tile: tuple[int, int, int, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """residual + MLP(x), both (..., C); weight1 (hidden, C), weight2 (C, hidden).
+    """Return residual + MLP(x), both (..., C); weight1 (hidden, C), weight2 (C, hidden).
 
     `tile`: tokens, hidden units, warps, stages.
     """
@@ -57,7 +60,7 @@ def mlp_forward(
     tokens, units, warps, stages = tile or ((128, 32, 4, 3) if channels == 128 else (128, 64, 8, 2))
     mlp_kernel[(triton.cdiv(num_tokens, tokens),)](
         *(x, weight1, bias1, weight2, bias2, residual, out, num_tokens, channels, hidden),
-        PRECISION=precision_of(x.dtype),
+        PRECISION=matmul_precision(x.dtype),
         TOKENS=tokens, CHANNELS=max(16, triton.next_power_of_2(channels)), HIDDEN=units,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip

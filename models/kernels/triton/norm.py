@@ -1,4 +1,7 @@
-"""Triton kernel for the gradient of LayerNorm over the channels of tokens, with the residual's gradient added."""
+"""Triton kernel for the gradient of LayerNorm over the channels of tokens, with the residual's gradient added.
+
+Eager reference: autograd of F.layer_norm.
+"""
 
 import torch
 import triton
@@ -25,8 +28,9 @@ def norm_backward_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """grad_x = residual_grad + the gradient through LayerNorm(x), and that norm once more; `partials` (programs, 2,
-    channels) get the sums.
+    """Store grad_x = residual_grad + the gradient through LayerNorm(x), and that norm again.
+
+    Sums for the norm's weight and bias go to `partials` (programs, 2, channels).
     """
     channel = tl.arange(0, BLOCK_CHANNELS)[None, :]
     channel_ok = channel < channels
@@ -37,22 +41,22 @@ def norm_backward_kernel(
     for first in range(tl.program_id(0) * BLOCK_TOKENS, num_tokens, tl.num_programs(0) * BLOCK_TOKENS):
         token = first + tl.arange(0, BLOCK_TOKENS)[:, None]
         ok = (token < num_tokens) & channel_ok
-        place = token.to(tl.int64) * channels + channel
-        value = tl.load(x + place, mask=ok, other=0.0).to(tl.float32)
-        upstream = tl.load(grad + place, mask=ok, other=0.0).to(tl.float32)
-        passed = tl.load(residual_grad + place, mask=ok, other=0.0).to(tl.float32)
+        index = token.to(tl.int64) * channels + channel
+        value = tl.load(x + index, mask=ok, other=0.0).to(tl.float32)
+        upstream = tl.load(grad + index, mask=ok, other=0.0).to(tl.float32)
+        residual = tl.load(residual_grad + index, mask=ok, other=0.0).to(tl.float32)
         mean = tl.sum(value, axis=1, keep_dims=True) / channels
         centered = tl.where(channel_ok, value - mean, 0.0)
         inverse = tl.rsqrt(tl.sum(centered * centered, axis=1, keep_dims=True) / channels + eps)
         normed = centered * inverse
-        tl.store(normed_out + place, (normed * scale + shift).to(normed_out.dtype.element_ty), mask=ok)
+        tl.store(normed_out + index, (normed * scale + shift).to(normed_out.dtype.element_ty), mask=ok)
         scale_sum += upstream * normed
         shift_sum += upstream
         scaled = upstream * scale
         mean_grad = tl.sum(scaled, axis=1, keep_dims=True) / channels
         mean_product = tl.sum(scaled * normed, axis=1, keep_dims=True) / channels
-        result = passed + inverse * (scaled - mean_grad - normed * mean_product)
-        tl.store(grad_x + place, result.to(grad_x.dtype.element_ty), mask=ok)
+        result = residual + inverse * (scaled - mean_grad - normed * mean_product)
+        tl.store(grad_x + index, result.to(grad_x.dtype.element_ty), mask=ok)
     target = partials + tl.program_id(0) * 2 * channels + channel
     tl.store(target, tl.sum(scale_sum, 0, keep_dims=True), mask=channel_ok)
     tl.store(target + channels, tl.sum(shift_sum, 0, keep_dims=True), mask=channel_ok)
@@ -69,7 +73,7 @@ def norm_backward(
     *,
     tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of (x, LayerNorm(x)) for x (B, H, W, C), float32 (2, C) for norm weight and bias; and LayerNorm(x).
+    """Return gradients of (x, LayerNorm(x)): for x (B, H, W, C), float32 (2, C) for weight and bias; and LayerNorm(x).
 
     `tile`: tokens, warps.
     """

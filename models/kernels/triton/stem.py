@@ -1,5 +1,7 @@
 """Triton kernels for the stem's first convolution: 3x3, stride 2, padding 1, of RGB images (B, 3, H, W) of any strides.
 
+Eager reference: `Stem.conv1` in models/layers.py.
+
 H is even and W a multiple of 4. Two neighboring outputs of a row, a pair, see five columns, 15 values in each of three
 rows. With channels last these are contiguous, and 16 from one before them on are aligned: a row of images becomes a
 matrix (pairs, 16) by whole vectors. Its product with a (16, 2 C) matrix of weights, half of them zero, gives both
@@ -11,22 +13,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.kernels.triton.launch import num_multiprocessors, on_its_device, precision_of
+from models.kernels.triton.launch import matmul_precision, num_multiprocessors, on_its_device
 from models.kernels.triton.math import sum_parts
 
 WINDOW = tl.constexpr(16)  # values of a pair in one row of an image; the first is there for alignment alone
 TAPS = tl.constexpr(27)
 LARGEST_TILE, LARGEST_EXACT_TILE = 8192, 2048  # elements, what registers hold; in float32 products are unrolled
-FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 8, 2  # a multiprocessor
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 8, 2  # per multiprocessor
 
 
 @triton.jit
 def load_windows(
-    images, pair, ok, k, height, pairs_a_row, image_stride, channel_stride, row_stride, column_stride,
+    images, pair, ok, k, height, pairs_per_row, image_stride, channel_stride, row_stride, column_stride,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    """The three rows' windows of pairs (pairs, 1), each (pairs, 16); zeros outside the image."""
-    row, column = pair // pairs_a_row, pair % pairs_a_row
+    """Load the three rows' windows of pairs (pairs, 1), each (pairs, 16); zeros outside the image."""
+    row, column = pair // pairs_per_row, pair % pairs_per_row
     image, row = row // height, row % height
     if PACKED:
         offset = k - 4
@@ -44,8 +46,8 @@ def load_windows(
 
 
 @triton.jit
-def place_weights(n, k, channels, output_stride, input_stride, column_stride):
-    """At row k and column n of the weights' matrix: which output of the pair, the weight's offset, if there is one."""
+def locate_weights(n, k, channels, output_stride, input_stride, column_stride):
+    """Return the pair's output, the weight's offset and a mask for row k and column n of the weights' matrix."""
     output, column = n // channels, (k + 2) // 3 - 1
     column -= 2 * output
     offset = n % channels * output_stride + (k + 2) % 3 * input_stride + column * column_stride
@@ -54,15 +56,15 @@ def place_weights(n, k, channels, output_stride, input_stride, column_stride):
 
 @triton.jit
 def stem_forward_kernel(
-    images, weight, bias, out, num_pairs, num_blocks, height, pairs_a_row, channels,
+    images, weight, bias, out, num_pairs, num_blocks, height, pairs_per_row, channels,
     image_stride, channel_stride, row_stride, column_stride,
     weight_output_stride, weight_input_stride, weight_row_stride, weight_column_stride,
     PACKED: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out = conv(images), through bias and ReLU if RELU; height is out's, COLUMNS at least 2 channels."""
+    """Store out = conv(images), with bias and ReLU if RELU; height is out's, COLUMNS at least 2 channels."""
     k, n = tl.arange(0, WINDOW), tl.arange(0, COLUMNS)[None, :]
-    _, offset, weight_ok = place_weights(
+    _, offset, weight_ok = locate_weights(
         n, k[:, None], channels, weight_output_stride, weight_input_stride, weight_column_stride
     )
     dtype = out.dtype.element_ty
@@ -75,8 +77,8 @@ def stem_forward_kernel(
         pair = (block * PAIRS + tl.arange(0, PAIRS))[:, None]
         ok = pair < num_pairs
         top, middle, bottom = load_windows(
-            images, pair, ok, k[None, :], height, pairs_a_row, image_stride, channel_stride, row_stride, column_stride,
-            PACKED,
+            images, pair, ok, k[None, :], height, pairs_per_row, image_stride, channel_stride, row_stride,
+            column_stride, PACKED,
         )  # fmt: skip
         result = tl.dot(top.to(dtype), top_weight, input_precision=PRECISION)
         result = tl.dot(middle.to(dtype), middle_weight, result, input_precision=PRECISION)
@@ -89,12 +91,12 @@ def stem_forward_kernel(
 
 @triton.jit
 def stem_backward_kernel(
-    grad, images, parts, num_pairs, num_blocks, height, pairs_a_row, channels,
+    grad, images, parts, num_pairs, num_blocks, height, pairs_per_row, channels,
     image_stride, channel_stride, row_stride, column_stride,
     weight_output_stride, weight_input_stride, weight_row_stride, weight_column_stride,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The weight's gradient from this program's pairs in `parts` (2 programs, 27 channels): a part for each output."""
+    """Store the weight's gradient from this program's pairs in `parts` (2 programs, 27 channels)."""
     k, n = tl.arange(0, WINDOW)[None, :], tl.arange(0, COLUMNS)
     dtype = grad.dtype.element_ty
     top_sum = tl.zeros((COLUMNS, WINDOW), dtype=tl.float32)
@@ -104,14 +106,14 @@ def stem_backward_kernel(
         pair = (block * PAIRS + tl.arange(0, PAIRS))[:, None]
         ok = pair < num_pairs
         top, middle, bottom = load_windows(
-            images, pair, ok, k, height, pairs_a_row, image_stride, channel_stride, row_stride, column_stride, PACKED
+            images, pair, ok, k, height, pairs_per_row, image_stride, channel_stride, row_stride, column_stride, PACKED
         )
         source = grad + pair.to(tl.int64) * (2 * channels) + n[None, :]
         value = tl.trans(tl.load(source, mask=ok & (n < 2 * channels)[None, :], other=0.0))
         top_sum = tl.dot(value, top.to(dtype), top_sum, input_precision=PRECISION)
         middle_sum = tl.dot(value, middle.to(dtype), middle_sum, input_precision=PRECISION)
         bottom_sum = tl.dot(value, bottom.to(dtype), bottom_sum, input_precision=PRECISION)
-    output, offset, ok = place_weights(
+    output, offset, ok = locate_weights(
         n[:, None], k, channels, weight_output_stride, weight_input_stride, weight_column_stride
     )
     target = parts + (2 * tl.program_id(0) + output) * (TAPS * channels) + offset
@@ -121,7 +123,7 @@ def stem_backward_kernel(
 
 
 def default_tile(channels: int, dtype: torch.dtype, stages: int) -> tuple[int, int, int]:
-    """Pairs of a block, warps and stages."""
+    """Return pairs of a block, warps and stages."""
     elements = LARGEST_EXACT_TILE if dtype == torch.float32 else LARGEST_TILE
     return max(16, min(128, elements // num_columns(channels))), 4, stages
 
@@ -130,8 +132,8 @@ def num_columns(channels: int) -> int:
     return max(16, triton.next_power_of_2(2 * channels))
 
 
-def arguments(images: Tensor, weight: Tensor, pairs: int) -> tuple[tuple[int, ...], dict[str, int | bool]]:
-    """What both kernels take from the number of pairs to the strides, and their constants, for blocks of `pairs`."""
+def launch_args(images: Tensor, weight: Tensor, pairs: int) -> tuple[tuple[int, ...], dict[str, int | bool]]:
+    """Return the sizes and strides that both kernels take, and their constants, for blocks of `pairs`."""
     batch, _, height, width = images.shape
     image, channel, row, column = images.stride()
     num_pairs = batch * (height // 2) * (width // 4)
@@ -144,22 +146,22 @@ def arguments(images: Tensor, weight: Tensor, pairs: int) -> tuple[tuple[int, ..
 @on_its_device
 def stem_forward(
     images: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *,
-    tile: tuple[int, int, int] | None = None, programs_a_multiprocessor: int = FORWARD_PROGRAMS,
+    tile: tuple[int, int, int] | None = None, programs_per_multiprocessor: int = FORWARD_PROGRAMS,
 ) -> Tensor:  # fmt: skip
-    """conv(images), and with a bias ReLU(conv(images) + bias): (B, 3, H, W) -> (B, C, H / 2, W / 2), channels last.
+    """Return conv(images), or with a bias ReLU(conv(images) + bias): (B, C, H / 2, W / 2), channels last.
 
-    The result is of `dtype`, and so are the products' factors. `tile`: pairs, warps, stages.
+    The result is of `dtype`, and so are the factors of its products. `tile`: pairs, warps, stages.
     """
     pairs, warps, stages = tile or default_tile(weight.shape[0], dtype, 2)
     batch, _, height, width = images.shape
     while pairs > 16 and batch * (height // 2) * (width // 4) < 2 * pairs * num_multiprocessors(images.device):
-        pairs //= 2  # one image or two: rather smaller blocks than idle multiprocessors
-    numbers, constants = arguments(images, weight, pairs)
+        pairs //= 2  # with one or two images, smaller blocks beat idle multiprocessors
+    sizes, constants = launch_args(images, weight, pairs)
     out = torch.empty(batch, height // 2, width // 2, weight.shape[0], dtype=dtype, device=images.device)
-    programs = min(numbers[1], programs_a_multiprocessor * num_multiprocessors(images.device))
+    programs = min(sizes[1], programs_per_multiprocessor * num_multiprocessors(images.device))
     stem_forward_kernel[(programs,)](
-        *(images, weight, bias, out, *numbers),
-        RELU=bias is not None, PRECISION=precision_of(dtype), STAGES=stages, num_warps=warps, **constants,
+        *(images, weight, bias, out, *sizes),
+        RELU=bias is not None, PRECISION=matmul_precision(dtype), STAGES=stages, num_warps=warps, **constants,
     )  # fmt: skip
     return out.permute(0, 3, 1, 2)  # (B, C, H / 2, W / 2)
 
@@ -167,17 +169,17 @@ def stem_forward(
 @on_its_device
 def stem_backward(
     grad: Tensor, images: Tensor, weight: Tensor, *,
-    tile: tuple[int, int, int] | None = None, programs_a_multiprocessor: int = BACKWARD_PROGRAMS,
+    tile: tuple[int, int, int] | None = None, programs_per_multiprocessor: int = BACKWARD_PROGRAMS,
 ) -> Tensor:  # fmt: skip
-    """The weight's gradient, float32 in the weight's memory format, for that of conv(images); `tile` as above."""
+    """Return the weight's gradient, float32 in its memory format, for that of conv(images); `tile` as above."""
     pairs, warps, stages = tile or default_tile(weight.shape[0], grad.dtype, 1)
     grad = grad.permute(0, 2, 3, 1).contiguous()  # (B, H / 2, W / 2, C)
     like = torch.empty_like(weight, device="meta")  # dense, whatever views the weight is
-    numbers, constants = arguments(images, like, pairs)
-    programs = min(numbers[1], programs_a_multiprocessor * num_multiprocessors(images.device))
+    sizes, constants = launch_args(images, like, pairs)
+    programs = min(sizes[1], programs_per_multiprocessor * num_multiprocessors(images.device))
     parts = torch.empty(2 * programs, weight.shape[0], TAPS.value, dtype=torch.float32, device=images.device)
     stem_backward_kernel[(programs,)](
-        *(grad, images, parts, *numbers),
-        PRECISION=precision_of(grad.dtype), STAGES=stages, num_warps=warps, **constants,
+        *(grad, images, parts, *sizes),
+        PRECISION=matmul_precision(grad.dtype), STAGES=stages, num_warps=warps, **constants,
     )  # fmt: skip
     return sum_parts(parts).as_strided(weight.shape, like.stride())
