@@ -5,13 +5,11 @@ Steps are optimizer steps; learning rates are for a global batch size of 512.
 """
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from yacs.config import CfgNode
 
-from utils.config.errors import ConfigError
 from utils.config.schema import (
     ABOVE_0_TO_1,
     BELOW_ONE,
@@ -354,50 +352,3 @@ def check_mixing(values: Mapping[str, Any]) -> None:
     if (values["AUG.MIXUP"] or values["AUG.CUTMIX"] or sides) and values["DATA.BATCH_SIZE"] % 2:
         reason = "must be even with mixup or cutmix, which pair images; or set those AUG keys to 0"
         refuse(values, "DATA.BATCH_SIZE", reason)
-
-
-@dataclass(frozen=True)
-class Derived:
-    """What follows from a configuration, the number of processes and the size of the training set."""
-
-    global_batch: int  # images per optimizer step, over all processes
-    steps_per_epoch: int
-    total_epochs: int  # cool-down included
-    schedule_steps: int  # without cool-down
-    warmup_steps: int
-    decay_steps: int  # between decays of the step schedule
-    base_lr: float
-    warmup_lr: float
-    min_lr: float
-    ema_decay: float  # per step
-    mesa_start_epoch: int
-
-
-def derive(config: CfgNode, *, num_processes: int, num_train_images: int) -> Derived:
-    """Global batch, steps and scaled rates of a run; the configuration itself stays unscaled.
-
-    Raises:
-        ConfigError: the training set is too small for one step.
-    """
-    train = config.TRAIN
-    global_batch = config.DATA.BATCH_SIZE * num_processes * train.ACCUMULATION_STEPS
-    steps_per_epoch = num_train_images // num_processes // config.DATA.BATCH_SIZE // train.ACCUMULATION_STEPS
-    if steps_per_epoch == 0:
-        raise ConfigError(
-            f"DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x {num_processes} processes x {train.ACCUMULATION_STEPS} "
-            f"accumulation steps is more than the {num_train_images} training images; lower --batch-size"
-        )
-    scale = global_batch / 512
-    return Derived(
-        global_batch=global_batch,
-        steps_per_epoch=steps_per_epoch,
-        total_epochs=train.EPOCHS + train.COOLDOWN_EPOCHS,
-        schedule_steps=train.EPOCHS * steps_per_epoch,
-        warmup_steps=train.WARMUP_EPOCHS * steps_per_epoch,
-        decay_steps=train.LR_SCHEDULER.DECAY_EPOCHS * steps_per_epoch,
-        base_lr=train.BASE_LR * scale,
-        warmup_lr=train.WARMUP_LR * scale,
-        min_lr=train.MIN_LR * scale,
-        ema_decay=config.EMA.DECAY ** (global_batch / 4096),
-        mesa_start_epoch=int(0.25 * train.EPOCHS),
-    )

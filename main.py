@@ -1,4 +1,4 @@
-"""Train, evaluate, time or profile a model from a YAML file, as one process or many.
+"""Train, evaluate, time or profile a classifier from a YAML file, on one or many processes.
 
 python main.py --cfg cfgs/digits.yaml --amp
 torchrun --nproc_per_node=8 main.py --cfg cfgs/mlla_t.yaml --data-path imagenet --output out --amp
@@ -6,265 +6,166 @@ python main.py --cfg cfgs/mlla_t.yaml --data-path imagenet --eval --resume mlla_
 """
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import SCHEMA, ConfigError, Derived, derive, load_config
+from config import SCHEMA, load_config
 from data import Data, build_data, build_targets
 from data.transforms import denormalize
 from models import PAPER_PROFILES, build_model, input_channels, prepare_for_inference
 from models.kernels.self_test import run_self_test
-from utils.benchmark.throughput import run_benchmark
-from utils.checkpoint.files import Progress
-from utils.checkpoint.weights import check_classes, load_pretrained, load_weights, read_weights
+from utils.benchmark.measure import synthetic_images
+from utils.benchmark.throughput import run_throughput, timm_baseline
 from utils.config.command_line import parse_command_line, report_user_errors
-from utils.distributed.process import Process, wrap_ddp
-from utils.logs.environment import record_environment
+from utils.distributed.process import Process
 from utils.logs.logger import logger
-from utils.logs.output_dir import lock_output_dir, move_replaced_checkpoints, open_output_dir, save_config
 from utils.logs.plots import CLASSIFIER_PANELS, plot_predictions
-from utils.logs.wandb_logger import WandbLogger
-from utils.speed.compile import compile_for_inference, resolve_mode
 from utils.speed.flops import profile, profile_table
-from utils.training.amp import Precision
-from utils.training.build import (
-    build_ema,
-    build_optimizer,
-    build_precision,
-    build_tracker,
-    build_train_step,
-    build_trainer_config,
-    compile_setting,
-    describe_out_of_memory,
-)
-from utils.training.launch import run_process
-from utils.training.train_state import TrainState, seed_everything
-from utils.training.train_step import evaluate
-from utils.training.trainer import Trainer
+from utils.training.derived import Derived
+from utils.training.ema import ModelEma
+from utils.training.losses import ClassificationLoss
+from utils.training.lr_schedule import ClassificationSchedule
+from utils.training.metrics import evaluate
+from utils.training.optimizer import parameter_groups
+from utils.training.run import run_task
+from utils.training.task import Run, Task
 
-IMAGENET_IMAGES = 1_281_167  # of the run whose training step is measured
+NUM_PREVIEWS = 40
+MESA_START = 0.25  # share of TRAIN.EPOCHS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     with report_user_errors():
         config = load_config(*parse_command_line(__doc__, argv, schema=SCHEMA))
-    if config.PROFILE_MODE:
-        return run_profile(config)
-    work = run_throughput if config.THROUGHPUT_MODE else run_evaluation if config.EVAL_MODE else run_training
-    return run_process(
-        lambda process: work(config, process),
-        config.LOCAL_RANK,
-        compile_setting=compile_setting(config),
-        explain_out_of_memory=partial(describe_out_of_memory, config),
-    )
+    return run_task(Classification(), config, run_throughput=run_throughput)
 
 
-def run_profile(config: CfgNode) -> int:
-    with report_user_errors():
-        model = build_model(config)
-    figures = PAPER_PROFILES.get(config.MODEL.NAME) if config.DATA.IMG_SIZE == 224 else None
-    parts = profile(model, config.DATA.IMG_SIZE, input_channels(config))
-    print(f"{config.MODEL.NAME}, {config.DATA.IMG_SIZE}x{config.DATA.IMG_SIZE}")
-    print(profile_table(parts, (figures.parameters_m, figures.gmacs) if figures else None))
-    return 0
+class Classification(Task):
+    """Image classification with soft targets, EMA and MESA, judged by top-1 accuracy."""
 
+    metric = "acc1"
+    metric_label = "top-1"
+    best_name = "acc"
+    panels = CLASSIFIER_PANELS
+    lr_batch_size = 512
+    ema_batch_size = 4096
+    uses_cudnn_benchmark = True
+    smaller_images = "lower DATA.IMG_SIZE"
 
-def run_throughput(config: CfgNode, process: Process) -> int:
-    with report_user_errors():
-        folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
-        run_benchmark(
-            config,
-            process,
-            folder,
-            make_model=lambda: prepare_model(config, process, num_classes=None),
-            prepare=prepare_for_inference,
-            in_chans=input_channels(config),
-            derived=derive(config, num_processes=process.num_processes, num_train_images=IMAGENET_IMAGES),
+    def build_data(self, config: CfgNode, process: Process) -> Data:
+        return build_data(config, rank=process.rank, num_processes=process.num_processes, device=process.device)
+
+    def build_model(self, config: CfgNode, process: Process, num_classes: int | None) -> nn.Module:  # noqa: ARG002
+        return build_model(config, num_classes)
+
+    def test_kernels(self, config: CfgNode, model: nn.Module, dtype: torch.dtype) -> None:
+        run_self_test(model, dtype, config.DATA.IMG_SIZE)
+
+    def prepare_for_inference(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+        return prepare_for_inference(model, dtype)
+
+    def parameter_groups(self, config: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
+        return parameter_groups(model, config.TRAIN.WEIGHT_DECAY, layer_decay=config.MODEL.LAYER_DECAY)
+
+    def lengths(self, config: CfgNode, num_processes: int, num_train_images: int) -> tuple[int, int]:
+        epochs, steps_per_epoch = super().lengths(config, num_processes, num_train_images)
+        return epochs + config.TRAIN.COOLDOWN_EPOCHS, steps_per_epoch
+
+    def schedule(self, config: CfgNode, derived: Derived) -> ClassificationSchedule:
+        train = config.TRAIN
+        return ClassificationSchedule(
+            name=train.LR_SCHEDULER.NAME,
+            base_lr=train.BASE_LR * derived.lr_scale,
+            warmup_lr=train.WARMUP_LR * derived.lr_scale,
+            min_lr=train.MIN_LR * derived.lr_scale,
+            warmup_steps=train.WARMUP_EPOCHS * derived.steps_per_epoch,
+            total_steps=train.EPOCHS * derived.steps_per_epoch,
+            decay_steps=train.LR_SCHEDULER.DECAY_EPOCHS * derived.steps_per_epoch,
+            decay_rate=train.LR_SCHEDULER.DECAY_RATE,
         )
-    return 0
 
-
-def run_evaluation(config: CfgNode, process: Process) -> int:
-    with report_user_errors():
-        if not config.MODEL.RESUME:
-            raise ConfigError("MODEL.RESUME is empty: evaluation needs weights, name them with --resume FILE")
-        open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
-        data = build_data(config, rank=process.rank, num_processes=process.num_processes, device=process.device)
-        model = prepare_model(config, process, len(data.classes))
-        weights_file = read_weights(config.MODEL.RESUME)
-        check_classes(weights_file.classes, data.classes, config.MODEL.RESUME)
-        found = {"model": weights_file.model, "EMA": weights_file.ema}
-        for weights in filter(None, found.values()):
-            load_weights(model, weights, config.MODEL.RESUME)  # that both fit is known before either is evaluated
-    precision = build_precision(config, process.device)
-    mode = resolve_mode(config.TEST.COMPILE, process.device)
-    for name, candidate in found.items():
-        if candidate is not None:
-            load_weights(model, candidate, config.MODEL.RESUME)
-            runner = model if mode == "off" else prepare_for_inference(model, precision.dtype)
-            runner = compile_for_inference(runner, mode, process.device)
-            log_scores(name, evaluate(runner, data.val, process, precision)._asdict())
-    return 0
-
-
-@dataclass
-class Run:
-    """What a training run consists of."""
-
-    config: CfgNode
-    process: Process
-    folder: Path
-    data: Data
-    derived: Derived
-    precision: Precision
-    state: TrainState
-    tracker: WandbLogger | None
-
-    @property
-    def uses_mesa(self) -> bool:
-        return self.config.AUG.MESA > 0 and self.config.EMA.ENABLED
-
-
-def run_training(config: CfgNode, process: Process) -> int:
-    with report_user_errors():
-        folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
-        lock = lock_output_dir(folder) if process.is_main else nullcontext()
-    with lock:
-        with report_user_errors():
-            run = set_up(config, process, folder)
-        is_complete = run.state.progress.epochs >= run.derived.total_epochs
-        if is_complete:
-            logger.info("this run is complete; for more raise TRAIN.EPOCHS, for another run name another --tag")
-        elif not train(run):
-            return 0
-        if process.is_main and not (folder / "predictions.png").exists():
-            draw_predictions(run, run.state.ema.on(process.device) if run.state.ema else run.state.model.eval())
-        log_results(run)
-    return 0
-
-
-def set_up(config: CfgNode, process: Process, folder: Path) -> Run:
-    """Open the data, make the model, and go on from a checkpoint where there is one."""
-    data = build_data(config, rank=process.rank, num_processes=process.num_processes, device=process.device)
-    derived = derive(config, num_processes=process.num_processes, num_train_images=data.num_train_images)
-    model = prepare_model(config, process, len(data.classes))
-    if config.MODEL.PRETRAINED:
-        load_pretrained(model, config.MODEL.PRETRAINED, data.classes)
-    precision = build_precision(config, process.device)
-    ema = build_ema(config, model, derived)
-    optimizer = build_optimizer(config, model)
-    state = TrainState(model, ema, optimizer, precision.scaler, process, images_per_step=derived.global_batch)
-    state.progress, state.classes = Progress(config.TRAIN.START_EPOCH), data.classes
-    continues = state.resume(folder, explicit=config.MODEL.RESUME, auto=config.TRAIN.AUTO_RESUME)
-    tracker = None
-    if process.is_main and state.progress.epochs < derived.total_epochs:
-        save_config(folder, config.dump())
-        move_replaced_checkpoints(folder, state.progress, continues=continues)
-        record_environment(folder, process, epoch=state.progress.epochs)
-        tracker = build_tracker(config, folder, continues=continues)
-    return Run(config, process, folder, data, derived, precision, state, tracker)
-
-
-def train(run: Run) -> bool:
-    """Train to the end; False where the run was asked to stop before."""
-    config, process, state, derived = run.config, run.process, run.state, run.derived
-    loader = run.data.train
-    assert loader is not None
-    if process.is_main:
-        log_plan(run)
-    make_targets = build_targets(config, len(run.data.classes))
-    model = wrap_ddp(state.model, process, find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS)
-
-    def batches(epoch: int, first: int) -> Iterator[Any]:
-        loader.set_epoch(epoch, first * config.DATA.BATCH_SIZE)
+    def batches(self, run: Run, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = run.data.train
+        loader.set_epoch(epoch, first * run.config.DATA.BATCH_SIZE)
+        make_targets = build_targets(run.config, len(run.data.classes))
         return (make_targets(*batch) for batch in loader)
 
-    def evaluate_and_log(candidate: nn.Module, name: str) -> dict[str, float]:
-        scores = evaluate(candidate, run.data.val, process, run.precision)._asdict()
-        log_scores(name, scores)
-        return {key: scores[key] for key in ("acc1", "acc5", "loss")}
+    def losses(self, config: CfgNode, network: nn.Module, ema: ModelEma | None, derived: Derived) -> ClassificationLoss:
+        return ClassificationLoss(
+            network,
+            ema.module if ema else None,
+            mesa_ratio=config.AUG.MESA,
+            mesa_start_step=mesa_start_epoch(config) * derived.steps_per_epoch,
+        )
 
-    trainer = Trainer(
-        build_trainer_config(config, derived, metric="acc1", panels=CLASSIFIER_PANELS),
-        state,
-        build_train_step(config, model, state.optimizer, state.ema, run.precision, derived),
-        folder=run.folder,
-        batches=batches,
-        evaluate=evaluate_and_log,
-        facts={"config": config.dump(), "classes": run.data.classes},
-        illustrate=lambda candidate: draw_predictions(run, candidate),
-        tracker=run.tracker,
-    )
-    return trainer.run()
+    def evaluate(self, run: Run, model: nn.Module, name: str) -> dict[str, float]:
+        scores = evaluate(model, run.data.val, run.process, run.precision)
+        logger.info("%s on %d images, loss %.4f:", name, scores.num_images, scores.loss)
+        logger.info(" * Acc@1 %.3f Acc@5 %.3f", scores.acc1, scores.acc5)
+        return {"acc1": scores.acc1, "acc5": scores.acc5, "loss": scores.loss}
+
+    def draw_predictions(self, run: Run, model: nn.Module) -> Path:
+        """Write predictions.png: validation images with their true and predicted classes."""
+        device, classes, path = run.process.device, run.data.classes, run.folder / "predictions.png"
+        images, labels = run.data.preview(count=NUM_PREVIEWS)
+        with torch.no_grad(), run.precision.autocast():
+            probabilities = model(images.to(device)).float().softmax(dim=1).cpu()  # (N, classes)
+        confidences, predictions = probabilities.max(dim=1)
+        plot_predictions(
+            denormalize(images).permute(0, 2, 3, 1).numpy(),
+            labels=[classes[label] for label in labels],
+            predictions=[classes[label] for label in predictions.tolist()],
+            confidences=confidences.tolist(),
+            path=path,
+        )
+        return path
+
+    def profile(self, config: CfgNode) -> str:
+        size = config.DATA.IMG_SIZE
+        parts = profile(build_model(config), size, input_channels(config))
+        paper = PAPER_PROFILES.get(config.MODEL.NAME) if size == 224 else None
+        table = profile_table(parts, (paper.parameters_m, paper.gmacs) if paper else None)
+        return f"{config.MODEL.NAME}, {size}x{size}\n{table}"
+
+    def memory_request(self, config: CfgNode) -> tuple[str, int]:
+        work, batch_size = super().memory_request(config)
+        return f"{work} images of {config.DATA.IMG_SIZE}x{config.DATA.IMG_SIZE} per process", batch_size
+
+    def describe(self, config: CfgNode, derived: Derived) -> str:  # noqa: ARG002
+        if config.AUG.MESA and not config.EMA.ENABLED:
+            logger.warning(
+                "AUG.MESA %s is off: its teacher is the EMA model, and EMA.ENABLED is False", config.AUG.MESA
+            )
+        is_on = config.AUG.MESA and config.EMA.ENABLED
+        return f", MESA {config.AUG.MESA} from epoch {mesa_start_epoch(config) + 1}" if is_on else ", MESA off"
+
+    def image_size(self, config: CfgNode, *, training: bool) -> tuple[int, int]:  # noqa: ARG002
+        return config.DATA.IMG_SIZE, config.DATA.IMG_SIZE
+
+    def synthetic_batch(self, config: CfgNode, model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
+        size, num_images = self.image_size(config, training=True), config.DATA.BATCH_SIZE
+        images = synthetic_images(num_images, size, device, in_chans=input_channels(config))
+        num_classes: Any = model.num_classes
+        return images, torch.randn(num_images, num_classes, device=device).softmax(dim=1)
+
+    def inference_call(
+        self, config: CfgNode, model: nn.Module, batch_size: int, size: tuple[int, int], device: torch.device
+    ) -> Callable[[], object]:
+        images = synthetic_images(batch_size, size, device, in_chans=input_channels(config))
+        return lambda: model(images)
+
+    def baseline_model(self, config: CfgNode, process: Process, name: str) -> nn.Module:
+        return timm_baseline(name, config.DATA.IMG_SIZE, config.MODEL.DROP_PATH_RATE, process.device)
 
 
-def prepare_model(config: CfgNode, process: Process, num_classes: int | None) -> nn.Module:
-    """The model with weights that SEED fixes, on the device; afterwards each process draws its own random numbers."""
-    seed_everything(config.SEED)
-    model = build_model(config, num_classes).to(process.device)
-    model = model.to(memory_format=torch.channels_last)
-    run_self_test(model, build_precision(config, process.device).dtype, config.DATA.IMG_SIZE)
-    seed_everything(config.SEED + process.rank)
-    torch.backends.cudnn.benchmark = True
-    return model
-
-
-def log_plan(run: Run) -> None:
-    config, derived = run.config, run.derived
-    num_parameters = sum(p.numel() for p in run.state.model.parameters())
-    logger.info(
-        "%s: %.2f M parameters, %d classes, %d training and %d validation images; %d process(es) on %s, %s",
-        *(config.MODEL.NAME, num_parameters / 1e6, len(run.data.classes), run.data.num_train_images),
-        *(run.data.num_val_images, run.process.num_processes, run.process.device, run.precision.name),
-    )
-    logger.info(
-        "%d images a step, %d steps an epoch, epochs %d to %d; learning rate %.3e, EMA decay %s, MESA %s; output in %s",
-        *(derived.global_batch, derived.steps_per_epoch, run.state.progress.epochs + 1, derived.total_epochs),
-        *(derived.base_lr, f"{derived.ema_decay:.6f}" if config.EMA.ENABLED else "off"),
-        f"{config.AUG.MESA} from epoch {derived.mesa_start_epoch + 1}" if run.uses_mesa else "off",
-        run.folder,
-    )
-    left = derived.ema_decay**derived.schedule_steps  # the initial weights' share of the average at the end
-    if config.EMA.ENABLED and left > 0.1:
-        logger.warning("the EMA will still be %.0f%% initial weights at the end; lower --model-ema-decay", 100 * left)
-    if config.AUG.MESA and not config.EMA.ENABLED:
-        logger.warning("AUG.MESA %s is off: its teacher is the EMA model, and EMA.ENABLED is False", config.AUG.MESA)
-
-
-def log_scores(name: str, scores: dict[str, float]) -> None:
-    logger.info("%s on %d images, loss %.4f:", name, scores["num_images"], scores["loss"])
-    logger.info(" * Acc@1 %.3f Acc@5 %.3f", scores["acc1"], scores["acc5"])
-
-
-def log_results(run: Run) -> None:
-    state = run.state
-    logger.info("best top-1: model %.3f%s", state.best, f", EMA {state.best_ema:.3f}" if state.ema else "")
-    logger.info("results are in %s: metrics.jsonl, curves.png, predictions.png, checkpoints", run.folder)
-
-
-def draw_predictions(run: Run, model: nn.Module) -> Path:
-    """predictions.png: validation images with their true and predicted classes."""
-    device, classes, picture = run.process.device, run.data.classes, run.folder / "predictions.png"
-    images, labels = run.data.preview(count=40)
-    with torch.no_grad(), run.precision.autocast():
-        probabilities = model(images.to(device)).float().softmax(dim=1).cpu()  # (N, classes)
-    confidences, predictions = probabilities.max(dim=1)
-    plot_predictions(
-        denormalize(images).permute(0, 2, 3, 1).numpy(),
-        labels=[classes[label] for label in labels],
-        predictions=[classes[label] for label in predictions.tolist()],
-        confidences=confidences.tolist(),
-        path=picture,
-    )
-    return picture
+def mesa_start_epoch(config: CfgNode) -> int:
+    """Return the first epoch, from 0, that trains with MESA's teacher."""
+    return int(MESA_START * config.TRAIN.EPOCHS)
 
 
 if __name__ == "__main__":

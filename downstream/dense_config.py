@@ -1,13 +1,12 @@
 """Configuration keys that the dense tasks share; each task's config.py clones the tree and adds its own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from config import _C as CLASSIFICATION
-from config import check_channels, check_optimizer, check_stages
-from utils.config.schema import FRACTION, Key, Rule, above, at_least, one_of, refuse
+from config import check_benchmark_flags, check_channels, check_optimizer, check_stages
+from utils.config.schema import FRACTION, Key, Rule, above, at_least, refuse
 
-REFERENCE_BATCH_SIZE = 16  # of published learning rates: 2 on each of 8 GPUs
 BACKBONE = Rule("mlla or timm:NAME", lambda value: value == "mlla" or value.startswith("timm:"))
 
 # Keys and sections taken over from classification, with default, rule and meaning
@@ -35,10 +34,13 @@ _C = CLASSIFICATION.subset(
     "TRAIN.ACCUMULATION_STEPS",
     "TRAIN.USE_CHECKPOINT",
     "TRAIN.COMPILE",
+    "TRAIN.ACTIVATION_BUDGET",
+    "TRAIN.START_EPOCH",
     "TRAIN.FIND_UNUSED_PARAMS",
     "TRAIN.OPTIMIZER",
     "EMA",
     "AUG.HFLIP",
+    "TEST.COMPILE",
     "AMP",
     "AMP_DTYPE",
     "OUTPUT",
@@ -48,6 +50,9 @@ _C = CLASSIFICATION.subset(
     "LOG",
     "SEED",
     "EVAL_MODE",
+    "THROUGHPUT_MODE",
+    "BENCHMARK.TRAIN",
+    "BENCHMARK.BASELINES",
     "PROFILE_MODE",
     "LOCAL_RANK",
 )
@@ -69,16 +74,14 @@ _C.TRAIN.WARMUP_STEPS = Key(500, at_least(0), help="steps of linear warm-up")
 _C.TRAIN.WARMUP_FACTOR = Key(0.001, FRACTION, help="share of the learning rate that warm-up starts from")
 _C.TRAIN.WEIGHT_DECAY = Key(0.05, at_least(0), help="except on names with norm or absolute_pos_embed")
 _C.TRAIN.CLIP_GRAD = 0.0
-_C.TRAIN.COMPILE = Key(
-    "off", one_of("off", "default"), help="torch.compile of the backbone's blocks, for any image size"
-)
 _C.EMA.ENABLED = False
 _C.EMA.DECAY = Key(0.9998, FRACTION, help="EMA decay per 16 images; a step uses DECAY ^ (global batch size / 16)")
 _C.EMA.FORCE_CPU = Key(False, help="keep the EMA on the CPU")
 
 
-def check_dense(values: Mapping[str, Any]) -> None:
-    """Raise ConfigError where shared settings contradict each other."""
+def check_dense(values: Mapping[str, Any], typed: Set[str]) -> None:
+    """Raise ConfigError where shared settings contradict each other; `typed` are the keys of --opts and flags."""
+    check_benchmark_flags(values, typed)
     check_optimizer(values)
     if len(values["MODEL.MLLA.DEPTHS"]) != 4:
         refuse(values, "MODEL.MLLA.DEPTHS", "dense tasks take four maps: must have four values")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from config import SCHEMA, ConfigError, derive, load_config
+from config import SCHEMA, ConfigError, load_config
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -191,37 +191,6 @@ def test_missing_and_circular_files(tmp_path: Path) -> None:
     write(tmp_path, "a.yaml", "BASE: [b.yaml]")
     with pytest.raises(ConfigError, match="circle"):
         load_config(write(tmp_path, "b.yaml", "BASE: [a.yaml]"))
-
-
-def derived_of(*opts: str, processes: int = 8, images: int = 1_281_167) -> Any:
-    return derive(load_config("cfgs/mlla_t.yaml", opts), num_processes=processes, num_train_images=images)
-
-
-def test_derived_values_of_the_papers_run() -> None:
-    derived = derived_of(processes=32)
-    assert derived.global_batch == 4096
-    assert derived.base_lr == pytest.approx(4e-3)
-    assert derived.warmup_lr == pytest.approx(4e-6)
-    assert derived.min_lr == pytest.approx(4e-5)
-    assert derived.steps_per_epoch == 312
-    assert derived.warmup_steps == 20 * 312
-    assert derived.schedule_steps == 300 * 312
-    assert derived.ema_decay == pytest.approx(0.9996)
-    assert derived.mesa_start_epoch == 75
-
-
-def test_derived_values_scale_with_processes_and_accumulation() -> None:
-    derived = derived_of("TRAIN.ACCUMULATION_STEPS", "2", "TRAIN.COOLDOWN_EPOCHS", "10", processes=1)
-    assert derived.global_batch == 256
-    assert derived.base_lr == pytest.approx(2.5e-4)
-    assert derived.ema_decay == pytest.approx(0.9996 ** (1 / 16))
-    assert derived.steps_per_epoch == 5004
-    assert (derived.total_epochs, derived.schedule_steps) == (310, 300 * 5004)
-
-
-def test_a_batch_larger_than_the_training_set() -> None:
-    with pytest.raises(ConfigError, match="128 x 8 processes x 1 accumulation steps is more than the 1000 training"):
-        derived_of(images=1000)
 
 
 def test_every_key_has_a_help_text_of_its_own() -> None:

@@ -41,7 +41,7 @@ from utils.tools.onnx_export import check_packages, write_reduced
 from utils.tools.user_files import check_output, user_file
 from utils.training.amp import Precision
 from utils.training.build import build_precision
-from utils.training.train_step import evaluate
+from utils.training.metrics import evaluate
 
 PARTS = ("classifier", "features", "maps", "backbone")
 PRECISIONS = ("float32", "float16", "int8")

@@ -48,7 +48,6 @@ _C.AUG.CROP_SHORT_SIDES = Key(
 _C.AUG.CROP_SIZE = Key([384, 600], at_least(32), help="smallest and largest side of a crop, pixels")
 
 # Testing settings
-_C.TEST = Section()
 _C.TEST.SHORT_SIDE = Key(800, at_least(32), help="short side of images in evaluation, pixels")
 _C.TEST.LONG_SIDE = Key(1333, at_least(32), help="maximum long side of images in evaluation, pixels")
 _C.TEST.PER_CLASS = Key(False, help="also report metrics per category")
@@ -63,7 +62,7 @@ def load_config(source: str | Path, opts: Sequence[str] = (), flags: Mapping[str
         ConfigError: a missing file, an unknown key, a wrong type, a value out of range, or values that contradict.
     """
     values = merge_settings(SCHEMA, source, opts, flags)
-    check_dense(values)
+    check_dense(values, {*opts[::2], *(flags or {})})
     check_ranges(values, "AUG.CROP_SIZE")
     if max(values["AUG.SHORT_SIDES"]) > values["AUG.LONG_SIDE"]:
         reason = f"must not be below the short sides, up to {max(values['AUG.SHORT_SIDES'])}"

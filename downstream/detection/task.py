@@ -1,12 +1,12 @@
-"""Detection as a task of downstream/run.py."""
+"""Detection as a task: data, model, losses, COCO metrics and images of predictions."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 from data.samplers import SampleKey
 from downstream.detection.build import DetectionData, build_data, build_detector
@@ -14,20 +14,28 @@ from downstream.detection.data.coco import Record, decode_mask
 from downstream.detection.data.dataset import Batch, collate
 from downstream.detection.data.transforms import normalize
 from downstream.detection.metrics import CocoEvaluator, Result, coco_results, metrics_table, write_results
+from downstream.detection.model.flops import HEIGHT, MASKS, PROPOSALS, PUBLISHED, WIDTH, profile_detector
+from downstream.detection.model.masks import paste_masks
 from downstream.detection.pictures import LabeledObjects, objects_of_results, save_comparison
-from downstream.run import Run, Task
-from utils.config.errors import ConfigError
+from downstream.detection.synthetic import NUM_CLASSES, synthetic_inputs
+from downstream.task import DenseTask
 from utils.distributed.process import Process, gather_objects
 from utils.logs.logger import logger
 from utils.logs.plots import STEP_PANELS, Panel
-from utils.training.recipe import WarmupSchedule
+from utils.speed.flops import profile_table
+from utils.training.derived import Derived
+from utils.training.lr_schedule import DenseSchedule
+from utils.training.task import Run
 
 LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask")
-PREVIEWS = 12
+NUM_PREVIEWS = 12
 
 
-class Detection(Task):
+class Detection(DenseTask):
+    """Object detection and instance segmentation with Mask R-CNN, judged by box AP."""
+
     metric = "box_AP"
+    metric_label = "box AP"
     best_name = "box_ap"
     panels = (
         Panel("training loss", {"train_loss": "all terms", **{f"train_{name}": name[5:] for name in LOSSES}}),
@@ -38,80 +46,71 @@ class Detection(Task):
     )
 
     def __init__(self) -> None:
-        self.evaluator: CocoEvaluator | None = None  # read once, by the first process
+        self.evaluator: CocoEvaluator | None = None  # made once, on the first process
 
-    def open_data(self, config: Any, process: Process) -> DetectionData:
+    def build_data(self, config: CfgNode, process: Process) -> DetectionData:
         return build_data(config, process)
 
-    def build_model(self, config: Any, num_classes: int) -> nn.Module:
-        return build_detector(config, num_classes)
+    def build_model(self, config: CfgNode, process: Process, num_classes: int | None) -> nn.Module:  # noqa: ARG002
+        return build_detector(config, num_classes or NUM_CLASSES)
 
-    def lengths(self, config: Any, num_train_images: int, images_per_step: int) -> tuple[int, int]:
-        """Whole passes over the data."""
-        steps_per_epoch = num_train_images // images_per_step
-        if not steps_per_epoch:
-            raise ConfigError(
-                f"DATA.BATCH_SIZE {config.DATA.BATCH_SIZE}: a step takes {images_per_step} images over all processes "
-                f"and micro-batches, more than the {num_train_images} training images; lower --batch-size"
-            )
-        return config.TRAIN.EPOCHS, steps_per_epoch
-
-    def schedule(self, config: Any, base_lr: float, epochs: int, steps_per_epoch: int) -> WarmupSchedule:
-        return WarmupSchedule(
+    def schedule(self, config: CfgNode, derived: Derived) -> DenseSchedule:
+        train = config.TRAIN
+        return DenseSchedule(
             name="step",
-            base_lr=base_lr,
-            total_steps=epochs * steps_per_epoch,
-            warmup_steps=config.TRAIN.WARMUP_STEPS,
-            warmup_factor=config.TRAIN.WARMUP_FACTOR,
-            milestones=[epoch * steps_per_epoch for epoch in config.TRAIN.DECAY_EPOCHS],
-            decay_rate=config.TRAIN.DECAY_RATE,
+            base_lr=train.BASE_LR * derived.lr_scale,
+            total_steps=derived.total_steps,
+            warmup_steps=train.WARMUP_STEPS,
+            warmup_factor=train.WARMUP_FACTOR,
+            milestones=[epoch * derived.steps_per_epoch for epoch in train.DECAY_EPOCHS],
+            decay_rate=train.DECAY_RATE,
         )
 
     def to_device(self, batch: Batch, device: torch.device) -> Batch:
-        """Images normalized, float32, channels_last."""
+        """Return a batch on the device, with normalized images, float32, channels_last."""
         images = normalize(batch.images.to(device, non_blocking=True), batch.frames)
         return batch._replace(images=images, targets=[target.to(device) for target in batch.targets])
 
-    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-        return model(batch.images, batch.frames, batch.targets)
+    def batch_losses(self, config: CfgNode, network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:  # noqa: ARG002
+        return network(batch.images, batch.frames, batch.targets)
 
     def evaluate(self, run: Run, model: nn.Module, name: str) -> dict[str, float]:
-        """COCO's 24 figures over all processes' images; the results go to results_<name>.json."""
-        own = [result for found in self.find(run, model, run.data.val) for result in found]
-        results = sorted((r for part in gather_objects(own) for r in part), key=lambda result: result["image_id"])
-        figures: dict[str, float] = {}
+        """Return COCO's 24 metrics over all processes' images; write the results to results_<name>.json."""
+        local = [result for results in self.detect(run, model, run.data.val) for result in results]
+        results = sorted((r for part in gather_objects(local) for r in part), key=lambda result: result["image_id"])
+        metrics: dict[str, float] = {}
         if run.process.is_main:
             if self.evaluator is None:
                 self.evaluator = CocoEvaluator(run.data.val_images.annotations)
             write_results(results, run.folder / f"results_{name.lower()}.json")
-            figures = self.evaluator.compute(results, per_class=run.config.TEST.PER_CLASS)
+            metrics = self.evaluator.compute(results, per_class=run.config.TEST.PER_CLASS)
             logger.info("%s on %d images, %d detections:", name, run.data.num_val_images, len(results))
-            for line in metrics_table(figures):
+            for line in metrics_table(metrics):
                 logger.info(" * %s", line)
-            for key in (key for key in figures if "/" in key):
-                logger.info(" * %s %.2f", key, figures[key])
-        return gather_objects(figures)[0]
+            for key in (key for key in metrics if "/" in key):
+                logger.info(" * %s %.2f", key, metrics[key])
+        return gather_objects(metrics)[0]
 
-    def find(self, run: Run, model: nn.Module, batches: Iterable[Batch]) -> Iterator[list[Result]]:
-        """The results of each image, in the batches' order."""
+    def detect(self, run: Run, model: nn.Module, batches: Iterable[Batch]) -> Iterator[list[Result]]:
+        """Yield the results of each image, in the order of the batches."""
         was_training = model.training
         model.eval()
         images = run.data.val_images
         for batch in batches:
             moved = self.to_device(batch, run.process.device)
             with run.precision.autocast():
-                found = model.detect(moved.images, moved.frames)  # type: ignore[operator]
-            for own, frame, image_id in zip(found, batch.frames, batch.image_ids, strict=True):
-                yield coco_results(own, image_id=image_id, size=frame.original, category_ids=images.category_ids)
+                detections = model.detect(moved.images, moved.frames)  # type: ignore[operator]
+            for item, frame, image_id in zip(detections, batch.frames, batch.image_ids, strict=True):
+                yield coco_results(item, image_id=image_id, size=frame.original, category_ids=images.category_ids)
         model.train(was_training)
 
-    def illustrate(self, run: Run, model: nn.Module) -> Path:
-        """predictions.jpg: validation images, the truth on the left and what the model finds on the right."""
+    def draw_predictions(self, run: Run, model: nn.Module) -> Path:
+        """Write predictions.jpg: validation images, ground truth on the left and detections on the right."""
         images = run.data.val_images
-        indices = np.linspace(0, len(images) - 1, min(PREVIEWS, len(images))).astype(int)
+        indices = np.linspace(0, len(images) - 1, min(NUM_PREVIEWS, len(images))).astype(int)
         batches = (collate([run.data.val.dataset[SampleKey(0, int(index))]]) for index in indices)
         pairs = []
-        for index, results in zip(indices, self.find(run, model, batches), strict=True):
+        for index, results in zip(indices, self.detect(run, model, batches), strict=True):
             record = images[int(index)]
             pairs.append(
                 (
@@ -120,13 +119,45 @@ class Detection(Task):
                     objects_of_results(results, images.categories),
                 )
             )
-        picture = run.folder / "predictions.jpg"
-        save_comparison(pairs, picture)
-        return picture
+        path = run.folder / "predictions.jpg"
+        save_comparison(pairs, path)
+        return path
+
+    def profile(self, config: CfgNode) -> str:
+        table = profile_table(profile_detector(build_detector(config, NUM_CLASSES)), PUBLISHED.get(config.MODEL.NAME))
+        size = f"{WIDTH}x{HEIGHT}, {PROPOSALS} proposals and {MASKS} masks"
+        return f"{config.MODEL.NAME}, {NUM_CLASSES} classes, {size}\n{table}"
+
+    def image_size(self, config: CfgNode, *, training: bool) -> tuple[int, int]:
+        """Return the largest landscape image: short side and long side."""
+        if training:
+            return max(config.AUG.SHORT_SIDES), config.AUG.LONG_SIDE
+        return config.TEST.SHORT_SIDE, config.TEST.LONG_SIDE
+
+    def synthetic_batch(self, config: CfgNode, model: nn.Module, device: torch.device) -> Batch:  # noqa: ARG002
+        size = self.image_size(config, training=True)
+        images, frames, targets = synthetic_inputs(config.DATA.BATCH_SIZE, size, device)
+        return Batch(images, frames, [0] * len(frames), targets)
+
+    def inference_call(
+        self,
+        config: CfgNode,  # noqa: ARG002
+        model: nn.Module,
+        batch_size: int,
+        size: tuple[int, int],
+        device: torch.device,
+    ) -> Callable[[], object]:
+        images, frames, _ = synthetic_inputs(batch_size, size, device)
+
+        def detect() -> None:
+            for item in model.detect(images, frames):  # type: ignore[operator]
+                paste_masks(item.mask_probabilities, item.boxes, *size)
+
+        return detect
 
 
 def truth_of(record: Record, classes: Sequence[str]) -> LabeledObjects:
-    """A record's objects, to draw."""
+    """Return a record's annotated objects, to draw."""
     masks = [decode_mask(item, record.height, record.width) for item in record.segmentations]
     stacked = np.stack(masks).astype(bool) if masks else np.zeros((0, record.height, record.width), dtype=bool)
     return LabeledObjects(record.boxes, stacked, record.labels, [classes[label] for label in record.labels])

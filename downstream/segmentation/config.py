@@ -66,7 +66,6 @@ _C.AUG.MAX_CATEGORY_SHARE = Key(
 _C.AUG.COLOURS = Key(True, help="change brightness, contrast, saturation and hue")
 
 # Testing settings
-_C.TEST = Section()
 _C.TEST.MULTI_SCALE = Key(False, help="average over the scales of FACTORS, with horizontal flip")
 _C.TEST.FACTORS = Key([0.5, 0.75, 1.0, 1.25, 1.5, 1.75], between(0.05, 20), help="factors of SCALE, for MULTI_SCALE")
 _C.TEST.SLIDE = Key(False, help="evaluate in overlapping windows, instead of whole images")
@@ -89,7 +88,7 @@ def load_config(source: str | Path, opts: Sequence[str] = (), flags: Mapping[str
         ConfigError: a missing file, an unknown key, a wrong type, a value out of range, or values that contradict.
     """
     values = merge_settings(SCHEMA, source, opts, flags)
-    check_dense(values)
+    check_dense(values, {*opts[::2], *(flags or {})})
     check_ranges(values, "AUG.RATIO")
     check_steps(values)
     if len(values["DATA.SCALE"]) != 2:

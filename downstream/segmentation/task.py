@@ -1,15 +1,15 @@
-"""Segmentation as a task of the shared run: its data, losses, scores and pictures."""
+"""Semantic segmentation as a task: data, model, losses, IoU metrics and images of predictions."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
-from downstream.run import Run, Task
 from downstream.segmentation.build import (
     SegmentationData,
     build_data,
@@ -22,21 +22,30 @@ from downstream.segmentation.metrics import ConfusionMatrix, SegmentationScores,
 from downstream.segmentation.model.inference import Inference
 from downstream.segmentation.model.losses import segmentation_loss
 from downstream.segmentation.pictures import plot_segmentations, save_prediction
+from downstream.task import DenseTask
+from utils.benchmark.measure import synthetic_images
 from utils.config.errors import ConfigError
 from utils.distributed.process import Process, gather_objects
 from utils.logs.logger import logger
 from utils.logs.output_dir import unused_name
 from utils.logs.plots import STEP_PANELS, Panel
 from utils.logs.recorder import append_records
-from utils.training.recipe import WarmupSchedule
+from utils.speed.flops import profile, profile_table
+from utils.training.derived import Derived
+from utils.training.lr_schedule import DenseSchedule
+from utils.training.task import Run
 
 NUM_PREVIEWS = 8
+NUM_CLASSES = 150  # ADE20K's
+PROFILE_SIZE = (512, 2048)  # height and width of the images that published MACs are counted for
+PUBLISHED = {"mlla_b_upernet": (128, 1183)}  # millions of parameters, GMACs
 
 
-class Segmentation(Task):
-    """UperNet, judged by mean IoU."""
+class Segmentation(DenseTask):
+    """Semantic segmentation with UperNet, judged by mean IoU."""
 
     metric = "miou"
+    metric_label = "mIoU"
     best_name = "miou"
     panels = (
         Panel("training loss", {"train_loss": "both heads", "train_decode": "head", "train_auxiliary": "auxiliary"}),
@@ -44,12 +53,9 @@ class Segmentation(Task):
         Panel("validation accuracy, %", {"pixel_accuracy": "of pixels", "mean_accuracy": "mean of classes"}),
         *STEP_PANELS,
     )
+    uses_cudnn_benchmark = True  # crops have one size
 
-    def __init__(self, config: Any, process: Process) -> None:
-        self.config = config
-        self.process = process
-
-    def open_data(self, config: Any, process: Process) -> SegmentationData:
+    def build_data(self, config: CfgNode, process: Process) -> SegmentationData:
         shared = process.num_processes if config.MODEL.HEAD.SYNC_NORM else 1
         if config.DATA.BATCH_SIZE * shared < 2 and not config.EVAL_MODE:
             raise ConfigError(
@@ -58,28 +64,27 @@ class Segmentation(Task):
             )
         return build_data(config, process)
 
-    def build_model(self, config: Any, num_classes: int) -> nn.Module:
-        return build_model(config, num_classes, self.process)
+    def build_model(self, config: CfgNode, process: Process, num_classes: int | None) -> nn.Module:
+        return build_model(config, num_classes or config.MODEL.NUM_CLASSES or NUM_CLASSES, process)
 
-    def lengths(self, config: Any, num_train_images: int, images_per_step: int) -> tuple[int, int]:  # noqa: ARG002
+    def lengths(self, config: CfgNode, num_processes: int, num_train_images: int) -> tuple[int, int]:  # noqa: ARG002
         return config.TRAIN.STEPS // config.TRAIN.EVAL_STEPS, config.TRAIN.EVAL_STEPS
 
-    def schedule(self, config: Any, base_lr: float, epochs: int, steps_per_epoch: int) -> WarmupSchedule:
+    def schedule(self, config: CfgNode, derived: Derived) -> DenseSchedule:
         train = config.TRAIN
-        return WarmupSchedule("linear", base_lr, epochs * steps_per_epoch, train.WARMUP_STEPS, train.WARMUP_FACTOR)
+        base_lr = train.BASE_LR * derived.lr_scale
+        return DenseSchedule("linear", base_lr, derived.total_steps, train.WARMUP_STEPS, train.WARMUP_FACTOR)
 
     def to_device(self, batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
         images, labels = batch
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
         return images, labels.to(device, non_blocking=True)
 
-    def losses(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Mapping[str, Tensor]:
+    def batch_losses(self, config: CfgNode, network: nn.Module, batch: tuple[Tensor, Tensor]) -> Mapping[str, Tensor]:
         images, labels = batch
-        train = self.config.TRAIN
-        loss = segmentation_loss(
-            model(images), labels, auxiliary_weight=train.AUXILIARY_WEIGHT, average=train.LOSS_AVERAGE
-        )
-        if self.config.MODEL.HEAD.AUXILIARY_CHANNELS:
+        weight, average = config.TRAIN.AUXILIARY_WEIGHT, config.TRAIN.LOSS_AVERAGE
+        loss = segmentation_loss(network(images), labels, auxiliary_weight=weight, average=average)
+        if config.MODEL.HEAD.AUXILIARY_CHANNELS:
             return {"decode": loss.decode, "auxiliary": loss.auxiliary}
         return {"decode": loss.decode}
 
@@ -96,8 +101,8 @@ class Segmentation(Task):
             "pixel_accuracy": scores.pixel_accuracy,
         }
 
-    def illustrate(self, run: Run, model: nn.Module) -> Path:
-        """predictions.png: evenly spaced validation images, the truth, and what the model predicts."""
+    def draw_predictions(self, run: Run, model: nn.Module) -> Path:
+        """Write predictions.png: evenly spaced validation images, ground truth, and predictions."""
         images = run.data.val_images
         chosen = np.linspace(0, len(images) - 1, min(NUM_PREVIEWS, len(images))).astype(int)
         transform = EvalTransform(tuple(run.config.DATA.SCALE))
@@ -109,22 +114,54 @@ class Segmentation(Task):
             classes = Inference().predict(model, inputs, truth.shape, run.precision)
             for kept, item in zip(shown, (image, truth, classes.cpu().numpy()), strict=True):
                 kept.append(item)
-        picture = run.folder / "predictions.png"
-        plot_segmentations(*shown, classes=run.data.classes, picture=picture)
-        return picture
+        path = run.folder / "predictions.png"
+        plot_segmentations(*shown, classes=run.data.classes, picture=path)
+        return path
+
+    def profile(self, config: CfgNode) -> str:
+        """Return parameters with both heads, and MACs of inference, in which the auxiliary head has no part."""
+        with torch.device("meta"):
+            model = build_model(config, config.MODEL.NUM_CLASSES or NUM_CLASSES)
+        table = profile_table(profile(model, PROFILE_SIZE), PUBLISHED.get(config.MODEL.NAME))
+        return f"{config.MODEL.NAME}, {PROFILE_SIZE[0]}x{PROFILE_SIZE[1]}\n{table}"
+
+    def image_size(self, config: CfgNode, *, training: bool) -> tuple[int, int]:
+        if training:
+            return config.AUG.CROP_SIZE, config.AUG.CROP_SIZE
+        long, short = config.DATA.SCALE
+        return short, long
+
+    def synthetic_batch(self, config: CfgNode, model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        size, num_images = self.image_size(config, training=True), config.DATA.BATCH_SIZE
+        num_classes = config.MODEL.NUM_CLASSES or NUM_CLASSES
+        labels = torch.randint(num_classes, (num_images, *size), device=device)
+        return synthetic_images(num_images, size, device), labels
+
+    def inference_call(
+        self,
+        config: CfgNode,  # noqa: ARG002
+        model: nn.Module,
+        batch_size: int,
+        size: tuple[int, int],
+        device: torch.device,
+    ) -> Callable[[], object]:
+        images = synthetic_images(batch_size, size, device)
+        return lambda: model(images).argmax(dim=1)
 
 
 def evaluate(run: Run, model: nn.Module, folder: Path | None = None) -> SegmentationScores:
-    """Scores of a model over the validation set, exact for any number of processes; called by all together.
+    """Return the scores of a model over the validation set, exact for any number of processes.
 
     Args:
-        folder: where predictions are written, None for nowhere.
+        run: the run; all its processes call together.
+        model: the segmentor.
+        folder: where predictions are written; None: nowhere.
     """
     inference, device = build_inference(run.config), run.process.device
     matrix = ConfusionMatrix(len(run.data.classes), device)
-    was_training, was_tuning = model.training, torch.backends.cudnn.benchmark
+    was_training, was_benchmarking = model.training, torch.backends.cudnn.benchmark
     model.eval()
-    torch.backends.cudnn.benchmark = False  # it would try all algorithms for each size of image anew
+    torch.backends.cudnn.benchmark = False  # it would time all algorithms for each image size
     for sample in run.data.val:
         inputs = [x.to(device, non_blocking=True) for x in sample.inputs]
         labels = sample.labels.to(device, non_blocking=True)
@@ -139,13 +176,13 @@ def evaluate(run: Run, model: nn.Module, folder: Path | None = None) -> Segmenta
                 num_classes=len(run.data.classes),
                 first_label=int(reduces_zero_label(run.config)),
             )
-    torch.backends.cudnn.benchmark = was_tuning
+    torch.backends.cudnn.benchmark = was_benchmarking
     model.train(was_training)
     return matrix.compute()
 
 
 def prediction_folder(run: Run, name: str) -> Path:
-    """A folder for predictions that was not there before, the same for all processes."""
+    """Create a new folder for predictions, the same for all processes, and return it."""
     folder = gather_objects(unused_name(run.folder, f"predictions_{name}_{{}}"))[0]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -160,7 +197,7 @@ def log_scores(scores: SegmentationScores, run: Run, name: str) -> None:
 
 
 def evaluation_record(scores: SegmentationScores, run: Run, name: str) -> dict[str, Any]:
-    """A line of evaluations.jsonl; null stands for the IoU of a class that neither labels nor predictions have."""
+    """Return a line of evaluations.jsonl; the IoU of a class without labels and predictions is null."""
     test = run.config.TEST
     return {
         "weights": run.config.MODEL.RESUME,

@@ -1,4 +1,4 @@
-"""Speed on synthetic images that lie on the device: warm-up left out, median of rounds."""
+"""Speed on synthetic inputs that are on the device: the median of rounds, after a warm-up."""
 
 import gc
 import platform
@@ -6,9 +6,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.distributed.process import min_over_processes
 from utils.speed.memory import peak_memory_mib
@@ -16,7 +17,7 @@ from utils.training.amp import Precision
 from utils.training.train_step import TrainStep
 
 WARMUP_CALLS = 3
-WARMUP_STEPS = 8  # a step that becomes a CUDA graph does so within them
+WARMUP_STEPS = 8  # enough for a training step to be captured as a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Throughput:
     layout: str
     compile: str
     batch: int
-    size: int
+    size: int | str  # the side of square images in pixels, or HEIGHTxWIDTH
     processes: int
     images_per_second: float
     milliseconds_per_batch: float
@@ -42,37 +43,66 @@ class Throughput:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a measurement has in common with those it is compared to.
+    """Settings that a measurement shares with those it is compared to.
 
     Attributes:
-        compile: the mode, resolved.
-        num_processes: those that work together; the images of all count.
-        round_seconds: about how long a round takes; the median of `rounds` counts.
+        compile: the resolved compile mode.
+        num_processes: processes that work together, whose images add up.
+        rounds: rounds of which the median counts.
+        round_seconds: approximate length of a round.
     """
 
     device: torch.device
     precision: Precision
     compile: str = "off"
-    in_chans: int = 3
     num_processes: int = 1
     rounds: int = 5
     round_seconds: float = 1.0
 
 
+def synthetic_images(batch_size: int, size: tuple[int, int], device: torch.device, *, in_chans: int = 3) -> Tensor:
+    """Return random images (B, in_chans, H, W) in channels_last."""
+    return torch.randn(batch_size, in_chans, *size, device=device).contiguous(memory_format=torch.channels_last)
+
+
 def measure_inference(
-    model: nn.Module, conditions: Conditions, *, name: str, batch_size: int, image_size: int
+    predict: Callable[[], object], conditions: Conditions, *, name: str, batch_size: int, size: tuple[int, int]
 ) -> Throughput:
-    """Time forward passes of a model in evaluation mode, already compiled as `conditions` say."""
-    device = conditions.device
-    images = torch.randn(batch_size, conditions.in_chans, image_size, image_size, device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
+    """Time `predict`, which computes a batch's predictions, without gradient and under autocast."""
 
     @torch.no_grad()
-    def forward() -> None:
+    def call() -> None:
         with conditions.precision.autocast():
-            model(images)
+            predict()
 
-    return timed(forward, conditions, WARMUP_CALLS, name, "inference", batch_size, image_size)
+    return measure(call, conditions, WARMUP_CALLS, name, "inference", batch_size, size)
+
+
+def measure_training(
+    train_step: TrainStep,
+    batch: Any,
+    conditions: Conditions,
+    *,
+    name: str,
+    batch_size: int,
+    size: tuple[int, int],
+    step: int = 0,
+    work: str = "training",
+) -> Throughput:
+    """Time a run's own training step on one micro-batch; `step` is its number in the run.
+
+    The learning rate is 0, so that the weights stay unchanged; the work is the same.
+    """
+    train_step.model.train()
+    return measure(
+        lambda: train_step([batch], step=step, learning_rate=0.0),
+        conditions,
+        WARMUP_STEPS,
+        name,
+        work,
+        batch_size,
+        size,
+    )
 
 
 def measure_in_turns(
@@ -84,71 +114,53 @@ def measure_in_turns(
     image_size: int,
     rounds: int = 5,
 ) -> dict[str, float]:
-    """Images per second of several models, median of rounds in which each has its turn: all see the same machine."""
-    conditions = Conditions(device, precision, rounds=1, round_seconds=0.5)
-    speeds: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(rounds):
-        for name, model in models.items():
-            model = model.to(device).eval()
-            result = measure_inference(model, conditions, name=name, batch_size=batch_size, image_size=image_size)
-            speeds[name].append(result.images_per_second)
-    return {name: statistics.median(values) for name, values in speeds.items()}
+    """Return images per second of several classifiers, timed in turns so that all see the same machine."""
+
+    def predict(model: nn.Module) -> Callable[[], None]:
+        images = synthetic_images(batch_size, (image_size, image_size), device)
+
+        @torch.no_grad()
+        def call() -> None:
+            with precision.autocast():
+                model(images)
+
+        return call
+
+    calls = {name: predict(model.to(device).eval()) for name, model in models.items()}
+    seconds = median_seconds(calls, device, rounds=rounds, round_seconds=0.5, warmup=WARMUP_CALLS)
+    return {name: batch_size / value for name, (value, _) in seconds.items()}
 
 
-def measure_training(
-    train_step: TrainStep,
+def measure(
+    call: Callable[[], object],
     conditions: Conditions,
-    *,
+    warmup: int,
     name: str,
+    work: str,
     batch_size: int,
-    image_size: int,
-    num_classes: int,
-    step: int = 0,
-    work: str = "training",
+    size: tuple[int, int],
 ) -> Throughput:
-    """Time a run's own training step, at one batch a step; `step` is the step of the run that it takes itself for.
-
-    The learning rate is 0, so that the weights stay where they are; the work is the same.
-    """
-    device = conditions.device
-    images = torch.randn(batch_size, conditions.in_chans, image_size, image_size, device=device)
-    batch = (
-        images.contiguous(memory_format=torch.channels_last),
-        torch.randn(batch_size, num_classes, device=device).softmax(dim=1),
-    )
-    train_step.model.train()
-
-    def update() -> None:
-        train_step([batch], step=step, learning_rate=0.0)
-
-    return timed(update, conditions, WARMUP_STEPS, name, work, batch_size, image_size)
-
-
-def timed(
-    call: Callable[[], None], conditions: Conditions, warmup: int, name: str, work: str, batch_size: int, size: int
-) -> Throughput:
-    """The row for `call`, which works through one batch."""
+    """Return the row for `call`, which processes one batch."""
     device = conditions.device
     reset_peak_memory(device)
-    run_rounds(call, device, warmup)
-    seconds = run_rounds(call, device, 1)
-    wanted = torch.tensor(max(1, round(conditions.round_seconds / seconds)), device=device)
-    if conditions.num_processes > 1:
-        min_over_processes(wanted)  # they call each other within a batch, so they do as many
-    num_batches = int(wanted)
-    batch_seconds = statistics.median(
-        run_rounds(call, device, num_batches) / num_batches for _ in range(conditions.rounds)
-    )
+    ((batch_seconds, num_batches),) = median_seconds(
+        {name: call},
+        device,
+        rounds=conditions.rounds,
+        round_seconds=conditions.round_seconds,
+        warmup=warmup,
+        num_processes=conditions.num_processes,
+    ).values()
     return Throughput(
         model=name,
         work=work,
-        chip=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
+        chip=chip_name(device),
         torch=str(torch.__version__),
         precision=conditions.precision.name,
         layout="channels_last",
         compile=conditions.compile,
         batch=batch_size,
-        size=size,
+        size=size[0] if size[0] == size[1] else f"{size[0]}x{size[1]}",
         processes=conditions.num_processes,
         images_per_second=conditions.num_processes * batch_size / batch_seconds,
         milliseconds_per_batch=1000 * batch_seconds,
@@ -158,8 +170,42 @@ def timed(
     )
 
 
-def run_rounds(call: Callable[[], None], device: torch.device, count: int) -> float:
-    """Seconds for `count` calls, all work on the device included."""
+def median_seconds(
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    rounds: int,
+    round_seconds: float,
+    warmup: int,
+    num_processes: int = 1,
+) -> dict[str, tuple[float, int]]:
+    """Time functions in turns, round by round, so that a disturbance of the machine affects all of them.
+
+    Args:
+        calls: the functions by name; their work on the device counts.
+        device: where they work.
+        rounds: rounds per function, of which the median counts.
+        round_seconds: approximate length of a round.
+        warmup: calls before the measurement.
+        num_processes: processes that call together, and therefore equally often.
+
+    Returns:
+        By name, the median of the seconds per call, and the number of calls in a round.
+    """
+    counts = {}
+    for name, call in calls.items():
+        run_calls(call, device, warmup)
+        count = torch.tensor(max(1, round(round_seconds / run_calls(call, device, 1))), device=device)
+        counts[name] = int(min_over_processes(count) if num_processes > 1 else count)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            seconds[name].append(run_calls(call, device, counts[name]) / counts[name])
+    return {name: (statistics.median(values), counts[name]) for name, values in seconds.items()}
+
+
+def run_calls(call: Callable[[], object], device: torch.device, count: int) -> float:
+    """Return the seconds of `count` calls, including all work on the device."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(count):
@@ -174,9 +220,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let the next peak be that of what comes, without what nobody holds any longer."""
+    """Free cached memory, and let the next peak count from here."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def chip_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"

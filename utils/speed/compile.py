@@ -129,7 +129,20 @@ class CapturedModel(nn.Module):
         return capture().clone()
 
 
-def compile_for_inference(model: nn.Module, mode: str, device: torch.device) -> nn.Module:
-    """Compile the model for evaluation, with CUDA graphs if the mode uses them."""
-    model = compile_regions(model.eval(), mode)
-    return CapturedModel(model) if uses_graphs(mode, device) else model
+def compile_for_inference(model: nn.Module, mode: str, device: torch.device, *, submodule: str = "") -> nn.Module:
+    """Compile a model for evaluation, with CUDA graphs if the mode uses them.
+
+    Args:
+        model: the model, which is changed if `submodule` is named.
+        mode: a resolved compile mode.
+        device: where the model is.
+        submodule: name of the part that is compiled and captured; "": the whole model.
+    """
+    model = model.eval()
+    target = compile_regions(model.get_submodule(submodule), mode)
+    if not uses_graphs(mode, device):
+        return model
+    if not submodule:
+        return CapturedModel(target)
+    model.set_submodule(submodule, CapturedModel(target))
+    return model

@@ -16,7 +16,7 @@ def out_of_memory_message(
     batch_size: int,
     accumulation_steps: int | None,
     amp: bool,
-    can_recompute: bool,
+    can_checkpoint: bool,
     smaller: str,
 ) -> str:
     """Return one line with what did not fit into the GPU's memory, and the remedies, the mildest first.
@@ -27,7 +27,7 @@ def out_of_memory_message(
         batch_size: images per process and forward pass.
         accumulation_steps: gradient accumulation steps; None if nothing is trained.
         amp: mixed precision is on already.
-        can_recompute: activation checkpointing (--use-checkpoint) is available and off.
+        can_checkpoint: activation checkpointing (--use-checkpoint) is available and off.
         smaller: the last remedy, smaller images.
     """
     capacity = USAGE.search(str(error))
@@ -36,7 +36,7 @@ def out_of_memory_message(
     if accumulation_steps is None:
         remedies += [f"lower --batch-size (for example to {half})"] if batch_size > 1 else []
     else:
-        remedies += ["add --use-checkpoint (activation checkpointing)"] if can_recompute else []
+        remedies += ["add --use-checkpoint (activation checkpointing)"] if can_checkpoint else []
         if batch_size > 1:
             opts = f"--opts TRAIN.ACCUMULATION_STEPS {accumulation_steps * 2}"
             remedies.append(f"lower --batch-size (for example to {half}; {opts} keeps the global batch size)")

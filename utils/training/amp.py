@@ -1,4 +1,4 @@
-"""Precision: one path for float32, float16 and bfloat16, on GPUs and on CPUs."""
+"""Mixed precision (AMP): one code path for float32, float16 and bfloat16, on GPUs and CPUs."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ import torch
 
 @dataclass(frozen=True)
 class Precision:
-    """Autocast and gradient scaler of a run; both do nothing where they are not needed.
+    """Autocast and gradient scaler of a run; both do nothing when they are not needed.
 
     Attributes:
         device_type: "cuda" or "cpu".
-        dtype: what autocast computes in; float32 turns it off.
-        scaler: scales the loss for float16, whose gradients would underflow; disabled for the others.
+        dtype: autocast's dtype; float32 disables autocast.
+        scaler: scales the loss for float16, whose gradients would underflow; disabled for other dtypes.
     """
 
     device_type: str
@@ -29,9 +29,13 @@ class Precision:
 
 
 def make_precision(device: torch.device, *, amp: bool, dtype: str) -> Precision:
-    """Precision for a device; dtype is "auto", "float16" or "bfloat16" and counts only with amp.
+    """Return the precision for a device: float32, or with `amp` mixed precision.
 
-    "auto" is bfloat16, but float16 on GPUs that only emulate bfloat16 (before Ampere).
+    Args:
+        device: the device to train or evaluate on.
+        amp: use mixed precision.
+        dtype: "auto", "float16" or "bfloat16"; "auto" is bfloat16, but float16 on GPUs that only emulate bfloat16
+            (before Ampere).
     """
     if not amp:
         chosen = torch.float32

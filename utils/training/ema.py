@@ -1,4 +1,4 @@
-"""Exponential moving average of a model's parameters and buffers."""
+"""Exponential moving average (EMA) of a model's parameters and buffers."""
 
 from copy import deepcopy
 
@@ -7,15 +7,15 @@ from torch import nn
 
 
 class ModelEma:
-    """A copy of a model that follows it: average = decay * average + (1 - decay) * model, after each step.
+    """Exponential moving average of a model: ema = decay * ema + (1 - decay) * model, after each step.
 
-    Floating-point buffers are averaged too; others (batch norm's counters) are copied. The copy is in evaluation mode
-    and takes no gradient.
+    Floating-point buffers are averaged too; others (batch norm's counters) are copied. `module` is a copy of the model
+    in evaluation mode, without gradients.
 
     Args:
-        model: the model to follow, not wrapped in DDP.
-        decay: per step.
-        force_cpu: keep the average in the CPU's memory.
+        model: the model to average, not wrapped in DDP.
+        decay: decay per step.
+        force_cpu: keep the EMA weights in CPU memory.
     """
 
     def __init__(self, model: nn.Module, decay: float, force_cpu: bool = False) -> None:
@@ -25,20 +25,20 @@ class ModelEma:
             self.module.to("cpu")
         # The tensors themselves, gathered once: training changes them in place.
         pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
-        self.averages = [average for average, _ in pairs if average.is_floating_point()]
+        self.ema_tensors = [ema for ema, _ in pairs if ema.is_floating_point()]
         self.sources = [source for _, source in pairs if source.is_floating_point()]
         self.counters = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
     def update(self) -> None:
-        """Follow the model by one step."""
+        """Update after one step of the model."""
         sources = self.sources
-        if self.averages[0].device != sources[0].device:
-            sources = [source.to(self.averages[0].device) for source in sources]
-        torch._foreach_lerp_(self.averages, sources, 1 - self.decay)
+        if self.ema_tensors[0].device != sources[0].device:
+            sources = [source.to(self.ema_tensors[0].device) for source in sources]
+        torch._foreach_lerp_(self.ema_tensors, sources, 1 - self.decay)
         for copy, original in self.counters:
             copy.copy_(original)
 
     def on(self, device: torch.device) -> nn.Module:
-        """The average on a device: itself, or a copy where it is kept on the CPU."""
-        return self.module if self.averages[0].device == device else deepcopy(self.module).to(device)
+        """Return the EMA model on a device: `module`, or a copy of it if it is kept on the CPU."""
+        return self.module if self.ema_tensors[0].device == device else deepcopy(self.module).to(device)

@@ -1,4 +1,4 @@
-"""The whole training step as one CUDA graph: forward, backward, clipping, update and average in one launch."""
+"""The whole training step as one CUDA graph: forward, backward, clipping, update and EMA in one launch."""
 
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -10,15 +10,15 @@ from utils.speed.compile import RECORDING, Capture
 from utils.speed.streams import on_side_stream
 from utils.training.train_step import StepResult, TrainStep
 
-NUM_WARMUP_STEPS = 3  # real steps of the run, in which libraries choose their algorithms and allocate workspaces
+NUM_WARMUP_STEPS = 3  # eager steps of the run, in which libraries choose algorithms and allocate workspaces
 
 
 class GraphedTrainStep(TrainStep):
-    """A TrainStep that records itself after a few steps and is replayed from then on; the arithmetic is the same.
+    """A TrainStep that is captured as a CUDA graph after a few steps and replayed from then on, with the same results.
 
-    Learning rates and the step's number lie on the device and are filled in before each replay. Random numbers go on
+    Learning rates and the step number are tensors on the device, filled before each replay. Random numbers continue
     from the generator's state, as without a graph. Another shape of micro-batches, or another variant of the loss (see
-    `ClassificationLoss.variant`), is recorded anew; the former recording is dropped.
+    `ClassificationLoss.variant`), is captured again; the previous graph is dropped.
 
     The tensors of a StepResult are overwritten by the next step.
     """
@@ -54,7 +54,7 @@ class GraphedTrainStep(TrainStep):
         return self.capture()
 
     def record(self, micro_batches: Sequence[Sequence[Tensor]], step: int) -> None:
-        """Capture the step. Nothing of it is executed, and the groups' settings are as before when it is done."""
+        """Capture the step. Nothing is executed, and the parameter groups are left unchanged."""
         self.inputs = [[tensor.clone(memory_format=torch.preserve_format) for tensor in b] for b in micro_batches]
         self.optimizer.zero_grad(set_to_none=True)
         groups = self.optimizer.param_groups
@@ -64,22 +64,22 @@ class GraphedTrainStep(TrainStep):
         try:
             self.capture = Capture(lambda: self.run(self.inputs, step), warmup_calls=0)
         finally:
-            for group, former in zip(groups, settings, strict=True):
-                group.update(former)
+            for group, previous in zip(groups, settings, strict=True):
+                group.update(previous)
 
 
 def graph_unsupported_reason(train_step: TrainStep, num_processes: int) -> str:
-    """Why a step cannot be one graph, or an empty string."""
+    """Return why a step cannot be one CUDA graph, or an empty string."""
     if train_step.found_inf.device.type != "cuda":
         return "there is no GPU"
     if num_processes > 1:
-        return "gradients are exchanged between processes"
+        return "several processes exchange gradients"
     if train_step.precision.scaler.is_enabled():
-        return "float16's scaler chooses its way by the gradients; bfloat16 needs none"
-    if train_step.ema is not None and train_step.ema.averages[0].device != train_step.found_inf.device:
-        return "the average is kept on the CPU"
+        return "the gradient scaler of float16 branches on the host; bfloat16 needs no scaler"
+    if train_step.ema is not None and train_step.ema.ema_tensors[0].device != train_step.found_inf.device:
+        return "the EMA is kept on the CPU"
     if any(getattr(module, "use_checkpoint", False) for module in train_step.model.modules()):
-        return "recomputed blocks read the random numbers' state; TRAIN.ACTIVATION_BUDGET saves memory in a graph"
+        return "activation checkpointing reads the generator's state; TRAIN.ACTIVATION_BUDGET saves memory instead"
     if not hasattr(train_step.compute_losses, "variant"):
-        return "the loss may depend on the step"
+        return "the loss has no fixed shapes"
     return ""

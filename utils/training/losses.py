@@ -54,12 +54,12 @@ class ClassificationLoss:
         images, targets = batch
         if not self.variant(step):
             return {"loss": training_loss(self.model(images), targets)}
-        wait_for_teacher = start_on_side_stream(lambda: self.ask_teacher(images), images.device, "teacher")
+        wait_for_teacher = start_on_side_stream(lambda: self.teacher_logits(images), images.device, "teacher")
         logits = self.model(images)
         return {"loss": training_loss(logits, targets, wait_for_teacher(), self.mesa_ratio)}
 
     @torch.no_grad()
-    def ask_teacher(self, images: Tensor) -> Tensor:
+    def teacher_logits(self, images: Tensor) -> Tensor:
         """Its logits (B, classes)."""
         assert self.teacher is not None
         return self.teacher(images)

@@ -1,14 +1,15 @@
-"""Learning rate as a pure function of the step, so that going on from any step needs no state."""
+"""Learning rates as pure functions of the step, so that resuming at any step needs no state."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 LINEAR_END = 0.01  # share of the base rate at which the linear schedule ends
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Linear warm-up, then cosine, linear or step decay.
+class ClassificationSchedule:
+    """Schedule of the classification recipe: linear warm-up, then cosine, linear or step decay.
 
     Attributes:
         name: "cosine", "linear" or "step".
@@ -28,8 +29,10 @@ class Schedule:
     decay_rate: float = 1.0
 
     def rate_at(self, t: int) -> float:
-        """The rate at time t. Cosine and step count t from 0, not from the end of warm-up (as timm's schedulers do
-        without warmup_prefix); linear falls from the end of warm-up to 1% of the base rate.
+        """Return the learning rate at time t.
+
+        Cosine and step count t from 0, not from the end of warm-up (as timm's schedulers do without warmup_prefix);
+        linear falls from the end of warm-up to 1% of the base rate.
         """
         if t < self.warmup_steps:
             return self.warmup_lr + (self.base_lr - self.warmup_lr) * t / self.warmup_steps
@@ -42,5 +45,38 @@ class Schedule:
         return self.min_lr + (self.base_lr - self.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
     def lr_at(self, step: int) -> float:
-        """The rate that optimizer step `step` (from 0) runs at: that of t = step - 1, and of t = 0 for the first."""
+        """Return the learning rate of optimizer step `step`, from 0: at t = step - 1, and at t = 0 for the first."""
         return self.rate_at(max(step - 1, 0))
+
+
+@dataclass(frozen=True)
+class DenseSchedule:
+    """Schedule of the published detection and segmentation recipes: step decay at milestones, or linear decay to 0.
+
+    During warm-up, the rate is multiplied by a factor that rises linearly from `warmup_factor` to 1.
+
+    Attributes:
+        name: "step" or "linear" ("poly" with power 1).
+        base_lr: rate after warm-up.
+        total_steps: steps of the run, where "linear" ends.
+        warmup_steps, warmup_factor: length of the warm-up, and the factor of its first step.
+        milestones, decay_rate: from each of these steps on, "step" multiplies by decay_rate.
+    """
+
+    name: str
+    base_lr: float
+    total_steps: int
+    warmup_steps: int = 0
+    warmup_factor: float = 1.0
+    milestones: Sequence[int] = ()
+    decay_rate: float = 0.1
+
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of optimizer step `step`, from 0."""
+        if self.name == "linear":
+            rate = self.base_lr * max(0.0, 1 - step / self.total_steps)
+        else:
+            rate = self.base_lr * self.decay_rate ** sum(step >= milestone for milestone in self.milestones)
+        if step < self.warmup_steps:
+            rate *= 1 - (1 - self.warmup_factor) * (1 - step / self.warmup_steps)
+        return rate

@@ -1,16 +1,18 @@
-"""Accuracy and loss that are exact for any number of processes and any split: sums and counts, divided once."""
+"""Accuracy and loss of a classifier, exact for any number of processes: sums and counts, divided once."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from utils.distributed.process import sum_over_processes
+from utils.distributed.process import Process, sum_over_processes
+from utils.training.amp import Precision
 
 
 class Scores(NamedTuple):
-    """acc1 and acc5 in percent; loss is the mean cross-entropy with the hard labels."""
+    """Top-1 and top-5 accuracy in percent; loss is the mean cross-entropy with the hard labels."""
 
     acc1: float
     acc5: float
@@ -19,7 +21,7 @@ class Scores(NamedTuple):
 
 
 class ClassificationMeter:
-    """Adds up correct predictions and losses of batches on the device, without waiting for it."""
+    """Sums of correct predictions and losses over batches, kept on the device without synchronization."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # correct at 1, correct at 5, loss, images
@@ -34,6 +36,22 @@ class ClassificationMeter:
         self.sums += torch.stack((correct[:, 0].sum(), correct.sum(), loss, count)).double()
 
     def compute(self) -> Scores:
-        """Figures over all batches of all processes, the same on each."""
+        """Return the scores over all batches of all processes, the same on each process."""
         correct1, correct5, loss, count = sum_over_processes(self.sums.clone()).tolist()
         return Scores(100 * correct1 / count, 100 * correct5 / count, loss / count, int(count))
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], process: Process, precision: Precision
+) -> Scores:
+    """Return the scores of a classifier over the whole dataset, exact for any number of processes."""
+    was_training = model.training
+    model.eval()
+    meter = ClassificationMeter(process.device)
+    for images, labels in loader:
+        with precision.autocast():
+            logits = model(images)
+        meter.update(logits, labels)
+    model.train(was_training)
+    return meter.compute()

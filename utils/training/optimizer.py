@@ -9,45 +9,63 @@ from torch import Tensor, nn
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, *, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """Two groups: decayed, and not. Not decayed are tensors of fewer than two dimensions, names that end in `.bias`,
-    and names that the model's `no_weight_decay()` lists. Parameters that take no gradient are left out.
+    """Return the parameter groups of the classification recipe, with and without weight decay.
 
-    With a layer_decay below 1 there are two groups a layer, each with an `lr_scale`, its factor of the learning rate:
-    1 for the classifier, and layer_decay times that of the next layer for the others (timm's helper; layers are those
-    of the model's `group_matcher`). Source: BEiT (Bao et al., 2021).
+    Tensors of fewer than two dimensions, names that end in `.bias`, and names that the model's `no_weight_decay()`
+    lists are not decayed. Parameters that take no gradient are left out.
+
+    With a layer_decay below 1 there are two groups per layer, each with an `lr_scale`, its factor of the learning
+    rate: 1 for the classifier, and layer_decay times the next layer's for the others (timm's helper; the model's
+    `group_matcher` defines the layers). Source: BEiT (Bao et al., 2021).
     """
     list_exempt: Callable[[], set[str]] = getattr(model, "no_weight_decay", set)
     exempt = list_exempt()
     if layer_decay < 1:
         return param_groups_layer_decay(model, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay)
+    return split_groups(
+        model, weight_decay, lambda name, parameter: parameter.ndim < 2 or name.endswith(".bias") or name in exempt
+    )
+
+
+def dense_parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the parameter groups of the published detection and segmentation recipes.
+
+    Names with `norm` or `absolute_pos_embed` are not decayed; biases are.
+    """
+    return split_groups(model, weight_decay, lambda name, _: "norm" in name or "absolute_pos_embed" in name)
+
+
+def split_groups(
+    model: nn.Module, weight_decay: float, is_exempt: Callable[[str, nn.Parameter], bool]
+) -> list[dict[str, Any]]:
+    """Return two parameter groups: with weight decay, and exempt from it."""
     decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_exempt = parameter.ndim < 2 or name.endswith(".bias") or name in exempt
-            (others if is_exempt else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+            (exempt if is_exempt(name, parameter) else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
 
 
 def matched_state(
     saved: dict[str, Any], weights: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """A saved optimizer's state in the order of `optimizer`'s parameters, with `optimizer`'s settings.
+    """Return a saved optimizer's state in the order of `optimizer`'s parameters, with `optimizer`'s settings.
 
-    Optimizers number their parameters in the model's order, which may be another in other code; the order of the names
-    in the weights saved beside it tells.
+    Optimizers number their parameters in the model's order, which may differ in other code; the order of the names in
+    the weights saved beside the state tells it.
 
     Args:
-        saved: the optimizer's state_dict.
-        weights: by name, in the order of the model that was trained.
-        model: whose parameters `optimizer` trains.
-        optimizer: that is to take over the state, with the groups made by the same rule.
+        saved: the saved optimizer's state_dict.
+        weights: weights by name, in the order of the model that was trained.
+        model: the model whose parameters `optimizer` trains.
+        optimizer: the optimizer that will load the state, with groups made by the same rule.
 
     Raises:
         ValueError: groups of other sizes, or state of another shape than its parameter.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    places = {name: place for place, name in enumerate(weights)}
+    positions = {name: position for position, name in enumerate(weights)}
     sizes = [[len(group["params"]) for group in groups] for groups in (saved["param_groups"], optimizer.param_groups)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"groups of {sizes[0]} parameters where this run has {sizes[1]}")
@@ -56,10 +74,10 @@ def matched_state(
     first = 0
     for saved_group, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
         own = [names[id(parameter)] for parameter in group["params"]]
-        saved_ids = dict(zip(sorted(own, key=places.__getitem__), saved_group["params"], strict=True))
+        saved_ids = dict(zip(sorted(own, key=positions.__getitem__), saved_group["params"], strict=True))
         for i, (name, parameter) in enumerate(zip(own, group["params"], strict=True), start=first):
             entry = saved["state"].get(saved_ids[name])
-            if entry is None:  # it has taken no step
+            if entry is None:  # never updated
                 continue
             for key, value in entry.items():
                 if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
@@ -81,10 +99,10 @@ def make_optimizer(
     betas: Sequence[float] = (0.9, 0.999),
     momentum: float = 0.9,
 ) -> torch.optim.Optimizer:
-    """AdamW, or SGD with Nesterov momentum; the learning rate is set at each step.
+    """Return AdamW, or SGD with Nesterov momentum; the learning rate is set at each step.
 
-    Fused: one kernel for all tensors, which also leaves everything unchanged where `found_inf` says so, without asking
-    the device first.
+    Fused: one kernel for all tensors, which also skips the update where `found_inf` is set, without a host
+    synchronization.
 
     Raises:
         ValueError: a name other than adamw and sgd.
@@ -94,7 +112,7 @@ def make_optimizer(
     if name == "sgd":
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=momentum > 0, fused=True)
         if momentum > 0:
-            # Fused SGD leaves them uninitialized where `found_inf` skips the first step.
+            # Fused SGD leaves momentum buffers uninitialized when `found_inf` skips the first step.
             for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer

@@ -1,4 +1,4 @@
-"""Everything that the next step of a run depends on, to and from a checkpoint."""
+"""State of a training run, saved in and restored from checkpoints."""
 
 import platform
 import random
@@ -25,16 +25,16 @@ VERSIONS = {"torch": str(torch.__version__), "numpy": np.__version__, "python": 
 
 @dataclass
 class TrainState:
-    """A run between two steps.
+    """Everything that the next step of a run depends on.
 
     Attributes:
-        model: not wrapped in DDP.
-        images_per_step: over all processes; a step of the run is as many images after it goes on.
-        progress: epochs that are whole, and steps done in the one after them.
-        best, best_ema: highest value so far of the figure that the run is judged by, of the model and of the average.
-        sums: this process's sums over the steps of the unfinished epoch, by name.
-        origin: the file that --resume named when the run began, and what tells it from others of that name.
-        classes: names of the data's classes by output; None where a checkpoint's are not to be compared with them.
+        model: the model, not wrapped in DDP.
+        global_batch_size: images per optimizer step, over all processes.
+        progress: completed epochs, and completed steps of the next one.
+        best, best_ema: best value so far of the task's metric, of the model and of its EMA.
+        sums: this process's sums over the completed steps of the unfinished epoch, by name.
+        origin: fingerprint of the file that --resume named when the run began.
+        classes: names of the data's classes by output; None: a checkpoint's class names are not compared.
     """
 
     model: nn.Module
@@ -42,7 +42,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     process: Process
-    images_per_step: int = 1
+    global_batch_size: int = 1
     progress: Progress = START
     best: float = 0.0
     best_ema: float = 0.0
@@ -50,32 +50,32 @@ class TrainState:
     origin: dict[str, Any] | None = None
     classes: Sequence[str] | None = None
 
-    def capture(self, **facts: Any) -> dict[str, Any]:
-        """The state as a checkpoint's content, `facts` beside it; called by all processes together."""
+    def capture(self, **metadata: Any) -> dict[str, Any]:
+        """Return a checkpoint's content, the state and `metadata`; called by all processes together."""
         ranks = gather_objects({"rng": rng_state(self.process.device), "sums": self.sums})
         return {
             "model": self.model.state_dict(),
             "state_dict_ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "epoch": self.progress.epochs - 1,  # the last whole one, as in official checkpoints
+            "epoch": self.progress.epochs - 1,  # the last completed one, as in official checkpoints
             "steps": self.progress.steps,
-            "images_per_step": self.images_per_step,
+            "images_per_step": self.global_batch_size,
             "max_accuracy": self.best,
             "max_accuracy_e": self.best_ema,
             "ranks": ranks,
             "origin": self.origin,
             "versions": VERSIONS,
-            **facts,
+            **metadata,
         }
 
     def resume(self, folder: Path, *, explicit: str, auto: bool) -> bool:
-        """Go on from the file `explicit` if it is named, else, with `auto`, from the folder's newest whole checkpoint.
+        """Resume from the file `explicit` if it is named, else, with `auto`, from the folder's newest valid checkpoint.
 
-        Where the folder's run began from that same file, the command is being repeated, and the run goes on.
+        If the folder's run itself began from `explicit`, the command is being repeated: the folder's run resumes.
 
         Returns:
-            Whether the folder's own run goes on.
+            Whether the folder's own run is resumed.
 
         Raises:
             CheckpointError: the checkpoint does not fit, a run would be overwritten, or processes see different files.
@@ -93,7 +93,7 @@ class TrainState:
             logger.info("resumed from %s", explicit)
         elif not auto and checkpoints_in(folder):
             raise CheckpointError(
-                f"TRAIN.AUTO_RESUME False: {folder} holds a run, which would be overwritten; name another --tag"
+                f"TRAIN.AUTO_RESUME False: {folder} contains a run, which would be overwritten; name another --tag"
             )
         points = gather_objects(tuple(self.progress))
         if len(set(points)) > 1:
@@ -101,7 +101,7 @@ class TrainState:
         return continues
 
     def restore(self, content: dict[str, Any], source: str) -> None:
-        """Take over a checkpoint's content, or only the weights where there is nothing else in it.
+        """Restore a checkpoint's content, or only the weights of a file that has nothing else.
 
         Raises:
             CheckpointError: there are no weights, or they or the optimizer's state do not fit.
@@ -115,15 +115,15 @@ class TrainState:
         if self.ema is not None:
             load_weights(self.ema.module, weights_in(content, "state_dict_ema") or weights, source)
         if "optimizer" not in content:
-            logger.info("%s holds weights only: optimizer and epoch start afresh", source)
+            logger.info("%s contains weights only: optimizer and epoch are re-initialized", source)
             return
         try:
             self.restore_progress(content, weights, source)
         except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{source}: not a whole checkpoint of a run ({error})") from error
+            raise CheckpointError(f"{source}: not a complete checkpoint of a run ({error})") from error
 
     def restore_progress(self, content: dict[str, Any], weights: Weights, source: str) -> None:
-        """Take over all but the weights, whose order tells that of the optimizer's state."""
+        """Restore everything but the weights, whose order gives the order of the optimizer's state."""
         self.restore_optimizer(content["optimizer"], weights, source)
         if content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])
@@ -131,19 +131,19 @@ class TrainState:
         self.best = float(content.get("max_accuracy", 0.0))
         self.best_ema = float(content.get("max_accuracy_e", 0.0))
         self.origin = content.get("origin")
-        self.check_global_batch_size(content.get("images_per_step", self.images_per_step), source)
+        self.check_global_batch_size(content.get("images_per_step", self.global_batch_size), source)
         ranks, process = content.get("ranks", []), self.process
         if len(ranks) == process.num_processes:
             self.sums = ranks[process.rank]["sums"]
             restore_rng_state(ranks[process.rank]["rng"], process.device)
-        elif not ranks:  # another program's
-            logger.warning("%s holds no states of random number generators, those of SEED are used", source)
+        elif not ranks:  # written by another program
+            logger.warning("%s contains no states of random number generators; they start from SEED", source)
         else:
-            if process.is_main:  # whose share now stands for all
+            if process.is_main:  # its sums now stand for all processes
                 for rank in ranks:
                     self.sums = {name: self.sums.get(name, 0.0) + value for name, value in rank["sums"].items()}
             logger.warning(
-                "%s was written by %d processes, now there are %d: order and augmentation of the images stay the same, "
+                "%s was written by %d processes, now there are %d: order and augmentation of the images stay the same; "
                 "dropout, drop path and mixup draw other random numbers, and sums are rounded differently",
                 *(source, len(ranks), process.num_processes),
             )
@@ -154,63 +154,63 @@ class TrainState:
             if versions.get(name) != VERSIONS[name]
         ]:
             logger.warning(
-                "%s was written with other versions, so results may differ in the last bits: %s",
+                "%s was written with other versions, results may differ in the last bits: %s",
                 source,
                 ", ".join(changed),
             )
 
-    def check_global_batch_size(self, former: int, source: str) -> None:
-        """Another number of images a step moves the schedule, and within an epoch would repeat or lose images.
+    def check_global_batch_size(self, saved: int, source: str) -> None:
+        """Compare the global batch size: another one moves the schedule, and within an epoch repeats or loses images.
 
         Raises:
             CheckpointError: the checkpoint is from within an epoch.
         """
-        if former == self.images_per_step:
+        if saved == self.global_batch_size:
             return
         if self.progress.steps:
             raise CheckpointError(
-                f"{source}: was saved within an epoch with {former} images a step, now there are "
-                f"{self.images_per_step}; set DATA.BATCH_SIZE or TRAIN.ACCUMULATION_STEPS to have {former} again, or "
-                f"--resume the end of an epoch"
+                f"{source}: was saved within an epoch with global batch size {saved}, now it is "
+                f"{self.global_batch_size}; set DATA.BATCH_SIZE or TRAIN.ACCUMULATION_STEPS for {saved} again, or --resume "
+                f"the end of an epoch"
             )
         logger.warning(
-            "%s is of a run with %d images a step, now there are %d: learning rates and steps an epoch change",
-            *(source, former, self.images_per_step),
+            "%s: global batch size changed from %d to %d; learning rates and steps per epoch change",
+            *(source, saved, self.global_batch_size),
         )
 
     def restore_optimizer(self, saved: dict[str, Any], weights: Weights, source: str) -> None:
-        """Take over the optimizer's moments; its settings stay those of the configuration."""
+        """Restore the optimizer's moments; its settings stay as configured."""
         kind = {"betas", "momentum"} & set(self.optimizer.param_groups[0])
         if kind != {"betas", "momentum"} & set(saved["param_groups"][0]):
-            raise CheckpointError(f"{source}: was trained with another TRAIN.OPTIMIZER.NAME; set it as it was then")
+            raise CheckpointError(f"{source}: was trained with another TRAIN.OPTIMIZER.NAME; set the same one")
         try:
             self.optimizer.load_state_dict(matched_state(saved, weights, self.model, self.optimizer))
         except ValueError as error:
             raise CheckpointError(
-                f"{source}: its optimizer state does not fit: {error}; set TRAIN.FREEZE and MODEL.LAYER_DECAY as then"
+                f"{source}: its optimizer state does not fit: {error}; set TRAIN.FREEZE and MODEL.LAYER_DECAY as before"
             ) from error
 
 
 def fingerprint(source: str) -> dict[str, Any]:
-    """What tells a file from a later one of the same name; of an address or a name, only itself."""
+    """Return what identifies a version of a file: path, size and time; for a URL or a released name, only itself."""
     path = Path(source)
-    facts = path.stat() if path.is_file() else None
+    stat = path.stat() if path.is_file() else None
     return {
-        "source": str(path.resolve()) if facts else source,
-        "bytes": facts.st_size if facts else None,
-        "modified_ns": facts.st_mtime_ns if facts else None,
+        "source": str(path.resolve()) if stat else source,
+        "bytes": stat.st_size if stat else None,
+        "modified_ns": stat.st_mtime_ns if stat else None,
     }
 
 
 def seed_everything(seed: int) -> None:
-    """Seed this process's random number generators, those of its GPUs too."""
+    """Seed this process's random number generators, including its GPU's."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """States of this process's random number generators, in types that load safely."""
+    """Return the states of this process's random number generators, in types that load safely."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
@@ -222,7 +222,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put this process's random number generators back to `rng_state`'s states."""
+    """Restore this process's random number generators from `rng_state`'s result."""
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,6 +1,6 @@
-"""The training step, and evaluation of a classifier."""
+"""The training step: forward, backward, gradient clipping, optimizer and EMA."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from utils.distributed.process import (
-    Process,
     average_buffers,
     min_over_processes,
     no_sync,
@@ -17,20 +16,18 @@ from utils.distributed.process import (
 )
 from utils.training.amp import Precision
 from utils.training.ema import ModelEma
-from utils.training.metrics import ClassificationMeter, Scores
 
-Batch = tuple[Tensor, Tensor]
 ComputeLosses = Callable[[Any, int], Mapping[str, Tensor]]
-NEVER = 2**62  # a step that no run reaches
-SMALLEST_SCALE = 1e-4  # of the loss for float16; about thirty steps in a row have overflowed
+NEVER = 2**62  # larger than the step of any run
+SMALLEST_SCALE = 1e-4  # of float16's loss scale; about thirty consecutive steps have overflowed
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient became infinite or NaN; the weights are those from before that step."""
+    """The loss or the gradient became infinite or NaN; the weights are from before that step."""
 
 
 class StepResult(NamedTuple):
-    """Scalars of one step on the device: loss of this process, gradient norm before clipping, terms of the loss."""
+    """Scalars of one step on the device: this process's loss, gradient norm before clipping, terms of the loss."""
 
     loss: Tensor
     grad_norm: Tensor
@@ -38,20 +35,20 @@ class StepResult(NamedTuple):
 
 
 class TrainStep:
-    """One optimizer step: forward, backward, clip, update, EMA. It never waits for the device.
+    """One optimizer step: forward, backward, clip, update, EMA, without host synchronization.
 
-    A step whose loss is not finite leaves the weights unchanged, and so do all later steps: the device itself carries
-    the verdict to the fused optimizer. `check_finite` tells the host. A gradient that is not finite counts the same but
-    with float16, where the scaler leaves that step out and goes on with a smaller scale.
+    A step whose loss is not finite leaves the weights unchanged, and so do all later steps: `found_inf` stays on the
+    device, where the fused optimizer reads it. `check_finite` reports it to the host. A gradient that is not finite
+    has the same effect, except with float16, where the scaler skips that step and lowers its scale.
 
     Args:
-        model: the network, in DDP where there are several processes.
-        optimizer: fused, so that it honours `found_inf`.
+        model: the network, wrapped in DDP if there are several processes.
+        optimizer: a fused optimizer, which honors `found_inf`.
         precision: autocast and gradient scaler.
-        compute_losses: (micro-batch, step) to the terms of the loss by name, scalars; their sum is minimized. It calls
+        compute_losses: (micro-batch, step) to the terms of the loss by name, scalars, whose sum is minimized. Calls
             `model`, under autocast.
-        clip_grad: largest global L2 norm of the gradient; 0 leaves it as it is.
-        ema: follows the model; None without EMA.
+        clip_grad: largest global L2 norm of the gradient; 0: no clipping.
+        ema: updated after each step; None without EMA.
     """
 
     def __init__(
@@ -74,14 +71,15 @@ class TrainStep:
         self.buffers = trained_buffers(unwrap(model))
         device = self.parameters[0].device
         self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
-        self.loss_poison = torch.ones((), dtype=torch.float32, device=device)  # NaN once halted, which the scaler sees
+        # NaN after a bad step, so that the scaler skips all later ones.
+        self.loss_poison = torch.ones((), dtype=torch.float32, device=device)
         self.first_bad_step = torch.full((), NEVER, dtype=torch.int64, device=device)
         self.step_number = torch.zeros((), dtype=torch.int64, device=device)
 
     def __call__(self, micro_batches: Sequence[Any], *, step: int, learning_rate: float) -> StepResult:
-        """Update once from the mean gradient of the micro-batches, each what `compute_losses` takes.
+        """Update once with the mean gradient of the micro-batches, each an argument of `compute_losses`.
 
-        `step` counts from the start of the run and is what `check_finite` reports.
+        `step` counts from the start of the run; `check_finite` reports it.
         """
         self.set_learning_rates(learning_rate)
         self.step_number.fill_(step)
@@ -92,7 +90,7 @@ class TrainStep:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)  # layer-wise decay
 
     def run(self, micro_batches: Sequence[Any], step: int) -> StepResult:
-        """The step's work on the device, once rates and step number are set."""
+        """Run the step's work on the device, after learning rates and step number are set."""
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         for i, micro_batch in enumerate(micro_batches):
@@ -118,12 +116,12 @@ class TrainStep:
         return StepResult(loss, grad_norm.detach(), sums)
 
     def update_found_inf(self, loss: Tensor, grad_norm: Tensor) -> None:
-        """Halt the optimizer, on the device, if this step is not finite; with float16 the scaler judges gradients.
+        """Set `found_inf` on the device if this step is not finite; with float16 the scaler checks the gradients.
 
-        In place: a recorded step finds its state where it was.
+        In place, since a captured CUDA graph keeps the addresses of its tensors.
         """
-        verdict = loss if self.precision.scaler.is_enabled() else loss + grad_norm
-        is_bad = ~torch.isfinite(verdict)
+        checked = loss if self.precision.scaler.is_enabled() else loss + grad_norm
+        is_bad = ~torch.isfinite(checked)
         earliest = torch.minimum(self.first_bad_step, self.step_number)
         self.first_bad_step.copy_(torch.where(is_bad, earliest, self.first_bad_step))
         self.found_inf.copy_(torch.maximum(self.found_inf, is_bad.to(self.found_inf.dtype)))
@@ -133,9 +131,9 @@ class TrainStep:
             self.optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
 
     def check_finite(self, step: int) -> int | None:
-        """The first step on any process that was not finite, or None. Waits for the device and for all processes.
+        """Return the first step on any process that was not finite, or None. Waits for the device and all processes.
 
-        `step` is the present one: it is to blame where float16 has overflowed too often in a row to recover.
+        `step` is the current one: it is returned if float16 has overflowed too often in a row to recover.
         """
         first = int(min_over_processes(self.first_bad_step.clone()))
         if first == NEVER and self.precision.scaler.get_scale() < SMALLEST_SCALE:
@@ -144,22 +142,8 @@ class TrainStep:
 
 
 def total_loss(terms: Mapping[str, Tensor]) -> Tensor:
-    """The loss: the sum of its terms, a scalar."""
+    """Return the loss, the sum of its terms."""
     first, *others = terms.values()
     for term in others:
         first = first + term
     return first
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, loader: Iterable[Batch], process: Process, precision: Precision) -> Scores:
-    """Top-1, top-5 and loss over the whole data set, exact for any number of processes."""
-    was_training = model.training
-    model.eval()
-    meter = ClassificationMeter(process.device)
-    for images, labels in loader:
-        with precision.autocast():
-            logits = model(images)
-        meter.update(logits, labels)
-    model.train(was_training)
-    return meter.compute()

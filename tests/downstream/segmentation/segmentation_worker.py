@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from downstream.run import batches_of, build_step, set_up
 from downstream.segmentation.config import load_config
 from downstream.segmentation.make_shapes import main as make_shapes
 from downstream.segmentation.task import Segmentation, evaluate
 from utils.distributed.process import Process, gather_objects, start_process, stop_process
+from utils.training.run import Training, open_run
 
 STEPS = 3
 CONFIG = "downstream/segmentation/cfgs/shapes.yaml"
@@ -49,18 +49,19 @@ def run(process: Process, data: Path, output: Path, batch_size: int) -> dict[str
     # SGD, since Adam divides by gradients near 0, and rounding would decide.
     flags = {"TRAIN.OPTIMIZER.NAME": "sgd", "TRAIN.BASE_LR": 0.5, "MODEL.HEAD.DROPOUT": 0.0}
     config = small_config(data, output, **{**flags, "DATA.BATCH_SIZE": batch_size})
-    task = Segmentation(config, process)
-    this_run, state, plan = set_up(task, config, process, output)
+    task = Segmentation()
+    this_run = open_run(task, config, process)
+    training = Training(task, this_run)
     model = this_run.model
     scores = evaluate(this_run, model)
     model.train()
     for module in model.backbone.modules():  # type: ignore[union-attr]
         if isinstance(module, nn.BatchNorm2d):
             module.eval()  # of a process's own images by design
-    step = build_step(task, this_run, state)
+    step = training.build_step()
     norms = []
-    for i, batch in enumerate(islice(batches_of(task, this_run, 0, 0), STEPS)):
-        norms.append(step([batch], step=i, learning_rate=plan.lr_at(i + 2)).grad_norm.item())
+    for i, batch in enumerate(islice(task.batches(this_run, 0, 0), STEPS)):
+        norms.append(step([batch], step=i, learning_rate=training.schedule.lr_at(i + 2)).grad_norm.item())
     digest = sum(float(value.double().abs().sum()) for value in model.state_dict().values())
     return {
         "norms": norms,

@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from downstream.run import prepare_model
 from downstream.segmentation.model.sync_norm import CpuSyncBatchNorm, synchronize_norms
 from downstream.segmentation.task import Segmentation
 from tests.downstream.segmentation.segmentation_worker import make_data, run, small_config
 from tests.helpers import run_python
 from utils.distributed.process import Process
+from utils.training.run import prepare_model
 
 CPU = torch.device("cpu")
 
@@ -43,8 +43,8 @@ def test_two_processes_train_as_one(alone: dict[str, Any], two: dict[str, Any], 
             two["weights"][name], value, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
         )
     assert len(set(two["digests"])) == 1
-    task = Segmentation(config := small_config(data, tmp_path), Process(0, 1, CPU))
-    fresh = prepare_model(task, config, task.process, 6).state_dict()
+    model = prepare_model(Segmentation(), small_config(data, tmp_path), Process(0, 1, CPU), 6)
+    fresh = model.state_dict()
     assert (fresh["decode_head.conv_seg.weight"] - alone["weights"]["decode_head.conv_seg.weight"]).abs().max() > 1e-3
 
 

@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from config import derive, load_config
+from config import load_config
 from data.build import eval_loader, train_loader
+from main import Classification
 from models import MLLA
-from utils.distributed.process import Process, gather_objects, start_process, stop_process, wrap_ddp
-from utils.training.build import build_ema, build_optimizer, build_precision, build_schedule, build_train_step
-from utils.training.train_step import evaluate
+from utils.distributed.process import Process, gather_objects, start_process, stop_process
+from utils.training.build import build_ema, build_optimizer, build_precision, build_train_step
+from utils.training.metrics import evaluate
 
 STEPS = 3
 NUM_IMAGES = 101
@@ -57,7 +58,8 @@ def run(process: Process, batch_size: int, accumulation_steps: int) -> dict[str,
     opts = {"DATA.BATCH_SIZE": batch_size, "TRAIN.ACCUMULATION_STEPS": accumulation_steps, "TRAIN.BASE_LR": 0.02}
     opts |= {"TRAIN.WARMUP_EPOCHS": 0, "TRAIN.EPOCHS": 1, "AUG.MESA": 0}
     config = load_config("cfgs/digits.yaml", flags=opts)
-    derived = derive(config, num_processes=process.num_processes, num_train_images=NUM_IMAGES)
+    task = Classification()
+    derived = task.derive(config, num_processes=process.num_processes, num_train_images=NUM_IMAGES)
     precision = build_precision(config, process.device)
     model = make_model().to(process.device)
     scores = evaluate(
@@ -67,9 +69,9 @@ def run(process: Process, batch_size: int, accumulation_steps: int) -> dict[str,
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     ema = build_ema(config, model, derived)
-    optimizer = build_optimizer(config, model)
-    train_step = build_train_step(config, wrap_ddp(model, process), optimizer, ema, precision, derived)
-    schedule = build_schedule(config, derived)
+    optimizer = build_optimizer(config, task.parameter_groups(config, model))
+    train_step = build_train_step(task, config, model, process, optimizer, ema, precision, derived)
+    schedule = task.schedule(config, derived)
     batches = iter(train_loader(config, Noise(), process.rank, process.num_processes, process.device))
     grad_norms = []
     for step in range(STEPS):
@@ -94,7 +96,7 @@ def run(process: Process, batch_size: int, accumulation_steps: int) -> dict[str,
         "ema": ema_weights,
         "digests": gather_objects(digests),
         "grad_norms": grad_norms,
-        "derived": (derived.global_batch, derived.base_lr, derived.steps_per_epoch, derived.ema_decay),
+        "derived": (derived.global_batch_size, schedule.base_lr, derived.steps_per_epoch, derived.ema_decay),
         "scores": tuple(scores),
     }
 

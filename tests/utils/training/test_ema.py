@@ -45,6 +45,6 @@ def test_kept_on_the_cpu() -> None:
     nn.init.constant_(net[0].weight, 2.0)
     nn.init.constant_(ema.module[0].weight, 1.0)
     ema.update()
-    assert ema.averages[0].device.type == "cpu"
+    assert ema.ema_tensors[0].device.type == "cpu"
     assert ema.module[0].weight.item() == 1.5
     assert next(ema.on(torch.device("cuda")).parameters()).is_cuda

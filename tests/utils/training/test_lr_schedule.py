@@ -43,3 +43,18 @@ def test_step_by_hand() -> None:
 
 def test_no_warmup() -> None:
     assert schedule(warmup_steps=0).lr_at(0) == 1.0
+
+
+def test_dense_schedule_steps_down_at_milestones_after_warmup() -> None:
+    schedule = DenseSchedule("step", 1e-4, 1000, 500, 0.001, [800, 900])
+    rates = {0: 1e-7, 250: 1e-4 * 0.5005, 499: 1e-4 * (1 - 0.999 / 500), 500: 1e-4, 799: 1e-4, 800: 1e-5, 900: 1e-6}
+    for step, rate in rates.items():
+        assert schedule.lr_at(step) == pytest.approx(rate), step
+
+
+def test_dense_linear_schedule_falls_to_zero_during_warmup_too() -> None:
+    schedule = DenseSchedule("linear", 6e-5, 160_000, 1500, 1e-6)
+    rates = {0: 6e-11, 750: 6e-5 * (1 - 750 / 160_000) * 0.5000005, 1500: 6e-5 * (1 - 1500 / 160_000), 80_000: 3e-5}
+    for step, rate in rates.items():
+        assert schedule.lr_at(step) == pytest.approx(rate), step
+    assert schedule.lr_at(159_999) == pytest.approx(6e-5 / 160_000)

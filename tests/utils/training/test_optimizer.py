@@ -116,3 +116,15 @@ def test_a_saved_state_that_does_not_fit() -> None:
         matched_state(saved.state_dict(), model.state_dict(), model, layer_wise)
     fresh = make_optimizer("adamw", parameter_groups(model, 0.05)).state_dict()
     assert matched_state(fresh, model.state_dict(), model, optimizer)["state"] == {}
+
+
+def test_dense_groups_exempt_norms_and_position_tables_but_not_biases() -> None:
+    model = MLLABackbone(**MICRO, ape=True)
+    decayed, others = dense_parameter_groups(model, 0.05)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.05, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    kept = {names[id(p)] for p in others["params"]}
+    assert {"norm0.bias", "absolute_pos_embed", "layers.0.downsample.conv.2.norm.weight"} <= kept
+    assert {"patch_embed.conv1.norm.weight", "layers.0.blocks.0.norm1.weight"} <= kept
+    assert len(decayed["params"]) + len(kept) == len(names)
+    assert "layers.0.blocks.0.in_proj.bias" in {names[id(p)] for p in decayed["params"]}

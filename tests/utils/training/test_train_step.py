@@ -9,17 +9,19 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from config import derive, load_config
+from config import load_config
 from data import build_targets
+from main import Classification
 from models import MLLA
 from tests.helpers import GOLDEN, MICRO, fill_weights, random_values
 from utils.distributed.process import Process
 from utils.training.amp import make_precision
-from utils.training.build import build_ema, build_optimizer, build_schedule, build_train_step
+from utils.training.build import build_ema, build_optimizer, build_train_step
 from utils.training.ema import ModelEma
 from utils.training.losses import ClassificationLoss
+from utils.training.metrics import evaluate
 from utils.training.optimizer import make_optimizer, parameter_groups
-from utils.training.train_step import TrainStep, evaluate
+from utils.training.train_step import TrainStep
 
 CPU = torch.device("cpu")
 ALONE = Process(0, 1, CPU)
@@ -47,14 +49,16 @@ def test_golden_trajectory() -> None:
         "AUG.MESA": 1.0,
     }
     config = load_config("cfgs/mlla_t.yaml", flags=opts)
-    derived = derive(config, num_processes=1, num_train_images=16)
+    task = Classification()
+    derived = task.derive(config, num_processes=1, num_train_images=16)
     model = MLLA(**MICRO, num_classes=10).train()
     fill_weights(model)
     ema = build_ema(config, model, derived)
     assert ema is not None
-    optimizer = build_optimizer(config, model)
-    schedule = build_schedule(config, derived)
-    train_step = build_train_step(config, model, optimizer, ema, make_precision(CPU, amp=False, dtype="auto"), derived)
+    optimizer = build_optimizer(config, task.parameter_groups(config, model))
+    schedule = task.schedule(config, derived)
+    precision = make_precision(CPU, amp=False, dtype="auto")
+    train_step = build_train_step(task, config, model, ALONE, optimizer, ema, precision, derived)
     train_step.compute_losses.mesa_start_step = 8  # type: ignore[attr-defined]  # where the recording has it
     losses, norms, rates = [], [], []
     for step in range(24):

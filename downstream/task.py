@@ -1,0 +1,74 @@
+"""Base of detection and segmentation as tasks: the backbone's compilation and weights, and the published recipe."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from models import prepare_for_inference
+from models.kernels.self_test import run_self_test
+from utils.checkpoint.weights import load_pretrained
+from utils.distributed.process import Process
+from utils.training.derived import Derived
+from utils.training.ema import ModelEma
+from utils.training.optimizer import dense_parameter_groups
+from utils.training.run import prepare_model
+from utils.training.task import Run, Task
+from utils.training.train_step import ComputeLosses
+
+
+class DenseTask(Task):
+    """A dense prediction task, whose model has a `backbone`."""
+
+    lr_batch_size = 16  # two images on each of 8 GPUs
+    ema_batch_size = 16
+    compiled_module = "backbone"
+    smaller_images = "lower the image sizes, AUG.* and TEST.*"
+
+    def load_pretrained(self, model: nn.Module, source: str, classes: Sequence[str]) -> None:  # noqa: ARG002
+        """Load an ImageNet classifier's weights into the backbone."""
+        backbone: Any = model.backbone
+        load_pretrained(getattr(backbone, "body", backbone), source)
+
+    def test_kernels(self, config: CfgNode, model: nn.Module, dtype: torch.dtype) -> None:  # noqa: ARG002
+        run_self_test(model, dtype, image_size=512)  # larger grids are in the same class
+
+    def prepare_for_inference(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+        return prepare_for_inference(model, dtype)
+
+    def parameter_groups(self, config: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
+        return dense_parameter_groups(model, config.TRAIN.WEIGHT_DECAY)
+
+    @abstractmethod
+    def to_device(self, batch: Any, device: torch.device) -> Any:
+        """Return a loader's batch on the device, ready for `batch_losses`."""
+
+    @abstractmethod
+    def batch_losses(self, config: CfgNode, network: nn.Module, batch: Any) -> Mapping[str, Tensor]:
+        """Return the terms of the loss by name, scalars."""
+
+    def batches(self, run: Run, epoch: int, first: int) -> Iterator[Any]:
+        run.data.train.batch_sampler.set_epoch(epoch, first)
+        return (self.to_device(batch, run.process.device) for batch in run.data.train)
+
+    def losses(
+        self,
+        config: CfgNode,
+        network: nn.Module,
+        ema: ModelEma | None,  # noqa: ARG002
+        derived: Derived,  # noqa: ARG002
+    ) -> ComputeLosses:
+        return lambda batch, _: self.batch_losses(config, network, batch)
+
+    def baseline_model(self, config: CfgNode, process: Process, name: str) -> nn.Module:
+        """Return the same model on another backbone, timm:NAME."""
+        other = config.clone()
+        other.defrost()
+        other.MODEL.TYPE = name
+        return prepare_model(self, other, process, None)
+
+    def memory_request(self, config: CfgNode) -> tuple[str, int]:
+        return ("evaluation", 1) if config.EVAL_MODE else super().memory_request(config)

@@ -1,0 +1,42 @@
+"""Lengths and scaled rates of a run, against values computed by hand."""
+
+import pytest
+
+from config import load_config
+from main import Classification, mesa_start_epoch
+from utils.config.schema import ConfigError
+from utils.training.derived import Derived
+from utils.training.lr_schedule import ClassificationSchedule
+
+
+def derived_of(*opts: str, processes: int = 8, images: int = 1_281_167) -> tuple[Derived, ClassificationSchedule]:
+    task, config = Classification(), load_config("cfgs/mlla_t.yaml", opts)
+    derived = task.derive(config, num_processes=processes, num_train_images=images)
+    return derived, task.schedule(config, derived)
+
+
+def test_values_of_the_papers_run() -> None:
+    derived, schedule = derived_of(processes=32)
+    assert derived.global_batch_size == 4096
+    assert schedule.base_lr == pytest.approx(4e-3)
+    assert schedule.warmup_lr == pytest.approx(4e-6)
+    assert schedule.min_lr == pytest.approx(4e-5)
+    assert derived.steps_per_epoch == 312
+    assert schedule.warmup_steps == 20 * 312
+    assert schedule.total_steps == 300 * 312
+    assert derived.ema_decay == pytest.approx(0.9996)
+    assert mesa_start_epoch(load_config("cfgs/mlla_t.yaml")) == 75
+
+
+def test_values_scale_with_processes_and_accumulation() -> None:
+    derived, schedule = derived_of("TRAIN.ACCUMULATION_STEPS", "2", "TRAIN.COOLDOWN_EPOCHS", "10", processes=1)
+    assert derived.global_batch_size == 256
+    assert schedule.base_lr == pytest.approx(2.5e-4)
+    assert derived.ema_decay == pytest.approx(0.9996 ** (1 / 16))
+    assert derived.steps_per_epoch == 5004
+    assert (derived.total_epochs, schedule.total_steps) == (310, 300 * 5004)
+
+
+def test_global_batch_larger_than_the_training_set() -> None:
+    with pytest.raises(ConfigError, match="128 x 8 processes x 1 accumulation steps is more than the 1000 training"):
+        derived_of(images=1000)

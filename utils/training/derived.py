@@ -1,0 +1,78 @@
+"""What follows from a configuration, the number of processes and the size of the training set."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from utils.config.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Lengths and scaled rates of a run; the configuration itself stays unscaled.
+
+    Attributes:
+        global_batch_size: images per optimizer step, over all processes.
+        steps_per_epoch: optimizer steps per epoch.
+        total_epochs: epochs of the run; an epoch is the stretch between two evaluations.
+        lr_scale: factor of the configured learning rates (linear scaling rule).
+        ema_decay: decay of the EMA per step.
+    """
+
+    global_batch_size: int
+    steps_per_epoch: int
+    total_epochs: int
+    lr_scale: float
+    ema_decay: float
+
+    @property
+    def total_steps(self) -> int:
+        return self.total_epochs * self.steps_per_epoch
+
+
+def derive(
+    config: Any,
+    *,
+    num_processes: int,
+    total_epochs: int,
+    steps_per_epoch: int,
+    lr_batch_size: int,
+    ema_batch_size: int,
+) -> Derived:
+    """Return the lengths and scaled rates of a run.
+
+    Args:
+        config: the whole configuration.
+        num_processes: number of processes that train together.
+        total_epochs: epochs of the run.
+        steps_per_epoch: optimizer steps per epoch.
+        lr_batch_size: global batch size that the configured learning rates are for; they scale linearly.
+        ema_batch_size: global batch size that EMA.DECAY is for; a step of n times as many images decays n times.
+    """
+    size = global_batch_size(config, num_processes)
+    return Derived(
+        global_batch_size=size,
+        steps_per_epoch=steps_per_epoch,
+        total_epochs=total_epochs,
+        lr_scale=size / lr_batch_size,
+        ema_decay=config.EMA.DECAY ** (size / ema_batch_size),
+    )
+
+
+def global_batch_size(config: Any, num_processes: int) -> int:
+    """Return the number of images per optimizer step, over all processes and gradient accumulation steps."""
+    return config.DATA.BATCH_SIZE * num_processes * config.TRAIN.ACCUMULATION_STEPS
+
+
+def steps_per_pass(config: Any, *, num_processes: int, num_train_images: int) -> int:
+    """Return the number of whole optimizer steps in one pass over the training set.
+
+    Raises:
+        ConfigError: the training set is too small for one step.
+    """
+    steps = num_train_images // global_batch_size(config, num_processes)
+    if steps == 0:
+        raise ConfigError(
+            f"DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x {num_processes} processes x {config.TRAIN.ACCUMULATION_STEPS} "
+            f"accumulation steps is more than the {num_train_images} training images; lower --batch-size"
+        )
+    return steps

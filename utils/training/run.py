@@ -1,0 +1,208 @@
+"""The run of every task: command line mode, set-up, training, and evaluation of a checkpoint."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from utils.checkpoint.files import Progress
+from utils.checkpoint.weights import check_classes, load_weights, read_weights
+from utils.config.command_line import report_user_errors
+from utils.config.errors import ConfigError
+from utils.distributed.process import Process
+from utils.logs.environment import record_environment
+from utils.logs.logger import logger
+from utils.logs.output_dir import lock_output_dir, move_replaced_checkpoints, open_output_dir, save_config
+from utils.logs.wandb_logger import WandbLogger
+from utils.speed.compile import compile_for_inference, resolve_mode
+from utils.training.build import (
+    build_ema,
+    build_optimizer,
+    build_precision,
+    build_tracker,
+    build_train_step,
+    build_trainer_config,
+    compile_setting,
+    describe_out_of_memory,
+)
+from utils.training.derived import Derived
+from utils.training.launch import run_process
+from utils.training.task import Run, Schedule, Task
+from utils.training.train_state import TrainState, seed_everything
+from utils.training.train_step import TrainStep
+from utils.training.trainer import Trainer
+
+NOTICEABLE_INITIAL_SHARE = 0.1  # of the initial weights in the EMA at the end of a run
+
+
+def run_task(task: Task, config: CfgNode, *, run_throughput: Callable[[Task, CfgNode, Process], int]) -> int:
+    """Train, evaluate, time or profile a model, as the configuration says. Returns the exit code."""
+    if config.PROFILE_MODE:
+        with report_user_errors():
+            print(task.profile(config))
+        return 0
+    work = run_throughput if config.THROUGHPUT_MODE else run_evaluation if config.EVAL_MODE else run_training
+    return run_process(
+        lambda process: work(task, config, process),
+        config.LOCAL_RANK,
+        compile_setting=compile_setting(config),
+        explain_out_of_memory=lambda error: describe_out_of_memory(task, config, error),
+    )
+
+
+def run_evaluation(task: Task, config: CfgNode, process: Process) -> int:
+    """Evaluate the weights of MODEL.RESUME: the model's and the EMA's if the file has both."""
+    with report_user_errors():
+        if not config.MODEL.RESUME:
+            raise ConfigError("MODEL.RESUME is empty: evaluation needs weights, name them with --resume FILE")
+        run = open_run(task, config, process)
+        weights_file = read_weights(config.MODEL.RESUME, tolerant=True)
+        check_classes(weights_file.classes, run.data.classes, config.MODEL.RESUME)
+        both = {"model": weights_file.model, "EMA": weights_file.ema}
+        candidates = {name: weights for name, weights in both.items() if weights is not None}
+        for weights in candidates.values():
+            load_weights(run.model, weights, config.MODEL.RESUME)  # check both before evaluating either
+    for name, weights in candidates.items():
+        load_weights(run.model, weights, config.MODEL.RESUME)
+        task.evaluate(run, inference_model(task, config, run.model, process.device), name)
+    if process.is_main:
+        task.draw_predictions(run, run.model.eval())
+    return 0
+
+
+def run_training(task: Task, config: CfgNode, process: Process) -> int:
+    """Train from the newest checkpoint in the output folder, if any, to the last epoch."""
+    with report_user_errors():
+        folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
+        lock = lock_output_dir(folder) if process.is_main else nullcontext()
+    with lock:
+        with report_user_errors():
+            run = open_run(task, config, process)
+            training = Training(task, run)
+        if training.is_complete:
+            logger.info("this run is complete; to train longer raise its length, for another run name another --tag")
+        elif not training.train():
+            return 0
+        if process.is_main:
+            training.log_results()
+    return 0
+
+
+def open_run(task: Task, config: CfgNode, process: Process) -> Run:
+    """Open the output folder and the data, and make the model."""
+    folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
+    data = task.build_data(config, process)
+    model = prepare_model(task, config, process, len(data.classes))
+    return Run(config, process, folder, data, model, build_precision(config, process.device))
+
+
+def prepare_model(task: Task, config: CfgNode, process: Process, num_classes: int | None) -> nn.Module:
+    """Return the model on the device, with weights that SEED determines; then seed each process differently."""
+    seed_everything(config.SEED)
+    model = task.build_model(config, process, num_classes).to(process.device)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    task.test_kernels(config, model, build_precision(config, process.device).dtype)
+    seed_everything(config.SEED + process.rank)
+    torch.backends.cudnn.benchmark = task.uses_cudnn_benchmark
+    return model
+
+
+def inference_model(task: Task, config: CfgNode, model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model as TEST.COMPILE has it: prepared and compiled, or unchanged for "off"."""
+    mode = resolve_mode(config.TEST.COMPILE, device)
+    if mode == "off":
+        return model
+    prepared = task.prepare_for_inference(model, build_precision(config, device).dtype)
+    return compile_for_inference(prepared, mode, device, submodule=task.compiled_module)
+
+
+class Training:
+    """A training run: optimizer, EMA and state, resumed from a checkpoint if there is one."""
+
+    def __init__(self, task: Task, run: Run) -> None:
+        config, process = run.config, run.process
+        self.task, self.run = task, run
+        self.derived: Derived = task.derive(
+            config, num_processes=process.num_processes, num_train_images=run.data.num_train_images
+        )
+        self.schedule: Schedule = task.schedule(config, self.derived)
+        if config.MODEL.PRETRAINED:
+            task.load_pretrained(run.model, config.MODEL.PRETRAINED, run.data.classes)
+        ema = build_ema(config, run.model, self.derived)
+        self.state = TrainState(
+            run.model,
+            ema,
+            build_optimizer(config, task.parameter_groups(config, run.model)),
+            run.precision.scaler,
+            process,
+            global_batch_size=self.derived.global_batch_size,
+        )
+        self.state.progress, self.state.classes = Progress(config.TRAIN.START_EPOCH), run.data.classes
+        continues = self.state.resume(run.folder, explicit=config.MODEL.RESUME, auto=config.TRAIN.AUTO_RESUME)
+        self.tracker: WandbLogger | None = None
+        if process.is_main and not self.is_complete:
+            save_config(run.folder, config.dump())
+            move_replaced_checkpoints(run.folder, self.state.progress, continues=continues)
+            record_environment(run.folder, process, epoch=self.state.progress.epochs)
+            self.tracker = build_tracker(config, run.folder, continues=continues)
+            self.log_start()
+
+    @property
+    def is_complete(self) -> bool:
+        return self.state.progress.epochs >= self.derived.total_epochs
+
+    def train(self) -> bool:
+        """Train to the last epoch; return False if the run was asked to stop before."""
+        task, run = self.task, self.run
+        trainer = Trainer(
+            build_trainer_config(task, run.config, self.derived, self.schedule),
+            self.state,
+            self.build_step(),
+            folder=run.folder,
+            batches=lambda epoch, first: task.batches(run, epoch, first),
+            evaluate=lambda model, name: task.evaluate(run, model, name),
+            metadata={"config": run.config.dump(), "classes": run.data.classes},
+            draw_predictions=lambda model: task.draw_predictions(run, model),
+            tracker=self.tracker,
+        )
+        return trainer.run()
+
+    def build_step(self) -> TrainStep:
+        run, state = self.run, self.state
+        return build_train_step(
+            self.task, run.config, run.model, run.process, state.optimizer, state.ema, run.precision, self.derived
+        )
+
+    def log_start(self) -> None:
+        config, run, derived = self.run.config, self.run, self.derived
+        logger.info(
+            "Model %s: %.2f M parameters, %d classes; %d training and %d validation images; %d process(es) on %s, %s",
+            *(config.MODEL.NAME, sum(p.numel() for p in run.model.parameters()) / 1e6, len(run.data.classes)),
+            *(run.data.num_train_images, run.data.num_val_images, run.process.num_processes, run.process.device),
+            run.precision.name,
+        )
+        logger.info(
+            "Global batch size %d, %d steps/epoch, epochs %d to %d, lr %.3e, EMA decay %s%s; output in %s",
+            *(derived.global_batch_size, derived.steps_per_epoch, self.state.progress.epochs + 1),
+            *(derived.total_epochs, self.schedule.base_lr),
+            f"{derived.ema_decay:.6f}" if config.EMA.ENABLED else "off",
+            self.task.describe(config, derived),
+            run.folder,
+        )
+        initial_share = derived.ema_decay**derived.total_steps
+        if config.EMA.ENABLED and initial_share > NOTICEABLE_INITIAL_SHARE:
+            logger.warning(
+                "at the end the EMA will still contain %.0f%% of the initial weights; lower EMA.DECAY",
+                100 * initial_share,
+            )
+
+    def log_results(self) -> None:
+        """Log the best scores, and draw predictions if they are missing."""
+        run, state, task = self.run, self.state, self.task
+        if not any(run.folder.glob("predictions.*")):
+            task.draw_predictions(run, state.ema.on(run.process.device) if state.ema else state.model.eval())
+        ema = f", EMA {state.best_ema:.3f}" if state.ema else ""
+        logger.info("best %s: model %.3f%s", task.metric_label, state.best, ema)
+        logger.info("results are in %s: metrics.jsonl, curves.png, predictions, checkpoints", run.folder)

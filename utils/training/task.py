@@ -1,0 +1,187 @@
+"""Interface of a task: everything in which classification, detection and segmentation differ."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from utils.checkpoint.weights import load_pretrained
+from utils.distributed.process import Process
+from utils.logs.plots import Panel
+from utils.training.amp import Precision
+from utils.training.derived import Derived, derive, steps_per_pass
+from utils.training.ema import ModelEma
+from utils.training.train_step import ComputeLosses
+
+
+class Data(Protocol):
+    """Loaders of a task; `train` is None for evaluation only."""
+
+    @property
+    def train(self) -> Any: ...
+
+    @property
+    def classes(self) -> list[str]: ...
+
+    @property
+    def num_train_images(self) -> int: ...
+
+    @property
+    def num_val_images(self) -> int: ...
+
+
+class Schedule(Protocol):
+    """Learning rate by optimizer step, with the scaled rate after warm-up."""
+
+    @property
+    def base_lr(self) -> float: ...
+
+    def lr_at(self, step: int) -> float: ...
+
+
+@dataclass
+class Run:
+    """The parts that training and evaluation share.
+
+    Attributes:
+        folder: the output folder.
+        data: the task's own data.
+        model: on the device, not wrapped in DDP.
+    """
+
+    config: CfgNode
+    process: Process
+    folder: Path
+    data: Any
+    model: nn.Module
+    precision: Precision
+
+
+class Task(ABC):
+    """Base class of classification, detection and segmentation.
+
+    Attributes:
+        metric: key of `evaluate`'s result whose highest value marks the best checkpoint.
+        metric_label: the metric's name in log lines.
+        best_name: names the best checkpoint: max_<best_name>.pth.
+        panels: plots in curves.png.
+        lr_batch_size: global batch size that TRAIN.BASE_LR is given for.
+        ema_batch_size: global batch size that EMA.DECAY is given for.
+        compiled_module: name of the submodule that is compiled and captured in CUDA graphs; "": the model.
+        uses_cudnn_benchmark: time cuDNN's algorithms, since images have one size.
+        smaller_images: remedy for running out of memory.
+    """
+
+    metric: str
+    metric_label: str
+    best_name: str
+    panels: Sequence[Panel]
+    lr_batch_size: int
+    ema_batch_size: int
+    compiled_module = ""
+    uses_cudnn_benchmark = False
+    smaller_images: str
+
+    @abstractmethod
+    def build_data(self, config: CfgNode, process: Process) -> Data: ...
+
+    @abstractmethod
+    def build_model(self, config: CfgNode, process: Process, num_classes: int | None) -> nn.Module:
+        """Return the model with newly initialized weights; without num_classes for the configured dataset."""
+
+    def load_pretrained(self, model: nn.Module, source: str, classes: Sequence[str]) -> None:
+        """Load the weights of MODEL.PRETRAINED."""
+        load_pretrained(model, source, classes)
+
+    def test_kernels(self, config: CfgNode, model: nn.Module, dtype: torch.dtype) -> None:
+        """Test the GPU kernels that a model uses, once it is on the device, before its first forward pass."""
+
+    def prepare_for_inference(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:  # noqa: ARG002
+        """Return a model that computes the same faster in evaluation; used where TEST.COMPILE is not off."""
+        return model
+
+    @abstractmethod
+    def parameter_groups(self, config: CfgNode, model: nn.Module) -> list[dict[str, Any]]: ...
+
+    def lengths(self, config: CfgNode, num_processes: int, num_train_images: int) -> tuple[int, int]:
+        """Return the number of epochs of a run, and of optimizer steps per epoch: by default passes over the data.
+
+        Raises:
+            ConfigError: the training set is too small for one step.
+        """
+        steps = steps_per_pass(config, num_processes=num_processes, num_train_images=num_train_images)
+        return config.TRAIN.EPOCHS, steps
+
+    def derive(self, config: CfgNode, *, num_processes: int, num_train_images: int) -> Derived:
+        """Return the lengths and scaled rates of a run."""
+        total_epochs, steps_per_epoch = self.lengths(config, num_processes, num_train_images)
+        return derive(
+            config,
+            num_processes=num_processes,
+            total_epochs=total_epochs,
+            steps_per_epoch=steps_per_epoch,
+            lr_batch_size=self.lr_batch_size,
+            ema_batch_size=self.ema_batch_size,
+        )
+
+    @abstractmethod
+    def schedule(self, config: CfgNode, derived: Derived) -> Schedule: ...
+
+    @abstractmethod
+    def batches(self, run: Run, epoch: int, first: int) -> Iterator[Any]:
+        """Return this process's micro-batches of an epoch, on the device, from number `first` on."""
+
+    @abstractmethod
+    def losses(self, config: CfgNode, network: nn.Module, ema: ModelEma | None, derived: Derived) -> ComputeLosses:
+        """Return a function from (micro-batch, step) to the terms of the loss by name, scalars.
+
+        It calls `network`, the model wrapped in DDP if there are several processes. An attribute `variant(step)`
+        declares that a step's work depends on its batch's shapes and on the variant only (see GraphedTrainStep).
+        """
+
+    @abstractmethod
+    def evaluate(self, run: Run, model: nn.Module, name: str) -> dict[str, float]:
+        """Return metrics of a model over the validation set, the same on all processes; logs them under `name`."""
+
+    @abstractmethod
+    def draw_predictions(self, run: Run, model: nn.Module) -> Path:
+        """Draw predictions for validation images into the output folder; called on the first process."""
+
+    @abstractmethod
+    def profile(self, config: CfgNode) -> str:
+        """Return a table of parameters and MACs."""
+
+    @abstractmethod
+    def synthetic_batch(self, config: CfgNode, model: nn.Module, device: torch.device) -> Any:
+        """Return a random micro-batch of DATA.BATCH_SIZE images on the device, as `batches` gives."""
+
+    @abstractmethod
+    def inference_call(
+        self, config: CfgNode, model: nn.Module, batch_size: int, size: tuple[int, int], device: torch.device
+    ) -> Callable[[], object]:
+        """Return a function that computes a model's predictions for synthetic images of a size on the device."""
+
+    @abstractmethod
+    def image_size(self, config: CfgNode, *, training: bool) -> tuple[int, int]:
+        """Return height and width of synthetic images."""
+
+    def baseline_model(self, config: CfgNode, process: Process, name: str) -> nn.Module:
+        """Return the model of BENCHMARK.BASELINES, timm:NAME.
+
+        Raises:
+            UserError: timm has no such model.
+        """
+        raise NotImplementedError
+
+    def memory_request(self, config: CfgNode) -> tuple[str, int]:
+        """Return a description of the work that needs a GPU's memory, and the number of images per forward pass."""
+        return f"DATA.BATCH_SIZE {config.DATA.BATCH_SIZE}", config.DATA.BATCH_SIZE
+
+    def describe(self, config: CfgNode, derived: Derived) -> str:  # noqa: ARG002
+        """Return an addition to the log line that describes a run."""
+        return ""
