@@ -170,8 +170,8 @@ class TrainState:
         if self.progress.steps:
             raise CheckpointError(
                 f"{source}: was saved within an epoch with global batch size {saved}, now it is "
-                f"{self.global_batch_size}; set DATA.BATCH_SIZE or TRAIN.ACCUMULATION_STEPS for {saved} again, or --resume "
-                f"the end of an epoch"
+                f"{self.global_batch_size}; set DATA.BATCH_SIZE or TRAIN.ACCUMULATION_STEPS for {saved} again, or "
+                f"--resume the end of an epoch"
             )
         logger.warning(
             "%s: global batch size changed from %d to %d; learning rates and steps per epoch change",

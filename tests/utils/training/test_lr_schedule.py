@@ -4,12 +4,12 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
-from utils.training.lr_schedule import Schedule
+from utils.training.lr_schedule import ClassificationSchedule, DenseSchedule
 
 
-def schedule(name: str = "cosine", **changes: float) -> Schedule:
+def schedule(name: str = "cosine", **changes: float) -> ClassificationSchedule:
     settings = {"base_lr": 1.0, "warmup_lr": 0.1, "min_lr": 0.01, "warmup_steps": 3, "total_steps": 10}
-    return Schedule(name=name, **{**settings, **changes})  # type: ignore[arg-type]
+    return ClassificationSchedule(name=name, **{**settings, **changes})  # type: ignore[arg-type]
 
 
 def test_cosine_by_hand() -> None:

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from downstream.backbone import MLLABackbone
 from models import MLLA
 from tests.helpers import MICRO
-from utils.training.optimizer import make_optimizer, matched_state, parameter_groups
+from utils.training.optimizer import dense_parameter_groups, make_optimizer, matched_state, parameter_groups
 
 
 def test_what_is_decayed() -> None:

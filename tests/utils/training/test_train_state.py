@@ -67,10 +67,10 @@ def test_what_does_not_fit() -> None:
     with pytest.raises(CheckpointError, match=r"another TRAIN.OPTIMIZER.NAME"):
         make_state("sgd").restore(content, "file.pth")
     del content["epoch"]
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         make_state().restore(content, "file.pth")
     for part in ({"optimizer": None}, {"ranks": None}, {"ranks": [{}]}, {"epoch": "5"}, {"max_accuracy": None}):
-        with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        with pytest.raises(CheckpointError, match="not a complete checkpoint"):
             make_state().restore({**content, "epoch": 5, **part}, "file.pth")
     with pytest.raises(CheckpointError, match="found epoch, lr"):
         make_state().restore({"epoch": 1, "lr": 2}, "file.pth")
@@ -136,7 +136,7 @@ def test_the_optimizer_of_a_model_with_its_parameters_in_another_order(caplog: p
     for name in ("ranks", "scaler", "steps", "images_per_step", "origin", "versions"):
         del content[name]
     resumed.restore({**content, "lr_scheduler": {}, "config": {}}, "official.pth")
-    assert "official.pth holds no states of random number generators" in caplog.text
+    assert "official.pth contains no states of random number generators" in caplog.text
     assert resumed.progress == (0, 0)
     assert resumed.optimizer.param_groups[0]["weight_decay"] == 0.05
     for _ in range(2):
@@ -149,8 +149,8 @@ def test_the_optimizer_of_a_model_with_its_parameters_in_another_order(caplog: p
 def test_other_images_a_step_are_refused_within_an_epoch() -> None:
     content = stepped(make_state()).capture()
     fresh = make_state()
-    fresh.images_per_step = 7
-    with pytest.raises(CheckpointError, match=r"with 1 images a step, now there are 7; set DATA\.BATCH_SIZE"):
+    fresh.global_batch_size = 7
+    with pytest.raises(CheckpointError, match=r"with global batch size 1, now it is 7; set DATA\.BATCH_SIZE"):
         fresh.restore(content, "file.pth")
     fresh.restore({**content, "steps": 0}, "file.pth")  # at the end of an epoch it is possible
 

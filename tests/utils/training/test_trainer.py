@@ -20,7 +20,7 @@ def test_pictures_and_histograms_each_few_epochs(
     run_main: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the second and the last of three epochs."""
-    monkeypatch.setattr("utils.training.trainer.PICTURE_SECONDS", 0.0)
+    monkeypatch.setattr("utils.training.trainer.MIN_IMAGE_SECONDS", 0.0)
     words = ["--cfg", "cfgs/digits.yaml", "--output", tmp_path, "--batch-size", "128", "--opts", *SETTINGS]
     words += ["TRAIN.EPOCHS", "3", "LOG.PICTURE_EPOCHS", "2", "DATA.NUM_WORKERS", "0"]
     assert run_main(*words)[0] == 0
@@ -42,7 +42,7 @@ def test_when_pictures_are_due(
     every: int, seconds: float, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each few of five epochs, and after the last; in between not where they take less than five minutes."""
-    monkeypatch.setattr("utils.training.trainer.PICTURE_SECONDS", seconds)
+    monkeypatch.setattr("utils.training.trainer.MIN_IMAGE_SECONDS", seconds)
     trainer = trainer_of_five_epochs(every, lambda _: Path("picture.png"))
     for epoch in range(5):
         Trainer.add_details(trainer, epoch)
@@ -61,15 +61,15 @@ def test_a_picture_that_fails_does_not_end_the_run(caplog: pytest.LogCaptureFixt
     assert "predictions could not be drawn (no memory)" in caplog.text
 
 
-def trainer_of_five_epochs(every: int, illustrate: Callable[[nn.Module], Path]) -> Any:
+def trainer_of_five_epochs(every: int, draw_predictions: Callable[[nn.Module], Path]) -> Any:
     """What Trainer.add_details looks at; `drawn` is what it hands on."""
     drawn: list[tuple[int, Path | None]] = []
     recorder = SimpleNamespace(add_details=lambda epoch, _, picture: drawn.append((epoch, picture)))
     return SimpleNamespace(
         drawn=drawn,
         recorder=recorder,
-        plan=SimpleNamespace(total_epochs=5, picture_epochs=every),
+        config=SimpleNamespace(total_epochs=5, image_epochs=every),
         state=SimpleNamespace(ema=None, model=nn.Linear(1, 1)),
-        illustrate=illustrate,
-        last_picture=time.monotonic(),
+        draw_predictions=draw_predictions,
+        last_image_time=time.monotonic(),
     )
