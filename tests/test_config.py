@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from config import SCHEMA, ConfigError, load_config
+from config import SCHEMA, load_config
+from utils.config.errors import ConfigError
 
 
 def write(folder: Path, name: str, text: str) -> Path:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import ConfigError, load_config
+from config import load_config
 from data.decoding import decode_pillow
 from data.errors import BrokenImageError
 from data.prefetch import Normalizer
@@ -29,6 +29,7 @@ from models.inspection import Seen, attention_inputs, attention_map, gate_values
 from utils.checkpoint.weights import load_weights, read_state_dict
 from utils.checkpoint.weights_file import load_checkpoint
 from utils.config.command_line import Parser, at_least, report_user_errors
+from utils.config.errors import ConfigError
 from utils.tools.paper_plots import plot_by_depth, plot_maps
 from utils.tools.user_files import user_file
 
