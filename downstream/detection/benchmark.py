@@ -3,10 +3,7 @@
 python -m downstream.detection.benchmark --amp --output output/detection_speed.md
 """
 
-import gc
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,23 +14,20 @@ from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 from downstream.detection.build import build_detector
 from downstream.detection.config import load_config
-from downstream.detection.data.transforms import padded_size
 from downstream.detection.model.masks import paste_masks
-from downstream.detection.model.structures import Frame, Target
-from utils.benchmark.measure import synchronize
+from downstream.detection.synthetic import NUM_CLASSES, sharpen_until_busy, synthetic_inputs
+from utils.benchmark.measure import chip_name, median_seconds, reset_peak_memory
 from utils.config.command_line import Parser, at_least, report_user_errors
 from utils.config.errors import ConfigError
 from utils.speed.compile import compile_regions
+from utils.speed.memory import peak_memory_mib
 from utils.training.amp import Precision, make_precision
 from utils.training.launch import MissingCompilerError, explain_missing_compiler
 
 CFGS = Path(__file__).parent / "cfgs"
 TORCHVISION = "torchvision"
 MODELS = ("mlla_t", "mlla_s", "mlla_b", "timm:swin_tiny_patch4_window7_224", "timm:convnext_tiny", TORCHVISION)
-OBJECTS = 7  # of an image, as in COCO on average
-CLASSES = 80
-WARMUP = 3  # steps that do not count
-ENOUGH_DETECTIONS, MAX_SHARPENINGS = 90, 8
+WARMUP_CALLS, ROUNDS = 3, 5
 
 
 class Row(NamedTuple):
@@ -57,36 +51,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--test-batches", nargs="*", type=at_least(1), default=[1])
     parser.add_argument("--height", type=at_least(1), default=800)
     parser.add_argument("--width", type=at_least(1), default=1333)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
-    parser.add_argument("--amp", action="store_true", help="16-bit autocast")
-    parser.add_argument("--compile", action="store_true", help="also with a compiled backbone, but for torchvision's")
+    parser.add_argument("--seconds", type=float, default=1.0, help="approximate length of each measurement")
+    parser.add_argument("--amp", action="store_true", help="mixed precision")
+    parser.add_argument("--compile", action="store_true", help="also with a compiled backbone, except torchvision's")
     parser.add_argument("--output", type=Path, help="file for the table")
-    words = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = make_precision(device, amp=words.amp, dtype="auto")
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    title = f"{chip}, torch {torch.__version__}, {precision.name}, {words.height}x{words.width}"
+    precision = make_precision(device, amp=args.amp, dtype="auto")
     lines = [
-        title,
+        f"{chip_name(device)}, torch {torch.__version__}, {precision.name}, {args.height}x{args.width}",
         "",
         "| detector | mode | batch | images/s | backbone | peak MiB | |",
         "|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
-    for name in words.models:
+    for name in args.models:
         with report_user_errors():
-            bench = Bench(name, (words.height, words.width), device, precision, words.seconds)
-        for is_compiled in (False, True) if words.compile and name != TORCHVISION else (False,):
+            bench = Bench(name, (args.height, args.width), device, precision, args.seconds)
+        for is_compiled in (False, True) if args.compile and name != TORCHVISION else (False,):
             if is_compiled:
                 bench.compile()
-            jobs = [(bench.train, n) for n in words.train_batches] + [(bench.detect, n) for n in words.test_batches]
+            jobs = [(bench.train, n) for n in args.train_batches] + [(bench.detect, n) for n in args.test_batches]
             for job, batch in jobs:
                 with report_user_errors((MissingCompilerError,)), explain_missing_compiler("--compile"):
                     lines.append(line_of(job(batch)))
                 print(lines[-1], flush=True)
-    if words.output:
-        words.output.parent.mkdir(parents=True, exist_ok=True)
-        words.output.write_text("\n".join(lines) + "\n")
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text("\n".join(lines) + "\n")
     return 0
 
 
@@ -100,9 +92,11 @@ class Bench:
     """One detector, timed at training and at inference; inputs are on the device already.
 
     Args:
-        name: as in MODELS.
+        name: one of MODELS, or another timm:NAME.
         size: height and width of the images.
-        seconds: of each measurement; the median of its steps counts.
+        device: where the detector runs.
+        precision: its autocast.
+        seconds: approximate length of each measurement.
     """
 
     def __init__(
@@ -123,7 +117,7 @@ class Bench:
             return maskrcnn_resnet50_fpn(
                 weights=None,
                 weights_backbone=None,
-                num_classes=CLASSES + 1,
+                num_classes=NUM_CLASSES + 1,
                 min_size=min(self.size),
                 max_size=max(self.size),
             )
@@ -131,64 +125,46 @@ class Bench:
         path = CFGS / f"{'mlla_t' if opts else self.name}_mrcnn_1x.yaml"
         if not path.is_file():
             raise ConfigError(f"--models {self.name}: known are {', '.join(MODELS)} and other timm:NAME")
-        return build_detector(load_config(path, opts), CLASSES)
+        return build_detector(load_config(path, opts), NUM_CLASSES)
 
     def compile(self) -> None:
-        """Compile the backbone as TRAIN.COMPILE does; the rest has sizes that follow from what is found."""
+        """Compile the backbone as TRAIN.COMPILE does; sizes in the rest depend on the detections."""
         compile_regions(self.model.backbone, "default")  # type: ignore[arg-type]
         self.name += ", compiled"
 
-    def inputs(self, batch: int) -> tuple[Tensor, list[Frame], list[Target]]:
-        """Noise, with boxes of all sizes that are full of mask."""
-        height, width = padded_size(self.size)
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(batch, 3, height, width, generator=generator).to(self.device)
-        targets = []
-        for _ in range(batch):
-            sides = 16 * 2 ** (4 * torch.rand(OBJECTS, 2, generator=generator)).clamp(max=min(self.size) / 20)
-            corners = torch.rand(OBJECTS, 2, generator=generator) * (torch.tensor(self.size[::-1]) - sides).clamp(min=0)
-            boxes = torch.cat((corners, corners + sides), dim=1)
-            masks = torch.zeros(OBJECTS, height, width, dtype=torch.uint8)
-            for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
-                mask[y1:y2, x1:x2] = 1
-            labels = torch.randint(CLASSES, (OBJECTS,), generator=generator)
-            targets.append(Target(boxes, labels, masks).to(self.device))
-        frame = Frame(self.size, (height, width), self.size)
-        return images.contiguous(memory_format=torch.channels_last), [frame] * batch, targets
-
     def train(self, batch: int) -> Row:
-        """Forward, backward and AdamW."""
+        """Measure forward, backward and AdamW."""
         self.model.train()
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
-        images, frames, targets = self.inputs(batch)
-        theirs = [{"boxes": t.boxes, "labels": t.labels + 1, "masks": t.masks} for t in targets]
+        images, frames, targets = synthetic_inputs(batch, self.size, self.device)
+        torchvision_targets = [{"boxes": t.boxes, "labels": t.labels + 1, "masks": t.masks} for t in targets]
         cropped = [image[:, : self.size[0], : self.size[1]] for image in images]
 
         def step() -> None:
             with self.precision.autocast():
-                losses = self.model(cropped, theirs) if self.is_torchvision else self.model(images, frames, targets)
-                total = torch.stack(list(losses.values())).sum()
+                args = (cropped, torchvision_targets) if self.is_torchvision else (images, frames, targets)
+                total = torch.stack(list(self.model(*args).values())).sum()
             total.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
         def backbone_step() -> None:
             with self.precision.autocast():
-                maps = self.backbone(images)
-                total = torch.stack([x.float().mean() for x in maps]).sum()
+                total = torch.stack([x.float().mean() for x in self.backbone(images)]).sum()
             total.backward()
 
-        return self.measured("train", batch, step, backbone_step, "")
+        return self.measured("train", batch, step, backbone_step)
 
     @torch.no_grad()
     def detect(self, batch: int) -> Row:
-        """Images to boxes, classes and masks of the image's size."""
+        """Measure inference: images to boxes, classes and masks of the image's size."""
         self.model.eval()
-        images, frames, _ = self.inputs(batch)
+        images, frames, _ = synthetic_inputs(batch, self.size, self.device)
         cropped = [image[:, : self.size[0], : self.size[1]] for image in images]
-        found: list[int] = []
+        num_detections = 0
 
-        def step() -> None:
+        def step() -> int:
+            nonlocal num_detections
             with self.precision.autocast(), torch.no_grad():
                 if self.is_torchvision:
                     boxes = [output["boxes"] for output in self.model(cropped)]
@@ -197,20 +173,16 @@ class Bench:
                     boxes = [output.boxes for output in outputs]
                     for output in outputs:
                         paste_masks(output.mask_probabilities, output.boxes, *self.size)
-            found.append(sum(map(len, boxes)) // batch)
+            num_detections = sum(map(len, boxes)) // batch
+            return num_detections
 
         def backbone_step() -> None:
             with self.precision.autocast(), torch.no_grad():
                 self.backbone(images)
 
-        # Fresh classifiers find nothing: sharpen them until there is as much to do as for a trained detector.
-        for _ in range(MAX_SHARPENINGS):
-            step()
-            if found[-1] >= ENOUGH_DETECTIONS:
-                break
-            self.classifier_weight.mul_(2)
-        row = self.measured("inference", batch, step, backbone_step, "")
-        return row._replace(note=f"{found[-1]} detections an image" if found else "")
+        sharpen_until_busy(self.classifier_weight, step)
+        row = self.measured("inference", batch, step, backbone_step)
+        return row._replace(note=f"{num_detections} detections per image")
 
     @property
     def classifier_weight(self) -> Tensor:
@@ -219,41 +191,29 @@ class Bench:
         return layer.weight.data
 
     def backbone(self, images: Tensor) -> list[Tensor]:
-        """The four maps; torchvision's backbone without its pyramid."""
+        """Return the four maps; torchvision's backbone without its feature pyramid."""
         if self.is_torchvision:
             return list(self.model.backbone.body(images).values())  # type: ignore[union-attr, operator]
         return self.model.backbone(images)  # type: ignore[operator]
 
-    def measured(
-        self, mode: str, batch: int, step: Callable[[], None], backbone_step: Callable[[], None], note: str
-    ) -> Row:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
+    def measured(self, mode: str, batch: int, step: Callable[[], object], backbone_step: Callable[[], object]) -> Row:
+        reset_peak_memory(self.device)
         try:
-            seconds = self.median_seconds(step)
-            memory = torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else 0.0
-            share = 100 * self.median_seconds(backbone_step) / seconds
+            seconds = self.seconds_of(step)
+            memory = peak_memory_mib(self.device)
+            share = 100 * self.seconds_of(backbone_step) / seconds
         except torch.OutOfMemoryError:
-            return Row(self.name, mode, batch, 0.0, None, 0.0, note)
+            return Row(self.name, mode, batch, 0.0, None, 0.0, "")
         finally:
             self.model.zero_grad(set_to_none=True)
-        return Row(self.name, mode, batch, batch / seconds, share, memory, note)
+        return Row(self.name, mode, batch, batch / seconds, share, memory, "")
 
-    def median_seconds(self, step: Callable[[], None]) -> float:
-        times: list[float] = []
-        deadline = time.perf_counter() + 3 * self.seconds  # warming up may take long
-        for number in range(1_000_000):
-            synchronize(self.device)
-            start = time.perf_counter()
-            step()
-            synchronize(self.device)
-            if number >= WARMUP:
-                times.append(time.perf_counter() - start)
-            if times and (sum(times) >= self.seconds or time.perf_counter() > deadline):
-                break
-        return statistics.median(times)
+    def seconds_of(self, call: Callable[[], object]) -> float:
+        round_seconds = self.seconds / ROUNDS
+        timings = median_seconds(
+            {"": call}, self.device, rounds=ROUNDS, round_seconds=round_seconds, warmup=WARMUP_CALLS
+        )
+        return timings[""][0]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Random inputs for the detector, to measure its speed."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,3 +32,16 @@ def synthetic_inputs(
         targets.append(Target(boxes, labels, masks).to(device))
     frame = Frame(size, (height, width), size)
     return images.contiguous(memory_format=torch.channels_last), [frame] * batch_size, targets
+
+
+def sharpen_until_busy(classifier_weight: Tensor, detect: Callable[[], int]) -> None:
+    """Scale a newly initialized classifier, which detects nothing, until there is as much to do as after training.
+
+    Args:
+        classifier_weight: weight of the box classifier, doubled in place.
+        detect: runs the detector and returns the number of detections per image.
+    """
+    for _ in range(MAX_SHARPENINGS):
+        if detect() >= ENOUGH_DETECTIONS:
+            return
+        classifier_weight.mul_(2)

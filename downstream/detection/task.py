@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +18,13 @@ from downstream.detection.metrics import CocoEvaluator, Result, coco_results, me
 from downstream.detection.model.flops import HEIGHT, MASKS, PROPOSALS, PUBLISHED, WIDTH, profile_detector
 from downstream.detection.model.masks import paste_masks
 from downstream.detection.pictures import LabeledObjects, objects_of_results, save_comparison
-from downstream.detection.synthetic import NUM_CLASSES, synthetic_inputs
+from downstream.detection.synthetic import NUM_CLASSES, sharpen_until_busy, synthetic_inputs
 from downstream.task import DenseTask
 from utils.distributed.process import Process, gather_objects
 from utils.logs.logger import logger
 from utils.logs.plots import STEP_PANELS, Panel
 from utils.speed.flops import profile_table
+from utils.training.build import build_precision
 from utils.training.derived import Derived
 from utils.training.lr_schedule import DenseSchedule
 from utils.training.task import Run
@@ -141,18 +143,23 @@ class Detection(DenseTask):
 
     def inference_call(
         self,
-        config: CfgNode,  # noqa: ARG002
+        config: CfgNode,
         model: nn.Module,
         batch_size: int,
         size: tuple[int, int],
         device: torch.device,
     ) -> Callable[[], object]:
         images, frames, _ = synthetic_inputs(batch_size, size, device)
+        detector: Any = model
 
-        def detect() -> None:
-            for item in model.detect(images, frames):  # type: ignore[operator]
+        def detect() -> int:
+            detections = detector.detect(images, frames)
+            for item in detections:
                 paste_masks(item.mask_probabilities, item.boxes, *size)
+            return sum(len(item.boxes) for item in detections) // batch_size
 
+        with torch.no_grad(), build_precision(config, device).autocast():
+            sharpen_until_busy(detector.roi_head.bbox_head.fc_cls.weight.data, detect)
         return detect
 
 

@@ -5,9 +5,7 @@ python -m downstream.segmentation.benchmark --amp --output segmentation_speed.js
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,11 +18,12 @@ from yacs.config import CfgNode
 from downstream.segmentation.build import build_model
 from downstream.segmentation.config import load_config
 from downstream.segmentation.model.losses import segmentation_loss
-from utils.benchmark.measure import peak_memory_mib, synchronize
+from utils.benchmark.measure import chip_name, median_seconds, reset_peak_memory, run_calls, synthetic_images
+from utils.benchmark.throughput import in_columns
 from utils.config.command_line import Parser, at_least, report_user_errors
+from utils.speed.memory import peak_memory_mib
 from utils.training.amp import Precision, make_precision
-from utils.training.optimizer import make_optimizer
-from utils.training.recipe import parameter_groups
+from utils.training.optimizer import dense_parameter_groups, make_optimizer
 from utils.training.train_step import TrainStep
 
 BACKBONES = ("mlla", "timm:swin_tiny_patch4_window7_224", "timm:convnext_tiny")
@@ -34,7 +33,7 @@ WARMUP_CALLS = 2
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; memory is the most that PyTorch held on the GPU, or the whole process's on a CPU."""
+    """One line of the table; memory is the peak of PyTorch's allocator on a GPU."""
 
     task: str
     batch: int
@@ -44,7 +43,7 @@ class Row:
     precision: str
     images_per_second: float
     milliseconds: float
-    ratio: float  # of images per second to the first backbone's
+    ratio: float  # of images per second, to the first backbone's
     memory_mib: float | None
     chip: str
     torch: str
@@ -53,7 +52,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Measure:
-    """What is timed for every backbone."""
+    """A measurement, repeated for every backbone."""
 
     task: str  # "train" or "infer"
     batch: int
@@ -61,22 +60,20 @@ class Measure:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(argv)
+    args = parse(argv)
     with report_user_errors():
-        config = load_config(arguments.cfg)
-        for backbone in arguments.backbones:
-            load_config(arguments.cfg, flags={"MODEL.TYPE": backbone})
+        config = load_config(args.cfg)
+        for backbone in args.backbones:
+            load_config(args.cfg, flags={"MODEL.TYPE": backbone})
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.backends.cudnn.benchmark = True
-        measures = [Measure("train", batch, tuple(arguments.train_size)) for batch in arguments.train_batches]
-        measures.append(Measure("infer", 1, tuple(arguments.test_size)))
+        measures = [Measure("train", batch, tuple(args.train_size)) for batch in args.train_batches]
+        measures.append(Measure("infer", 1, tuple(args.test_size)))
         for measure in measures:
-            rows = compare(
-                measure, arguments, device, make_precision(device, amp=arguments.amp, dtype=config.AMP_DTYPE)
-            )
+            rows = compare(measure, args, device, make_precision(device, amp=args.amp, dtype=config.AMP_DTYPE))
             print(table(rows), flush=True)
-            if arguments.output is not None:
-                with arguments.output.open("a") as file:
+            if args.output is not None:
+                with args.output.open("a") as file:
                     file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
     return 0
 
@@ -97,31 +94,31 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--test-size", nargs=2, type=at_least(1), default=[512, 2048], metavar="PIXELS", help="height, width"
     )
-    parser.add_argument("--rounds", type=at_least(1), default=5, metavar="NUMBER", help="of which the median counts")
-    parser.add_argument("--round-seconds", type=float, default=0.6, metavar="SECONDS", help="about, of each round")
-    parser.add_argument("--amp", action="store_true", help="16-bit autocast")
+    parser.add_argument(
+        "--rounds", type=at_least(1), default=5, metavar="NUMBER", help="rounds, of which the median counts"
+    )
+    parser.add_argument(
+        "--round-seconds", type=float, default=0.6, metavar="SECONDS", help="approximate length of a round"
+    )
+    parser.add_argument("--amp", action="store_true", help="mixed precision")
     parser.add_argument("--output", type=Path, metavar="FILE", help="append the rows, one JSON object a line")
     return parser.parse_args(argv)
 
 
-def compare(measure: Measure, arguments: argparse.Namespace, device: torch.device, precision: Precision) -> list[Row]:
-    """Time all backbones in turn, round by round, so that what disturbs the machine disturbs all of them."""
-    calls, counts, memory = {}, {}, {}
-    for backbone in arguments.backbones:
-        config = load_config(arguments.cfg, flags={"MODEL.TYPE": backbone})
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+def compare(measure: Measure, args: argparse.Namespace, device: torch.device, precision: Precision) -> list[Row]:
+    """Time all backbones in turns, round by round, so that a disturbance of the machine affects all of them."""
+    calls: dict[str, Callable[[], None]] = {}
+    memory: dict[str, float | None] = {}
+    for backbone in args.backbones:
+        config = load_config(args.cfg, flags={"MODEL.TYPE": backbone})
+        reset_peak_memory(device)
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         calls[backbone] = prepare(measure, config, device, precision)
-        seconds_of(calls[backbone], WARMUP_CALLS, device)
-        counts[backbone] = max(1, round(arguments.round_seconds / seconds_of(calls[backbone], 1, device)))
+        run_calls(calls[backbone], device, WARMUP_CALLS)
         memory[backbone] = peak_memory_mib(device) - before / 2**20 if device.type == "cuda" else None
-    times: dict[str, list[float]] = {backbone: [] for backbone in arguments.backbones}
-    for _ in range(arguments.rounds):
-        for backbone, call in calls.items():
-            times[backbone].append(seconds_of(call, counts[backbone], device) / counts[backbone])
-    medians = {backbone: statistics.median(values) for backbone, values in times.items()}
-    first = medians[arguments.backbones[0]]
+    timings = median_seconds(calls, device, rounds=args.rounds, round_seconds=args.round_seconds, warmup=0)
+    medians = {backbone: seconds for backbone, (seconds, _) in timings.items()}
+    first = medians[args.backbones[0]]
     return [
         Row(
             task=measure.task,
@@ -134,26 +131,26 @@ def compare(measure: Measure, arguments: argparse.Namespace, device: torch.devic
             milliseconds=1000 * seconds,
             ratio=first / seconds,
             memory_mib=memory[backbone],
-            chip=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+            chip=chip_name(device),
             torch=str(torch.__version__),
-            rounds=arguments.rounds,
+            rounds=args.rounds,
         )
         for backbone, seconds in medians.items()
     ]
 
 
 def prepare(measure: Measure, config: CfgNode, device: torch.device, precision: Precision) -> Callable[[], None]:
-    """What is called again and again: a training step with optimizer, or a forward pass to logits of all pixels."""
+    """Return the function to time: a training step with optimizer, or a forward pass to classes of all pixels."""
     torch.manual_seed(0)
     model: nn.Module = build_model(config, NUM_CLASSES)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = torch.randn(measure.batch, 3, *measure.size, device=device).contiguous(memory_format=torch.channels_last)
+    images = synthetic_images(measure.batch, measure.size, device)
     if measure.task == "infer":
         return partial(infer, model.eval(), images, precision)
     labels = torch.randint(NUM_CLASSES, (measure.batch, *measure.size), device=device)
     step = TrainStep(
         model.train(),
-        make_optimizer("adamw", parameter_groups(model, config.TRAIN.WEIGHT_DECAY)),
+        make_optimizer("adamw", dense_parameter_groups(model, config.TRAIN.WEIGHT_DECAY)),
         precision,
         compute_losses=lambda batch, _: {"loss": segmentation_loss(model(batch[0]), batch[1]).total},
     )
@@ -170,26 +167,22 @@ def train(step: TrainStep, images: Tensor, labels: Tensor) -> None:
     step([(images, labels)], step=0, learning_rate=1e-6)
 
 
-def seconds_of(call: Callable[[], None], count: int, device: torch.device) -> float:
-    """Seconds that `count` calls take, all work on the device included."""
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
 def table(rows: Sequence[Row]) -> str:
-    """Rows in columns, under a heading that says what they have in common."""
-    one = rows[0]
-    heading = f"{one.task}, {one.height}x{one.width}, batch {one.batch}, {one.precision}, {one.chip}, torch {one.torch}"
-    lines = [heading, f"{'backbone':<38}{'img/s':>9}{'ms':>9}{'ratio':>8}{'MiB':>8}"]
-    for row in rows:
-        memory = "-" if row.memory_mib is None else f"{row.memory_mib:.0f}"
-        speeds = f"{row.images_per_second:>9.1f}{row.milliseconds:>9.1f}{row.ratio:>8.2f}"
-        lines.append(f"{row.backbone:<38}{speeds}{memory:>8}")
-    return "\n".join(lines) + "\n"
+    """Return rows in columns, under a heading with what they have in common."""
+    first = rows[0]
+    size = f"{first.height}x{first.width}"
+    heading = f"{first.task}, {size}, batch {first.batch}, {first.precision}, {first.chip}, torch {first.torch}"
+    columns = [
+        {
+            "backbone": row.backbone,
+            "img/s": f"{row.images_per_second:.1f}",
+            "ms": f"{row.milliseconds:.1f}",
+            "ratio": f"{row.ratio:.2f}",
+            "MiB": "-" if row.memory_mib is None else f"{row.memory_mib:.0f}",
+        }
+        for row in rows
+    ]
+    return f"{heading}\n{in_columns(columns)}\n"
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ import torch
 from PIL import Image
 
 from config import load_config
-from utils.benchmark.measure import Conditions, Throughput, measure_inference, measure_training, run_rounds
-from utils.benchmark.tables import pixel_table, throughput_table
-from utils.benchmark.throughput import baseline_factory
+from utils.benchmark.measure import Conditions, Throughput, measure_inference, measure_training, run_calls
+from utils.benchmark.throughput import pixel_table, throughput_table, timm_baseline
 from utils.training.amp import make_precision
 
 RunMain = Callable[..., tuple[int, str, str]]
@@ -24,13 +23,12 @@ def rows_of(folder: Path) -> list[dict[str, object]]:
 
 
 def test_counts_and_table() -> None:
-    calls: list[torch.Size] = []
+    calls: list[int] = []
     conditions = Conditions(CPU, make_precision(CPU, amp=False, dtype="auto"), rounds=3, round_seconds=0.0)
-    model: Callable[[torch.Tensor], object] = lambda images: calls.append(images.shape)  # noqa: E731
-    row = measure_inference(model, conditions, name="nothing", batch_size=2, image_size=8)  # type: ignore[arg-type]
+    row = measure_inference(lambda: calls.append(1), conditions, name="nothing", batch_size=2, size=(8, 8))
     assert len(calls) == 3 + 1 + 3  # warm-up, one to guess the length of a round, three rounds of one
     assert row.images_per_second == pytest.approx(2000 / row.milliseconds_per_batch)
-    assert run_rounds(lambda: None, CPU, 5) >= 0
+    assert run_calls(lambda: None, CPU, 5) >= 0
     heading, line = throughput_table([row]).splitlines()
     assert heading.split()[:2] == ["model", "work"]
     assert line.split()[:2] == ["nothing", "inference"]
@@ -58,9 +56,9 @@ def test_training_is_measured_without_the_teacher_even_where_it_begins_at_once(
 ) -> None:
     asked: list[tuple[str, bool]] = []
 
-    def watched(train_step: Any, conditions: Conditions, **options: Any) -> Throughput:
+    def watched(train_step: Any, batch: Any, conditions: Conditions, **options: Any) -> Throughput:
         asked.append((options["work"], train_step.compute_losses.variant(options["step"])))
-        return measure_training(train_step, conditions, **options)
+        return measure_training(train_step, batch, conditions, **options)
 
     monkeypatch.setattr("utils.benchmark.throughput.measure_training", watched)
     words = ["--cfg", "cfgs/digits.yaml", "--throughput", "--train", "--batch-size", "2", "--output", tmp_path]
@@ -71,7 +69,8 @@ def test_training_is_measured_without_the_teacher_even_where_it_begins_at_once(
 # The first is made for one size of images, the last knows no stochastic depth.
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "test_convnext", "ghostnet_050"])
 def test_baselines_take_the_runs_images(name: str) -> None:
-    model: Any = baseline_factory(f"timm:{name}", load_config("cfgs/digits.yaml"), CPU)()
+    config = load_config("cfgs/digits.yaml")
+    model: Any = timm_baseline(f"timm:{name}", config.DATA.IMG_SIZE, config.MODEL.DROP_PATH_RATE, CPU)
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, model.num_classes)
 
 

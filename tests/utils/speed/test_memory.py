@@ -20,7 +20,7 @@ def test_remedies() -> None:
         batch_size=128,
         accumulation_steps=2,
         amp=False,
-        can_recompute=True,
+        can_checkpoint=True,
         smaller="lower DATA.IMG_SIZE",
     )
     assert message == (
@@ -33,11 +33,11 @@ def test_remedies() -> None:
 def test_remedies_in_use_are_left_out() -> None:
     error = torch.OutOfMemoryError("out of memory")
     message = out_of_memory_message(
-        error, work="it", batch_size=1, accumulation_steps=1, amp=True, can_recompute=False, smaller="use less"
+        error, work="it", batch_size=1, accumulation_steps=1, amp=True, can_checkpoint=False, smaller="use less"
     )
     assert message == "out of GPU memory with it: use less"
     message = out_of_memory_message(
-        error, work="it", batch_size=8, accumulation_steps=None, amp=True, can_recompute=True, smaller="use less"
+        error, work="it", batch_size=8, accumulation_steps=None, amp=True, can_checkpoint=True, smaller="use less"
     )
     assert message.endswith("with it: lower --batch-size (for example to 4), or use less")
 
