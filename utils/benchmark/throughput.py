@@ -196,5 +196,5 @@ def draw_bars(rows: Sequence[Throughput], path: Path) -> None:
         highlighted=[row.model == first.model for row in rows],
         axis_label="images per second",
         title=f"{first.chip}, torch {first.torch}, {first.precision}, {first.layout}, compile {first.compile}",
-        picture=path,
+        path=path,
     )

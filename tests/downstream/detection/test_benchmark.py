@@ -9,8 +9,8 @@ from downstream.detection import benchmark
 def test_a_row_for_each_measurement(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(benchmark, "WARMUP", 0)
-    monkeypatch.setattr(benchmark, "MAX_SHARPENINGS", 1)
+    monkeypatch.setattr(benchmark, "WARMUP_CALLS", 0)
+    monkeypatch.setattr("downstream.detection.synthetic.MAX_SHARPENINGS", 1)
     small = ["--height", "64", "--width", "90", "--train-batches", "1", "--test-batches", "1", "--seconds", "0"]
     table = tmp_path / "new" / "table.md"
     assert benchmark.main(["--models", "timm:test_convnext", "torchvision", *small, "--output", str(table)]) == 0
@@ -18,7 +18,7 @@ def test_a_row_for_each_measurement(
     assert [row[0].removeprefix("| ") for row in rows] == ["timm:test_convnext"] * 2 + ["torchvision"] * 2
     assert [row[1] for row in rows] == ["train", "inference"] * 2
     assert all(float(row[3]) > 0 for row in rows)
-    assert all(0 <= float(row[4].strip("%")) <= 100 for row in rows)
+    assert all(float(row[4].strip("%")) >= 0 for row in rows)
     assert table.read_text() == capsys.readouterr().out
 
 

@@ -125,14 +125,14 @@ def test_resuming_within_an_epoch_gives_the_same_weights(
 ) -> None:
     """Also where worker processes loaded the images of one part and not of the other."""
     assert run(output=tmp_path / "whole", TRAIN__SAVE_STEPS="1")[0] == 0
-    losses, ticks = Detection.losses, stopping_after(6)
+    losses, ticks = Detection.batch_losses, stopping_after(6)
 
     def failing(self: Detection, *inputs: Any) -> Any:
         next(ticks)
         return losses(self, *inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Detection, "losses", failing)
+        patch.setattr(Detection, "batch_losses", failing)
         code, out, _ = run(output=tmp_path / "killed", TRAIN__SAVE_STEPS="1", DATA__NUM_WORKERS="2")
     assert code == 1
     assert "killed" in out
@@ -144,9 +144,11 @@ def test_resuming_within_an_epoch_gives_the_same_weights(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = Detection.losses
+    losses = Detection.batch_losses
     monkeypatch.setattr(
-        Detection, "losses", lambda *a: {**losses(*a), "loss_mask": torch.tensor(float("nan"), requires_grad=True)}
+        Detection,
+        "batch_losses",
+        lambda *a: {**losses(*a), "loss_mask": torch.tensor(float("nan"), requires_grad=True)},
     )
     code, out, _ = run()
     assert code == 1
@@ -181,7 +183,10 @@ def test_mistakes_are_one_line(run: Run, shapes: Path, tmp_path: Path) -> None:
 
     refused("DATA.DATA_PATH is empty", data="")
     refused("no such annotation file", data=tmp_path)
-    refused("a step takes 20 images over all processes", DATA__BATCH_SIZE="20")
+    refused(
+        "DATA.BATCH_SIZE 20 x 1 processes x 1 accumulation steps is more than the 8 training images",
+        DATA__BATCH_SIZE="20",
+    )
     refused("MODEL.RESUME is empty", "--eval")
     refused("timm has no such model; did you mean", MODEL__TYPE="timm:convnext_tny")
     refused("AUG.CROP_SIZE [64, 32]: must have the smaller value first", AUG__CROP_SIZE="[64, 32]")
@@ -199,7 +204,7 @@ def test_too_little_memory_on_a_gpu_is_explained(run: Run, monkeypatch: pytest.M
     def losses(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. GPU 0 has a total capacity of 79.10 GiB of which")
 
-    monkeypatch.setattr(Detection, "losses", losses)
+    monkeypatch.setattr(Detection, "batch_losses", losses)
     code, out, _ = run()
     assert code == 1
     assert "out of GPU memory (79.10 GiB) with DATA.BATCH_SIZE 2: add --amp, or add --use-" in out

@@ -23,7 +23,7 @@ README = (ROOT / "downstream/segmentation/README.md").read_text()
         ("TRAIN.WARMUP_STEPS", 160000),
         ("TEST.STRIDE", 600),
         ("TRAIN.OPTIMIZER.BETAS", [0.9]),
-        ("TRAIN.COMPILE", "max-autotune"),
+        ("TRAIN.COMPILE", "fast"),
         ("MODEL.MLLA.DEPTHS", [2, 4, 8]),
         ("MODEL.MLLA.NUM_HEADS", [2, 4, 8]),
         ("MODEL.MLLA.NUM_HEADS", [3, 4, 8, 16]),

@@ -63,20 +63,20 @@ def test_what_a_run_leaves(finished: Path) -> None:
 
 
 class Fault:
-    """Does something in the given call of Segmentation.losses, once."""
+    """Does something in the given call of Segmentation.batch_losses, once."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, call: int, action: Callable[[dict[str, Any]], Any]) -> None:
         self.calls = 0
-        original = Segmentation.losses
+        original = Segmentation.batch_losses
 
-        def losses(task: Segmentation, model: Any, batch: Any) -> dict[str, Any]:
+        def losses(task: Segmentation, *args: Any) -> dict[str, Any]:
             self.calls += 1
-            result = dict(original(task, model, batch))
+            result = dict(original(task, *args))
             if self.calls == call:
                 action(result)
             return result
 
-        monkeypatch.setattr(Segmentation, "losses", losses)
+        monkeypatch.setattr(Segmentation, "batch_losses", losses)
 
 
 def interrupt(_: dict[str, Any]) -> None:
@@ -166,7 +166,7 @@ def test_a_bad_mask_in_mid_run_is_one_line(tmp_path: Path, start: Runner) -> Non
     folder = make_data(tmp_path / "shapes", val=2)
     Image.new("L", (48, 48), 77).save(folder / "masks/train/00003.png")
     code, output = start(tmp_path, **{"DATA.DATA_PATH": folder})
-    assert code == 1
+    assert code == 2
     assert "masks/train/00003.png: the mask holds 77; with 6 classes" in output
     assert "Traceback" not in output
 
