@@ -98,7 +98,7 @@ class Task(ABC):
         """Load the weights of MODEL.PRETRAINED."""
         load_pretrained(model, source, classes)
 
-    def test_kernels(self, config: CfgNode, model: nn.Module, dtype: torch.dtype) -> None:
+    def test_kernels(self, config: CfgNode, model: nn.Module, dtype: torch.dtype) -> None:  # noqa: B027
         """Test the GPU kernels that a model uses, once it is on the device, before its first forward pass."""
 
     def prepare_for_inference(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:  # noqa: ARG002

@@ -23,7 +23,7 @@ def test_the_published_recipe(size: str, schedule: str, epochs: int, falls: list
     assert drop_path == config.MODEL.DROP_PATH_RATE
     assert schedule in config.MODEL.NAME
     assert Detection().lengths(config, 8, 117_266) == (epochs, 7329)
-    rates = Detection().schedule(config, config.TRAIN.BASE_LR, epochs, 7329)
+    rates = Detection().schedule(config, Detection().derive(config, num_processes=8, num_train_images=117_266))
     assert rates.lr_at(0) == pytest.approx(1e-7)
     assert rates.lr_at(500) == pytest.approx(1e-4)
     assert rates.lr_at(falls[0] * 7329) == pytest.approx(1e-5)
