@@ -18,10 +18,12 @@ from config import SCHEMA, load_config
 from data import Data, build_data, build_targets
 from data.transforms import denormalize
 from models import PAPER_PROFILES, build_model, input_channels, prepare_for_inference
+from models.kernels.dispatch import KernelsUnavailableError
 from models.kernels.self_test import run_self_test
 from utils.benchmark.measure import synthetic_images
 from utils.benchmark.throughput import run_throughput, timm_baseline
 from utils.config.command_line import parse_command_line, report_user_errors
+from utils.config.errors import UserError
 from utils.distributed.process import Process
 from utils.logs.logger import logger
 from utils.logs.plots import CLASSIFIER_PANELS, plot_predictions
@@ -56,6 +58,7 @@ class Classification(Task):
     ema_batch_size = 4096
     uses_cudnn_benchmark = True
     smaller_images = "lower DATA.IMG_SIZE"
+    user_errors = (UserError, KernelsUnavailableError)
 
     def build_data(self, config: CfgNode, process: Process) -> Data:
         return build_data(config, rank=process.rank, num_processes=process.num_processes, device=process.device)

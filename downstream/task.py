@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from models import prepare_for_inference
+from models.kernels.dispatch import KernelsUnavailableError
 from models.kernels.self_test import run_self_test
 from utils.checkpoint.weights import load_pretrained
+from utils.config.errors import UserError
 from utils.distributed.process import Process
 from utils.training.derived import Derived
 from utils.training.ema import ModelEma
@@ -27,6 +29,7 @@ class DenseTask(Task):
     ema_batch_size = 16
     compiled_module = "backbone"
     smaller_images = "lower the image sizes, AUG.* and TEST.*"
+    user_errors = (UserError, KernelsUnavailableError)
 
     def load_pretrained(self, model: nn.Module, source: str, classes: Sequence[str]) -> None:  # noqa: ARG002
         """Load an ImageNet classifier's weights into the backbone."""

@@ -27,7 +27,7 @@ def command(output: Path, *opts: str, epochs: int = 1, batch_size: int = 128) ->
 def _no_pictures() -> Iterator[None]:
     """Drawing them takes longer than these trainings."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, "draw_predictions", lambda *_: None)  # no picture to log
+        patch.setattr(main.Classification, "draw_predictions", lambda *_: None)  # no picture to log
         patch.setattr("utils.logs.recorder.plot_curves", lambda *_: None)
         yield
 

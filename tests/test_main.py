@@ -349,7 +349,7 @@ def test_kernels_that_cannot_run(run_main: RunMain, tmp_path: Path, mode: list[s
     words = ["--cfg", "cfgs/digits.yaml", "--output", tmp_path, *(["--resume", tmp_path / "w.pth"] if mode else [])]
     torch.save(build_model(load_config("cfgs/digits.yaml")).state_dict(), tmp_path / "w.pth")
     code, out, err = run_main(*words, *mode, "--opts", "MODEL.KERNELS", "triton", "DATA.NUM_WORKERS", "0")
-    assert code == 1
+    assert code == 2
     assert "Traceback" not in out + err
     assert "use auto or torch" in (out + err).splitlines()[-1]
 
@@ -357,7 +357,7 @@ def test_kernels_that_cannot_run(run_main: RunMain, tmp_path: Path, mode: list[s
 def test_workers_that_do_not_start(run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.workers.RestartingDataLoader.have_started", lambda *_: False)
     code, out, err = run_main("--cfg", "cfgs/digits.yaml", "--output", tmp_path, "--opts", "DATA.NUM_WORKERS", "1")
-    assert code == 1
+    assert code == 2
     assert "Traceback" not in out + err
     assert "lower DATA.NUM_WORKERS, 0 loads without them" in (out + err).splitlines()[-1]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from utils.checkpoint.weights_file import CheckpointError, load_checkpoint
 from utils.logs.atomic_write import write_atomic
 from utils.logs.logger import logger
+from utils.logs.output_dir import output_errors, unused_name
 
 KEEP = 3  # newest checkpoints of whole epochs
 INDEX = "latest.json"
@@ -118,6 +119,31 @@ def delete_old_checkpoints(folder: Path) -> None:
     within = [path for progress, path in checkpoints[1:] if progress.steps]
     for path in ends[KEEP:] + within:
         path.unlink(missing_ok=True)
+
+
+def move_replaced_checkpoints(folder: Path, progress: Progress, *, continues: bool) -> None:
+    """Move checkpoints that this run will write again, or that cannot be read, to a folder replaced_<n>.
+
+    Args:
+        folder: the output folder.
+        progress: where this run starts; later checkpoints are moved.
+        continues: False if the folder's run is replaced by another; its best checkpoints are then linked there too.
+
+    Raises:
+        OutputError: they cannot be moved.
+    """
+    later = [path for other, path in checkpoints_in(folder) if other > progress]
+    best = [] if continues else list(folder.glob("max_*.pth"))
+    if not later and not best:
+        return
+    target = unused_name(folder, "replaced_{}")
+    with output_errors(folder):
+        target.mkdir()
+        for path in later:
+            path.rename(target / path.name)
+        for path in best:
+            link_checkpoint(path, target / path.name)
+    logger.warning("%s already has checkpoints; what this run replaces is kept in %s", folder, target)
 
 
 def copy_to_cpu(content: Any) -> Any:

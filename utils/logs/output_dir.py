@@ -1,4 +1,4 @@
-"""A run's output folder: its lock, its configuration, and what a new run moves away."""
+"""A run's output folder: its lock and its configuration."""
 
 import os
 import socket
@@ -9,7 +9,6 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from utils.checkpoint.files import Progress, checkpoints_in, link_checkpoint
 from utils.config.errors import UserError
 from utils.config.yaml_file import read_yaml
 from utils.logs.atomic_write import write_atomic
@@ -97,31 +96,6 @@ def differences(previous: Path, current: Path) -> str:
         return "the previous one cannot be read"
     changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     return "; ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in changed)
-
-
-def move_replaced_checkpoints(folder: Path, progress: Progress, *, continues: bool) -> None:
-    """Move checkpoints that this run will write again, or that cannot be read, to a folder replaced_<n>.
-
-    Args:
-        folder: the output folder.
-        progress: where this run starts; later checkpoints are moved.
-        continues: False if the folder's run is replaced by another; its best checkpoints are then linked there too.
-
-    Raises:
-        OutputError: they cannot be moved.
-    """
-    later = [path for other, path in checkpoints_in(folder) if other > progress]
-    best = [] if continues else list(folder.glob("max_*.pth"))
-    if not later and not best:
-        return
-    target = unused_name(folder, "replaced_{}")
-    with output_errors(folder):
-        target.mkdir()
-        for path in later:
-            path.rename(target / path.name)
-        for path in best:
-            link_checkpoint(path, target / path.name)
-    logger.warning("%s already has checkpoints; what this run replaces is kept in %s", folder, target)
 
 
 def unused_name(folder: Path, pattern: str) -> Path:

@@ -59,6 +59,7 @@ def run_process(
     local_rank: int,
     *,
     compile_setting: str,
+    user_errors: tuple[type[Exception], ...] = (UserError,),
     explain_out_of_memory: Callable[[torch.OutOfMemoryError], str] = str,
 ) -> int:
     """Do the work as one of the processes that the launcher started.
@@ -67,6 +68,7 @@ def run_process(
         work: returns an exit code.
         local_rank: rank on this machine, if the launcher did not put it into the environment.
         compile_setting: the key that asks for torch.compile, with its value.
+        user_errors: errors that a user can mend, which are reported in one line.
         explain_out_of_memory: returns the message for running out of GPU memory.
 
     Returns:
@@ -82,8 +84,8 @@ def run_process(
         logger.warning("interrupted; run the same command to resume from the newest checkpoint, if there is one")
         code = 130
     except Exception as error:
-        report(error, process, explain_out_of_memory)
-        code = 2 if isinstance(error, UserError) else 1
+        report(error, process, user_errors, explain_out_of_memory)
+        code = 2 if isinstance(error, user_errors) else 1
     if code and process.num_processes > 1:
         # Other processes may wait for this one forever, and so would an orderly exit: the launcher ends them.
         sys.stdout.flush()
@@ -94,7 +96,10 @@ def run_process(
 
 
 def report(
-    error: Exception, process: Process, explain_out_of_memory: Callable[[torch.OutOfMemoryError], str] = str
+    error: Exception,
+    process: Process,
+    user_errors: tuple[type[Exception], ...],
+    explain_out_of_memory: Callable[[torch.OutOfMemoryError], str],
 ) -> None:
     """Log what ended this process: one line for errors that a user can mend, otherwise with the traceback."""
     rank = f"process {process.rank} of {process.num_processes}: " if process.num_processes > 1 else ""
@@ -113,7 +118,7 @@ def report(
             "DATA.NUM_WORKERS or DATA.BATCH_SIZE, or raise the limit of shared memory (/dev/shm)",
             *(rank, text),
         )
-    elif isinstance(error, UserError):
+    elif isinstance(error, user_errors):
         if not process.is_main:  # most likely the first process has the same error and reports it
             time.sleep(SECONDARY_RANK_DELAY_SECONDS)
         logger.error("%s%s", rank, text)

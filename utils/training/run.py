@@ -7,14 +7,14 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from utils.checkpoint.files import Progress
+from utils.checkpoint.files import Progress, move_replaced_checkpoints
 from utils.checkpoint.weights import check_classes, load_weights, read_weights
 from utils.config.command_line import report_user_errors
 from utils.config.errors import ConfigError
 from utils.distributed.process import Process
 from utils.logs.environment import record_environment
 from utils.logs.logger import logger
-from utils.logs.output_dir import lock_output_dir, move_replaced_checkpoints, open_output_dir, save_config
+from utils.logs.output_dir import lock_output_dir, open_output_dir, save_config
 from utils.logs.wandb_logger import WandbLogger
 from utils.speed.compile import compile_for_inference, resolve_mode
 from utils.training.build import (
@@ -48,6 +48,7 @@ def run_task(task: Task, config: CfgNode, *, run_throughput: Callable[[Task, Cfg
         lambda process: work(task, config, process),
         config.LOCAL_RANK,
         compile_setting=compile_setting(config),
+        user_errors=task.user_errors,
         explain_out_of_memory=lambda error: describe_out_of_memory(task, config, error),
     )
 
@@ -194,7 +195,7 @@ class Training:
         initial_share = derived.ema_decay**derived.total_steps
         if config.EMA.ENABLED and initial_share > NOTICEABLE_INITIAL_SHARE:
             logger.warning(
-                "at the end the EMA will still contain %.0f%% of the initial weights; lower EMA.DECAY",
+                "at the end the EMA will still contain %.0f%% of the initial weights; lower --model-ema-decay",
                 100 * initial_share,
             )
 

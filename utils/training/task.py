@@ -11,6 +11,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from utils.checkpoint.weights import load_pretrained
+from utils.config.errors import UserError
 from utils.distributed.process import Process
 from utils.logs.plots import Panel
 from utils.training.amp import Precision
@@ -75,6 +76,7 @@ class Task(ABC):
         compiled_module: name of the submodule that is compiled and captured in CUDA graphs; "": the model.
         uses_cudnn_benchmark: time cuDNN's algorithms, since images have one size.
         smaller_images: remedy for running out of memory.
+        user_errors: errors that a user can mend.
     """
 
     metric: str
@@ -86,6 +88,7 @@ class Task(ABC):
     compiled_module = ""
     uses_cudnn_benchmark = False
     smaller_images: str
+    user_errors: tuple[type[Exception], ...] = (UserError,)
 
     @abstractmethod
     def build_data(self, config: CfgNode, process: Process) -> Data: ...

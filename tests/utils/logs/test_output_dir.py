@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from utils.checkpoint.files import Progress
+from utils.checkpoint.files import Progress, move_replaced_checkpoints
 from utils.logs import output_dir
-from utils.logs.output_dir import OutputError, lock_output_dir, move_replaced_checkpoints, save_config
+from utils.logs.output_dir import OutputError, lock_output_dir, save_config
 
 
 def test_the_lock_names_its_holder_and_deletes_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
