@@ -30,7 +30,7 @@ STEP_WITHOUT_TEACHER = -1  # before MESA, even if it begins at step 0
 MakeModel = Callable[[], nn.Module]
 
 
-def run_throughput(task: Task, config: CfgNode, process: Process) -> int:
+def run_throughput(task: Task, config: CfgNode, process: Process) -> None:
     """Measure the configured model and BENCHMARK.BASELINES; print a table, append to throughput.jsonl, draw a chart.
 
     Training is measured on all processes together, inference on the first one alone, which also writes the files.
@@ -38,14 +38,14 @@ def run_throughput(task: Task, config: CfgNode, process: Process) -> int:
     with report_user_errors():
         folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
         if not (config.BENCHMARK.TRAIN or process.is_main):
-            return 0
+            return
         factories: dict[str, MakeModel] = {config.MODEL.NAME: lambda: prepare_model(task, config, process, None)}
         for name in filter(None, config.BENCHMARK.BASELINES.split(",")):
             factories[name] = lambda name=name: task.baseline_model(config, process, name)  # type: ignore[misc]
         measure_rows = training_rows if config.BENCHMARK.TRAIN else inference_rows
         rows = [row for name, make in factories.items() for row in measure_rows(task, config, process, name, make)]
     if not process.is_main:
-        return 0
+        return
     print(throughput_table(rows))
     by_size = size_rows(task, config, process, factories[config.MODEL.NAME])
     if by_size:
@@ -53,7 +53,6 @@ def run_throughput(task: Task, config: CfgNode, process: Process) -> int:
     append_records(folder / "throughput.jsonl", [asdict(row) for row in (*rows, *by_size)])
     draw_bars(rows, folder / "throughput.png")
     logger.info("speeds are in %s: throughput.jsonl and throughput.png", folder)
-    return 0
 
 
 def timm_baseline(name: str, image_size: int, drop_path_rate: float, device: torch.device) -> nn.Module:

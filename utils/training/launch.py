@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
 import torch
 
@@ -54,45 +55,53 @@ def explain_missing_compiler(setting: str) -> Iterator[None]:
         ) from error
 
 
-def run_process(
-    work: Callable[[Process], int],
-    local_rank: int,
-    *,
-    compile_setting: str,
-    user_errors: tuple[type[Exception], ...] = (UserError,),
-    explain_out_of_memory: Callable[[torch.OutOfMemoryError], str] = str,
-) -> int:
-    """Do the work as one of the processes that the launcher started.
+class LaunchedProcess:
+    """Context in which this process works as one of those that the launcher started.
+
+    An exception that ends the work is reported, in one line if a user can mend it, and becomes `exit_code`: 130 after
+    Ctrl-C, 2 after a user error, 1 after any other error.
 
     Args:
-        work: returns an exit code.
         local_rank: rank on this machine, if the launcher did not put it into the environment.
-        compile_setting: the key that asks for torch.compile, with its value.
-        user_errors: errors that a user can mend, which are reported in one line.
+        user_errors: errors that a user can mend.
         explain_out_of_memory: returns the message for running out of GPU memory.
-
-    Returns:
-        The exit code: the work's own, 130 after Ctrl-C, 2 after a UserError, 1 after any other error. The log and
-        standard error explain it.
     """
-    with report_user_errors():
-        process = start_process(local_rank)
-    try:
-        with explain_missing_compiler(compile_setting):
-            code = work(process)
-    except KeyboardInterrupt:
-        logger.warning("interrupted; run the same command to resume from the newest checkpoint, if there is one")
-        code = 130
-    except Exception as error:
-        report(error, process, user_errors, explain_out_of_memory)
-        code = 2 if isinstance(error, user_errors) else 1
-    if code and process.num_processes > 1:
-        # Other processes may wait for this one forever, and so would an orderly exit: the launcher ends them.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    stop_process()
-    return code
+
+    def __init__(
+        self,
+        local_rank: int = 0,
+        *,
+        user_errors: tuple[type[Exception], ...] = (UserError,),
+        explain_out_of_memory: Callable[[torch.OutOfMemoryError], str] = str,
+    ) -> None:
+        self.local_rank = local_rank
+        self.user_errors = user_errors
+        self.explain_out_of_memory = explain_out_of_memory
+        self.exit_code = 0
+
+    def __enter__(self) -> Process:
+        with report_user_errors():
+            self.process = start_process(self.local_rank)
+        return self.process
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if isinstance(error, KeyboardInterrupt):
+            logger.warning("interrupted; run the same command to resume from the newest checkpoint, if there is one")
+            self.exit_code = 130
+        elif isinstance(error, Exception):
+            report(error, self.process, self.user_errors, self.explain_out_of_memory)
+            self.exit_code = 2 if isinstance(error, self.user_errors) else 1
+        elif error is not None:  # SystemExit
+            return False
+        if self.exit_code and self.process.num_processes > 1:
+            # Other processes may wait for this one forever, and so would an orderly exit: the launcher ends them.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(self.exit_code)
+        stop_process()
+        return True
 
 
 def report(

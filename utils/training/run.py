@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ from utils.training.build import (
     describe_out_of_memory,
 )
 from utils.training.derived import Derived
-from utils.training.launch import run_process
+from utils.training.launch import LaunchedProcess, explain_missing_compiler
 from utils.training.task import Run, Schedule, Task
 from utils.training.train_state import TrainState, seed_everything
 from utils.training.train_step import TrainStep
@@ -37,28 +38,34 @@ from utils.training.trainer import Trainer
 NOTICEABLE_INITIAL_SHARE = 0.1  # of the initial weights in the EMA at the end of a run
 
 
-def run_task(task: Task, config: CfgNode, *, run_throughput: Callable[[Task, CfgNode, Process], int]) -> int:
+def run_task(task: Task, config: CfgNode, *, run_throughput: Callable[[Task, CfgNode, Process], None]) -> int:
     """Train, evaluate, time or profile a model, as the configuration says. Returns the exit code."""
     if config.PROFILE_MODE:
         with report_user_errors():
             print(task.profile(config))
         return 0
-    work = run_throughput if config.THROUGHPUT_MODE else run_evaluation if config.EVAL_MODE else run_training
-    return run_process(
-        lambda process: work(task, config, process),
+    launched = LaunchedProcess(
         config.LOCAL_RANK,
-        compile_setting=compile_setting(config),
         user_errors=task.user_errors,
         explain_out_of_memory=lambda error: describe_out_of_memory(task, config, error),
     )
+    with launched as process, explain_missing_compiler(compile_setting(config)):
+        if config.THROUGHPUT_MODE:
+            run_throughput(task, config, process)
+        elif config.EVAL_MODE:
+            run_evaluation(task, config, process)
+        else:
+            run_training(task, config, process)
+    return launched.exit_code
 
 
-def run_evaluation(task: Task, config: CfgNode, process: Process) -> int:
+def run_evaluation(task: Task, config: CfgNode, process: Process) -> None:
     """Evaluate the weights of MODEL.RESUME: the model's and the EMA's if the file has both."""
     with report_user_errors():
         if not config.MODEL.RESUME:
             raise ConfigError("MODEL.RESUME is empty: evaluation needs weights, name them with --resume FILE")
-        run = open_run(task, config, process)
+        folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
+        run = open_run(task, config, process, folder)
         weights_file = read_weights(config.MODEL.RESUME, tolerant=True)
         check_classes(weights_file.classes, run.data.classes, config.MODEL.RESUME)
         both = {"model": weights_file.model, "EMA": weights_file.ema}
@@ -70,30 +77,27 @@ def run_evaluation(task: Task, config: CfgNode, process: Process) -> int:
         task.evaluate(run, inference_model(task, config, run.model, process.device), name)
     if process.is_main:
         task.draw_predictions(run, run.model.eval())
-    return 0
 
 
-def run_training(task: Task, config: CfgNode, process: Process) -> int:
+def run_training(task: Task, config: CfgNode, process: Process) -> None:
     """Train from the newest checkpoint in the output folder, if any, to the last epoch."""
     with report_user_errors():
         folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
         lock = lock_output_dir(folder) if process.is_main else nullcontext()
     with lock:
         with report_user_errors():
-            run = open_run(task, config, process)
+            run = open_run(task, config, process, folder)
             training = Training(task, run)
         if training.is_complete:
             logger.info("this run is complete; to train longer raise its length, for another run name another --tag")
-        elif not training.train():
-            return 0
+        elif not training.make_trainer().run():
+            return  # asked to stop
         if process.is_main:
             training.log_results()
-    return 0
 
 
-def open_run(task: Task, config: CfgNode, process: Process) -> Run:
-    """Open the output folder and the data, and make the model."""
-    folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
+def open_run(task: Task, config: CfgNode, process: Process, folder: Path) -> Run:
+    """Open the data and make the model; `folder` is the output folder."""
     data = task.build_data(config, process)
     model = prepare_model(task, config, process, len(data.classes))
     return Run(config, process, folder, data, model, build_precision(config, process.device))
@@ -154,10 +158,9 @@ class Training:
     def is_complete(self) -> bool:
         return self.state.progress.epochs >= self.derived.total_epochs
 
-    def train(self) -> bool:
-        """Train to the last epoch; return False if the run was asked to stop before."""
+    def make_trainer(self) -> Trainer:
         task, run = self.task, self.run
-        trainer = Trainer(
+        return Trainer(
             build_trainer_config(task, run.config, self.derived, self.schedule),
             self.state,
             self.build_step(),
@@ -168,7 +171,6 @@ class Training:
             draw_predictions=lambda model: task.draw_predictions(run, model),
             tracker=self.tracker,
         )
-        return trainer.run()
 
     def build_step(self) -> TrainStep:
         run, state = self.run, self.state

@@ -50,7 +50,7 @@ def run(process: Process, data: Path, output: Path, batch_size: int) -> dict[str
     flags = {"TRAIN.OPTIMIZER.NAME": "sgd", "TRAIN.BASE_LR": 0.5, "MODEL.HEAD.DROPOUT": 0.0}
     config = small_config(data, output, **{**flags, "DATA.BATCH_SIZE": batch_size})
     task = Segmentation()
-    this_run = open_run(task, config, process)
+    this_run = open_run(task, config, process, output)
     training = Training(task, this_run)
     model = this_run.model
     scores = evaluate(this_run, model)
