@@ -1,4 +1,4 @@
-"""For torch.hub: torch.hub.load(<this folder>, "mlla_tiny", source="local", pretrained=True)."""
+"""Entry points of torch.hub: torch.hub.load(<this folder>, "mlla_tiny", source="local", pretrained=True)."""
 
 import sys
 from pathlib import Path

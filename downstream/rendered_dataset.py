@@ -1,4 +1,4 @@
-"""What the two make_shapes commands share: their arguments, and a dataset that is written whole or not at all."""
+"""Shared by the two make_shapes commands: arguments, and a dataset that is written completely or not at all."""
 
 import json
 import shutil

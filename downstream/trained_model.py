@@ -1,4 +1,4 @@
-"""What the two predict commands share: their arguments, and a weights file with its configuration and classes."""
+"""Shared by the two predict commands: arguments, and a weights file with its configuration and classes."""
 
 import argparse
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""What a trained model does inside: its gates, what a token reads from the others, what it sees of the image."""
+"""Views into a trained model: its gates, attention maps, and effective receptive fields."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,8 +12,8 @@ from models.rope import rotate_pairs, spread_over_grid
 from models.unified.block import UnifiedAttention
 
 
-class Seen(NamedTuple):
-    """An attention layer and what came into it: tokens x (B, H, W, C), and rotary tables where it rotates."""
+class LayerInput(NamedTuple):
+    """An attention layer with its input: tokens x (B, H, W, C), and rotary tables if it rotates q and k."""
 
     name: str
     layer: nn.Module
@@ -22,7 +22,7 @@ class Seen(NamedTuple):
 
 
 class GateValues(NamedTuple):
-    """Of one layer: Delta's mean over channels, (B, H, W), and the forget gate's mean over all but images, (B,)."""
+    """Gates of one layer: Delta averaged over channels, (B, H, W), and the forget gate averaged per image, (B,)."""
 
     name: str
     delta: Tensor
@@ -30,9 +30,9 @@ class GateValues(NamedTuple):
 
 
 @torch.no_grad()
-def attention_inputs(model: nn.Module, images: Tensor) -> list[Seen]:
-    """Every attention layer of MLLA or LinearViT, in order, with its inputs for images (B, 3, H, W)."""
-    seen: list[Seen] = []
+def attention_inputs(model: nn.Module, images: Tensor) -> list[LayerInput]:
+    """Return every attention layer of MLLA or LinearViT, in order, with its input for images (B, 3, H, W)."""
+    seen: list[LayerInput] = []
     handles = []
     for name, layer in model.named_modules():
         if isinstance(layer, LinearAttention | UnifiedAttention):
@@ -40,7 +40,7 @@ def attention_inputs(model: nn.Module, images: Tensor) -> list[Seen]:
             short = f"stage {int(stage) + 1}, block {int(block) + 1}"
 
             def keep(module: nn.Module, args: tuple[Tensor, ...], name: str = short) -> None:
-                seen.append(Seen(name, module, args[0], args[-1] if isinstance(args[-1], tuple) else None))
+                seen.append(LayerInput(name, module, args[0], args[-1] if isinstance(args[-1], tuple) else None))
 
             handles.append(layer.register_forward_pre_hook(keep))
     try:
@@ -53,7 +53,7 @@ def attention_inputs(model: nn.Module, images: Tensor) -> list[Seen]:
 
 @torch.no_grad()
 def gate_values(model: nn.Module, images: Tensor) -> list[GateValues]:
-    """The gates of every layer that has them, for images (B, 3, H, W); the values of figure 4 of the paper."""
+    """Return the gates of every layer that has some, for images (B, 3, H, W); the values of figure 4 of the paper."""
     found = []
     for name, layer, x, _ in attention_inputs(model, images):
         if isinstance(layer, UnifiedAttention) and layer.gate is not None:
@@ -66,30 +66,30 @@ def gate_values(model: nn.Module, images: Tensor) -> list[GateValues]:
     return found
 
 
-def attention_map(seen: Seen, query: tuple[int, int], *, rotate: bool = True) -> Tensor:
-    """The weights with which a token reads every token's value, that linear attention never writes out.
+def attention_map(layer_input: LayerInput, query: tuple[int, int], *, rotate: bool = True) -> Tensor:
+    """Return the attention weights of one query token, which linear attention never computes explicitly.
 
     Args:
-        seen: a layer and its input.
-        query: row and column of the token that reads.
+        layer_input: a layer and its input.
+        query: row and column of the query token.
         rotate: False leaves the rotary embedding out, with the same q and k.
 
     Returns:
-        (B, heads, H, W); the mean over a head's channels where gates make them differ. Local and shortcut terms, LePE
-        and D, are not in it. Rotation can make weights negative.
+        (B, heads, H, W), the mean over a head's channels where gates make them differ. The local and shortcut terms,
+        LePE and D, are left out. Rotation can make weights negative.
     """
-    rotary = seen.rotary if rotate else None
-    if isinstance(seen.layer, UnifiedAttention):
-        return unified_map(seen.layer, seen.x, rotary, query)
-    assert isinstance(seen.layer, LinearAttention)
-    return linear_map(seen.layer, seen.x, rotary, query)
+    rotary = layer_input.rotary if rotate else None
+    if isinstance(layer_input.layer, UnifiedAttention):
+        return unified_map(layer_input.layer, layer_input.x, rotary, query)
+    assert isinstance(layer_input.layer, LinearAttention)
+    return linear_map(layer_input.layer, layer_input.x, rotary, query)
 
 
 @torch.no_grad()
 def linear_map(
     layer: LinearAttention, x: Tensor, rotary: tuple[Tensor, Tensor] | None, query: tuple[int, int]
 ) -> Tensor:
-    """rope(q_t) . rope(k_s) / N / (q_t . mean(k) + eps) of MLLA's attention, by head."""
+    """Return rope(q_t) . rope(k_s) / N / (q_t . mean(k) + eps) of MLLA's attention, (B, heads, H, W)."""
     row, column = query
     q, k = (F.elu(layer.qk(x).float()) + 1).chunk(2, dim=-1)  # (B, H, W, C) each
     if rotary is None:
@@ -107,7 +107,7 @@ def linear_map(
 def unified_map(
     layer: UnifiedAttention, x: Tensor, rotary: tuple[Tensor, Tensor] | None, query: tuple[int, int]
 ) -> Tensor:
-    """The output at the query is linear in v: its gradient by v, summed over a head's channels, holds the weights."""
+    """Return the weights (B, heads, H, W) as a gradient: the output at the query is linear in v."""
     row, column = query
     v = torch.zeros_like(x, requires_grad=True)  # as wide as x
     with torch.enable_grad():
@@ -117,9 +117,10 @@ def unified_map(
 
 
 def receptive_fields(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """What the middle token of each stage's output sees of the image: |gradient by the pixels|, summed over colors.
+    """Return the effective receptive field (Luo et al., 2016) of the central token of each stage's output.
 
-    The effective receptive field of Luo et al. (2016), for images (B, 3, H, W): for each stage (B, H, W), from 0 to 1.
+    That is the absolute gradient of the token with respect to the images (B, 3, H, W), summed over colors: for each
+    stage (B, H, W), scaled to a maximum of 1.
     """
     outputs: list[Tensor] = []
     last_blocks: Sequence[nn.Module] = [stage.blocks[-1] for stage in model.stages]  # type: ignore[union-attr,operator]

@@ -1,4 +1,4 @@
-"""What a run records: metrics.jsonl, speed.jsonl, curves.png, TensorBoard's events, and Weights & Biases."""
+"""Records of a run: metrics.jsonl, speed.jsonl, curves.png, TensorBoard's events, and Weights & Biases."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""What follows from a configuration, the number of processes and the size of the training set."""
+"""Lengths and scaled rates, derived from configuration, number of processes and size of the training set."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""From a command to a process at work, and from whatever ends it to one clear line and an exit code."""
+"""Start and end of a process: errors become one clear line, or a traceback, and an exit code."""
 
 import os
 import sys

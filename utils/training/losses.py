@@ -1,4 +1,4 @@
-"""A classifier's training loss: soft-target cross-entropy, with MESA's second term."""
+"""Training loss of a classifier: cross-entropy with soft targets, and MESA's second term."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from utils.speed.streams import start_on_side_stream
 
 
 def training_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None, ratio: float = 0.0) -> Tensor:
-    """CE(logits, targets) + ratio * CE(logits, softmax(teacher_logits)), in float32 or wider, as a scalar.
+    """Return CE(logits, targets) + ratio * CE(logits, softmax(teacher_logits)), a scalar in float32 or wider.
 
     The second term is MESA's (Du et al. 2022, arXiv 2205.14083): the teacher is the EMA model on the same batch.
 
@@ -26,15 +26,15 @@ def training_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None
 
 
 class ClassificationLoss:
-    """What a training step minimizes: `training_loss` of a model, with a teacher from some step on.
+    """Loss of a classifier's training step: `training_loss`, with MESA's teacher from a given step on.
 
-    On a GPU the teacher runs beside the model, on a stream of its own.
+    On a GPU the teacher runs concurrently with the model, on its own stream.
 
     Args:
-        model: images (B, 3, H, W) to logits (B, classes); in DDP where there are several processes.
-        teacher: MESA's, in evaluation mode; None without MESA.
-        mesa_ratio: weight of its term.
-        mesa_start_step: the first step that asks it.
+        model: images (B, 3, H, W) to logits (B, classes); wrapped in DDP if there are several processes.
+        teacher: the EMA model, in evaluation mode; None without MESA.
+        mesa_ratio: weight of MESA's term.
+        mesa_start_step: first step that uses the teacher.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class ClassificationLoss:
         self.mesa_start_step = mesa_start_step
 
     def variant(self, step: int) -> bool:
-        """Of what a step's work depends on beside its batch: whether it asks the teacher."""
+        """Return whether a step uses the teacher; its work depends on nothing else but the batch."""
         return self.teacher is not None and step >= self.mesa_start_step
 
     def __call__(self, batch: tuple[Tensor, Tensor], step: int) -> dict[str, Tensor]:
-        """The loss of (images (B, 3, H, W), targets (B, classes)) in step `step` of the run."""
+        """Return the loss of (images (B, 3, H, W), targets (B, classes)) in step `step` of the run."""
         images, targets = batch
         if not self.variant(step):
             return {"loss": training_loss(self.model(images), targets)}
@@ -60,6 +60,6 @@ class ClassificationLoss:
 
     @torch.no_grad()
     def teacher_logits(self, images: Tensor) -> Tensor:
-        """Its logits (B, classes)."""
+        """Return the teacher's logits (B, classes)."""
         assert self.teacher is not None
         return self.teacher(images)
