@@ -25,7 +25,7 @@ from data.prefetch import Normalizer
 from data.sources.digits import Digits
 from data.transforms import EvalTransform, denormalize
 from models.build import build_model
-from models.inspection import Seen, attention_inputs, attention_map, gate_values, receptive_fields
+from models.inspection import LayerInput, attention_inputs, attention_map, gate_values, receptive_fields
 from utils.checkpoint.weights import load_weights, read_state_dict
 from utils.checkpoint.weights_file import load_checkpoint
 from utils.config.command_line import Parser, at_least, report_user_errors
@@ -197,7 +197,7 @@ def draw_attention(
     return written
 
 
-def query_map(seen: Seen, query: tuple[float, float], *, rotate: bool) -> np.ndarray:
+def query_map(seen: LayerInput, query: tuple[float, float], *, rotate: bool) -> np.ndarray:
     """Return weights (B, H, W), mean over heads, times the number of tokens: uniform attention is 1 everywhere."""
     height, width = seen.x.shape[1:3]
     position = min(int(query[0] * height), height - 1), min(int(query[1] * width), width - 1)
