@@ -1,7 +1,6 @@
 """Whether a Triton kernel computes a tensor, or eager PyTorch; imports no Triton."""
 
 import logging
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -22,6 +21,19 @@ class KernelsUnavailableError(ValueError):
     """MODEL.KERNELS is triton, and the kernels cannot compute the model."""
 
 
+def can_run(mode: str, x: Tensor) -> bool:
+    """Return whether any kernel can compute x, on its device.
+
+    Raises:
+        KernelsUnavailableError: `mode` is "triton" and there is no Triton for the device.
+    """
+    device_type = x.device.type
+    if mode == "torch" or device_type == "meta":
+        return False
+    reason = missing_triton(device_type)
+    return not reason or fall_back(mode, reason)
+
+
 def supports(
     mode: str,
     x: Tensor,
@@ -31,9 +43,9 @@ def supports(
     head_dim: int = 32,
     norm: nn.Module | None = None,
     dtype: torch.dtype | None = None,
-    unsupported_parts: Callable[[], str] | None = None,
+    unsupported_parts: str = "",
 ) -> bool:
-    """Return whether a kernel computes tokens x (B, H, W, C), or images (B, C, H, W).
+    """Return whether a kernel computes tokens x (B, H, W, C), or images (B, C, H, W), for which `can_run`.
 
     Args:
         mode: MODEL.KERNELS. "auto" trusts a kernel that passed its self-test, which runs here where set-up ran none.
@@ -43,21 +55,18 @@ def supports(
         head_dim: channels of an attention head.
         norm: the normalization that the kernel replaces.
         dtype: what the kernel computes in; None for that of x.
-        unsupported_parts: returns why the parts of the module are not those that the kernel computes, or "".
+        unsupported_parts: why the parts of the module are not those that the kernel computes, or "".
 
     Raises:
         KernelsUnavailableError: `mode` is "triton" and the kernel cannot compute this.
     """
-    if mode == "torch" or x.device.type == "meta":
-        return False
     dtype = dtype or x.dtype
-    reason = missing_triton(x.device.type) or unsupported_reason(dtype, channels, head_dim, norm)
-    if not reason and x.shape[0] == 0:
+    shape = x.shape
+    if shape[0] == 0:
         return False  # there is nothing to compute
-    if not reason and unsupported_parts is not None:
-        reason = unsupported_parts()
+    reason = unsupported_reason(dtype, channels, head_dim, norm) or unsupported_parts
     if not reason and mode == "auto":
-        reason = failed_self_test(kernel, x.device, dtype, channels, head_dim, self_test_rows(x.shape[1]))
+        reason = failed_self_test(kernel, x.device, dtype, channels, head_dim, self_test_rows(shape[1]))
     return not reason or fall_back(mode, reason)
 
 
@@ -99,7 +108,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def self_test_rows(rows: int) -> int:
     """Return how many rows of tokens the self-test takes for grids of `rows` rows."""
-    return next((tested for most, tested in GRID_CLASSES if rows <= most), LARGE_GRID_ROWS)
+    for most, tested in GRID_CLASSES:
+        if rows <= most:
+            return tested
+    return LARGE_GRID_ROWS
 
 
 @torch.compiler.assume_constant_result

@@ -152,12 +152,21 @@ class FusedMLLABlock(FusedModule, MLLABlock):
     """A block of which kernels compute both halves, or the one whose parts are original."""
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        x = self.fused_mixer(x, rotary) if self.supports("mixer", x) else self.mix_tokens(x, rotary)
-        return self.fused_mlp(x) if self.supports("mlp_branch", x) else self.mix_channels(x)
+        if not dispatch.can_run(self.kernels, x):
+            return super().forward(x, rotary)
+        dtype, attention = compute_dtype(x), self.attn
+        mixer = {"norm": self.norm1, "head_dim": attention.dim // attention.num_heads}
+        if self.supports("mixer", x, dtype, unsupported_parts=self.unsupported_mixer(), **mixer):
+            x = self.fused_mixer(x.to(dtype), rotary)
+        else:
+            x = self.mix_tokens(x, rotary)
+        if self.supports("mlp_branch", x, dtype, unsupported_parts=self.unsupported_mlp(), norm=self.norm2):
+            return self.fused_mlp(x.to(dtype))
+        return self.mix_channels(x)
 
-    def supports(self, kernel: str, x: Tensor) -> bool:
-        """Return whether kernels compute a half of the block, "mixer" or "mlp_branch", for tokens x (B, H, W, C)."""
-        return block_supports(self, kernel, x, self.unsupported_mixer if kernel == "mixer" else self.unsupported_mlp)
+    def supports(self, kernel: str, x: Tensor, dtype: torch.dtype, **needs: Any) -> bool:
+        """Return whether a kernel computes tokens x (B, H, W, C) in a dtype."""
+        return dispatch.supports(self.kernels, x, kernel, channels=x.shape[-1], dtype=dtype, **needs)
 
     def unsupported_mixer(self) -> str:
         return "" if self.has_original(mixer_parts) else UNKNOWN_MIXER
@@ -167,8 +176,7 @@ class FusedMLLABlock(FusedModule, MLLABlock):
         return UNKNOWN_MLP if drops_out or not self.has_original(mlp_parts) else ""
 
     def fused_mixer(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Compute `mix_tokens`, in autocast's dtype where there is autocast."""
-        x = x.to(compute_dtype(x))
+        """Compute `mix_tokens` in the dtype of x, which is autocast's where there is autocast."""
         norm, attention = cast("nn.LayerNorm", self.norm1), self.attn
         if torch.is_grad_enabled() or self.training:
             return autograd().Mixer.apply(
@@ -183,8 +191,7 @@ class FusedMLLABlock(FusedModule, MLLABlock):
         return x + self.out_proj(gated)
 
     def fused_mlp(self, x: Tensor) -> Tensor:
-        """Compute `mix_channels`, in autocast's dtype where there is autocast."""
-        x = x.to(compute_dtype(x))
+        """Compute `mix_channels` in the dtype of x."""
         norm, fc1, fc2 = cast("nn.LayerNorm", self.norm2), cast("nn.Linear", self.mlp.fc1), self.mlp.fc2
         if torch.is_grad_enabled() or self.training:
             return autograd().MlpBranch.apply(
@@ -192,25 +199,9 @@ class FusedMLLABlock(FusedModule, MLLABlock):
                 *(fc1.weight, fc1.bias, fc2.weight, fc2.bias),
             )
         x, y = conv_norm(x, self.cpe2, norm)
-        if self.attn.dim <= WIDEST_FUSED_MLP and block_supports(self, "mlp", x):
+        if x.shape[-1] <= WIDEST_FUSED_MLP and self.supports("mlp", x, x.dtype):
             return ops().mlp(y, fc1.weight, fc1.bias, fc2.weight, fc2.bias, x)
         return x + fc2(ops().gelu(fc1(y)))
-
-
-def block_supports(block: Any, kernel: str, x: Tensor, unsupported_parts: Callable[[], str] | None = None) -> bool:
-    """Return whether a kernel computes tokens x (B, H, W, C) of a block, which has the names of `MLLABlock`."""
-    attention, needs = block.attn, {}
-    if kernel == "mixer":
-        needs = {"norm": block.norm1, "head_dim": attention.dim // attention.num_heads}
-    elif kernel == "mlp_branch":
-        needs = {"norm": block.norm2}
-    return dispatch.supports(
-        *(block.kernels, x, kernel),
-        channels=attention.dim,
-        dtype=compute_dtype(x),
-        unsupported_parts=unsupported_parts,
-        **needs,
-    )
 
 
 def conv_norm(
@@ -254,8 +245,13 @@ class FusedStem(FusedModule, Stem):
         x = pad_to_multiple(images, 4)
         layer, dtype = self.conv1, compute_dtype(x)
         width = layer.conv.out_channels
-        is_known = width <= WIDEST_STEM and not needs_gradient(images) and self.has_original(stem_parts)
-        if not (is_known and dispatch.supports(self.kernels, x, "stem_conv", channels=width, dtype=dtype)):
+        if not (
+            dispatch.can_run(self.kernels, x)
+            and width <= WIDEST_STEM
+            and not needs_gradient(images)
+            and self.has_original(stem_parts)
+            and dispatch.supports(self.kernels, x, "stem_conv", channels=width, dtype=dtype)
+        ):
             return super().forward(images)
         x = layer.act(layer.norm(ops().stem_conv(x, layer.conv.weight, dtype)))  # (B, E / 2, H / 2, W / 2)
         x = x + self.conv2(x)
@@ -299,7 +295,8 @@ class FusedDownsample(FusedModule, Downsample):
         widen, depthwise, narrow = layers_of(self)
         width = widen.conv.out_channels
         if not (
-            self.has_original(downsample_parts)
+            dispatch.can_run(self.kernels, tokens)
+            and self.has_original(downsample_parts)
             and dispatch.supports(self.kernels, tokens, "wide_conv", channels=width, dtype=dtype)
         ):
             return super().forward(tokens)

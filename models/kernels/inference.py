@@ -1,7 +1,7 @@
 """A copy of a model for fast inference: batch norms folded into convolutions, matrix products joined, weights cast."""
 
 from copy import deepcopy
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,6 @@ from models.kernels.dispatch import compute_dtype
 from models.kernels.fused_modules import (
     WIDEST_FUSED_MLP,
     WIDEST_STEM,
-    block_supports,
     conv_norm,
     conv_silu,
     fused_attention,
@@ -88,7 +87,7 @@ class InferenceStem(nn.Module):
         x = pad_to_multiple(images, 4)
         conv, dtype = self.conv1.conv, compute_dtype(x)
         width = conv.out_channels
-        is_known = width <= WIDEST_STEM and not needs_gradient(images)
+        is_known = dispatch.can_run(self.kernels, x) and width <= WIDEST_STEM and not needs_gradient(images)
         if is_known and dispatch.supports(self.kernels, x, "stem_conv_relu", channels=width, dtype=dtype):
             x = ops().stem_conv_relu(x, conv.weight, conv.bias, dtype)  # (B, E / 2, H / 2, W / 2)
         else:
@@ -127,9 +126,16 @@ class InferenceBlock(nn.Module):
         """Map tokens x (B, H, W, C) to (B, H, W, C); `rotary` holds (cos, sin) of `position_tables`."""
         return self.mix_channels(self.mix_tokens(x, rotary))
 
+    def supports(self, kernel: str, x: Tensor, **needs: Any) -> bool:
+        """Return whether a kernel computes tokens x (B, H, W, C)."""
+        channels, dtype = x.shape[-1], compute_dtype(x)
+        return dispatch.can_run(self.kernels, x) and dispatch.supports(
+            self.kernels, x, kernel, channels=channels, dtype=dtype, **needs
+        )
+
     def mix_tokens(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Add the attention branch, (B, H, W, C) -> (B, H, W, C)."""
-        if block_supports(self, "mixer", x):
+        if self.supports("mixer", x, norm=self.norm1, head_dim=self.attn.dim // self.attn.num_heads):
             x, y = conv_norm(x.to(compute_dtype(x)), self.cpe1, self.norm1, self.out_bias)
             inner, gate = self.in_proj(y).chunk(2, dim=-1)
             gated = fused_attention(self.attn, conv_silu(inner, self.dwc), gate, rotary)
@@ -142,9 +148,9 @@ class InferenceBlock(nn.Module):
     def mix_channels(self, x: Tensor) -> Tensor:
         """Add the MLP branch, (B, H, W, C) -> (B, H, W, C)."""
         fc1, fc2 = self.fc1, self.fc2
-        is_fused = block_supports(self, "mlp_branch", x)
+        is_fused = self.supports("mlp_branch", x, norm=self.norm2)
         x, y = (conv_norm if is_fused else eager_conv_norm)(x, self.cpe2, self.norm2, self.mlp_bias)
-        if not self.adds_mlp and block_supports(self, "mlp", x):
+        if not self.adds_mlp and self.supports("mlp", x):
             return ops().mlp(y.to(x.dtype), fc1.weight, fc1.bias, fc2.weight, fc2.bias, x)
         if self.adds_mlp and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and fc1.weight.dtype == x.dtype:
             hidden = linear_gelu(y.to(x.dtype), fc1.weight, fc1.bias)  # in eager mode autocast left y in float32

@@ -24,13 +24,13 @@ def test_eager_where_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None
     lines: list[str] = []
     monkeypatch.setattr(dispatch.logger, "info", lambda line, *parts: lines.append(line % parts))
     dispatch.log_fallback_once.cache_clear()
-    assert not any(dispatch.supports("auto", tokens, "mixer", channels=32) for _ in range(3))
-    assert not dispatch.supports("torch", tokens, "mixer", channels=32)
+    assert not any(dispatch.can_run("auto", tokens) for _ in range(3))
+    assert not dispatch.can_run("torch", tokens)
     assert lines == ["Triton kernels: falls back to eager PyTorch: there is no Triton for the device cpu"]
     with pytest.raises(
         KernelsUnavailableError, match=r"MODEL\.KERNELS triton: .* no Triton for the device cpu; use auto"
     ):
-        dispatch.supports("triton", tokens, "mixer", channels=32)
+        dispatch.can_run("triton", tokens)
     with pytest.raises(KernelsUnavailableError, match=r"MODEL\.KERNELS triton"):
         use_kernels(MLLA(**SIZES), "triton")(IMAGES)  # type: ignore[arg-type]
 
