@@ -1,7 +1,7 @@
 """Whether a Triton kernel computes a tensor, or eager PyTorch; imports no Triton."""
 
 import logging
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +41,8 @@ def supports(
     *,
     channels: int,
     head_dim: int = 32,
-    norm: nn.Module | None = None,
     dtype: torch.dtype | None = None,
-    unsupported_parts: str = "",
+    reason: str = "",
 ) -> bool:
     """Return whether a kernel computes tokens x (B, H, W, C), or images (B, C, H, W), for which `can_run`.
 
@@ -53,9 +52,8 @@ def supports(
         kernel: its name.
         channels: the width that the kernel sees: C, or that of a hidden layer.
         head_dim: channels of an attention head.
-        norm: the normalization that the kernel replaces.
         dtype: what the kernel computes in; None for that of x.
-        unsupported_parts: why the parts of the module are not those that the kernel computes, or "".
+        reason: why the kernels do not support the module, or "".
 
     Raises:
         KernelsUnavailableError: `mode` is "triton" and the kernel cannot compute this.
@@ -64,7 +62,8 @@ def supports(
     shape = x.shape
     if shape[0] == 0:
         return False  # there is nothing to compute
-    reason = unsupported_reason(dtype, channels, head_dim, norm) or unsupported_parts
+    if dtype not in DTYPES:
+        reason = f"the kernels do not support {dtype}"
     if not reason and mode == "auto":
         reason = failed_self_test(kernel, x.device, dtype, channels, head_dim, self_test_rows(shape[1]))
     return not reason or fall_back(mode, reason)
@@ -82,14 +81,10 @@ def fall_back(mode: str, reason: str) -> bool:
     return False
 
 
-def unsupported_reason(dtype: torch.dtype, channels: int, head_dim: int, norm: nn.Module | None) -> str:
-    """Return why the kernels do not support such tokens, or an empty string."""
-    if dtype not in DTYPES:
-        return f"the kernels do not support {dtype}"
+def unsupported_reason(channels: int, head_dim: int, norm: nn.Module) -> str:
+    """Return why the kernels do not support blocks of this width, head dim and norm, or an empty string."""
     if head_dim not in HEAD_DIMS:
         return f"heads of {head_dim} channels; the kernels support {', '.join(map(str, HEAD_DIMS))}"
-    if norm is None:
-        return ""
     if channels > LARGEST_WIDTH:
         return f"{channels} channels are more than {LARGEST_WIDTH}"
     if type(norm) is not nn.LayerNorm:
@@ -138,9 +133,18 @@ def failed_self_test(
     kernel: str, device: torch.device, dtype: torch.dtype, channels: int, head_dim: int, rows: int
 ) -> str:
     """Return why a kernel is not to be trusted for this problem, or an empty string."""
+    return self_test_verdict(kernel, device, dtype, int(channels), int(head_dim), int(rows))
+
+
+@cache
+def self_test_verdict(
+    kernel: str, device: torch.device, dtype: torch.dtype, channels: int, head_dim: int, rows: int
+) -> str:
+    """Run the self-test of a kernel; the cache is this process's table of verdicts."""
     from models.kernels import self_test
 
-    return self_test.verdict(kernel, device, dtype, int(channels), int(head_dim), int(rows))
+    batch = self_test.full_batch(device, channels)
+    return self_test.find_error(kernel, device, dtype, channels, head_dim, rows=rows, batch=batch)
 
 
 @torch.compiler.assume_constant_result

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from models.attention import LinearAttention
 from models.kernels import dispatch
-from models.kernels.dispatch import compute_dtype
+from models.kernels.dispatch import HEAD_DIMS, compute_dtype, unsupported_reason
 from models.layers import ConvLayer, DepthwiseConv, Downsample, DropPath, Stem, TokenConv, pad_to_multiple
 from models.mlla import MLLABlock
 
 RGB, WIDEST_STEM = 3, 128  # channels of the images that the stem's kernel reads, and at most of its outputs
 WIDEST_FUSED_MLP = 128  # beyond, the matrix products are too large to keep a hidden layer in registers
-UNKNOWN_MIXER = "a part of the block was replaced or has hooks, and must be called"
-UNKNOWN_MLP = "the kernels support no MLP with dropout (MODEL.DROP_RATE), with hooks, or with replaced parts"
+UNKNOWN_PARTS = "a part of the module was replaced or has hooks, and must be called"
+DROPOUT = "the kernels do not support dropout in MLPs (MODEL.DROP_RATE)"
 
 
 def ops() -> Any:
@@ -40,11 +40,15 @@ def autograd() -> Any:
 
 
 class Parts(NamedTuple):
-    """Parts of a module that a kernel reads or leaves out, and what they must be for it to compute the same."""
+    """Parts of a module that a kernel reads or leaves out, and what they must be for it to compute the same.
+
+    `reason` says why no kernel supports the module, whatever its parts are.
+    """
 
     types: tuple[tuple[nn.Module, type[nn.Module]], ...]
     has_bias: tuple[tuple[nn.Module, bool], ...] = ()
     settings: tuple[tuple[nn.Module, str, object], ...] = ()
+    reason: str = ""
 
     def are_original(self) -> bool:
         """Return whether no part was replaced, parametrized or hooked."""
@@ -65,7 +69,7 @@ class Snapshot:
     """The verdict on a module's parts, and what it rests on: it holds until one of these has changed."""
 
     def __init__(self, owner: nn.Module, parts: Parts) -> None:
-        self.are_original = parts.are_original()
+        self.reason = parts.reason or ("" if parts.are_original() else UNKNOWN_PARTS)
         self.modules = [part for part, _ in parts.types]
         self.types = [type(part) for part in self.modules]
         self.children_of = [module._modules for module in (owner, *self.modules) if module._modules]
@@ -103,15 +107,16 @@ class FusedModule(nn.Module):
     kernels: str
     snapshots: dict[Callable[[Any], Parts], Snapshot]
 
-    def has_original(self, find_parts: Callable[[Any], Parts]) -> bool:
-        """Return whether the parts that `find_parts` lists are original; remembered until one of them changes."""
+    def unsupported(self, find_parts: Callable[[Any], Parts]) -> str:
+        """Return why kernels do not support the parts that `find_parts` lists, or ""; remembered until one changes."""
         if torch.compiler.is_compiling():
-            return find_parts(self).are_original()
+            parts = find_parts(self)
+            return parts.reason or ("" if parts.are_original() else UNKNOWN_PARTS)
         snapshot = self.snapshots.get(find_parts)
         if snapshot is None or not snapshot.is_current():
             snapshot = Snapshot(self, find_parts(self))
             self.snapshots = {**self.snapshots, find_parts: snapshot}  # a new one: replicas share the old dictionary
-        return snapshot.are_original
+        return snapshot.reason
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "snapshots": {}}  # of copies and files: they have parts of their own
@@ -130,7 +135,8 @@ def mixer_parts(block: MLLABlock) -> Parts:
             (attention, LinearAttention),
             (block.drop_path, DropPath),
         ),
-        has_bias=tuple((part, True) for part in (*linears, *convs)),
+        has_bias=tuple((part, True) for part in (*linears, *convs, block.norm1)),
+        reason=unsupported_reason(attention.dim, attention.dim // attention.num_heads, block.norm1),
     )
 
 
@@ -143,8 +149,9 @@ def mlp_parts(block: MLLABlock) -> Parts:
             *((mlp.fc1, nn.Linear), (mlp.act, nn.GELU), (mlp.norm, nn.Identity), (mlp.fc2, nn.Linear)),
             *((mlp.drop1, nn.Dropout), (mlp.drop2, nn.Dropout)),
         ),
-        has_bias=((block.cpe2, True), (mlp.fc1, True), (mlp.fc2, True)),
+        has_bias=tuple((part, True) for part in (block.cpe2, block.norm2, mlp.fc1, mlp.fc2)),
         settings=((mlp.act, "approximate", "none"),),
+        reason=unsupported_reason(block.attn.dim, HEAD_DIMS[0], block.norm2),
     )
 
 
@@ -155,25 +162,22 @@ class FusedMLLABlock(FusedModule, MLLABlock):
         if not dispatch.can_run(self.kernels, x):
             return super().forward(x, rotary)
         dtype, attention = compute_dtype(x), self.attn
-        mixer = {"norm": self.norm1, "head_dim": attention.dim // attention.num_heads}
-        if self.supports("mixer", x, dtype, unsupported_parts=self.unsupported_mixer(), **mixer):
+        head_dim = attention.dim // attention.num_heads
+        if self.supports("mixer", x, dtype, self.unsupported(mixer_parts), head_dim):
             x = self.fused_mixer(x.to(dtype), rotary)
         else:
             x = self.mix_tokens(x, rotary)
-        if self.supports("mlp_branch", x, dtype, unsupported_parts=self.unsupported_mlp(), norm=self.norm2):
+        dropout = self.mlp.drop1
+        drops_out = dropout.training and dropout.p > 0
+        if self.supports("mlp_branch", x, dtype, DROPOUT if drops_out else self.unsupported(mlp_parts)):
             return self.fused_mlp(x.to(dtype))
         return self.mix_channels(x)
 
-    def supports(self, kernel: str, x: Tensor, dtype: torch.dtype, **needs: Any) -> bool:
-        """Return whether a kernel computes tokens x (B, H, W, C) in a dtype."""
-        return dispatch.supports(self.kernels, x, kernel, channels=x.shape[-1], dtype=dtype, **needs)
-
-    def unsupported_mixer(self) -> str:
-        return "" if self.has_original(mixer_parts) else UNKNOWN_MIXER
-
-    def unsupported_mlp(self) -> str:
-        drops_out = self.mlp.drop1.training and self.mlp.drop1.p > 0
-        return UNKNOWN_MLP if drops_out or not self.has_original(mlp_parts) else ""
+    def supports(self, kernel: str, x: Tensor, dtype: torch.dtype, reason: str = "", head_dim: int = 32) -> bool:
+        """Return whether a kernel computes tokens x (B, H, W, C) in a dtype; `reason`: why not the block's parts."""
+        return dispatch.supports(
+            self.kernels, x, kernel, channels=x.shape[-1], head_dim=head_dim, dtype=dtype, reason=reason
+        )
 
     def fused_mixer(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Compute `mix_tokens` in the dtype of x, which is autocast's where there is autocast."""
@@ -249,7 +253,7 @@ class FusedStem(FusedModule, Stem):
             dispatch.can_run(self.kernels, x)
             and width <= WIDEST_STEM
             and not needs_gradient(images)
-            and self.has_original(stem_parts)
+            and not self.unsupported(stem_parts)
             and dispatch.supports(self.kernels, x, "stem_conv", channels=width, dtype=dtype)
         ):
             return super().forward(images)
@@ -296,7 +300,7 @@ class FusedDownsample(FusedModule, Downsample):
         width = widen.conv.out_channels
         if not (
             dispatch.can_run(self.kernels, tokens)
-            and self.has_original(downsample_parts)
+            and not self.unsupported(downsample_parts)
             and dispatch.supports(self.kernels, tokens, "wide_conv", channels=width, dtype=dtype)
         ):
             return super().forward(tokens)

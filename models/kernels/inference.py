@@ -1,7 +1,7 @@
 """A copy of a model for fast inference: batch norms folded into convolutions, matrix products joined, weights cast."""
 
 from copy import deepcopy
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -109,6 +109,7 @@ class InferenceBlock(nn.Module):
     def __init__(self, block: MLLABlock) -> None:
         super().__init__()
         self.kernels = getattr(block, "kernels", "torch")
+        self.unsupported_mixer, self.unsupported_mlp = mixer_parts(block).reason, mlp_parts(block).reason
         self.cpe1, self.norm1 = block.cpe1, cast("nn.LayerNorm", block.norm1)
         self.in_proj = joined(block.in_proj, block.act_proj)
         self.dwc, self.attn, self.out_proj = block.dwc, block.attn, without_bias(block.out_proj)
@@ -126,16 +127,20 @@ class InferenceBlock(nn.Module):
         """Map tokens x (B, H, W, C) to (B, H, W, C); `rotary` holds (cos, sin) of `position_tables`."""
         return self.mix_channels(self.mix_tokens(x, rotary))
 
-    def supports(self, kernel: str, x: Tensor, **needs: Any) -> bool:
+    def supports(self, kernel: str, x: Tensor) -> bool:
         """Return whether a kernel computes tokens x (B, H, W, C)."""
-        channels, dtype = x.shape[-1], compute_dtype(x)
+        is_mixer = kernel == "mixer"
         return dispatch.can_run(self.kernels, x) and dispatch.supports(
-            self.kernels, x, kernel, channels=channels, dtype=dtype, **needs
+            *(self.kernels, x, kernel),
+            channels=x.shape[-1],
+            head_dim=self.attn.dim // self.attn.num_heads if is_mixer else 32,
+            dtype=compute_dtype(x),
+            reason=self.unsupported_mixer if is_mixer else self.unsupported_mlp,
         )
 
     def mix_tokens(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Add the attention branch, (B, H, W, C) -> (B, H, W, C)."""
-        if self.supports("mixer", x, norm=self.norm1, head_dim=self.attn.dim // self.attn.num_heads):
+        if self.supports("mixer", x):
             x, y = conv_norm(x.to(compute_dtype(x)), self.cpe1, self.norm1, self.out_bias)
             inner, gate = self.in_proj(y).chunk(2, dim=-1)
             gated = fused_attention(self.attn, conv_silu(inner, self.dwc), gate, rotary)
@@ -148,7 +153,7 @@ class InferenceBlock(nn.Module):
     def mix_channels(self, x: Tensor) -> Tensor:
         """Add the MLP branch, (B, H, W, C) -> (B, H, W, C)."""
         fc1, fc2 = self.fc1, self.fc2
-        is_fused = self.supports("mlp_branch", x, norm=self.norm2)
+        is_fused = self.supports("mlp_branch", x)
         x, y = (conv_norm if is_fused else eager_conv_norm)(x, self.cpe2, self.norm2, self.mlp_bias)
         if not self.adds_mlp and self.supports("mlp", x):
             return ops().mlp(y.to(x.dtype), fc1.weight, fc1.bias, fc2.weight, fc2.bias, x)

@@ -4,8 +4,6 @@ A verdict counts for one kernel, device, dtype, width, head dim and class of gri
 model needs when it is set up; `dispatch` asks for one that is missing at the first call.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
@@ -13,11 +11,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 from models.kernels import dispatch
 from models.kernels.fused_modules import (
     WIDEST_FUSED_MLP,
+    WIDEST_STEM,
     FusedDownsample,
     FusedMLLABlock,
     FusedModule,
     FusedStem,
+    downsample_parts,
     layers_of,
+    mixer_parts,
+    mlp_parts,
+    stem_parts,
 )
 from models.kernels.inference import InferenceBlock, InferenceStem
 from models.mlla import MLLA
@@ -42,7 +45,9 @@ def run_self_test(model: nn.Module, dtype: torch.dtype, image_size: int | tuple[
     if not cases or device.type == "meta":
         return
     reason = dispatch.missing_triton(device.type) or ("" if dtype in dispatch.DTYPES else f"{dtype} is not supported")
-    reasons = {reason} if reason else {verdict(name, device, dtype, *sizes) for name, *sizes in cases}
+    reasons = (
+        {reason} if reason else {dispatch.self_test_verdict(name, device, dtype, *sizes) for name, *sizes in cases}
+    )
     for reason in sorted(filter(None, reasons)):
         dispatch.log_fallback(reason)
     if reasons == {""}:
@@ -75,21 +80,25 @@ def module_cases(module: nn.Module | None, rows: int) -> list[Case]:
         return []
     rows = dispatch.self_test_rows(rows)
     if isinstance(module, FusedStem | InferenceStem):
-        kernel = "stem_conv" if isinstance(module, FusedStem) else "stem_conv_relu"
-        return [(kernel, module.conv1.conv.out_channels, 32, rows)]
+        kernel, width = "stem_conv_relu", module.conv1.conv.out_channels
+        if isinstance(module, FusedStem):
+            kernel = "" if module.unsupported(stem_parts) else "stem_conv"
+        return [(kernel, width, 32, rows)] if kernel and width <= WIDEST_STEM else []
     if isinstance(module, FusedDownsample):
-        return [("wide_conv", layers_of(module)[0].conv.out_channels, 32, rows)]
+        width = layers_of(module)[0].conv.out_channels
+        return [] if module.unsupported(downsample_parts) else [("wide_conv", width, 32, rows)]
     assert isinstance(module, FusedMLLABlock | InferenceBlock)
-    attention = module.attn
-    kernels = ("mlp_branch", "mlp") if attention.dim <= WIDEST_FUSED_MLP else ("mlp_branch",)
-    mixer = ("mixer", attention.dim, attention.dim // attention.num_heads, rows)
-    return [mixer, *((kernel, attention.dim, 32, rows) for kernel in kernels)]
-
-
-@cache
-def verdict(kernel: str, device: torch.device, dtype: torch.dtype, channels: int, head_dim: int, rows: int) -> str:
-    """Return why a kernel is not to be trusted, or an empty string; the cache is the table of verdicts."""
-    return find_error(kernel, device, dtype, channels, head_dim, rows=rows, batch=full_batch(device, channels))
+    if isinstance(module, FusedMLLABlock):
+        reasons = module.unsupported(mixer_parts), module.unsupported(mlp_parts)
+    else:
+        reasons = module.unsupported_mixer, module.unsupported_mlp
+    attention, cases = module.attn, []
+    if not reasons[0]:
+        cases.append(("mixer", attention.dim, attention.dim // attention.num_heads, rows))
+    if not reasons[1]:
+        kernels = ("mlp_branch", "mlp") if attention.dim <= WIDEST_FUSED_MLP else ("mlp_branch",)
+        cases += [(kernel, attention.dim, 32, rows) for kernel in kernels]
+    return cases
 
 
 def full_batch(device: torch.device, channels: int) -> int:

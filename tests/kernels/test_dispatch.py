@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models import MLLA, use_kernels
 from models.kernels import dispatch
 from models.kernels.dispatch import KernelsUnavailableError
-from models.kernels.fused_modules import FusedDownsample, FusedMLLABlock, FusedStem
+from models.kernels.fused_modules import FusedDownsample, FusedMLLABlock, FusedStem, mixer_parts, mlp_parts
 from models.layers import Downsample, Stem
 from models.mlla import MLLABlock
 
@@ -36,12 +36,12 @@ def test_eager_where_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_unsupported_reasons() -> None:
-    def reason(dtype: torch.dtype = torch.float32, width: int = 64, **options: object) -> str:
-        options = {"head_dim": 32, "norm": None, **options}
-        return dispatch.unsupported_reason(dtype, width, **options)  # type: ignore[arg-type]
+    def reason(width: int = 64, head_dim: int = 32, norm: nn.Module | None = None) -> str:
+        return dispatch.unsupported_reason(width, head_dim, norm or nn.LayerNorm(width))
 
     assert reason() == ""
-    assert "float64" in reason(torch.float64)
+    with pytest.raises(KernelsUnavailableError, match="float64"):
+        dispatch.supports("triton", torch.zeros(1, 4, 4, 32), "mixer", channels=32, dtype=torch.float64)
     assert "heads of 24 channels" in reason(head_dim=24)
     assert "1056 channels are more than 1024" in reason(width=1056, norm=nn.LayerNorm(1056))
     assert "without weight" in reason(norm=nn.LayerNorm(64, bias=False))
@@ -84,16 +84,16 @@ def test_subclasses_with_a_forward_pass_of_their_own_stay() -> None:
 def test_copies_are_fused_and_watch_their_own_parts(how: str, device: torch.device, trusted: None) -> None:  # noqa: ARG001
     """What changes in the original does not concern a copy, as that of the EMA, nor the other way round."""
     block: FusedMLLABlock = use_kernels(MLLABlock(16, 1)).eval().to(device)  # type: ignore[assignment]
-    assert block.unsupported_mixer() == ""
+    assert block.unsupported(mixer_parts) == ""
     duplicate = {"deepcopy": copy.deepcopy, "pickle": lambda b: pickle.loads(pickle.dumps(b)), "torch.save": saved}[
         how
     ](block)
     assert type(duplicate) is FusedMLLABlock
     assert not duplicate.snapshots
     block.norm1.register_forward_hook(lambda *_: None)
-    assert (block.unsupported_mixer() == "", duplicate.unsupported_mixer()) == (False, "")
+    assert (block.unsupported(mixer_parts) == "", duplicate.unsupported(mixer_parts)) == (False, "")
     duplicate.out_proj = nn.Linear(16, 16, bias=False)
-    assert duplicate.unsupported_mixer()
+    assert duplicate.unsupported(mixer_parts)
 
 
 def saved(block: nn.Module) -> nn.Module:
@@ -107,7 +107,7 @@ def test_parts_are_examined_again_only_when_one_has_changed() -> None:
     block: FusedMLLABlock = use_kernels(MLLABlock(16, 1))  # type: ignore[assignment]
 
     def snapshot() -> object:
-        block.unsupported_mixer()
+        block.unsupported(mixer_parts)
         return block.snapshots
 
     first = snapshot()
@@ -116,15 +116,15 @@ def test_parts_are_examined_again_only_when_one_has_changed() -> None:
     assert snapshot() is first
     handle = block.attn.qk.register_full_backward_hook(lambda *_: None)
     assert snapshot() is not first
-    assert block.unsupported_mixer()
+    assert block.unsupported(mixer_parts)
     handle.remove()
-    assert not block.unsupported_mixer()
+    assert not block.unsupported(mixer_parts)
     bias, block.out_proj.bias = block.out_proj.bias, None  # type: ignore[assignment]
-    assert block.unsupported_mixer()
+    assert block.unsupported(mixer_parts)
     block.out_proj.bias = bias
-    assert not block.unsupported_mixer()
+    assert not block.unsupported(mixer_parts)
     nn.utils.parametrizations.weight_norm(block.in_proj)
-    assert block.unsupported_mixer()
-    assert not block.unsupported_mlp()
+    assert block.unsupported(mixer_parts)
+    assert not block.unsupported(mlp_parts)
     block.mlp.act.approximate = "tanh"
-    assert block.unsupported_mlp()
+    assert block.unsupported(mlp_parts)

@@ -18,7 +18,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lines: list[str] = []
     monkeypatch.setattr(dispatch.logger, "info", lambda line, *parts: lines.append(line % parts))
     dispatch.log_fallback_once.cache_clear()
-    self_test.verdict.cache_clear()
+    dispatch.self_test_verdict.cache_clear()
     return lines
 
 
@@ -52,6 +52,8 @@ def test_cases_of_a_model() -> None:
     expected += [("mlp_branch", 16, 32, 17), ("mlp_branch", 32, 32, 12), ("stem_conv", 8, 32, 6)]
     assert kernel_cases(use_kernels(model), 68) == [*expected, ("wide_conv", 128, 32, 17)]
     assert {case[3] for case in kernel_cases(model, (16, 400))} == {6}
+    model.layers[0].blocks[0].out_proj.register_forward_hook(lambda *_: None)
+    assert ("mixer", 16, 16, 17) not in kernel_cases(model, 68)  # it falls back in any case
     assert kernel_cases(use_kernels(model, "triton"), 68) == []
 
 
@@ -69,7 +71,7 @@ def test_set_up_tests_once_and_logs_one_line(
     with torch.no_grad():
         model(torch.zeros(1, 3, 16, 16, device=device))  # finds all verdicts
     assert len(tested) == len(set(tested)) == len(kernel_cases(model, 16))
-    self_test.verdict.cache_clear()
+    dispatch.self_test_verdict.cache_clear()
 
 
 def test_set_up_logs_what_falls_back(device: torch.device, monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
@@ -77,7 +79,7 @@ def test_set_up_logs_what_falls_back(device: torch.device, monkeypatch: pytest.M
     model = use_kernels(MLLA(**SIZES)).to(device)  # type: ignore[arg-type]
     run_self_test(model, torch.float32, 16)
     assert log == ["Triton kernels: falls back to eager PyTorch: it is wrong"]
-    self_test.verdict.cache_clear()
+    dispatch.self_test_verdict.cache_clear()
 
 
 def test_set_up_without_triton(log: list[str]) -> None:
