@@ -1,16 +1,97 @@
-"""A small problem for each kernel: the kernel, its eager PyTorch reference, and the arguments of both."""
+"""A small problem for each kernel, its eager PyTorch reference, and how far the kernel is from that in float64."""
 
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from models.kernels import autograd, ops
 from models.rope import position_tables, rotate_pairs, spread_over_grid
 
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the norm of each result
+COLUMNS = 6
+FULL_SIZE = 2**14 + 2**13  # images times channels that keep a GPU busy: kernels take the tiles that training takes
+INFERENCE_ONLY = ("mlp", "stem_conv_relu")  # without gradient
 EPS = 1e-5  # of the norms
 Outputs = tuple[Tensor, ...]
+
+
+def full_batch(device: torch.device, channels: int) -> int:
+    """Return the batch size of the self-test: on a GPU large enough for the tiles of training."""
+    return max(2, FULL_SIZE // channels) if device.type == "cuda" else 2
+
+
+def find_error(
+    kernel: str, device: torch.device, dtype: torch.dtype, channels: int, head_dim: int, *, rows: int, batch: int
+) -> str:
+    """Return what is wrong with a kernel at (batch, rows, 6, channels), forward or backward, or an empty string.
+
+    It raises nothing but torch.OutOfMemoryError, and leaves the random number generators as they are.
+    """
+    precision = None
+    try:
+        precision = torch.get_float32_matmul_precision()  # an error where it was set by torch's newer names
+        torch.set_float32_matmul_precision("highest")  # TF32 is not the kernel's fault
+        # A checkpoint around the block must not see what is saved here: hooks of our own hide it.
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+        no_autocast = torch.autocast(device.type, enabled=False)
+        with _disable_current_modes(), torch.inference_mode(False), no_autocast, hooks:
+            worst = largest_error(kernel, device, dtype, channels, head_dim, rows=rows, batch=batch)
+    except torch.OutOfMemoryError:  # not the kernel's fault
+        raise
+    except Exception as error:  # whatever a compiler may say
+        last_line = " ".join(str(error).strip().splitlines()[-1:])
+        return f"the {kernel} kernel fails here, {type(error).__name__}: {last_line}"
+    finally:
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+    tolerance = TOLERANCES[dtype]
+    return "" if worst < tolerance else f"the {kernel} kernel's result is off by {worst:.1e} in {dtype}"
+
+
+def largest_error(
+    kernel: str, device: torch.device, dtype: torch.dtype, channels: int, head_dim: int, *, rows: int, batch: int
+) -> float:
+    """Return the largest of `relative_errors`."""
+    return max(relative_errors(kernel, device, dtype, channels, head_dim, rows=rows, batch=batch))
+
+
+def relative_errors(
+    kernel: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    channels: int,
+    head_dim: int,
+    *,
+    rows: int,
+    batch: int,
+    eager: bool = False,
+) -> list[float]:
+    """Return the errors of results and gradients by norm, relative to float64; infinite where there is a NaN.
+
+    With `eager`, return those of eager PyTorch under autocast of this dtype instead of the kernel's.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0, of: torch.dtype = dtype) -> Tensor:
+        values = torch.randn(*shape, generator=generator, device=device) * scale
+        return values.to(of).requires_grad_(kernel not in INFERENCE_ONLY)
+
+    fused, reference, inputs = problem(kernel, draw, (batch, rows, COLUMNS, channels), head_dim)
+    doubled = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs]
+    trained, doubled_trained = ([tensor for tensor in t if tensor.requires_grad] for t in (inputs, doubled))
+    with torch.set_grad_enabled(bool(trained)):
+        with torch.autocast(device.type, dtype, enabled=eager and dtype != torch.float32):
+            results = list((reference if eager else fused)(*inputs))
+        expected = list(reference(*doubled))
+    if trained:
+        upstream = [torch.randn(o.shape, generator=generator, device=device).to(o.dtype) for o in results]
+        expected += torch.autograd.grad(expected, doubled_trained, [u.double() for u in upstream])
+        results += torch.autograd.grad(results, trained, upstream)
+    errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(results, expected, strict=True)]
+    return [error if error == error else float("inf") for error in errors]
 
 
 def problem(

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from models.kernels import self_test
 from models.kernels.fused_modules import WIDEST_FUSED_MLP, WIDEST_STEM
 
 autograd = pytest.importorskip("models.kernels.autograd", exc_type=ImportError)
+problems = pytest.importorskip("models.kernels.problems", exc_type=ImportError)
 attention = pytest.importorskip("models.kernels.triton.attention", exc_type=ImportError)
 
 KERNELS = ("mixer", "mlp_branch", "mlp", "wide_conv", "stem_conv", "stem_conv_relu")
@@ -29,12 +29,12 @@ def test_kernel(device: torch.device, kernel: str, channels: int, head_dim: int,
     """In 16 bits each result is as near as that of eager PyTorch under autocast, but for one rounding."""
     if device.type == "cpu" and (dtype == torch.bfloat16 or channels > 48):
         pytest.skip("Triton's interpreter computes no products of bfloat16, and is slow")
-    batch = self_test.full_batch(device, channels) if channels == 512 else 2
+    batch = problems.full_batch(device, channels) if channels == 512 else 2
     case = kernel, device, dtype, channels, head_dim
-    errors = self_test.relative_errors(*case, rows=rows, batch=batch)
+    errors = problems.relative_errors(*case, rows=rows, batch=batch)
     bounds = [1e-5] * len(errors)
     if dtype != torch.float32:
-        eager = self_test.relative_errors(*case, rows=rows, batch=batch, eager=True)
+        eager = problems.relative_errors(*case, rows=rows, batch=batch, eager=True)
         bounds = [ROUNDING[dtype] + 1.3 * error for error in eager]
     assert all(e < b for e, b in zip(errors, bounds, strict=True)), (errors, bounds)
 
@@ -42,10 +42,10 @@ def test_kernel(device: torch.device, kernel: str, channels: int, head_dim: int,
 def test_attention_in_many_parts(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "TOKENS_PER_PART", 4)
     monkeypatch.setattr(attention, "num_multiprocessors", lambda _: 64)
-    assert attention.forward_parts(17 * self_test.COLUMNS, 1, device) > attention.MAX_PARTS
-    assert self_test.largest_error("mixer", device, torch.float32, 32, 32, rows=17, batch=1) < 1e-5
+    assert attention.forward_parts(17 * problems.COLUMNS, 1, device) > attention.MAX_PARTS
+    assert problems.largest_error("mixer", device, torch.float32, 32, 32, rows=17, batch=1) < 1e-5
 
 
 def test_mlp_that_keeps_its_hidden_layer(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autograd, "WIDEST_HIDDEN_AGAIN", 0)
-    assert self_test.largest_error("mlp_branch", device, torch.float32, 48, 16, rows=6, batch=1) < 1e-5
+    assert problems.largest_error("mlp_branch", device, torch.float32, 48, 16, rows=6, batch=1) < 1e-5

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from models import MLLA, use_kernels
-from models.kernels import dispatch, self_test
+from models.kernels import dispatch
 from models.kernels.self_test import kernel_cases, run_self_test
+
+problems = pytest.importorskip("models.kernels.problems", exc_type=ImportError)
 
 SIZES = {"embed_dim": 16, "depths": (1, 2), "num_heads": (1, 2), "num_classes": 0}
 
@@ -41,7 +43,7 @@ def test_a_wrong_or_failing_kernel_does_not(device: torch.device, monkeypatch: p
 
     for replacement, words in ((wrong, "is off by"), (failing, "in two lines")):
         monkeypatch.setattr(ops, "conv_silu", replacement)
-        assert words in self_test.find_error("mixer", device, torch.float32, 32, 32, rows=6, batch=2)
+        assert words in problems.find_error("mixer", device, torch.float32, 32, 32, rows=6, batch=2)
 
 
 def test_cases_of_a_model() -> None:
@@ -61,7 +63,7 @@ def test_set_up_tests_once_and_logs_one_line(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, log: list[str]
 ) -> None:
     tested: list[tuple[object, ...]] = []
-    monkeypatch.setattr(self_test, "find_error", lambda *case, **_: tested.append(case) or "")
+    monkeypatch.setattr(problems, "find_error", lambda *case, **_: tested.append(case) or "")
     model = use_kernels(MLLA(**SIZES)).to(device).eval()  # type: ignore[arg-type]
     run_self_test(model, torch.float32, 16)
     run_self_test(model, torch.float32, 16)
@@ -75,7 +77,7 @@ def test_set_up_tests_once_and_logs_one_line(
 
 
 def test_set_up_logs_what_falls_back(device: torch.device, monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
-    monkeypatch.setattr(self_test, "find_error", lambda kernel, *_, **__: "it is wrong" if kernel == "mlp" else "")
+    monkeypatch.setattr(problems, "find_error", lambda kernel, *_, **__: "it is wrong" if kernel == "mlp" else "")
     model = use_kernels(MLLA(**SIZES)).to(device)  # type: ignore[arg-type]
     run_self_test(model, torch.float32, 16)
     assert log == ["Triton kernels: falls back to eager PyTorch: it is wrong"]
