@@ -177,10 +177,6 @@ def test_the_best_checkpoints_outlive_a_new_start_in_their_folder(run_main: RunM
     assert len(records_of(folder)) == 1
 
 
-def test_an_average_that_is_too_slow_is_pointed_out(run_main: RunMain, tmp_path: Path) -> None:
-    assert "lower --model-ema-decay" in run_main(*digits(tmp_path, epochs=1), "--model-ema-decay", "0.9996")[1]
-
-
 def test_a_checkpoint_of_another_optimizer(run_main: RunMain, finished_run: Path, tmp_path: Path) -> None:
     words = ["--cfg", finished_run / "config.yaml", "--output", tmp_path, "--resume", finished_run / "max_acc.pth"]
     message = mistake(run_main, *words, "--opts", "TRAIN.OPTIMIZER.NAME", "sgd")

@@ -8,6 +8,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from models import MLLA
+from tests.helpers import MICRO
 from utils.logs.logger import start_logging
 from utils.logs.plots import CLASSIFIER_PANELS
 from utils.logs.recorder import IMAGE_SIDE, MAX_PARTS, MAX_VALUES, RunRecorder, weight_samples
@@ -26,6 +28,19 @@ def test_weight_samples_by_part() -> None:
         "layers.2": 20,
     }
     assert np.array_equal(samples["layers.0"][:8000], model.layers[0].weight.detach().flatten()[::5].numpy())
+
+
+def test_histograms_of_the_parts_of_an_mlla(tmp_path: Path) -> None:
+    recorder = RunRecorder(tmp_path, 0, CLASSIFIER_PANELS)
+    recorder.add_details(1, weight_samples(MLLA(**MICRO)), None)
+    recorder.close()
+    events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0}).Reload()
+    names = events.Tags()["histograms"]
+    assert names == [f"weights/{name}" for name in ("patch_embed", *(f"layers.{i}" for i in range(4)), "norm", "head")]
+    for name in names:
+        (event,) = events.Histograms(name)
+        assert event.step == 1
+        assert len(event.histogram_value.bucket) <= 66
 
 
 def test_weight_samples_are_limited_and_finite() -> None:

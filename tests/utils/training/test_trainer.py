@@ -1,75 +1,441 @@
-"""What the run loop leaves for TensorBoard beside an epoch's figures."""
+"""The training loop around a fake step that only records how it was called."""
 
+import itertools
+import json
+import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from tests.soak import SETTINGS
+from utils.checkpoint import files
+from utils.checkpoint.files import Progress
+from utils.checkpoint.weights_file import load_checkpoint
+from utils.distributed.process import Process
+from utils.distributed.stop_signal import Cause
 from utils.logs.logger import logger
-from utils.training.trainer import Trainer
+from utils.logs.recorder import RunRecorder
+from utils.training.amp import make_precision
+from utils.training.ema import ModelEma
+from utils.training.optimizer import make_optimizer, parameter_groups
+from utils.training.train_state import TrainState
+from utils.training.train_step import NonFiniteLossError, StepResult, TrainStep
+from utils.training.trainer import SaveError, Trainer, TrainerConfig
+
+CPU = torch.device("cpu")
+STEPS = 4  # per epoch
 
 
-def test_pictures_and_histograms_each_few_epochs(
-    run_main: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class FakeStep(TrainStep):
+    """Records its calls. The loss of step n is 2n, n for each of two terms; its gradient norm is n.
+
+    Args:
+        model: gets a new weight at each step, so that checkpoints differ.
+        before: called with the number of each step.
+        bad_step: reported as not finite once it is done.
+    """
+
+    def __init__(self, model: nn.Sequential, before: Callable[[int], None], bad_step: int | None) -> None:
+        self.model, self.before, self.bad_step = model, before, bad_step
+        self.overflow_at: int | None = None  # step whose gradient norm is infinite, as float16's may be
+        self.calls: list[tuple[int, float, list[Any]]] = []
+
+    def __call__(self, micro_batches: Sequence[Any], *, step: int, learning_rate: float) -> StepResult:
+        assert self.model.training
+        self.before(step)
+        self.calls.append((step, learning_rate, list(micro_batches)))
+        nn.init.constant_(next(self.model.parameters()), step)
+        value = torch.tensor(float(step))
+        norm = value if step != self.overflow_at else torch.tensor(math.inf)
+        return StepResult(2 * value, norm, {"first": value, "second": value})
+
+    def check_finite(self, step: int) -> int | None:
+        return self.bad_step if self.bad_step is not None and self.bad_step <= step else None
+
+
+class FakeRun:
+    """A trainer with a fake step, whose parts are recorded.
+
+    Args:
+        folder: the output folder, which may have a checkpoint of an earlier FakeRun.
+        scores, ema_scores: metric by epoch; the EMA is off without `ema_scores`.
+        before_step: called with the run and the number of each step.
+        bad_step: step whose loss is not finite.
+        draw: replaces the method that draws predictions.
+        settings: of TrainerConfig.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        scores: Sequence[float] = (1.0, 2.0, 3.0, 4.0, 5.0),
+        ema_scores: Sequence[float] = (),
+        before_step: Callable[["FakeRun", int], None] = lambda *_: None,
+        bad_step: int | None = None,
+        draw: Callable[[nn.Module], Path] | None = None,
+        **settings: Any,
+    ) -> None:
+        model = nn.Sequential(nn.Linear(1, 1))
+        precision = make_precision(CPU, amp=False, dtype="auto")
+        self.state = TrainState(
+            model,
+            ModelEma(model, 0.5) if ema_scores else None,
+            make_optimizer("sgd", parameter_groups(model, 0.0)),
+            precision.scaler,
+            Process(0, 1, CPU),
+            global_batch_size=8,
+        )
+        folder.mkdir(exist_ok=True)
+        self.state.resume(folder, explicit="", auto=True)
+        self.folder = folder
+        self.scores = {"model": scores, "EMA": ema_scores}
+        self.step = FakeStep(model, partial(before_step, self), bad_step)
+        self.asked_batches: list[tuple[int, int]] = []
+        self.evaluated: list[str] = []
+        config = {"total_epochs": 2, "steps_per_epoch": STEPS, "lr_at": lambda step: step / 100, "metric": "acc1"}
+        config |= {"panels": (), "save_in_background": False}
+        self.trainer = Trainer(
+            TrainerConfig(**{**config, **settings}),
+            self.state,
+            self.step,
+            folder=folder,
+            batches=self.batches,
+            evaluate=self.evaluate,
+            metadata={"classes": ["a", "b"]},
+            draw_predictions=draw,
+        )
+        self.saved: list[list[str]] = []
+        write = self.trainer.writer.write
+
+        def record_names(progress: Progress, names: Sequence[str], content: dict[str, Any]) -> None:
+            self.saved.append(list(names))
+            write(progress, names, content)
+
+        self.trainer.writer.write = record_names  # type: ignore[method-assign]
+
+    def batches(self, epoch: int, first: int) -> Iterator[str]:
+        self.asked_batches.append((epoch, first))
+        return (f"{epoch}:{number}" for number in itertools.count(first))
+
+    def evaluate(self, model: nn.Module, name: str) -> Mapping[str, float]:
+        assert (model is self.state.model) == (name == "model")
+        self.evaluated.append(name)
+        return {"acc1": self.scores[name][self.state.progress.epochs], "loss": 0.25}
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def stop_before(number: int, cause: Cause = Cause.SIGTERM) -> Callable[[FakeRun, int], None]:
+    def before(run: FakeRun, step: int) -> None:
+        if step == number:
+            run.trainer.stop.ask(cause)
+
+    return before
+
+
+@pytest.fixture(autouse=True)
+def _log_is_seen(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level(logging.INFO, logger="mlla")
+
+
+@pytest.fixture(autouse=True)
+def curves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of records at each drawing of curves.png, which is not drawn."""
+    drawn: list[int] = []
+    monkeypatch.setattr("utils.logs.recorder.plot_curves", lambda records, *_: drawn.append(len(records)))
+    return drawn
+
+
+def test_steps_run_in_order_with_their_learning_rates(tmp_path: Path, curves: list[int]) -> None:
+    run = FakeRun(tmp_path / "run")
+    assert run.trainer.run()
+    batches = [[f"{epoch}:{index}"] for epoch in range(2) for index in range(STEPS)]
+    assert run.step.calls == [(step, step / 100, batch) for step, batch in enumerate(batches)]
+    assert run.asked_batches == [(0, 0), (1, 0)]
+    assert run.evaluated == ["model", "model"]
+    assert curves[-1] == 2  # drawn after the last epoch, however soon
+
+
+def test_accumulation_takes_that_many_micro_batches_per_step(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "run", accumulation_steps=3, total_epochs=1)
+    assert run.trainer.run()
+    expected = [[f"0:{3 * step + i}" for i in range(3)] for step in range(STEPS)]
+    assert [micro_batches for *_, micro_batches in run.step.calls] == expected
+
+
+def test_metrics_are_means_over_the_epoch(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "run", ema_scores=(7.0, 9.0))
+    assert run.trainer.run()
+    assert run.evaluated == ["model", "EMA"] * 2
+    means = [1.5, 5.5]  # of the steps' numbers
+    expected = {"epoch": [0, 1], "step": [4, 8], "lr": [0.03, 0.07], "grad_norm": means}
+    expected |= {"train_loss": [3.0, 11.0], "train_first": means, "train_second": means}
+    expected |= {"acc1": [1.0, 2.0], "loss": [0.25] * 2, "ema_acc1": [7.0, 9.0], "ema_loss": [0.25] * 2}
+    assert [list(record) for record in run.metrics] == [list(expected)] * 2
+    assert {key: [record[key] for record in run.metrics] for key in expected} == expected
+    speeds = [json.loads(line) for line in (run.folder / "speed.jsonl").read_text().splitlines()]
+    keys = "epoch steps train_seconds data_wait_seconds eval_seconds images_per_second memory_mib"
+    assert [list(speed) for speed in speeds] == [keys.split()] * 2
+    assert [speed["steps"] for speed in speeds] == [STEPS, STEPS]
+    for speed in speeds:
+        assert speed["images_per_second"] == pytest.approx(STEPS * 8 / speed["train_seconds"])
+        assert 0 <= speed["data_wait_seconds"] <= speed["train_seconds"]
+
+
+def test_sums_start_at_zero_in_each_epoch_even_if_nothing_is_saved_between(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "run", scores=(-1.0, -1.0), save_freq=9, save_steps=3)
+    assert run.trainer.run()
+    assert run.saved[0] == ["ckpt_epoch_0_step_3.pth"]
+    assert [record["train_loss"] for record in run.metrics] == [3.0, 11.0]
+
+
+def test_gradient_norms_that_overflowed_do_not_count(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "run", total_epochs=1)
+    run.step.overflow_at = 3
+    assert run.trainer.run()
+    assert run.metrics[0]["grad_norm"] == 1.0  # mean of 0, 1 and 2
+    assert run.metrics[0]["train_loss"] == 3.0
+
+
+@pytest.mark.parametrize(("frequency", "expected"), [(2, [2, 4]), (3, [3, 4]), (10, [4]), (1, [1, 2, 3, 4])])
+def test_progress_is_logged_every_print_freq_steps_and_at_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, frequency: int, expected: list[int]
 ) -> None:
-    """After the second and the last of three epochs."""
-    monkeypatch.setattr("utils.training.trainer.MIN_IMAGE_SECONDS", 0.0)
-    words = ["--cfg", "cfgs/digits.yaml", "--output", tmp_path, "--batch-size", "128", "--opts", *SETTINGS]
-    words += ["TRAIN.EPOCHS", "3", "LOG.PICTURE_EPOCHS", "2", "DATA.NUM_WORKERS", "0"]
-    assert run_main(*words)[0] == 0
-    events = EventAccumulator(str(tmp_path / "mlla_digits" / "default"), size_guidance={"images": 0, "histograms": 0})
-    events.Reload()
-    assert [event.step for event in events.Images("predictions")] == [1, 2]
-    names = events.Tags()["histograms"]
-    assert names == [f"weights/{name}" for name in ("patch_embed", *(f"layers.{i}" for i in range(4)), "norm", "head")]
-    for name in names:
-        recorded = events.Histograms(name)
-        assert [event.step for event in recorded] == [1, 2]
-        assert all(len(event.histogram_value.bucket) <= 66 for event in recorded)
+    assert FakeRun(tmp_path / "run", print_freq=frequency).trainer.run()
+    lines = [record.args for record in caplog.records if getattr(record, "is_step", False)]
+    assert [args[:3] for args in lines if isinstance(args, tuple)] == [
+        (f"epoch {epoch}/2", step, STEPS) for epoch in (1, 2) for step in expected
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        pytest.param({}, [["ckpt_epoch_0.pth"], ["ckpt_epoch_1.pth"], ["ckpt_epoch_2.pth"]], id="each epoch"),
+        pytest.param({"save_freq": 2}, [["ckpt_epoch_1.pth"], ["ckpt_epoch_2.pth"]], id="second and last"),
+        pytest.param({"save_freq": 9}, [["ckpt_epoch_2.pth"]], id="only last"),
+        pytest.param(
+            {"save_freq": 9, "save_steps": 3},  # steps 3, 6, 9 and 12 of the run; the last ends an epoch
+            [[f"ckpt_epoch_{name}.pth"] for name in ("0_step_3", "1_step_2", "2_step_1", "2")],
+            id="steps",
+        ),
+    ],
+)
+def test_checkpoints_of_epochs_and_steps(tmp_path: Path, settings: dict[str, int], expected: list[list[str]]) -> None:
+    run = FakeRun(tmp_path / "run", scores=(-1.0,) * 3, total_epochs=3, **settings)  # none is the best
+    assert run.trainer.run()
+    assert run.saved == expected
+
+
+def test_the_best_of_model_and_ema_are_kept_by_the_metric(tmp_path: Path) -> None:
+    run = FakeRun(
+        tmp_path / "run",
+        scores=(10.0, 9.0, 10.0, 30.0),
+        ema_scores=(5.0, 6.0, 2.0, 1.0),
+        total_epochs=4,
+        save_freq=9,
+        best_name="miou",
+    )
+    assert run.trainer.run()
+    both = ["max_miou.pth", "max_ema_miou.pth"]
+    assert run.saved == [both, both[1:], both[:1], ["ckpt_epoch_3.pth", "max_miou.pth"]]  # of equals the later
+    assert (run.state.best, run.state.best_ema) == (30.0, 6.0)
+    assert load_checkpoint(run.folder / "max_ema_miou.pth")["epoch"] == 1
+    last = load_checkpoint(run.folder / "max_miou.pth")
+    assert (last["epoch"], last["max_accuracy"], last["max_accuracy_e"], last["classes"]) == (3, 30.0, 6.0, ["a", "b"])
+    assert last["model"]["0.weight"].item() == 4 * STEPS - 1  # of the last step
+    assert (run.folder / "max_miou.pth").samefile(run.folder / "ckpt_epoch_3.pth")
+
+
+@pytest.mark.parametrize("number", [1, 3, 5])
+def test_a_stopped_run_saves_within_the_epoch_and_resumes_there(tmp_path: Path, number: int) -> None:
+    """The metrics are, to the last bit, those of an uninterrupted run. Step 3 is the last of its epoch."""
+    whole = FakeRun(tmp_path / "whole", accumulation_steps=2)
+    assert whole.trainer.run()
+    run = FakeRun(tmp_path / "run", accumulation_steps=2, before_step=stop_before(number))
+    assert not run.trainer.run()
+    epoch, steps = divmod(number + 1, STEPS) if number != 3 else (0, 4)
+    assert run.state.progress == (epoch, steps)
+    assert run.saved[-1] == [f"ckpt_epoch_{epoch}_step_{steps}.pth"]
+    assert len(run.metrics) == len(run.evaluated) == epoch
+
+    resumed = FakeRun(tmp_path / "run", accumulation_steps=2)
+    assert resumed.trainer.run()
+    assert resumed.asked_batches[0] == (epoch, 2 * steps)
+    assert run.step.calls + resumed.step.calls == whole.step.calls
+    assert (resumed.folder / "metrics.jsonl").read_bytes() == (whole.folder / "metrics.jsonl").read_bytes()
+    speed = json.loads((resumed.folder / "speed.jsonl").read_text().splitlines()[epoch])
+    assert speed["steps"] == STEPS - steps  # of this process
+
+
+def test_a_run_that_is_stopped_at_once_saves_nothing(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "run")
+    run.trainer.stop.ask(Cause.SIGUSR1)
+    assert not run.trainer.run()
+    assert run.saved == run.step.calls == []
+
+
+def test_a_stop_right_after_a_checkpoint_does_not_save_it_again(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "run", save_steps=2, before_step=stop_before(1))
+    assert not run.trainer.run()
+    assert run.saved == [["ckpt_epoch_0_step_2.pth"]]
+
+
+class Disk:
+    """A disk that is full while `is_full`, and takes `seconds` per checkpoint."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_full, self.seconds = False, 0.0
+        self.save = files.save_under_names
+        monkeypatch.setattr(files, "save_under_names", self.save_if_possible)
+
+    def save_if_possible(self, *args: Any) -> None:
+        time.sleep(self.seconds)
+        if self.is_full:
+            raise OSError(28, "No space left on device")
+        self.save(*args)
+
+
+def test_a_failed_save_that_is_noticed_later_is_not_repeated(tmp_path: Path) -> None:
+    """A checkpoint that is written in the background may fail during a later step."""
+
+    def before(run: FakeRun, step: int) -> None:
+        run.trainer.writer.has_failed = step == 2
+
+    run = FakeRun(tmp_path / "run", save_steps=2, stop_on_save_error=True, before_step=before)
+    with pytest.raises(SaveError):
+        run.trainer.run()
+    assert run.saved == [["ckpt_epoch_0_step_2.pth"]]
+    assert run.state.progress == (0, 3)
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_run_ends_when_its_last_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_full: bool
+) -> None:
+    disk = Disk(monkeypatch)
+    disk.is_full, disk.seconds = is_full, 0.2
+    run = FakeRun(tmp_path / "run", total_epochs=1, save_in_background=True)
+    with pytest.raises(SaveError) if is_full else nullcontext():
+        run.trainer.run()
+    assert (run.folder / "ckpt_epoch_0.pth").exists() != is_full
+
+
+def test_a_failed_save_stops_the_run_if_asked_and_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Disk(monkeypatch).is_full = True
+    run = FakeRun(tmp_path / "run", save_steps=2, stop_on_save_error=True)
+    with pytest.raises(SaveError, match=str(run.folder)):
+        run.trainer.run()
+    assert run.trainer.stop.cause is Cause.SAVING_FAILED
+    assert run.saved == [["ckpt_epoch_0_step_2.pth"]]
+    assert [step for step, *_ in run.step.calls] == [0, 1]
+
+
+def test_a_run_continues_after_a_failed_save_and_fails_if_the_last_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch)
+
+    def full_after(first: int) -> Callable[[FakeRun, int], None]:
+        def before(_: FakeRun, step: int) -> None:
+            disk.is_full = step >= first
+
+        return before
+
+    run = FakeRun(tmp_path / "run", before_step=full_after(STEPS))
+    with pytest.raises(SaveError, match=str(run.folder)):
+        run.trainer.run()
+    assert len(run.step.calls) == 2 * STEPS
+    assert [path.name for path in run.folder.glob("ckpt_*")] == ["ckpt_epoch_0.pth"]
+
+    def full_in_first_epoch(_: FakeRun, step: int) -> None:
+        disk.is_full = step < STEPS
+
+    assert FakeRun(tmp_path / "other", before_step=full_in_first_epoch).trainer.run()
+
+
+@pytest.mark.parametrize("settings", [{"print_freq": 2}, {"save_steps": 7}, {"before_step": stop_before(6)}])
+def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """It is noticed at the next report, or before saving."""
+    run = FakeRun(tmp_path / "run", bad_step=5, **settings)
+    with pytest.raises(NonFiniteLossError, match=r"epoch 2, step 2 \(step 6 of the run\), learning rate 5\.000e-02"):
+        run.trainer.run()
+    assert [name for names in run.saved for name in names if name.startswith("ckpt")] == ["ckpt_epoch_0.pth"]
+    assert len(run.metrics) == 1
+    assert len(run.step.calls) < 2 * STEPS
 
 
 @pytest.mark.parametrize(
     ("every", "seconds", "expected"), [(2, 0.0, [1, 3, 4]), (0, 0.0, [4]), (1, 300.0, [4])], ids=["2", "0", "short"]
 )
-def test_when_pictures_are_due(
-    every: int, seconds: float, expected: list[int], monkeypatch: pytest.MonkeyPatch
+def test_predictions_and_histograms_are_recorded_when_due(
+    tmp_path: Path, every: int, seconds: float, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each few of five epochs, and after the last; in between not where they take less than five minutes."""
+    """Every few of five epochs and after the last; before that not where they take less than five minutes."""
     monkeypatch.setattr("utils.training.trainer.MIN_IMAGE_SECONDS", seconds)
-    trainer = trainer_of_five_epochs(every, lambda _: Path("picture.png"))
-    for epoch in range(5):
-        Trainer.add_details(trainer, epoch)
-    assert trainer.drawn == [(epoch, Path("picture.png")) for epoch in expected]
+    image = tmp_path / "predictions.png"
+    Image.new("RGB", (4, 2)).save(image)
+    run = FakeRun(tmp_path / "run", total_epochs=5, image_epochs=every, draw=lambda _: image)
+    assert run.trainer.run()
+    events = EventAccumulator(str(run.folder), size_guidance={"images": 0, "histograms": 0})
+    events.Reload()
+    assert [event.step for event in events.Images("predictions")] == expected
+    assert [event.step for event in events.Histograms("weights/0")] == expected
 
 
-def test_a_picture_that_fails_does_not_end_the_run(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_emas_predictions_are_drawn(tmp_path: Path) -> None:
+    drawn = []
+
+    def draw(model: nn.Module) -> Path:
+        drawn.append((model, model.training))
+        raise OSError("not needed")
+
+    run = FakeRun(tmp_path / "ema", ema_scores=(1.0,), total_epochs=1, draw=draw)
+    assert run.trainer.run()
+    assert run.state.ema is not None
+    without = FakeRun(tmp_path / "model", total_epochs=1, draw=draw)
+    assert without.trainer.run()
+    assert drawn == [(run.state.ema.module, False), (without.state.model, False)]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, OSError, ValueError])
+def test_an_image_that_fails_does_not_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
     def fail(_: nn.Module) -> Path:
-        raise torch.OutOfMemoryError("no\nmemory")
+        raise error("no\nmemory")
 
-    logger.addHandler(caplog.handler)
-    trainer = trainer_of_five_epochs(0, fail)
-    Trainer.add_details(trainer, 4)
-    logger.removeHandler(caplog.handler)
-    assert trainer.drawn == [(4, None)]
+    details: list[tuple[int, Path | None]] = []
+    monkeypatch.setattr(RunRecorder, "add_details", lambda _, epoch, __, image: details.append((epoch, image)))
+    assert FakeRun(tmp_path / "run", draw=fail).trainer.run()
+    assert details == [(1, None)]
     assert "predictions could not be drawn (no memory)" in caplog.text
 
 
-def trainer_of_five_epochs(every: int, draw_predictions: Callable[[nn.Module], Path]) -> Any:
-    """What Trainer.add_details looks at; `drawn` is what it hands on."""
-    drawn: list[tuple[int, Path | None]] = []
-    recorder = SimpleNamespace(add_details=lambda epoch, _, picture: drawn.append((epoch, picture)))
-    return SimpleNamespace(
-        drawn=drawn,
-        recorder=recorder,
-        config=SimpleNamespace(total_epochs=5, image_epochs=every),
-        state=SimpleNamespace(ema=None, model=nn.Linear(1, 1)),
-        draw_predictions=draw_predictions,
-        last_image_time=time.monotonic(),
-    )
+def test_other_errors_of_drawing_end_the_run_with_its_records_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = []
+    monkeypatch.setattr(RunRecorder, "close", lambda recorder: closed.append(recorder))
+    run = FakeRun(tmp_path / "run", draw=lambda _: {}["missing"])
+    with pytest.raises(KeyError):
+        run.trainer.run()
+    assert closed == [run.trainer.recorder]
+    assert (run.folder / "ckpt_epoch_1.pth").exists()

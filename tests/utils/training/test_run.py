@@ -1,0 +1,244 @@
+"""The run that all tasks share, around a fake task: a linear model that learns to double eight numbers."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from config import load_config
+from tests.helpers import exit_code
+from utils.checkpoint.weights_file import load_checkpoint
+from utils.distributed.process import Process
+from utils.training.derived import Derived
+from utils.training.ema import ModelEma
+from utils.training.optimizer import parameter_groups
+from utils.training.run import prepare_model, run_task
+from utils.training.task import Run, Task
+from utils.training.train_step import ComputeLosses
+
+CPU = torch.device("cpu")
+NUMBERS = torch.arange(8.0)[:, None]  # (8, 1)
+
+
+@dataclass
+class ConstantSchedule:
+    base_lr: float
+
+    def lr_at(self, _: int) -> float:
+        return self.base_lr
+
+
+class FakeTask(Task):
+    """Records its calls as (name, values...). The metric is the model's weight, which training moves towards 2."""
+
+    metric = "score"
+    metric_label = "score"
+    best_name = "score"
+    panels = ()
+    lr_batch_size = 4
+    ema_batch_size = 4
+    smaller_images = "lower nothing"
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.signal_at: int | None = None  # step during which this process gets SIGTERM
+
+    def build_data(self, config: CfgNode, process: Process) -> Any:  # noqa: ARG002
+        return SimpleNamespace(classes=["a", "b"], num_train_images=len(NUMBERS), num_val_images=2)
+
+    def build_model(self, config: CfgNode, process: Process, num_classes: int | None) -> nn.Module:  # noqa: ARG002
+        self.calls.append(("model", num_classes))
+        return nn.Linear(1, 1)
+
+    def load_pretrained(self, model: nn.Module, source: str, classes: Any) -> None:
+        nn.init.constant_(model.weight, 1.5)  # type: ignore[arg-type]
+        self.calls.append(("pretrained", source, classes))
+
+    def test_kernels(self, config: CfgNode, model: nn.Module, dtype: torch.dtype) -> None:  # noqa: ARG002
+        self.calls.append(("kernels", dtype))
+
+    def parameter_groups(self, config: CfgNode, model: nn.Module) -> list[dict[str, Any]]:  # noqa: ARG002
+        return parameter_groups(model, 0.0)
+
+    def schedule(self, config: CfgNode, derived: Derived) -> ConstantSchedule:
+        return ConstantSchedule(config.TRAIN.BASE_LR * derived.lr_scale)
+
+    def batches(self, run: Run, epoch: int, first: int) -> Iterator[Tensor]:
+        self.calls.append(("batches", epoch, first))
+        return iter(NUMBERS.split(run.config.DATA.BATCH_SIZE)[first:])
+
+    def losses(self, config: CfgNode, network: nn.Module, ema: ModelEma | None, derived: Derived) -> ComputeLosses:  # noqa: ARG002
+        def compute(numbers: Tensor, step: int) -> dict[str, Tensor]:
+            if step == self.signal_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return {"square": (network(numbers) - 2 * numbers).square().mean()}
+
+        return compute
+
+    def evaluate(self, run: Run, model: nn.Module, name: str) -> dict[str, float]:  # noqa: ARG002
+        self.calls.append(("evaluate", name, weight_of(model)))
+        return {"score": weight_of(model)}
+
+    def draw_predictions(self, run: Run, model: nn.Module) -> Path:
+        self.calls.append(("draw", weight_of(model), model.training))
+        path = run.folder / "predictions.png"
+        Image.new("RGB", (2, 2)).save(path)
+        return path
+
+    def profile(self, config: CfgNode) -> str:
+        return f"a table of {config.MODEL.NAME}"
+
+    def synthetic_batch(self, *_: Any) -> Any:
+        raise NotImplementedError
+
+    def inference_call(self, *_: Any) -> Callable[[], object]:
+        raise NotImplementedError
+
+    def image_size(self, config: CfgNode, *, training: bool) -> tuple[int, int]:
+        raise NotImplementedError
+
+
+def weight_of(model: nn.Module) -> float:
+    return next(model.parameters()).item()
+
+
+class FakeRun:
+    """A command that runs the fake task; its arguments are keys with "__" for "."."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.folder = output / "mlla_digits" / "default"
+        self.task = FakeTask()
+
+    def __call__(self, **settings: Any) -> int:
+        """Return the exit code."""
+        self.task.calls.clear()
+        config = make_config(OUTPUT=str(self.output), **settings)
+        return exit_code(lambda _: run_task(self.task, config, run_throughput=self.run_throughput), [])
+
+    def run_throughput(self, task: Task, config: CfgNode, process: Process) -> None:
+        assert task is self.task
+        self.task.calls.append(("throughput", config.MODEL.NAME, process.rank))
+
+    def calls(self, name: str) -> list[list[Any]]:
+        return [values for call, *values in self.task.calls if call == name]
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log_rank0.txt").read_text()
+
+
+def make_config(**settings: Any) -> CfgNode:
+    flags = {"DATA.BATCH_SIZE": 2, "TRAIN.EPOCHS": 2, "TRAIN.WARMUP_EPOCHS": 0, "TRAIN.BASE_LR": 0.02}
+    flags |= {"EMA.DECAY": 0.9, "TRAIN.COMPILE": "off", "TEST.COMPILE": "off"}
+    return load_config("cfgs/digits.yaml", flags=flags | {key.replace("__", "."): v for key, v in settings.items()})
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRun:
+    monkeypatch.setattr("utils.logs.recorder.plot_curves", lambda *_: None)
+    monkeypatch.setattr("utils.training.run.record_environment", lambda *_, **__: None)
+    return FakeRun(tmp_path)
+
+
+def test_training_learns_and_saves_state_and_metadata(run: FakeRun) -> None:
+    assert run() == 0
+    assert run.calls("model") == [[2]]
+    assert run.calls("batches") == [[0, 0], [1, 0]]
+    assert [name for name, _ in run.calls("evaluate")] == ["model", "EMA"] * 2
+    records = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert records[1]["train_loss"] < records[0]["train_loss"]
+    assert [record["lr"] for record in records] == [0.01, 0.01]  # BASE_LR is for twice the global batch size
+    content = load_checkpoint(run.folder / "ckpt_epoch_1.pth")
+    assert content["config"] == (run.folder / "config.yaml").read_text()
+    assert (content["classes"], content["images_per_step"], content["epoch"]) == (["a", "b"], 2, 1)
+    last_scores = dict(run.calls("evaluate")[2:])
+    assert (content["max_accuracy"], content["max_accuracy_e"]) == (last_scores["model"], last_scores["EMA"])
+    assert {"max_score.pth", "max_ema_score.pth"} <= {path.name for path in run.folder.iterdir()}
+    assert run.calls("draw") == [[last_scores["EMA"], False]]
+
+
+def test_a_complete_run_is_left_as_it_is(run: FakeRun) -> None:
+    assert run() == 0
+    checkpoints = {path: path.read_bytes() for path in run.folder.glob("*.pth")}
+    assert run() == 0
+    assert run.calls("batches") == run.calls("evaluate") == run.calls("draw") == []
+    assert {path: path.read_bytes() for path in run.folder.glob("*.pth")} == checkpoints
+    (run.folder / "predictions.png").unlink()
+    assert run() == 0
+    assert len(run.calls("draw")) == 1
+
+
+def test_a_stopped_run_resumes_at_the_next_micro_batch(run: FakeRun, tmp_path: Path) -> None:
+    whole = FakeRun(tmp_path / "whole")
+    assert whole() == 0
+    run.task.signal_at = 5
+    assert run() == 0
+    assert run.calls("draw") == []
+    assert [path.name for path in run.folder.glob("ckpt_epoch_1*")] == ["ckpt_epoch_1_step_2.pth"]
+    run.task.signal_at = None
+    assert run() == 0
+    assert run.calls("batches") == [[1, 2]]
+    assert run.calls("evaluate") == whole.calls("evaluate")[2:]
+    assert (run.folder / "metrics.jsonl").read_bytes() == (whole.folder / "metrics.jsonl").read_bytes()
+
+
+def test_training_starts_from_pretrained_weights_and_from_start_epoch(run: FakeRun) -> None:
+    rates = {f"TRAIN__{name}": 1e-9 for name in ("BASE_LR", "WARMUP_LR", "MIN_LR")}
+    assert run(MODEL__PRETRAINED="w.pth", TRAIN__START_EPOCH=1, **rates) == 0
+    assert run.calls("pretrained") == [["w.pth", ["a", "b"]]]
+    assert run.calls("batches") == [[1, 0]]
+    assert [score for _, score in run.calls("evaluate")] == pytest.approx([1.5, 1.5])
+
+
+def test_evaluation_loads_model_and_ema_one_after_the_other(run: FakeRun) -> None:
+    assert run() == 0
+    expected, predictions = run.calls("evaluate")[2:], run.folder / "predictions.png"
+    assert expected[0][1] != expected[1][1]
+    predictions.unlink()
+    assert run(EVAL_MODE=True, MODEL__RESUME=str(run.folder / "ckpt_epoch_1.pth")) == 0
+    assert run.calls("evaluate") == expected
+    assert run.calls("batches") == []
+    assert run.calls("draw") == [[expected[1][1], False]]
+    assert predictions.exists()
+
+
+def test_evaluation_needs_weights(run: FakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(EVAL_MODE=True) == 2
+    assert "MODEL.RESUME" in capsys.readouterr().err
+    assert run.task.calls == []
+
+
+def test_the_mode_decides_on_the_work(run: FakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(PROFILE_MODE=True) == 0
+    assert capsys.readouterr().out == "a table of mlla_digits\n"
+    assert run(THROUGHPUT_MODE=True) == 0
+    assert run.task.calls == [("throughput", "mlla_digits", 0)]
+    assert not run.folder.exists()
+
+
+@pytest.mark.parametrize(("decay", "is_slow"), [(0.99, True), (0.01, False)])
+def test_an_ema_that_is_too_slow_for_the_run_is_reported(run: FakeRun, decay: float, is_slow: bool) -> None:
+    assert run(EMA__DECAY=decay) == 0
+    assert ("lower --model-ema-decay" in run.log) == is_slow
+
+
+def test_processes_start_with_the_same_weights_and_other_random_numbers() -> None:
+    task, config, drawn = FakeTask(), make_config(SEED=3, AMP=True, AMP_DTYPE="bfloat16"), []
+    models = []
+    for rank in range(2):
+        models.append(prepare_model(task, config, Process(rank, 2, CPU), None))
+        drawn.append(torch.rand(()))
+    assert weight_of(models[0]) == weight_of(models[1])
+    assert drawn[0] != drawn[1]
+    assert task.calls == [("model", None), ("kernels", torch.bfloat16)] * 2
