@@ -24,7 +24,7 @@ from models import build_model
 from models.variants import RELEASED
 from tests.helpers import ROOT, make_image_folder, photo
 
-PROGRAMS = "python|torchrun|make|pip|tensorboard|sbatch|srun|bash|sh|git|conda|docker|export|cd|curl|wget"
+PROGRAMS = "python|torchrun|make|pip|tensorboard|sbatch|srun|bash|sh|git|conda|docker|export|source|cd|curl|wget"
 SMALL_TIMM = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "drop_path_rate": 0.0}
 SMALL_MLLA = "MODEL.MLLA.EMBED_DIM 8 MODEL.MLLA.DEPTHS [1,1,1,1] MODEL.MLLA.NUM_HEADS [1,1,1,1]"
 SMALL_VIT = "MODEL.LINEAR_VIT.EMBED_DIM 8 MODEL.LINEAR_VIT.DEPTHS [1,1] MODEL.LINEAR_VIT.NUM_HEADS [1,1]"

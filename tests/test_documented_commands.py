@@ -128,10 +128,20 @@ def makes(words: list[str]) -> None:
 
 def installs(words: list[str]) -> None:
     """tests/utils/tools/test_package_build.py installs; here: that extras and packages are those of the project."""
-    name = words[2]
+    name = words[-1]
+    if words[2] == "-r":
+        assert (ROOT / name).is_file()
+        return
     extra = re.fullmatch(r"\.\[(\w+)\]", name)
     file = "pyproject.toml" if extra else "requirements.txt"
     assert name == "." or re.search(rf"\b{extra[1] if extra else name}\b", (ROOT / file).read_text())
+
+
+def activates(words: list[str]) -> None:
+    """The environment is the one that `make` builds."""
+    folder, _, script = words[1].partition("/")
+    assert script == "bin/activate"
+    assert f"-m venv {folder}\n" in (ROOT / "Makefile").read_text()
 
 
 def shows(words: list[str]) -> None:
@@ -169,7 +179,8 @@ def fine_tunes(words: list[str]) -> None:
 SAFETENSORS = {"onnx": "safetensors", "maps.onnx": "m.safetensors", "backbone.onnx": "b.safetensors"}
 RULES = [
     Rule(r"make [\w-]+( ABLATION=.*)?", makes),
-    Rule(r"pip install \S+", installs),
+    Rule(r"pip install (-r )?\S+", installs),
+    Rule(r"source \S+", activates),
     Rule(r"tensorboard .*", shows),
     Rule(r"(python|torchrun) .*\.\.\.", helps),
     Rule(r"torchrun --max-restarts 3", lambda words: helps([*words, "main.py"])),
