@@ -151,10 +151,10 @@ def shows(words: list[str]) -> None:
 
 
 def converts(words: list[str]) -> None:
-    """The synopsis: every form, bare and with all that stands in brackets."""
+    """The synopsis: every format, bare and with all that stands in brackets."""
     name, (source, target, to, forms, *options) = entry_of(words)
-    assert forms.strip("{}").split(",") == sorted(convert.FORMS)
-    for form in convert.FORMS:
+    assert forms.strip("{}").split(",") == sorted(convert.FORMATS)
+    for form in convert.FORMATS:
         path = f"{target}_{form}" + (".safetensors" if form == "safetensors" else ".pth")
         call(name, [source, path, to, form])
         typed = re.sub(r"[][]", "", " ".join(options)).replace("H W", "64 64")
