@@ -24,6 +24,18 @@ def test_links_and_files_lead_somewhere(page: Path) -> None:
     assert page != ROOT / "README.md" or (links and len(names) > 5)
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_to_sections_lead_somewhere(page: Path) -> None:
+    for path, anchor in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)", page.read_text()):
+        assert anchor in anchors(page.parent / path if path else page), f"{path}#{anchor}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_nothing_is_left_to_fill_in(page: Path) -> None:
     assert "@@" not in page.read_text()
