@@ -5,16 +5,16 @@
 # make ablation           train all rows of the paper's tables 1 and 2 on digits, three seeds each; ABLATION='--epochs 50' for more
 # make test               lint, format, types and tests
 # make test-kernels       the tests of the Triton kernels: on a GPU, or on a CPU through Triton's interpreter
-# make test-oldest        the tests with the oldest torch, torchvision and timm that will do, in .venv-oldest
-# make soak               interrupt training many times; the results must be those of a run left alone (a quarter of an hour)
-# make bench-data         images a second that a core prepares, beside the plain pipeline
-# make clean              remove the virtual environment and what builds left; results in output/ stay
+# make test-oldest        the tests with the oldest supported torch, torchvision and timm, in .venv-oldest
+# make soak               interrupt training many times; results must equal those of an uninterrupted run; a quarter of an hour
+# make bench-data         measure images per second and core of the data pipeline, beside timm's
+# make clean              remove the virtual environments and build folders; keep output/
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_OUTPUT := output
 DEMO_RUN := $(DEMO_OUTPUT)/mlla_digits/default
-# One process for each GPU, two at most; two on a CPU.
+# One process per GPU, at most two; two on a CPU.
 COUNT_PROCESSES := import torch; print(min(2, torch.cuda.device_count() or 2))
 
 .PHONY: demo demo-detection demo-segmentation finetune ablation test test-kernels test-oldest lint soak bench-data clean
@@ -96,8 +96,8 @@ bench-data: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# Versions of these packages differ in what they can do; of the others the newest will do. Triton 3.2, in whose
-# interpreter the kernels are tested, fails with later NumPys.
+# Only these packages have versions with different features; others are installed at their newest. The interpreter of
+# Triton 3.2, which tests the kernels, fails with NumPy 2.2 and later.
 OLDEST = $(shell sed -nE 's/^(torch|torchvision|timm)>=([0-9.]+).*/"\1==\2.*"/p' requirements.txt) "numpy<2.2"
 
 .venv-oldest/installed: requirements.txt
