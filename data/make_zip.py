@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if folders["train"].classes != folders["val"].classes:
                 different = sorted(set(folders["train"].classes) ^ set(folders["val"].classes))
                 raise DataError(f"{args.imagenet_dir}: train/ and val/ differ in classes, such as {different[0]}")
-            with as_data_error(args.out_dir):
+            with as_data_error(args.out_dir, "written"):
                 args.out_dir.mkdir(parents=True, exist_ok=True)
                 for split, folder in folders.items():
                     make_zip(folder, split, args.out_dir)

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with report_user_errors():
         if args.output.exists():
             raise DataError(f"{args.output} exists; move it, or name another file with --output")
-        with as_data_error(args.output):  # now, because it must not cost a scan
+        with as_data_error(args.output, "written"):  # now, because it must not cost a scan
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.touch()
             args.output.unlink()

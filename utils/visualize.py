@@ -27,9 +27,8 @@ from data.transforms import EvalTransform, denormalize
 from models.build import build_model
 from models.inspection import LayerInput, attention_inputs, attention_map, gate_values, receptive_fields
 from utils.checkpoint.weights import load_weights, read_state_dict
-from utils.checkpoint.weights_file import load_checkpoint
+from utils.checkpoint.weights_file import CheckpointError, load_checkpoint
 from utils.config.command_line import Parser, at_least, report_user_errors
-from utils.config.errors import ConfigError
 from utils.tools.paper_plots import plot_by_depth, plot_maps
 from utils.tools.user_files import user_file
 
@@ -82,13 +81,14 @@ def find_config(path: str | None, checkpoint: str) -> CfgNode:
     """Return the configuration in a file, or the one stored in a checkpoint.
 
     Raises:
-        ConfigError: there is neither, or it is wrong.
+        CheckpointError: the checkpoint holds none.
+        ConfigError: it is wrong.
     """
     if path is not None:
         return load_config(path)
     content = load_checkpoint(checkpoint).get("config")
     if not isinstance(content, str):
-        raise ConfigError(f"{checkpoint}: holds no configuration; name the model's with --cfg FILE")
+        raise CheckpointError(f"{checkpoint}: holds no configuration; name the model's with --cfg FILE")
     return load_config(content)
 
 

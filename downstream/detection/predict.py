@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         num_classes = count_classes(trained, args.weights)
         model, device = load_trained(build_detector(trained.config, num_classes), trained.weights, args.weights)
         images = [read_image(path) for path in args.images]
-        with as_data_error(args.output):
+        with as_data_error(args.output, "written"):
             args.output.mkdir(parents=True, exist_ok=True)
     precision = make_precision(device, amp=args.amp, dtype=trained.config.AMP_DTYPE)
     categories, test = categories_of(trained.classes, num_classes), trained.config.TEST

@@ -1,6 +1,6 @@
 """Detection as a task: data, model, losses, COCO metrics and images of predictions."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 
 from data.samplers import SampleKey
 from downstream.detection.build import DetectionData, build_data, build_detector
-from downstream.detection.data.coco import Record, decode_mask
+from downstream.detection.data.coco import CocoImages, Record
 from downstream.detection.data.dataset import Batch, collate
 from downstream.detection.data.transforms import normalize
 from downstream.detection.metrics import CocoEvaluator, Result, coco_results, metrics_table, write_results
@@ -117,7 +117,7 @@ class Detection(DenseTask):
             pairs.append(
                 (
                     images.read_image(record),
-                    truth_of(record, images.classes),
+                    truth_of(record, images),
                     objects_of_results(results, images.categories),
                 )
             )
@@ -163,8 +163,12 @@ class Detection(DenseTask):
         return detect
 
 
-def truth_of(record: Record, classes: Sequence[str]) -> LabeledObjects:
-    """Return a record's annotated objects, to draw."""
-    masks = [decode_mask(item, record.height, record.width) for item in record.segmentations]
+def truth_of(record: Record, images: CocoImages) -> LabeledObjects:
+    """Return a record's annotated objects, to draw.
+
+    Raises:
+        DataError: a segmentation cannot be decoded.
+    """
+    masks = images.read_masks(record)
     stacked = np.stack(masks).astype(bool) if masks else np.zeros((0, record.height, record.width), dtype=bool)
-    return LabeledObjects(record.boxes, stacked, record.labels, [classes[label] for label in record.labels])
+    return LabeledObjects(record.boxes, stacked, record.labels, [images.classes[label] for label in record.labels])

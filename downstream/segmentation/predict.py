@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(args)
         jobs = plan_jobs(args.images, args.output)
         segmentor = open_segmentor(args)
-        with as_data_error(args.output):
+        with as_data_error(args.output, "written"):
             args.output.mkdir(parents=True, exist_ok=True)
         first_label = int(reduces_zero_label(segmentor.config))
         for path, name in jobs.items():

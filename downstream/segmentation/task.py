@@ -60,7 +60,8 @@ class Segmentation(DenseTask):
         if config.DATA.BATCH_SIZE * shared < 2 and not config.EVAL_MODE:
             raise ConfigError(
                 "DATA.BATCH_SIZE 1: the heads' batch norm needs two images to train on; set it to 2 or more, or train "
-                "on several processes with MODEL.HEAD.SYNC_NORM True"
+                "on several processes with MODEL.HEAD.SYNC_NORM True",
+                key="DATA.BATCH_SIZE",
             )
         return build_data(config, process)
 

@@ -35,7 +35,7 @@ def run_throughput(task: Task, config: CfgNode, process: Process) -> None:
 
     Training is measured on all processes together, inference on the first one alone, which also writes the files.
     """
-    with report_user_errors():
+    with report_user_errors(task.user_errors):
         folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
         if not (config.BENCHMARK.TRAIN or process.is_main):
             return
@@ -63,7 +63,8 @@ def timm_baseline(name: str, image_size: int, drop_path_rate: float, device: tor
     """
     model_name = name.removeprefix("timm:")
     if not timm.is_model(model_name):
-        raise ConfigError(f"BENCHMARK.BASELINES {name!r}: timm has no such model; timm.list_models() lists them")
+        message = f"BENCHMARK.BASELINES {name!r}: timm has no such model; timm.list_models() lists them"
+        raise ConfigError(message, key="BENCHMARK.BASELINES")
     weights = timm.get_pretrained_cfg(model_name)
     size: dict[str, Any] = {"img_size": image_size} if weights is not None and weights.fixed_input_size else {}
     try:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from utils.config.errors import UserError
+
 if TYPE_CHECKING:
     from utils.config.schema import Schema
 
@@ -88,17 +90,17 @@ def at_least(low: int) -> Callable[[str], int]:
 
 
 @contextmanager
-def report_user_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
-    """Print errors of these kinds in one line and exit with code 2.
+def report_user_errors(kinds: tuple[type[Exception], ...] = (UserError,)) -> Iterator[None]:
+    """Print errors of these kinds, which a user can mend, in one line and exit with code 2; others pass.
 
     Of several processes, rank 0 prints first; the launcher then ends the others before they repeat it.
     """
     try:
         yield
     except kinds as error:
-        if int(os.environ.get("RANK", 0)) > 0:
+        if os.environ.get("RANK", "0") != "0":
             time.sleep(SECONDARY_RANK_DELAY_SECONDS)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -1,7 +1,12 @@
 """Errors that a user can mend. The entry point prints them as one line; every other exception keeps its traceback.
 
-This module imports nothing, so that any package may raise them.
+This module imports nothing of the project, so that any package may raise them.
 """
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -22,3 +27,27 @@ class ConfigError(UserError):
     def __init__(self, message: str, *, key: str | None = None) -> None:
         super().__init__(message)
         self.key = key
+
+
+@contextmanager
+def file_errors(kind: type[UserError], path: str | Path, action: str, remedy: str = "") -> Iterator[None]:
+    """Convert the system's errors on a user's file or folder into one line.
+
+    Args:
+        kind: type of the error.
+        path: the file, or a folder; then the error names the file in it, if the system does.
+        action: "read" or "written".
+        remedy: what the user can do, if the reason does not say it.
+
+    Raises:
+        kind: the block raised an OSError or a UnicodeDecodeError. A UserError passes unchanged.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, UnicodeDecodeError) as error:
+        name = getattr(error, "filename", None) if os.path.isdir(path) else None  # noqa: PTH112, since Path.is_dir may raise
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        end = f"; {remedy}" if remedy else ""
+        raise kind(f"{name or path}: cannot be {action}: {reason}{end}") from error

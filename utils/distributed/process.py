@@ -36,11 +36,11 @@ def start_process(local_rank: int = 0) -> Process:
         local_rank: rank on this machine, if the launcher did not set LOCAL_RANK.
 
     Raises:
-        UserError: there are more processes than GPUs on this machine.
+        UserError: there are more processes than GPUs on this machine, or the launcher's variables are wrong.
     """
-    rank = int(os.environ.get("RANK", 0))
-    num_processes = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", local_rank))
+    rank = launcher_number("RANK", 0)
+    num_processes = launcher_number("WORLD_SIZE", 1, low=1)
+    local_rank = launcher_number("LOCAL_RANK", local_rank)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
@@ -55,6 +55,18 @@ def start_process(local_rank: int = 0) -> Process:
     return Process(rank, num_processes, device)
 
 
+def launcher_number(name: str, default: int, *, low: int = 0) -> int:
+    """Return an environment variable that a launcher sets.
+
+    Raises:
+        UserError: it is no whole number, or below `low`.
+    """
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or int(text) < low:
+        raise UserError(f"{name} {text!r}: must be a whole number, at least {low}; unset it, or start with torchrun")
+    return int(text)
+
+
 def join_processes(backend: str) -> None:
     """Initialize the process group.
 
@@ -63,7 +75,10 @@ def join_processes(backend: str) -> None:
     would find the addresses of dead processes. Otherwise the store is new, and has no prefix, since a node that came
     back has counted fewer restarts.
     """
-    store, rank, num_processes = next(dist.rendezvous("env://"))
+    try:
+        store, rank, num_processes = next(dist.rendezvous("env://"))
+    except ValueError as error:  # a variable is missing
+        raise UserError(f"the processes cannot meet ({error}); start them with torchrun") from error
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=num_processes)

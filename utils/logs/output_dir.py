@@ -2,14 +2,13 @@
 
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from utils.config.errors import UserError
+from utils.config.errors import UserError, file_errors
 from utils.config.yaml_file import read_yaml
 from utils.logs.atomic_write import write_atomic
 from utils.logs.logger import logger, start_logging
@@ -21,16 +20,9 @@ class OutputError(UserError):
     """The output folder cannot be written, or another run uses it."""
 
 
-@contextmanager
-def output_errors(folder: Path) -> Iterator[None]:
-    """Raise the system's errors as OutputError."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise OutputError(
-            f"OUTPUT: cannot write to {folder} ({reason}); make room there, or change --output"
-        ) from error
+def output_errors(folder: Path) -> AbstractContextManager[None]:
+    """Raise the system's errors on the output folder as OutputErrors."""
+    return file_errors(OutputError, folder, "written", "make room there, or change OUTPUT (--output)")
 
 
 def open_output_dir(output: str, name: str, tag: str, *, rank: int) -> Path:

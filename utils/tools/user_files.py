@@ -1,30 +1,19 @@
 """Files that a command reads and writes: checked before the work begins; a system error becomes one line."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from utils.config.errors import UserError
+from utils.config.errors import UserError, file_errors
 
 
 class UserFileError(UserError):
     """A file or folder that the user named and that cannot be read or written."""
 
 
-@contextmanager
-def user_file(path: Path, action: str) -> Iterator[None]:
-    """Convert system errors on a user's file; `action` is "read" or "written".
-
-    Raises:
-        UserFileError: the file, what failed, and the system's reason.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except OSError as error:
-        name = error.filename if path.is_dir() and error.filename else path  # which file in the folder
-        raise UserFileError(f"{name}: cannot be {action}: {error.strerror or error}") from error
+def user_file(path: Path, action: str) -> AbstractContextManager[None]:
+    """Raise the system's errors on a file or folder that is "read" or "written" as UserFileErrors."""
+    return file_errors(UserFileError, path, action)
 
 
 def check_output(target: Path, *, suffixes: Sequence[str] = (), force: bool, creator: str = "") -> None:

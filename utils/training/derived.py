@@ -73,6 +73,7 @@ def steps_per_pass(config: Any, *, num_processes: int, num_train_images: int) ->
     if steps == 0:
         raise ConfigError(
             f"DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x {num_processes} processes x {config.TRAIN.ACCUMULATION_STEPS} "
-            f"accumulation steps is more than the {num_train_images} training images; lower --batch-size"
+            f"accumulation steps is more than the {num_train_images} training images; lower --batch-size",
+            key="DATA.BATCH_SIZE",
         )
     return steps

@@ -18,7 +18,7 @@ from utils.training.train_step import NonFiniteLossError
 
 # Parts of messages by which an error of a library is recognized; libraries raise RuntimeError for all of them.
 LOST_CONTACT = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
-DEAD_LOADER_WORKER = "DataLoader worker"
+DEAD_LOADER_WORKER = "DataLoader worker (pid"  # what a worker raises is "Caught ... in DataLoader worker process"
 MISSING_CPP_COMPILER = "InvalidCxxCompiler: "
 MISSING_C_COMPILER = "Failed to find C compiler"  # Triton, for a GPU
 
@@ -40,11 +40,9 @@ def explain_missing_compiler(setting: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # Depending on version and mode, inductor wraps the error once or twice, with its name before the text.
-        text = f"{type(error).__name__}: {error}"
-        if MISSING_CPP_COMPILER in text:
+        if is_from_library(error, MISSING_CPP_COMPILER):
             language, variable, remedy = "C++", "CXX", "g++"
-        elif MISSING_C_COMPILER in text:
+        elif is_from_library(error, MISSING_C_COMPILER):
             language, variable, remedy = "C", "CC", "gcc"
         else:
             raise
@@ -53,6 +51,12 @@ def explain_missing_compiler(setting: str) -> Iterator[None]:
             f"{setting}: torch.compile needs a {language} compiler, and found none that works ({value}); install one, "
             f"such as {remedy}, or leave it off"
         ) from error
+
+
+def is_from_library(error: Exception, *parts: str) -> bool:
+    """Return whether this is a RuntimeError whose type or message has one of these parts of the table above."""
+    text = f"{type(error).__name__}: {error}"  # inductor's errors are wrapped once or twice, with their type as text
+    return isinstance(error, RuntimeError) and any(part in text for part in parts)
 
 
 class LaunchedProcess:
@@ -116,20 +120,20 @@ def report(
     if isinstance(error, NonFiniteLossError):  # raised by all processes
         if process.is_main:
             logger.error("%s", text)
+    elif isinstance(error, user_errors):
+        if not process.is_main:  # most likely the first process has the same error and reports it
+            time.sleep(SECONDARY_RANK_DELAY_SECONDS)
+        logger.error("%s%s", rank, text)
     elif isinstance(error, torch.OutOfMemoryError):
         logger.error("%s%s", rank, explain_out_of_memory(error))
-    elif isinstance(error, torch.distributed.DistError) or any(part in text for part in LOST_CONTACT):
+    elif isinstance(error, torch.distributed.DistError) or is_from_library(error, *LOST_CONTACT):
         time.sleep(SECONDARY_RANK_DELAY_SECONDS)  # the launcher ends this process after it has seen the first failure
         logger.error("%slost contact with the other processes, one of which has failed (%s)", rank, text[:200])
-    elif DEAD_LOADER_WORKER in text:
+    elif is_from_library(error, DEAD_LOADER_WORKER):
         logger.error(
             "%sa worker process that loads images has died (%s). If it was killed, memory ran out: lower "
             "DATA.NUM_WORKERS or DATA.BATCH_SIZE, or raise the limit of shared memory (/dev/shm)",
             *(rank, text),
         )
-    elif isinstance(error, user_errors):
-        if not process.is_main:  # most likely the first process has the same error and reports it
-            time.sleep(SECONDARY_RANK_DELAY_SECONDS)
-        logger.error("%s%s", rank, text)
     else:
         logger.error("%s%s: %s\n%s", rank, type(error).__name__, text, "".join(traceback.format_exception(error)))

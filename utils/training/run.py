@@ -41,7 +41,7 @@ NOTICEABLE_INITIAL_SHARE = 0.1  # of the initial weights in the EMA at the end o
 def run_task(task: Task, config: CfgNode, *, run_throughput: Callable[[Task, CfgNode, Process], None]) -> int:
     """Train, evaluate, time or profile a model, as the configuration says. Returns the exit code."""
     if config.PROFILE_MODE:
-        with report_user_errors():
+        with report_user_errors(task.user_errors):
             print(task.profile(config))
         return 0
     launched = LaunchedProcess(
@@ -61,7 +61,7 @@ def run_task(task: Task, config: CfgNode, *, run_throughput: Callable[[Task, Cfg
 
 def run_evaluation(task: Task, config: CfgNode, process: Process) -> None:
     """Evaluate the weights of MODEL.RESUME: the model's and the EMA's if the file has both."""
-    with report_user_errors():
+    with report_user_errors(task.user_errors):
         if not config.MODEL.RESUME:
             raise ConfigError("MODEL.RESUME is empty: evaluation needs weights, name them with --resume FILE")
         folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
@@ -81,11 +81,11 @@ def run_evaluation(task: Task, config: CfgNode, process: Process) -> None:
 
 def run_training(task: Task, config: CfgNode, process: Process) -> None:
     """Train from the newest checkpoint in the output folder, if any, to the last epoch."""
-    with report_user_errors():
+    with report_user_errors(task.user_errors):
         folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
         lock = lock_output_dir(folder) if process.is_main else nullcontext()
     with lock:
-        with report_user_errors():
+        with report_user_errors(task.user_errors):
             run = open_run(task, config, process, folder)
             training = Training(task, run)
         if training.is_complete:
