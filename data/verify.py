@@ -31,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("bad_images.txt"), help="file for the list; must not exist")
     args = parser.parse_args(argv)
     with report_user_errors():
-        if args.output.exists():
-            raise DataError(f"{args.output} exists; move it, or name another file with --output")
         with as_data_error(args.output, "written"):  # now, because it must not cost a scan
+            if args.output.exists():
+                raise DataError(f"{args.output} exists; move it, or name another file with --output")
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.touch()
             args.output.unlink()

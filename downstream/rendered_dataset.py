@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from data.errors import DataError
+from data.errors import DataError, as_data_error
 from utils.config.command_line import Parser, at_least
 
 
@@ -32,7 +32,7 @@ def write_dataset(
     Raises:
         DataError: the folder holds something else, or cannot be written.
     """
-    try:
+    with as_data_error(folder, "written"):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             if not holds(folder / settings_file, settings):
                 raise DataError(f"{folder}: holds other files already; name a new or empty folder")
@@ -45,8 +45,6 @@ def write_dataset(
         if folder.exists():
             folder.rmdir()  # empty
         temporary.rename(folder)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written ({error.strerror or error})") from error
     print(f"{folder}: {settings['train']} training and {settings['val']} validation images")
 
 

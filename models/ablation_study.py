@@ -27,7 +27,7 @@ from models.build import build_model
 from models.unified.paper_rows import ABLATIONS, Ablation
 from utils.benchmark.measure import measure_in_turns
 from utils.config.command_line import Parser, at_least, report_user_errors
-from utils.config.errors import UserError
+from utils.config.errors import UserError, file_errors
 from utils.tools.paper_plots import plot_ablation
 from utils.training.build import build_precision
 
@@ -48,9 +48,9 @@ class RunResult(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    with report_user_errors():
+    with report_user_errors(), file_errors(UserError, args.output, "written", "choose another --output"):
         rows = select_rows(args.rows)
-        make_output_folder(args.output)
+        (args.output / "cfgs").mkdir(parents=True, exist_ok=True)
         configs = {row.name: row_config(args, row) for row in rows}
         missing = train_missing(args, rows)
     results = read_results(args)
@@ -95,14 +95,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")
     return parser.parse_args(argv)
-
-
-def make_output_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "cfgs").mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {folder}: {error.strerror}; choose a folder that can be written") from error
 
 
 def select_rows(names: Sequence[str]) -> list[Ablation]:

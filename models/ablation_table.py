@@ -18,7 +18,7 @@ from models.build import build_model, input_channels
 from models.unified.paper_rows import ABLATIONS, Ablation
 from utils.benchmark.measure import measure_in_turns
 from utils.config.command_line import Parser, at_least, report_user_errors
-from utils.config.errors import UserError
+from utils.config.errors import UserError, file_errors
 from utils.speed.flops import profile
 from utils.training.build import build_precision
 
@@ -42,20 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(text, end="")
     with report_user_errors():
         if args.output is not None:
-            write(args.output, text)
+            with file_errors(UserError, args.output, "written", "choose another --output"):
+                args.output.write_text(text)
     return 0
-
-
-def write(path: Path, text: str) -> None:
-    """Write the table to a file.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise UserError(f"--output {path}: {error.strerror}; choose a file that can be written") from error
 
 
 def count(row: Ablation) -> Counts:

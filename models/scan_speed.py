@@ -22,7 +22,7 @@ from models.unified.scan import gated_scan, step_scan
 from models.unified.ssm import unified_attention
 from utils.benchmark.measure import synchronize
 from utils.config.command_line import Parser, at_least, report_user_errors
-from utils.config.errors import UserError
+from utils.config.errors import UserError, file_errors
 from utils.tools.paper_plots import plot_speed
 
 HEADS, HEAD_DIM = 3, 32
@@ -55,10 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with report_user_errors():
         if args.cpu_time and (torch.cuda.is_available() or torch.get_num_threads() > 1):
             raise UserError("--cpu-time: needs one thread on a CPU; set OMP_NUM_THREADS=1 and CUDA_VISIBLE_DEVICES=")
-        try:
+        with file_errors(UserError, args.output, "written", "choose another --output"):
             args.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output {args.output}: {error.strerror}; choose a folder that can be written") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layers = {name: layer for name, layer in LAYERS.items() if name != TRITON or device.type == "cuda"}
     times = {

@@ -21,8 +21,10 @@ from downstream.build import build_backbone
 from downstream.detection import config as detection
 from downstream.segmentation import config as segmentation
 from models import MLLA, build_model, input_channels
+from models.kernels.dispatch import KernelsUnavailableError
 from utils.checkpoint.weights import load_weights, read_state_dict, read_weights
 from utils.config.command_line import Parser, report_user_errors
+from utils.config.errors import UserError
 from utils.config.schema import read_file
 from utils.distributed.process import Process
 from utils.logs.atomic_write import write_atomic
@@ -240,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--benchmark", action="store_true", help="measure latency on this CPU against PyTorch")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     args = parser.parse_args(argv)
-    with report_user_errors():
+    with report_user_errors((UserError, KernelsUnavailableError)):
         check_args(args)
         export(args)
     return 0

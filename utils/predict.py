@@ -26,6 +26,7 @@ from data.decoding import decode_pillow
 from data.prefetch import Normalizer
 from data.transforms import EvalTransform, Transform
 from models import build_model
+from models.kernels.dispatch import KernelsUnavailableError
 from utils.checkpoint.download import released_name
 from utils.checkpoint.weights import classes_in, load_weights, read_state_dict
 from utils.checkpoint.weights_file import load_checkpoint
@@ -87,11 +88,12 @@ def find_images(sources: Sequence[Path]) -> list[Path]:
     """
     paths: list[Path] = []
     for source in sources:
-        if not source.exists():
-            raise PredictionError(f"{source}: no such file or folder")
-        files = [source]
-        if source.is_dir():
-            files = sorted(p for p in source.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+        with user_file(source, "read"):
+            if not source.exists():
+                raise PredictionError(f"{source}: no such file or folder")
+            files = [source]
+            if source.is_dir():
+                files = sorted(p for p in source.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
         if not files:
             raise PredictionError(f"{source}: no images in it ({', '.join(IMG_EXTENSIONS)})")
         paths += files
@@ -284,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-ema", dest="ema", action="store_false", help="use the model's weights, not the EMA's")
     parser.add_argument("--force", action="store_true", help="replace existing files")
     args = parser.parse_args(argv)
-    with report_user_errors():
+    with report_user_errors((UserError, KernelsUnavailableError)):
         run(args)
     return 0
 

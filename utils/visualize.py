@@ -26,27 +26,29 @@ from data.sources.digits import Digits
 from data.transforms import EvalTransform, denormalize
 from models.build import build_model
 from models.inspection import LayerInput, attention_inputs, attention_map, gate_values, receptive_fields
+from models.kernels.dispatch import KernelsUnavailableError
 from utils.checkpoint.weights import load_weights, read_state_dict
 from utils.checkpoint.weights_file import CheckpointError, load_checkpoint
 from utils.config.command_line import Parser, at_least, report_user_errors
+from utils.config.errors import UserError
 from utils.tools.paper_plots import plot_by_depth, plot_maps
 from utils.tools.user_files import user_file
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    with report_user_errors():
+    with report_user_errors((UserError, KernelsUnavailableError)):
         config = find_config(args.cfg, args.resume)
         model = trained_model(config, args.resume)
         size = args.size or config.DATA.IMG_SIZE
         images = torch.stack([to_tensor(config, image, size) for image in open_images(args, size)])  # (B, 3, H, W)
         with user_file(args.output, "written"):
             args.output.mkdir(parents=True, exist_ok=True)
-    written = [
-        *draw_gates(config, model, images, args.output),
-        draw_receptive_fields(config, model, images, args.output),
-        *draw_attention(config, model, images, args.output, query=tuple(args.query)),
-    ]
+            written = [
+                *draw_gates(config, model, images, args.output),
+                draw_receptive_fields(config, model, images, args.output),
+                *draw_attention(config, model, images, args.output, query=tuple(args.query)),
+            ]
     print("\n".join(map(str, written)))
     return 0
 

@@ -31,8 +31,8 @@ class HuggingFaceImages:
                 f"DATA.DATASET hfds/{name}: the library `datasets` is not installed; pip install datasets"
             ) from error
         local = Path(root) / name
-        self.path, cache = (str(local), None) if local.is_dir() else (name, root or None)
         try:
+            self.path, cache = (str(local), None) if local.is_dir() else (name, root or None)
             names = datasets.get_dataset_split_names(self.path)
             available = next((candidate for candidate in SPLITS[split] if candidate in names), None)
             if available is None:

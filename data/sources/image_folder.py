@@ -63,7 +63,9 @@ def split_folder(root: str, split: str) -> Path:
     if not root:
         raise MissingFileError("DATA.DATA_PATH is empty: name the folder that holds train/ and val/ with --data-path")
     folder = Path(root) / split
-    if not folder.is_dir():
+    with as_data_error(folder):
+        exists = folder.is_dir()
+    if not exists:
         raise MissingFileError(
             f"DATA.DATA_PATH {root!r}: no folder {folder}; it must hold train/ and val/, each with a folder per class"
         )

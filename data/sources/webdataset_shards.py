@@ -71,7 +71,9 @@ class WebDatasetShards:
 
 def find_shards(folder: Path, split: str) -> list[Path]:
     for name in SPLITS[split]:
-        if shards := sorted(folder.glob(f"{name}/*.tar")) or sorted(folder.glob(f"*{name}*.tar")):
+        with as_data_error(folder):
+            shards = sorted(folder.glob(f"{name}/*.tar")) or sorted(folder.glob(f"*{name}*.tar"))
+        if shards:
             return shards
     raise MissingFileError(
         f"DATA.DATASET wds/: no shards {folder}/{split}/*.tar or {folder}/*{split}*.tar; they must be "

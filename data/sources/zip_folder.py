@@ -105,7 +105,9 @@ class ZipFolder:
 
 def required_file(root: str, name: str) -> Path:
     path = Path(root) / name
-    if not root or not path.is_file():
+    with as_data_error(path):
+        exists = bool(root) and path.is_file()
+    if not exists:
         raise MissingFileError(
             f"DATA.DATA_PATH {root!r}: no {name} in it; --zip reads train.zip, val.zip, train_map.txt and val_map.txt, "
             "which python -m data.make_zip makes"

@@ -18,7 +18,7 @@ from downstream.detection.model.masks import paste_masks
 from downstream.detection.synthetic import NUM_CLASSES, sharpen_until_busy, synthetic_inputs
 from utils.benchmark.measure import chip_name, median_seconds, reset_peak_memory
 from utils.config.command_line import Parser, at_least, report_user_errors
-from utils.config.errors import UserError
+from utils.config.errors import UserError, file_errors
 from utils.speed.compile import compile_regions
 from utils.speed.memory import peak_memory_mib
 from utils.training.amp import Precision, make_precision
@@ -77,8 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     lines.append(line_of(job(batch)))
                 print(lines[-1], flush=True)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text("\n".join(lines) + "\n")
+        with report_user_errors(), file_errors(UserError, args.output, "written"):
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text("\n".join(lines) + "\n")
     return 0
 
 
@@ -123,7 +124,7 @@ class Bench:
             )
         opts = ["MODEL.TYPE", self.name] if self.name.startswith("timm:") else []
         path = CFGS / f"{'mlla_t' if opts else self.name}_mrcnn_1x.yaml"
-        if not path.is_file():
+        if path not in CFGS.iterdir():
             raise UserError(f"--models {self.name}: known are {', '.join(MODELS)} and other timm:NAME")
         return build_detector(load_config(path, opts), NUM_CLASSES)
 

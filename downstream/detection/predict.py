@@ -5,6 +5,7 @@ python -m downstream.detection.predict street.jpg --resume PUBLISHED.pth \\
     --cfg downstream/detection/cfgs/mlla_t_mrcnn_1x.yaml
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from downstream.detection.data.dataset import Item, collate, eval_item
 from downstream.detection.data.transforms import normalize
 from downstream.detection.metrics import Result, coco_results
 from downstream.detection.pictures import draw_objects, objects_of_results, save_image
+from downstream.task import DenseTask
 from downstream.trained_model import TrainedModel, load_trained, predict_parser, read_trained_model
 from utils.checkpoint.weights_file import CheckpointError
 from utils.config.command_line import report_user_errors
@@ -37,13 +39,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("output/predictions"), metavar="FOLDER")
     parser.add_argument("--threshold", type=float, default=0.5, metavar="SCORE", help="lowest score that is drawn")
     args = parser.parse_args(argv)
-    with report_user_errors():
-        trained = read_trained_model(args, load_config)
-        num_classes = count_classes(trained, args.weights)
-        model, device = load_trained(build_detector(trained.config, num_classes), trained.weights, args.weights)
-        images = [read_image(path) for path in args.images]
-        with as_data_error(args.output, "written"):
-            args.output.mkdir(parents=True, exist_ok=True)
+    with report_user_errors(DenseTask.user_errors):
+        predict(args)
+    return 0
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Draw and write down the detections in all images.
+
+    Raises:
+        UserError: weights or images cannot be read, or the output cannot be written.
+    """
+    trained = read_trained_model(args, load_config)
+    num_classes = count_classes(trained, args.weights)
+    model, device = load_trained(build_detector(trained.config, num_classes), trained.weights, args.weights)
+    images = [read_image(path) for path in args.images]
+    with as_data_error(args.output, "written"):
+        args.output.mkdir(parents=True, exist_ok=True)
     precision = make_precision(device, amp=args.amp, dtype=trained.config.AMP_DTYPE)
     categories, test = categories_of(trained.classes, num_classes), trained.config.TEST
     category_ids = [category["id"] for category in categories]
@@ -54,15 +66,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         with precision.autocast():
             results = detect(model, item, category_ids, device)
         drawing = unused_name(args.output, path.stem.replace("{", "(").replace("}", ")") + "_{}.png")
-        save_image(draw_objects(image, objects_of_results(results, categories, threshold=args.threshold)), drawing)
+        with as_data_error(drawing, "written"):
+            save_image(draw_objects(image, objects_of_results(results, categories, threshold=args.threshold)), drawing)
         listed.append({"id": number, "file_name": str(path), "height": image.shape[0], "width": image.shape[1]})
         annotations += [{"id": len(annotations) + i, **result} for i, result in enumerate(results, 1)]
         num_drawn = sum(result["score"] >= args.threshold for result in results)
         print(f"{path}: {num_drawn} objects with a score of {args.threshold:g} or more, drawn in {drawing}")
     written = unused_name(args.output, "predictions_{}.json")
-    written.write_text(json.dumps({"images": listed, "annotations": annotations, "categories": categories}))
+    with as_data_error(written, "written"):
+        written.write_text(json.dumps({"images": listed, "annotations": annotations, "categories": categories}))
     print(f"all {len(annotations)} detections: {written}")
-    return 0
 
 
 def count_classes(trained: TrainedModel, path: str) -> int:

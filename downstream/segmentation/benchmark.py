@@ -21,6 +21,7 @@ from downstream.segmentation.model.losses import segmentation_loss
 from utils.benchmark.measure import chip_name, median_seconds, reset_peak_memory, run_calls, synthetic_images
 from utils.benchmark.throughput import in_columns
 from utils.config.command_line import Parser, at_least, report_user_errors
+from utils.config.errors import UserError, file_errors
 from utils.speed.memory import peak_memory_mib
 from utils.training.amp import Precision, make_precision
 from utils.training.optimizer import dense_parameter_groups, make_optimizer
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = compare(measure, args, device, make_precision(device, amp=args.amp, dtype=config.AMP_DTYPE))
             print(table(rows), flush=True)
             if args.output is not None:
-                with args.output.open("a") as file:
+                with file_errors(UserError, args.output, "written"), args.output.open("a") as file:
                     file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
     return 0
 

@@ -28,6 +28,7 @@ from downstream.segmentation.data.masked_images import (
 from downstream.segmentation.data.transforms import EvalTransform
 from downstream.segmentation.model.inference import predict_tiles
 from downstream.segmentation.pictures import prediction_files, save_prediction
+from downstream.task import DenseTask
 from downstream.trained_model import load_trained, predict_parser, read_trained_model
 from utils.checkpoint.weights_file import CheckpointError
 from utils.config.command_line import at_least, report_user_errors
@@ -50,7 +51,7 @@ class Segmentor(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    with report_user_errors(), torch.no_grad():
+    with report_user_errors(DenseTask.user_errors), torch.no_grad():
         check(args)
         jobs = plan_jobs(args.images, args.output)
         segmentor = open_segmentor(args)
@@ -61,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             image = read_image(path)
             classes = predict(segmentor, image, args)
             num_classes = len(segmentor.classes)
-            save_prediction(args.output / name, image, classes, num_classes=num_classes, first_label=first_label)
+            with as_data_error(args.output, "written"):
+                save_prediction(args.output / name, image, classes, num_classes=num_classes, first_label=first_label)
             print(f"{path}: {class_shares(classes, segmentor.classes)}")
     print(f"{len(jobs)} image(s): {args.output}")
     return 0
@@ -112,7 +114,8 @@ def plan_jobs(sources: Sequence[Path], output: Path) -> dict[Path, str]:
     """
     jobs: dict[Path, str] = {}
     for source in sources:
-        files = files_by_name(source, IMAGE_SUFFIXES) if source.is_dir() else {source.stem: source}
+        with as_data_error(source):
+            files = files_by_name(source, IMAGE_SUFFIXES) if source.is_dir() else {source.stem: source}
         jobs |= {path: name for name, path in files.items()}
     taken: dict[str, Path] = {}
     for path, name in jobs.items():
@@ -121,9 +124,10 @@ def plan_jobs(sources: Sequence[Path], output: Path) -> dict[Path, str]:
         if name in taken:
             raise DataError(f"{path}: {taken[name]} has the same name, and so would their results; do one at a time")
         taken[name] = path
-        for result in prediction_files(output / name):
-            if result.exists():
-                raise DataError(f"{result}: exists already; name another --output")
+        with as_data_error(output, "written"):
+            existing = [result for result in prediction_files(output / name) if result.exists()]
+        if existing:
+            raise DataError(f"{existing[0]}: exists already; name another --output")
     return jobs
 
 

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from timm.models import get_pretrained_cfg
 from tqdm import tqdm
 
-from utils.config.errors import UserError
+from utils.config.errors import UserError, file_errors
 from utils.logs.atomic_write import write_atomic
 from utils.logs.logger import logger
 
@@ -48,7 +48,10 @@ def local_file(source: str | Path) -> Path:
     name = released_name(str(source))
     if name and not Path(source).is_file():
         return cached(released_url(name), sha256="", stem=name)
-    parts = urlsplit(str(source))
+    try:
+        parts = urlsplit(str(source))
+    except ValueError as error:
+        raise DownloadError(f"{source}: not a URL ({error})") from error
     if parts.scheme not in ("http", "https", "file"):
         return Path(source)
     match = SHA256.fullmatch(parts.fragment.lower())
@@ -59,8 +62,10 @@ def local_file(source: str | Path) -> Path:
         path = Path(unquote(parts.path))
         if parts.netloc not in ("", "localhost"):
             raise DownloadError(f"{source}: a file:// URL of another machine; write file:///path/to/file")
-        if sha256 and path.is_file() and not checksum(path).startswith(sha256):
-            raise DownloadError(f"{path}: its sha256 is {checksum(path)}, not {sha256}: another or a damaged file")
+        with file_errors(DownloadError, path, "read"):
+            actual = checksum(path) if sha256 and path.is_file() else sha256
+        if not actual.startswith(sha256):
+            raise DownloadError(f"{path}: its sha256 is {actual}, not {sha256}: another or a damaged file")
         return path
     return cached(parts._replace(fragment="").geturl(), sha256=sha256)
 

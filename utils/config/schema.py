@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import yaml
 from yacs.config import CfgNode
 
-from utils.config.errors import ConfigError
+from utils.config.errors import ConfigError, file_errors
 from utils.config.yaml_file import parse_yaml, read_yaml
 
 
@@ -169,14 +169,16 @@ def frozen_node(values: Mapping[str, Any]) -> CfgNode:
 
 def read_file(schema: Schema, path: Path, within: tuple[Path, ...] = ()) -> Iterator[tuple[str, Any, str]]:
     """Yield (key, value, file) of a YAML file, those of its BASE files first."""
-    if not path.is_file():
+    with file_errors(ConfigError, path, "read"):
+        is_file, resolved = path.is_file(), path.resolve()
+    if not is_file:
         raise ConfigError(f"{path}: no such configuration file; see cfgs/ for those that come with the project")
-    if path.resolve() in within:
+    if resolved in within:
         raise ConfigError(f"{path}: BASE files include each other in a circle", key="BASE")
     content = read_yaml(path)
     for base in checked(schema, "BASE", content.pop("BASE", [""]), str(path)):
         if base:
-            yield from read_file(schema, path.parent / base, (*within, path.resolve()))
+            yield from read_file(schema, path.parent / base, (*within, resolved))
     yield from settings_in(schema, content, str(path))
 
 
@@ -231,10 +233,12 @@ def checked(schema: Schema, name: str, value: Any, origin: str) -> Any:
 def coerced(name: str, value: Any, key: Key, origin: str) -> Any:
     """Return the value as a bool, int, float or str; YAML reads 5e-4 as text, so text is tried as a number."""
     if key.type is float and isinstance(value, int | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             value = float(value)
     if key.type is str and value is False:  # YAML reads a bare off or no so
         value = "off" if key.rule.holds("off") else "no"
+    if isinstance(value, str) and "\0" in value:  # the system refuses it in names of files
+        raise ConfigError(f"{name} {value!r} (in {origin}): must not hold a NUL character", key=name)
     if type(value) is not key.type or value in (math.inf, -math.inf) or value != value:
         raise ConfigError(f"{name} {value!r} (in {origin}): must be of type {key.type.__name__}", key=name)
     return value

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from utils.config.errors import ConfigError
+from utils.config.errors import ConfigError, file_errors
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -26,12 +26,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read, or is not a YAML file of sections and keys.
     """
-    try:
+    with file_errors(ConfigError, path, "read"):
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read this configuration file: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a YAML file: {error}") from None
     return parse_yaml(text, str(path))
 
 
@@ -39,7 +35,7 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
     """Return the values of YAML text, as `read_yaml` does; errors name its origin."""
     try:
         content = yaml.load(text, StrictLoader)
-    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
+    except (yaml.YAMLError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ConfigError(f"{origin}: not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict | None):
         raise ConfigError(f"{origin}: must hold 'KEY: value' lines, but holds a {type(content).__name__}")

@@ -67,15 +67,15 @@ def read_run(folder: Path) -> RunMetrics:
     Raises:
         RunFolderError: the folder holds no metrics, or none yet.
         UserFileError: a file in it cannot be read.
-        ValueError: config.yaml is not a configuration.
+        ConfigError: config.yaml is not a YAML file of sections and keys.
     """
     path = folder / "metrics.jsonl"
-    if not path.is_file():
-        runs = [str(file.parent) for file in sorted(folder.glob("**/metrics.jsonl"))[:3]]
-        hint = f"in it are {', '.join(runs)}" if runs else "name the folder of a run, <output>/<MODEL.NAME>/<tag>"
-        raise RunFolderError(f"{folder}: holds no metrics.jsonl; {hint}")
     records: dict[int, dict[str, Any]] = {}
     with user_file(folder, "read"):
+        if not path.is_file():
+            runs = [str(file.parent) for file in sorted(folder.glob("**/metrics.jsonl"))[:3]]
+            hint = f"in it are {', '.join(runs)}" if runs else "name the folder of a run, <output>/<MODEL.NAME>/<tag>"
+            raise RunFolderError(f"{folder}: holds no metrics.jsonl; {hint}")
         for record in read_records(path):
             if isinstance(record["epoch"], int):
                 records[record["epoch"]] = numbers_in(record)

@@ -30,11 +30,11 @@ def check_output(target: Path, *, suffixes: Sequence[str] = (), force: bool, cre
     if suffixes and target.suffix not in suffixes:
         allowed = " or ".join(filter(None, [", ".join(suffixes[:-1]), suffixes[-1]]))
         raise UserFileError(f"{target}: the file name must end in {allowed}")
-    if not target.parent.is_dir():
-        raise UserFileError(f"{target}: there is no folder {target.parent}")
-    if not target.exists() or (force and target.is_file()):
-        return
-    with user_file(target, "read"):
+    with user_file(target, "written"):
+        if not target.parent.is_dir():
+            raise UserFileError(f"{target}: there is no folder {target.parent}")
+        if not target.exists() or (force and target.is_file()):
+            return
         is_own = bool(creator) and target.is_file() and creator.encode() in target.read_bytes()
     if not is_own:
         raise UserFileError(f"{target}: already exists; name another file, or replace it with --force")

@@ -63,7 +63,8 @@ def run_evaluation(task: Task, config: CfgNode, process: Process) -> None:
     """Evaluate the weights of MODEL.RESUME: the model's and the EMA's if the file has both."""
     with report_user_errors(task.user_errors):
         if not config.MODEL.RESUME:
-            raise ConfigError("MODEL.RESUME is empty: evaluation needs weights, name them with --resume FILE")
+            message = "MODEL.RESUME is empty: evaluation needs weights, name them with --resume FILE"
+            raise ConfigError(message, key="MODEL.RESUME")
         folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
         run = open_run(task, config, process, folder)
         weights_file = read_weights(config.MODEL.RESUME, tolerant=True)

@@ -125,11 +125,11 @@ class CocoImages:
         Raises:
             MissingFileError: the folder or images in it are missing.
         """
-        if not self.folder.is_dir():
-            raise MissingFileError(f"{self.folder}: no such folder; it must hold the images of {self.annotations}")
         with as_data_error(self.folder):
+            if not self.folder.is_dir():
+                raise MissingFileError(f"{self.folder}: no such folder; it must hold the images of {self.annotations}")
             present = {entry.name for entry in os.scandir(self.folder)}
-        missing = [name for name in names if name not in present and not (self.folder / name).is_file()]
+            missing = [name for name in names if name not in present and not (self.folder / name).is_file()]
         if missing:
             raise MissingFileError(
                 f"{self.folder}: {len(missing)} of the {len(names)} images of {self.annotations} are not there, "
@@ -175,9 +175,9 @@ def read_image(path: str | Path) -> np.ndarray:
         BrokenImageError: it is not an image.
         DataError: it cannot be read.
     """
-    if not Path(path).exists():
-        raise MissingFileError(f"{path}: no such image file")
     with as_data_error(path):
+        if not Path(path).exists():
+            raise MissingFileError(f"{path}: no such image file")
         content = np.fromfile(path, dtype=np.uint8)
     try:
         image = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
@@ -195,12 +195,12 @@ def read_annotations(path: Path) -> dict[str, Any]:
         MissingFileError: there is no such file.
         DataError: it cannot be read, or is not of that format.
     """
-    if not path.is_file():
-        raise MissingFileError(f"{path}: no such annotation file; DATA.* says where it is expected")
     try:
         with as_data_error(path):
+            if not path.is_file():
+                raise MissingFileError(f"{path}: no such annotation file; DATA.* says where it is expected")
             content = json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path}: is not a JSON file ({error})") from error
     if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in NEEDED_KEYS):
         raise DataError(f"{path}: is not a COCO annotation file: it needs the lists {', '.join(NEEDED_KEYS)}")

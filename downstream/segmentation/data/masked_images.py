@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.decoding import to_rgb
-from data.errors import BrokenImageError, DataError
+from data.errors import BrokenImageError, DataError, as_data_error
 from downstream.segmentation.model.losses import IGNORED
-from utils.config.errors import MissingFileError
+from utils.config.errors import MissingFileError, file_errors
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 INDEX_MODES = ("P", "L", "1", "I", "I;16")  # of mask files: one number per pixel
@@ -92,12 +92,8 @@ def read_classes(path: Path) -> list[str]:
     Raises:
         DataError: the file cannot be read, holds no names, too many for a mask's 8 bits, or a name twice.
     """
-    try:
+    with file_errors(DataError, path, "read", "it must hold the names of the classes, one per line"):
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: cannot be read ({error}); it must hold the names of the classes, one per line"
-        ) from None
     classes = [line.strip() for line in lines if line.strip()]
     if not 1 <= len(classes) <= IGNORED:
         raise DataError(f"{path}: holds {len(classes)} classes; must be 1 to {IGNORED}, one per line")
@@ -113,10 +109,12 @@ def files_by_name(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
         MissingFileError: there is no such folder.
         DataError: the folder holds no such files, or two of one name.
     """
-    if not folder.is_dir():
-        raise MissingFileError(f"{folder}: no such folder; downstream/segmentation/README.md shows what is needed")
+    with as_data_error(folder):
+        if not folder.is_dir():
+            raise MissingFileError(f"{folder}: no such folder; downstream/segmentation/README.md shows what is needed")
+        paths = sorted(folder.rglob("*"))
     files: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in paths:
         if path.suffix.lower() in suffixes and not path.name.startswith("."):
             name = path.relative_to(folder).with_suffix("").as_posix()
             if name in files:
