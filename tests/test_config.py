@@ -146,6 +146,10 @@ def test_wrong_settings(opts: list[str], key: str | None, message: str) -> None:
         ("TAG: 2024-13-45", "not a YAML file"),
         ("TRAIN: 5", "TRAIN .*: unknown key"),
         ("a: [", "not a YAML file"),
+        ("AMP: !!bool abc", "not a YAML file"),
+        ("TAG: !!timestamp abc", "not a YAML file"),
+        (f"TRAIN: {{BASE_LR: 1{'0' * 400}}}", r"TRAIN\.BASE_LR 1000.*: must be of type float"),
+        ('TAG: "a\\0b"', "TAG .*: must not hold a NUL"),
         ("- 1", "must hold 'KEY: value' lines"),
         ("TRAIN: {EPOCHS: 3}\nTRAIN: {}", "TRAIN stands twice"),
     ],
@@ -163,11 +167,11 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "read_text", deny)
-    with pytest.raises(ConfigError, match=r"run.yaml: cannot read .*: Permission denied"):
+    with pytest.raises(ConfigError, match=r"run.yaml: cannot be read: Permission denied"):
         load_config(write(tmp_path, "run.yaml", ""))
     monkeypatch.undo()
     (tmp_path / "run.yaml").write_bytes(b"\xff")
-    with pytest.raises(ConfigError, match=r"run.yaml: not a YAML file"):
+    with pytest.raises(ConfigError, match=r"run.yaml: cannot be read: .*can't decode byte 0xff"):
         load_config(tmp_path / "run.yaml")
 
 

@@ -398,7 +398,7 @@ def test_mistakes_in_paths(run_main: RunMain, tmp_path: Path) -> None:
     (tmp_path / "train" / "cat" / "0.jpg").unlink()
     assert "cat: a class folder without images" in mistake(run_main, "--data-path", tmp_path, *tiny)
     (tmp_path / "file").write_text("no folder")
-    assert "cannot write to" in mistake(run_main, *digits, "--output", tmp_path / "file" / "out")
+    assert "cannot be written: Not a directory" in mistake(run_main, *digits, "--output", tmp_path / "file" / "out")
     assert "more than the 1437 training images" in mistake(run_main, *digits, *out, "--batch-size", "1438")
 
 

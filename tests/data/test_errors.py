@@ -10,7 +10,7 @@ from utils.config.errors import MissingFileError, UserError
 def test_operating_system_errors_become_one_line_with_the_path(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught, as_data_error(tmp_path):
         tmp_path.read_bytes()
-    assert str(caught.value) == f"{tmp_path}: Is a directory"
+    assert str(caught.value) == f"{tmp_path}: cannot be read: Is a directory"
     (tmp_path / "text").write_bytes(b"\xff")
     with pytest.raises(DataError, match=r"text: .*can't decode byte 0xff"), as_data_error(tmp_path / "text"):
         (tmp_path / "text").read_text(encoding="utf-8")

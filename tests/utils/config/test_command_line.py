@@ -7,9 +7,12 @@ import time
 import pytest
 
 from config import SCHEMA
+from data.errors import DataError
 from downstream.segmentation import config as segmentation
+from models.kernels.dispatch import KernelsUnavailableError
 from tests.helpers import exit_code, run_python
 from tests.test_imports import COMMANDS
+from utils.checkpoint.weights_file import CheckpointError
 from utils.config.command_line import (
     FLAGS,
     SECONDARY_RANK_DELAY_SECONDS,
@@ -18,9 +21,23 @@ from utils.config.command_line import (
     parse_command_line,
     report_user_errors,
 )
+from utils.config.errors import ConfigError, MissingFileError, UserError
+from utils.logs.output_dir import OutputError
+from utils.tools.user_files import UserFileError
 
 
-@pytest.mark.parametrize("error", [ValueError("KEY 3: too many; lower it"), FileNotFoundError(2, "No such file", "x")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("KEY 3: too many; lower it"),
+        ConfigError("KEY 3: too many", key="KEY"),
+        MissingFileError("x: no such file"),
+        DataError("x: damaged"),
+        CheckpointError("x: damaged"),
+        OutputError("x: full"),
+        UserFileError("x: no such file"),
+    ],
+)
 def test_a_user_error_is_one_line_and_exit_code_2(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop, report_user_errors():
         raise error
@@ -28,9 +45,36 @@ def test_a_user_error_is_one_line_and_exit_code_2(error: Exception, capsys: pyte
     assert capsys.readouterr().err == f"error: {error}\n"
 
 
-def test_other_errors_keep_their_traceback() -> None:
-    with pytest.raises(RuntimeError, match="a defect"), report_user_errors():
-        raise RuntimeError("a defect")
+def test_a_user_error_of_several_lines_is_printed_as_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), report_user_errors():
+        raise UserError("x: damaged\n  at line 3")
+    assert capsys.readouterr().err == "error: x: damaged at line 3\n"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a defect"), ValueError("a defect"), OSError("a defect"), KeyError("a")])
+def test_other_errors_pass(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, report_user_errors():
+        raise error
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("kind", ["ValueError", "OSError"])
+def test_an_error_of_our_own_code_keeps_its_traceback(kind: str) -> None:
+    code = f"""
+from utils.config.command_line import report_user_errors
+with report_user_errors():
+    raise {kind}("a defect")
+"""
+    done = run_python("-c", code)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.endswith(f"{kind}: a defect\n")
+
+
+def test_other_kinds_can_be_user_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop, report_user_errors((UserError, KernelsUnavailableError)):
+        raise KernelsUnavailableError("MODEL.KERNELS triton: no GPU")
+    assert (stop.value.code, capsys.readouterr().err) == (2, "error: MODEL.KERNELS triton: no GPU\n")
 
 
 @pytest.mark.parametrize(("rank", "waits"), [("0", []), ("3", [SECONDARY_RANK_DELAY_SECONDS])])
@@ -39,7 +83,7 @@ def test_rank_0_prints_first(monkeypatch: pytest.MonkeyPatch, rank: str, waits: 
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(time, "sleep", slept.append)
     with pytest.raises(SystemExit), report_user_errors():
-        raise ValueError
+        raise UserError("x")
     assert slept == waits
 
 
