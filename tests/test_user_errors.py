@@ -35,13 +35,8 @@ CASES = [
         for command, args in [*RUNS.items()][1:]
         for folder in ("FILE", "EMPTY", "OUT", LONG)
     ),
-    ("main", ["--cfg", "cfgs/digits.yaml", "--output", "OUT", "--opts", "MODEL.KERNELS", "triton"], "MODEL.KERNELS"),
-    *(
-        (command, args, args[0])
-        for command in ("utils.predict", "downstream.detection.predict", "downstream.segmentation.predict")
-        for args in (["OUT", "--weights", "FILE", "--output", "OUT.json"],)
-        if command != "downstream.detection.predict"  # it reads the weights first
-    ),
+    ("utils.predict", ["OUT", "--weights", "FILE"], "OUT"),
+    ("downstream.segmentation.predict", ["OUT", "--weights", "FILE", "--output", "OUT.json"], "OUT"),
     ("downstream.detection.predict", ["OUT", "--weights", "FILE"], "FILE"),
     ("utils.predict", [LONG, "--weights", "FILE"], LONG),
     ("utils.predict", ["FILE", "--model", "no_such_model", "--weights", "FILE"], "--model no_such_model"),

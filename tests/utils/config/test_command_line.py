@@ -51,7 +51,9 @@ def test_a_user_error_of_several_lines_is_printed_as_one(capsys: pytest.CaptureF
     assert capsys.readouterr().err == "error: x: damaged at line 3\n"
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a defect"), ValueError("a defect"), OSError("a defect"), KeyError("a")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a defect"), ValueError("a defect"), OSError("a defect"), KeyError("a")]
+)
 def test_other_errors_pass(error: Exception) -> None:
     with pytest.raises(type(error)) as caught, report_user_errors():
         raise error

@@ -16,9 +16,9 @@ def test_the_line_names_file_action_reason_and_remedy(tmp_path: Path) -> None:
 
 
 def test_the_line_names_the_file_in_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"^{tmp_path}/a/b: cannot be written: No such file"):
-        with file_errors(UserError, tmp_path, "written"):
-            (tmp_path / "a" / "b").write_text("")
+    match = f"^{tmp_path}/a/b: cannot be written: No such file"
+    with pytest.raises(UserError, match=match), file_errors(UserError, tmp_path, "written"):
+        (tmp_path / "a" / "b").write_text("")
 
 
 @pytest.mark.parametrize(("error", "reason"), [(OSError(), "OSError"), (OSError("two\nlines"), "two lines")])
@@ -30,7 +30,10 @@ def test_errors_without_a_number(error: OSError, reason: str) -> None:
 
 def test_text_that_is_not_utf_8(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"\xff")
-    with pytest.raises(UserError, match="x: cannot be read: .*can't decode"), file_errors(UserError, tmp_path / "x", "read"):
+    with (
+        pytest.raises(UserError, match=r"x: cannot be read: .*can't decode"),
+        file_errors(UserError, tmp_path / "x", "read"),
+    ):
         (tmp_path / "x").read_text(encoding="utf-8")
 
 
