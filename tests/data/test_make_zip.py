@@ -129,7 +129,7 @@ def test_an_unwritable_output_folder_and_a_damaged_archive(
 ) -> None:
     (tmp_path / "file").touch()
     assert pack(images, tmp_path / "file") == 2
-    assert capsys.readouterr().err == f"error: {tmp_path}/file: File exists\n"
+    assert capsys.readouterr().err == f"error: {tmp_path}/file: cannot be written: File exists\n"
     (tmp_path / "zips").mkdir()
     (tmp_path / "zips" / "train.zip").write_bytes(b"no archive")
     assert pack(images, tmp_path / "zips") == 2

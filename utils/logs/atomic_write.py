@@ -16,6 +16,7 @@ def write_atomic(target: Path, write: Callable[[Path], object]) -> None:
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()  # raises an OSError where libraries raise errors of their own
+        temporary.unlink()
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())

@@ -47,7 +47,7 @@ def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monkey
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "iterdir", refuse)
-    with pytest.raises(DataError, match=r"/val: Permission denied$"):
+    with pytest.raises(DataError, match=r"/val: cannot be read: Permission denied$"):
         ImageFolder(str(tmp_path), "val")
 
 
