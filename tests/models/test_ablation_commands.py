@@ -195,7 +195,7 @@ def test_output_that_is_a_file(
 ) -> None:
     (tmp_path / "file").touch()
     assert exit_code(command, ["--output", str(tmp_path / "file")]) == 2
-    assert f"--output {tmp_path / 'file'}: File exists" in capsys.readouterr().err
+    assert f"{tmp_path / 'file'}: cannot be written: File exists; choose another --output" in capsys.readouterr().err
 
 
 def test_models_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
