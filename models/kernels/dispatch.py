@@ -50,8 +50,9 @@ def supports(
         mode: MODEL.KERNELS. "auto" trusts a kernel that passed its self-test, which runs here where set-up ran none.
         x: the input.
         kernel: its name.
-        channels: the width that the kernel sees: C, or that of a hidden layer.
-        head_dim: channels of an attention head.
+        channels: the width that the kernel sees: C, or that of a hidden layer; from a module, since torch.compile turns
+            sizes of x into symbols.
+        head_dim: channels of an attention head, likewise.
         dtype: what the kernel computes in; None for that of x.
         reason: why the kernels do not support the module, or "".
 

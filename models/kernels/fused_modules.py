@@ -176,7 +176,7 @@ class FusedMLLABlock(FusedModule, MLLABlock):
     def supports(self, kernel: str, x: Tensor, dtype: torch.dtype, reason: str = "", head_dim: int = 32) -> bool:
         """Return whether a kernel computes tokens x (B, H, W, C) in a dtype; `reason`: why not the block's parts."""
         return dispatch.supports(
-            self.kernels, x, kernel, channels=x.shape[-1], head_dim=head_dim, dtype=dtype, reason=reason
+            self.kernels, x, kernel, channels=self.attn.dim, head_dim=head_dim, dtype=dtype, reason=reason
         )
 
     def fused_mixer(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -203,7 +203,7 @@ class FusedMLLABlock(FusedModule, MLLABlock):
                 *(fc1.weight, fc1.bias, fc2.weight, fc2.bias),
             )
         x, y = conv_norm(x, self.cpe2, norm)
-        if x.shape[-1] <= WIDEST_FUSED_MLP and self.supports("mlp", x, x.dtype):
+        if self.attn.dim <= WIDEST_FUSED_MLP and self.supports("mlp", x, x.dtype):
             return ops().mlp(y, fc1.weight, fc1.bias, fc2.weight, fc2.bias, x)
         return x + fc2(ops().gelu(fc1(y)))
 

@@ -132,7 +132,7 @@ class InferenceBlock(nn.Module):
         is_mixer = kernel == "mixer"
         return dispatch.can_run(self.kernels, x) and dispatch.supports(
             *(self.kernels, x, kernel),
-            channels=x.shape[-1],
+            channels=self.attn.dim,
             head_dim=self.attn.dim // self.attn.num_heads if is_mixer else 32,
             dtype=compute_dtype(x),
             reason=self.unsupported_mixer if is_mixer else self.unsupported_mlp,

@@ -23,4 +23,4 @@ def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 @pytest.fixture
 def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels whose self-test counts as passed, where running it is not the point."""
-    monkeypatch.setattr(dispatch, "failed_self_test", lambda *_: "")
+    monkeypatch.setattr(dispatch, "self_test_verdict", lambda *_: "")

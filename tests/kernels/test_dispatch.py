@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import MLLA, use_kernels
+from models import MLLA, prepare_for_inference, use_kernels
 from models.kernels import dispatch
 from models.kernels.dispatch import KernelsUnavailableError
 from models.kernels.fused_modules import FusedDownsample, FusedMLLABlock, FusedStem, mixer_parts, mlp_parts
@@ -128,3 +128,30 @@ def test_parts_are_examined_again_only_when_one_has_changed() -> None:
     assert not block.unsupported(mlp_parts)
     block.mlp.act.approximate = "tanh"
     assert block.unsupported(mlp_parts)
+
+
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_compiled_blocks_of_several_widths_ask_for_constants(
+    monkeypatch: pytest.MonkeyPatch, is_prepared: bool
+) -> None:
+    """Compiled once for all widths, a block's width would be a symbol, for which there is no verdict."""
+    cases: set[tuple[str, int]] = set()
+
+    def verdict(kernel: str, _device: torch.device, _dtype: torch.dtype, channels: int, *_: int) -> str:
+        cases.add((kernel, channels))
+        return "not here"
+
+    monkeypatch.setattr(dispatch, "find_missing_triton", lambda _: "")
+    monkeypatch.setattr(dispatch, "self_test_verdict", verdict)
+    torch._dynamo.reset()
+    model = use_kernels(MLLA(img_size=32, embed_dim=16, depths=(1, 1, 1), num_heads=(1, 2, 4), num_classes=3))
+    if is_prepared:
+        model = prepare_for_inference(model, torch.float32)
+    for module in model.modules():
+        if getattr(module, "is_region", False):
+            module.compile(backend="eager", fullgraph=True)
+    with torch.set_grad_enabled(not is_prepared):
+        for size in (32, 64):
+            model(torch.randn(2, 3, size, size))
+    assert {("mixer", 16), ("mixer", 32), ("mixer", 64)} <= cases
+    assert {("wide_conv", 128), ("wide_conv", 256)} <= cases
