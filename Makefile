@@ -4,6 +4,7 @@
 # make finetune           train on five digits, then on all ten at another size, from those weights and from scratch
 # make ablation           train all rows of the paper's tables 1 and 2 on digits, three seeds each; ABLATION='--epochs 50' for more
 # make test               lint, format, types and tests
+# make test-fast          the unit tests that take less than a second each, in under a minute on two cores
 # make test-kernels       the tests of the Triton kernels: on a GPU, or on a CPU through Triton's interpreter
 # make test-oldest        the tests with the oldest supported torch, torchvision and timm, in .venv-oldest
 # make soak               interrupt training many times; results must equal those of an uninterrupted run; a quarter of an hour
@@ -17,7 +18,7 @@ DEMO_RUN := $(DEMO_OUTPUT)/mlla_digits/default
 # One process per GPU, at most two; two on a CPU.
 COUNT_PROCESSES := import torch; print(min(2, torch.cuda.device_count() or 2))
 
-.PHONY: demo demo-detection demo-segmentation finetune ablation test test-kernels test-oldest lint soak bench-data clean
+.PHONY: demo demo-detection demo-segmentation finetune ablation test test-fast test-kernels test-oldest lint soak bench-data clean
 
 demo: .venv/installed
 	processes=$$($(BIN)/python -c '$(COUNT_PROCESSES)') && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
@@ -69,6 +70,9 @@ INTERPRETS := import torch; print(int(not torch.cuda.is_available()))
 test: lint
 	$(BIN)/python $(TESTS)
 	$(MAKE) test-kernels
+
+test-fast: .venv/installed
+	$(BIN)/python $(TESTS) -m "not slow"
 
 test-kernels: .venv/installed
 	TRITON_INTERPRET=$$($(BIN)/python -c '$(INTERPRETS)') $(BIN)/python $(KERNEL_TESTS)

@@ -232,6 +232,7 @@ def folder(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.replace("/", "|"))
 def test_command(command: str, folder: Path) -> None:  # noqa: ARG001
     rule = rule_for(command)
@@ -267,6 +268,7 @@ def shapes_of(value: Any) -> list[tuple[int, ...]]:
 PYTHON = [block for block in documentation.blocks() if block.language == "python"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: f"{block.page}: {block.text.splitlines()[0]}")
 def test_python(
     block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -13,6 +13,8 @@ import main
 from tests.helpers import run_python
 from utils.checkpoint.weights_file import load_checkpoint
 
+pytestmark = pytest.mark.slow
+
 RunMain = Callable[..., tuple[int, str, str]]
 THIN = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.NUM_HEADS", "[1, 1, 1, 1]", "TRAIN.WARMUP_EPOCHS", "0"]
 DIGITS_0_TO_4 = ["DATA.CLASSES", "['0', '1', '2', '3', '4']"]

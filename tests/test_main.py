@@ -21,6 +21,8 @@ from utils.checkpoint.weights_file import load_checkpoint
 from utils.training import losses
 from utils.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 RunMain = Callable[..., tuple[int, str, str]]
 SMALL = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.NUM_HEADS", "[1, 1, 1, 1]", "TRAIN.WARMUP_EPOCHS", "0"]
 SCORES = re.compile(r" \* Acc@1 (\d+\.\d{3}) Acc@5 (\d+\.\d{3})")

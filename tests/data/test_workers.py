@@ -33,6 +33,7 @@ def _short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.3)  # how long it waits for their end
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("persistent", [True, False])
 def test_hanging_workers_are_restarted(tmp_path: Path, caplog: pytest.LogCaptureFixture, persistent: bool) -> None:
     set_up = partial(hang_at_first, tmp_path, 1)
@@ -48,6 +49,7 @@ def test_hanging_workers_are_restarted(tmp_path: Path, caplog: pytest.LogCapture
     wait_for(lambda: not is_running(hanging))
 
 
+@pytest.mark.slow
 def test_workers_that_never_start_end_the_run(tmp_path: Path) -> None:
     loader = RestartingDataLoader(NUMBERS, num_workers=2, set_up_worker=partial(hang_at_first, tmp_path, 99))
     with pytest.raises(

@@ -59,6 +59,7 @@ def run(
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_speed_of_inference_and_training(run: Run, task: str) -> None:
     code, output, folder = run(task, "--throughput", "--baseline", "timm:test_convnext")
@@ -84,6 +85,7 @@ def test_what_to_measure_needs_throughput(run: Run, task: str) -> None:
     assert len(output.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_evaluation_compiles_the_backbone_and_gives_the_same_metrics(
     run: Run, task: str, monkeypatch: pytest.MonkeyPatch

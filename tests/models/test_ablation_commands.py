@@ -146,6 +146,7 @@ def test_torn_line_of_results(tmp_path: Path, scale: Path, capsys: pytest.Captur
         assert f"{tmp_path / 'results.jsonl'}, line 1 is not a result" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_study_runs_main(tmp_path: Path, scale: Path, run_main: RunMain, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real main.py runs with the row's switches and the scale's sizes."""
     monkeypatch.setattr(subprocess, "call", lambda command, **_: run_main(*command[2:])[0])
@@ -178,6 +179,7 @@ def test_failed_run_names_its_console_log(
     assert "console.txt" in error
 
 
+@pytest.mark.slow
 def test_scan_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert scan_speed.main(["--tokens", "4", "9", "--most-steps", "4", "--output", str(tmp_path)]) == 0
     head, _, *rows = cells((tmp_path / "scan_speed.md").read_text())
@@ -203,6 +205,7 @@ def test_output_that_is_a_file(
     assert re.search(r"/file: cannot be written: (File exists|Not a directory); choose another --output\n$", error)
 
 
+@pytest.mark.slow
 def test_models_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = {"a": [1.0, 3.0, 100.0], "b": [5.0, 4.0, 6.0]}  # images per second
     seconds = {name: iter([1.0, 1.0, *(1 / rate for rate in rates)]) for name, rates in rounds.items()}

@@ -119,6 +119,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "gated.pth"
 
 
+@pytest.mark.slow
 def test_pictures(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -302,6 +302,7 @@ def test_torch_fx() -> None:
         assert graph(images)[nodes[-1]].equal(model(images))
 
 
+@pytest.mark.slow
 def test_scripting_is_refused_in_one_line_and_tracing_works() -> None:
     with timm.set_scriptable(True), pytest.raises(ValueError, match=r"mlla_tiny cannot be scripted: .* torch\.export"):
         timm.create_model("mlla_tiny", **THIN)

@@ -39,6 +39,7 @@ def run_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     return run
 
 
+@pytest.mark.slow
 def test_table_and_plot(run_compare: Compare, tmp_path: Path) -> None:
     a = make_run(tmp_path / "m" / "a", [10, 30, 20], ema_acc1=[5, 6, 7], loss=[3, 1, 2], settings="SEED: 1\nAMP: true")
     b = make_run(tmp_path / "m" / "b", [10, 90, 80, 90], loss=[3, 2, 1, 1.5], settings="SEED: 2\nAMP: true")

@@ -179,6 +179,7 @@ def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
     return run_python("-m", "utils.convert", *args)
 
 
+@pytest.mark.slow
 def test_the_command(ours: Path, tmp_path: Path) -> None:
     target = tmp_path / "w.pth"
     done = run(ours.as_uri(), target, "--to", "official")

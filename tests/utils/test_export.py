@@ -55,6 +55,7 @@ def test_onnx_with_an_old_torch_is_refused(
     assert f"--to onnx needs torch {OLDEST_TORCH} or later; this is 2.7.1+cu126" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @NEEDS_EXPORTER
 def test_onnx_of_a_fixed_size(
     tmp_path: Path, weights: Path, model: nn.Module, capsys: pytest.CaptureFixture[str]
@@ -80,6 +81,7 @@ def test_onnx_of_a_fixed_size(
         assert smaller.stat().st_size < 0.9 * target.stat().st_size
 
 
+@pytest.mark.slow
 def test_default_size_is_img_size(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "m.pt", weights, "torchscript", "--evaluate") == 0
     assert capsys.readouterr().out.count(" on 360 images") == 2
@@ -99,6 +101,7 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, MLLABackbo
     return path, backbone
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("task", "name", "args", "sizes"),
@@ -135,6 +138,7 @@ def test_safetensors_of_a_backbone(tmp_path: Path, detector: Any) -> None:
     assert all(saved[name].equal(value) for name, value in backbone.state_dict().items())
 
 
+@pytest.mark.slow
 def test_timm_backbone(tmp_path: Path) -> None:
     backbone = TimmBackbone("test_convnext")
     torch.save({f"backbone.{name}": value for name, value in backbone.state_dict().items()}, tmp_path / "d.pth")
@@ -149,6 +153,7 @@ def test_timm_backbone(tmp_path: Path) -> None:
         torch.testing.assert_close(output, expected)
 
 
+@pytest.mark.slow
 def test_maps_of_any_size(tmp_path: Path, weights: Path, model: Any) -> None:
     target = tmp_path / "m.pt2"
     assert run(target, weights, "exported_program", "--size", "dynamic", "--part", "maps") == 0
@@ -172,6 +177,7 @@ def test_custom_operators_and_complex_numbers_are_refused() -> None:
             check_standard(helper.make_model(helper.make_graph([node], "g", values[:1], values[1:])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "name", "args"),
     [
@@ -246,6 +252,7 @@ def test_latencies_are_medians_of_calls_in_turns(monkeypatch: pytest.MonkeyPatch
     assert calls == ["a", "b"] * (export_formats.ROUNDS + 1)
 
 
+@pytest.mark.slow
 def test_benchmark(
     tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -181,6 +181,7 @@ FRAME = """<!DOCTYPE html><meta name="color-scheme" content="light dark"><title>
 }})</script>"""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs a browser: chromium, or google-chrome, is not installed")
 @pytest.mark.parametrize(("is_dark", "width"), [(False, 1200), (True, 360)], ids=["light", "dark phone"])
 def test_in_a_browser(run: Path, text: str, tmp_path: Path, is_dark: bool, width: int) -> None:

@@ -45,6 +45,7 @@ def test_archives_hold_the_images_and_labels_of_folders(archives: tuple[Path, Pa
         assert archive.name(0).endswith(f"{split}.zip: cat/0.jpg")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_each_worker_opens_the_archive(archives: tuple[Path, Path], method: str) -> None:
     source = ZipFolder(str(archives[1]), "train")

@@ -5,6 +5,8 @@ from torch import nn
 
 from downstream.detection import benchmark
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_row_for_each_measurement(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -16,6 +16,8 @@ from downstream.detection.make_shapes import make_shapes
 from downstream.detection.task import Detection
 from tests.helpers import exit_code, run_python
 
+pytestmark = pytest.mark.slow
+
 CFG = "downstream/detection/cfgs/shapes.yaml"
 SMALL = {
     "MODEL.MLLA.EMBED_DIM": "8",

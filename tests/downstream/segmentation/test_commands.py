@@ -106,6 +106,7 @@ def test_predict_reads_bare_weights_with_cfg(
     assert (tmp_path / "a/wide.png").read_bytes() == (tmp_path / "b/wide.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(small_config(tmp_path, tmp_path).dump())

@@ -12,6 +12,8 @@ from tests.helpers import run_python
 from utils.distributed.process import Process
 from utils.training.run import prepare_model
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -18,6 +18,8 @@ from downstream.segmentation.task import Segmentation
 from tests.downstream.segmentation.segmentation_worker import CONFIG, SMALL, make_data
 from tests.helpers import exit_code
 
+pytestmark = pytest.mark.slow
+
 Runner = Callable[..., tuple[int, str]]
 STEPS = {"TRAIN.STEPS": 6, "TRAIN.EVAL_STEPS": 3, "TRAIN.SAVE_STEPS": 2, "DATA.BATCH_SIZE": 2, "PRINT_FREQ": 1}
 

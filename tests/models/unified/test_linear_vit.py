@@ -71,6 +71,7 @@ def test_every_row_has_a_configuration_that_changes_one_key() -> None:
         assert len([key for key in baseline if config.MODEL.LINEAR_VIT[key] != baseline[key]]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [False, True])
 def test_pairs_of_switches_train(value: bool) -> None:
     """With only two switches on, or only two off, on an image of another size than img_size."""
@@ -234,6 +235,7 @@ def test_unknown_block_raises() -> None:
         Switches(block="mamba")
 
 
+@pytest.mark.slow
 def test_main_trains_resumes_evaluates_and_measures(
     run_main: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:

@@ -104,6 +104,7 @@ def test_flops_are_linear_in_tokens() -> None:
         assert counter.get_total_flops() == 3 * 2 * 9 * 2 * num_tokens * 8 * 3
 
 
+@pytest.mark.slow
 def test_operator_passes_opcheck() -> None:
     """Fake tensors, autograd and aliasing, as torch.compile needs them."""
     inputs = scan_inputs(9)
@@ -141,6 +142,7 @@ print("kernels agree")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_triton_scan_in_the_interpreter() -> None:
     """In a process of its own: TRITON_INTERPRET must be set before Triton is imported."""

@@ -35,6 +35,7 @@ def test_counts_and_table() -> None:
     assert pixel_table([row, row]).splitlines()[2].split()[-1] == "1.00"
 
 
+@pytest.mark.slow
 def test_training_step_and_baseline(run_main: RunMain, tmp_path: Path) -> None:
     words = ["--cfg", "cfgs/digits.yaml", "--throughput", "--train", "--batch-size", "2", "--output", tmp_path]
     code, out, _ = run_main(*words, "--baseline", "timm:mambaout_femto", "--opts", "AUG.MESA", "1.0")
@@ -51,6 +52,7 @@ def test_training_step_and_baseline(run_main: RunMain, tmp_path: Path) -> None:
         assert picture.width > 500
 
 
+@pytest.mark.slow
 def test_training_is_measured_without_the_teacher_even_where_it_begins_at_once(
     run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

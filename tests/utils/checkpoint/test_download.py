@@ -160,6 +160,7 @@ def fetcher(url: str, home: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_killed_download_leaves_no_partial_file_and_no_lock(server: Server, tmp_path: Path) -> None:
     """Of two processes that need a file, the one that downloads it is killed, and the other downloads it, once."""
     first = fetcher(f"{server.url}/slow", tmp_path / "home")
@@ -176,6 +177,7 @@ def test_a_killed_download_leaves_no_partial_file_and_no_lock(server: Server, tm
     assert server.requests == ["/slow", "/slow"]
 
 
+@pytest.mark.slow
 def test_of_several_processes_one_downloads(server: Server, tmp_path: Path) -> None:
     processes = [fetcher(f"{server.url}/slow", tmp_path / "home") for _ in range(2)]
     paths = {process.communicate(timeout=120)[0].strip() for process in processes}

@@ -10,6 +10,8 @@ from tests.utils.distributed.distributed_worker import make_model, run
 from utils.config.errors import UserError
 from utils.distributed.process import Process, start_process
 
+pytestmark = pytest.mark.slow
+
 
 def launch(processes: int, out: Path, batch_size: int, accumulation_steps: int) -> dict[str, Any]:
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]

@@ -45,6 +45,7 @@ def test_the_highest_cause_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stop.agreed() is Cause.SAVING_FAILED
 
 
+@pytest.mark.slow
 def test_the_end_of_the_launcher_requests_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     program = (
         "import os, time; from utils.distributed.stop_signal import StopRequest\n"

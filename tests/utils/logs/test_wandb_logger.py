@@ -78,6 +78,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     return module
 
 
+@pytest.mark.slow
 def test_the_wandb_run_resumes_with_this_run(
     fake: FakeWandb, tmp_path: Path, run_main: Callable[..., tuple[int, str, str]]
 ) -> None:

@@ -28,6 +28,7 @@ def test_counts_by_hand() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "gmacs"), [("mlla_tiny", 4.131), ("mlla_small", 7.249), ("mlla_base", 16.114)])
 def test_released_sizes(name: str, gmacs: float) -> None:
     with torch.device("meta"):

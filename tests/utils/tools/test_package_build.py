@@ -79,6 +79,7 @@ def test_requirements_are_those_of_requirements_txt() -> None:
     assert optional <= set(re.findall(r"^[\w.-]+[<>=][^\s#]+", tools, flags=re.MULTILINE))  # so that they are tested
 
 
+@pytest.mark.slow
 def test_installed_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     clone, site, elsewhere = tmp_path / "clone", tmp_path / "site", tmp_path / "elsewhere"
@@ -101,6 +102,7 @@ def test_installed_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert result["loaded"] > 30
 
 
+@pytest.mark.slow
 def test_torch_hub(tmp_path: Path) -> None:
     code = f"""
 import torch

@@ -172,6 +172,7 @@ def test_a_complete_run_is_left_as_it_is(run: FakeRun) -> None:
     assert run() == 0
     checkpoints = {path: path.read_bytes() for path in run.folder.glob("*.pth")}
     assert run() == 0
+    assert "this run is complete" in run.log
     assert run.calls("batches") == run.calls("evaluate") == run.calls("draw") == []
     assert {path: path.read_bytes() for path in run.folder.glob("*.pth")} == checkpoints
     (run.folder / "predictions.png").unlink()

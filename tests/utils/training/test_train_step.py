@@ -34,6 +34,7 @@ def _float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_float64")
 def test_golden_trajectory() -> None:
     """24 steps of the recipe in float64: schedule, clipping, AdamW, EMA and, from step 8 on, MESA."""

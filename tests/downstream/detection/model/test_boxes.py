@@ -52,8 +52,8 @@ def test_anchors_in_the_padding_of_the_batch_are_excluded() -> None:
 
 
 def random_boxes(count: int) -> torch.Tensor:
-    corners = torch.rand(count, 2, generator=torch.Generator().manual_seed(0)) * 100
-    return torch.cat((corners, corners + 1 + torch.rand(count, 2) * 80), dim=1)
+    corners, sides = torch.rand(2, count, 2, generator=torch.Generator().manual_seed(0))
+    return torch.cat((corners * 100, corners * 100 + 2 + sides * 80), dim=1)  # ratios of sides below the clamp, 62.5
 
 
 @pytest.mark.parametrize("stds", [RPN_STDS, BOX_HEAD_STDS])

@@ -42,6 +42,7 @@ def test_the_official_files_load_strictly(golden: dict[str, np.ndarray]) -> None
     model.load_state_dict(weights, strict=True, assign=True)
 
 
+@pytest.mark.slow
 def test_golden_detections(golden: dict[str, np.ndarray], model: MaskRCNN) -> None:
     model.eval()
     images, frames = random_values(21, 1, 3, 256, 384), [Frame((250, 380), (256, 384), (125, 190))]
@@ -78,6 +79,7 @@ def training_batch(golden: dict[str, np.ndarray]) -> tuple[Tensor, list[Frame], 
     return images, frames, targets
 
 
+@pytest.mark.slow
 def test_golden_losses_and_gradients(golden: dict[str, np.ndarray]) -> None:
     model = MaskRCNN(MLLABackbone(**MICRO)).train()
     fill_weights(model)

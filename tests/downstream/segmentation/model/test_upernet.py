@@ -28,6 +28,7 @@ def model() -> UperNet:
     return model
 
 
+@pytest.mark.slow
 def test_golden_logits(model: UperNet, golden: dict[str, np.ndarray]) -> None:
     with torch.no_grad():
         logits = model.eval()(random_values(23, 1, 3, 130, 198))
@@ -41,6 +42,7 @@ def test_golden_logits(model: UperNet, golden: dict[str, np.ndarray]) -> None:
     np.testing.assert_allclose(whole.mean(dim=(2, 3)), golden["whole_mean"], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_golden_losses_and_gradients(model: UperNet, golden: dict[str, np.ndarray]) -> None:
     model.train()
     for module in model.modules():
@@ -57,6 +59,7 @@ def test_golden_losses_and_gradients(model: UperNet, golden: dict[str, np.ndarra
     assert norms == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_keys_and_parameters(model: UperNet, golden: dict[str, np.ndarray]) -> None:
     heads = [name for name in model.state_dict() if not name.startswith("backbone.")]
     assert sorted(heads) == sorted(golden["keys"].tolist())
@@ -72,6 +75,7 @@ def test_published_base_has_1053_keys_and_128_million_parameters() -> None:
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(127.64, abs=0.005)
 
 
+@pytest.mark.slow
 def test_every_parameter_gets_a_gradient() -> None:
     model = make_micro(num_classes=7).train()
     labels = torch.randint(0, 7, (2, 64, 64))
