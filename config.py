@@ -261,6 +261,7 @@ def load_config(source: str | Path, opts: Sequence[str] = (), flags: Mapping[str
         check_stages(values, section)
         if not (values["THROUGHPUT_MODE"] or values["PROFILE_MODE"]):
             check_channels(values, section)
+    check_rotation(values)
     check_schedule(values)
     check_optimizer(values)
     check_ranges(values, "AUG.SCALE", "AUG.RATIO", "AUG.CUTMIX_MINMAX")
@@ -301,6 +302,16 @@ def check_stages(values: Mapping[str, Any], section: str) -> None:
         if (width := values[f"{section}.EMBED_DIM"] * 2**stage) % heads or width % 4:
             reason = f"stage {stage} is {width} wide: its {heads} heads and 4 must divide that"
             refuse(values, f"{section}.NUM_HEADS", reason)
+
+
+def check_rotation(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError if rotary embedding does not fit linear_vit's single head; all heads together always fit."""
+    section = "MODEL.LINEAR_VIT"
+    if values[f"{section}.ROPE"] and values[f"{section}.SINGLE_HEAD"]:
+        for stage, heads in enumerate(values[f"{section}.NUM_HEADS"]):
+            if (width := values[f"{section}.EMBED_DIM"] * 2**stage // heads) % 4:
+                reason = f"stage {stage}: a single head is {width} wide; with ROPE it must be a multiple of 4"
+                refuse(values, f"{section}.NUM_HEADS", reason)
 
 
 def check_channels(values: Mapping[str, Any], section: str) -> None:

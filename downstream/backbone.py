@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from models import MLLA
 from models.layers import pad_to_multiple
+from utils.checkpoint.download import is_timm_model
 from utils.config.errors import ConfigError
 
 STRIDES = (4, 8, 16, 32)
@@ -53,7 +54,7 @@ class TimmBackbone(nn.Module):
 
     def __init__(self, name: str, *, drop_path_rate: float = 0.0) -> None:
         super().__init__()
-        if not timm.is_model(name):
+        if not is_timm_model(name):
             near = difflib.get_close_matches(name, timm.list_models(), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"MODEL.TYPE timm:{name}: timm has no such model{hint}", key="MODEL.TYPE")

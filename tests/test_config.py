@@ -26,6 +26,9 @@ def test_later_sources_win(tmp_path: Path) -> None:
     assert config.TRAIN.WEIGHT_DECAY == 0.05
 
 
+ROPE = ["MODEL.LINEAR_VIT.ROPE", "True", "MODEL.LINEAR_VIT.SINGLE_HEAD", "True"]
+
+
 @pytest.mark.parametrize("name", ["mlla_t", "mlla_s", "mlla_b", "digits"])
 def test_dump_can_be_used_again(tmp_path: Path, name: str) -> None:
     config = load_config(f"cfgs/{name}.yaml", ["AUG.CUTMIX_MINMAX", "[0.2, 0.8]", "TAG", "12"])
@@ -104,6 +107,11 @@ def test_lists_are_not_shared() -> None:
             ["MODEL.LINEAR_VIT.NUM_HEADS", "[5, 6, 12, 24]"],
             "MODEL.LINEAR_VIT.NUM_HEADS",
             "stage 0 is 96 wide: its 5 heads and 4 must divide that",
+        ),
+        (
+            [*ROPE, "MODEL.LINEAR_VIT.EMBED_DIM", "36", "MODEL.LINEAR_VIT.NUM_HEADS", "[6, 6, 6, 6]"],
+            "MODEL.LINEAR_VIT.NUM_HEADS",
+            "stage 0: a single head is 6 wide",
         ),
         (["MODEL.LINEAR_VIT.DEPTHS", "[2]"], "MODEL.LINEAR_VIT.NUM_HEADS", "must be as many as"),
         (["MODEL.LINEAR_VIT.IN_CHANS", "4"], "MODEL.LINEAR_VIT.IN_CHANS", "4: images are read as RGB"),

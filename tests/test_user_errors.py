@@ -55,7 +55,15 @@ CASES = [
         for folder in ("FILE", "FILE/x", LONG)
     ),
     ("downstream.detection.benchmark", ["--models", "nothing"], "--models nothing"),
+    *(
+        ("downstream.segmentation.benchmark", ["--backbones", name, "--rounds", "1"], f"MODEL.TYPE {name}")
+        for name in ("timm:nothing", "timm:resnet18.no_such_tag", "timm:")
+    ),
     ("downstream.segmentation.benchmark", ["--backbones", "nothing"], "MODEL.TYPE"),
+    *(
+        ("utils.predict", ["FILE", "--model", name, "--weights", "FILE"], f"--model {name}")
+        for name in ("resnet18.no_such_tag", "timm/resnet18")
+    ),
     ("models.ablation_study", ["--output", "FILE"], "FILE"),
     ("models.ablation_study", ["--output", "OUT", "--rows", "nothing"], "--rows nothing"),
     ("models.ablation_study", ["--output", "OUT", "--scale", "EMPTY"], "EMPTY"),

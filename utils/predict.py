@@ -27,7 +27,7 @@ from data.prefetch import Normalizer
 from data.transforms import EvalTransform, Transform
 from models import build_model
 from models.kernels.dispatch import KernelsUnavailableError
-from utils.checkpoint.download import released_name
+from utils.checkpoint.download import is_timm_model, released_name
 from utils.checkpoint.weights import classes_in, load_weights, read_state_dict
 from utils.checkpoint.weights_file import load_checkpoint
 from utils.config.command_line import Parser, at_least, report_user_errors
@@ -140,7 +140,7 @@ def released_weights(model: str) -> str:
 
 def check_model(args: Any) -> None:
     """Raise PredictionError if timm does not know --model, or --cfg names a model too."""
-    if args.model and not timm.is_model(args.model):
+    if args.model and not is_timm_model(args.model):
         near = difflib.get_close_matches(args.model, timm.list_models(), n=1)
         hint = f"did you mean {near[0]}?" if near else "for example mlla_tiny, mlla_small and mlla_base"
         raise PredictionError(f"--model {args.model}: timm has no such model; {hint}")

@@ -11,6 +11,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from utils.benchmark.measure import Conditions, Throughput, measure_inference, measure_training
+from utils.checkpoint.download import is_timm_model
 from utils.config.command_line import report_user_errors
 from utils.config.errors import ConfigError
 from utils.distributed.process import Process
@@ -62,7 +63,7 @@ def timm_baseline(name: str, image_size: int, drop_path_rate: float, device: tor
         ConfigError: timm has no such model.
     """
     model_name = name.removeprefix("timm:")
-    if not timm.is_model(model_name):
+    if not is_timm_model(model_name):
         message = f"BENCHMARK.BASELINES {name!r}: timm has no such model; timm.list_models() lists them"
         raise ConfigError(message, key="BENCHMARK.BASELINES")
     weights = timm.get_pretrained_cfg(model_name)

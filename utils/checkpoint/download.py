@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import torch
 from filelock import FileLock, Timeout
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, is_model
 from tqdm import tqdm
 
 from utils.config.errors import UserError, file_errors
@@ -74,6 +74,15 @@ def released_name(source: str) -> str:
     """Return the short name of released weights, such as mlla-t, for mlla_t, mlla-t or mlla_tiny; "" for others."""
     name = source.lower().replace("_", "-")
     return next((short for short, model in RELEASED.items() if name in (short, model.replace("_", "-"))), "")
+
+
+def is_timm_model(name: str) -> bool:
+    """Return whether timm has a model of this name, and weights with its tag, as in resnet18.a1_in1k."""
+    try:
+        get_pretrained_cfg(name)
+        return bool(is_model(name))
+    except RuntimeError:  # an unknown tag
+        return False
 
 
 def released_url(name: str) -> str:
