@@ -17,7 +17,7 @@ from tests.helpers import exit_code, make_image_folder
 
 @pytest.fixture(scope="session", autouse=True)
 def folder_for_leftovers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What torchrun and killed processes leave among the temporary files goes when the tests end."""
+    """Delete at the end of the tests what torchrun and killed processes leave among the temporary files."""
     tmp_path_factory.getbasetemp()  # not in there: what failed tests wrote stays
     with (
         tempfile.TemporaryDirectory(prefix="mlla-tests-", ignore_cleanup_errors=True) as folder,

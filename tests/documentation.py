@@ -1,4 +1,4 @@
-"""What the Markdown pages say to type, and a folder in which it can be typed."""
+"""Commands and options in the Markdown pages, and a folder in which the commands can run."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What several test files share: golden numbers, small models, image folders, and starting commands."""
+"""Helpers of several test files: golden numbers, small models, image folders, and starting commands."""
 
 import os
 
@@ -89,7 +89,7 @@ def run_python(*words: str | Path, timeout: float = 300, **environment: str) -> 
 
 
 def exit_code(main: Callable[[list[str]], int], words: Iterable[Any]) -> int:
-    """What a command's process would end with; `main` may return it, or leave with it."""
+    """Return the exit code of a command, whose `main` returns it or raises SystemExit."""
     try:
         return main([str(word) for word in words])
     except SystemExit as stop:
@@ -97,7 +97,7 @@ def exit_code(main: Callable[[list[str]], int], words: Iterable[Any]) -> int:
 
 
 def is_running(pid: int) -> bool:
-    """Whether there is a process, other than one that has ended and whose exit code nobody has fetched."""
+    """Return whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):

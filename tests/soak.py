@@ -109,7 +109,7 @@ class Run:
 
 
 def is_same(one: Any, other: Any) -> bool:
-    """Whether two nested values are equal, tensors bit for bit."""
+    """Return whether two nested values are equal, tensors bit for bit."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):

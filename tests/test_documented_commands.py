@@ -96,7 +96,7 @@ def check_settings(name: str, words: list[str]) -> None:
 
 
 def parses(words: list[str]) -> None:
-    """For what takes long: the command itself reads the words, and stops there."""
+    """Let a command that takes long only parse its arguments."""
     name, words = entry_of(words)
     parse = argparse.ArgumentParser.parse_args
 
@@ -164,7 +164,7 @@ def converts(words: list[str]) -> None:
 
 
 def both(words: list[str]) -> None:
-    """With and without the word in brackets."""
+    """Return the command with and without the word in brackets."""
     runs([word for word in words if word[0] != "["])
     runs([word.strip("[]") for word in words])
 

@@ -49,7 +49,7 @@ def test_flags_within_sentences(flags: set[str]) -> None:
 
 
 def is_taken(name: str, text: str) -> bool:
-    """Whether a task takes a value, as typed after --opts, for a key."""
+    """Return whether a task accepts a value, as typed after --opts, for a key."""
     for task in TASKS.values():
         with contextlib.suppress(ConfigError):
             checked(task.SCHEMA, name, parse_text(task.SCHEMA, name, text), "")

@@ -108,7 +108,7 @@ def test_a_frozen_run_goes_on_and_an_unfrozen_one_does_not(pretrained: Path, run
 
 
 def test_an_official_training_checkpoint_goes_on(pretrained: Path, run_main: RunMain, tmp_path: Path) -> None:
-    """What the official script saves: yacs's own class, a scheduler, and nothing of random number generators."""
+    """A file as the official script saves it: a yacs node, a scheduler, and no random number generators."""
     content = load_checkpoint(pretrained)
     official = {key: content[key] for key in ("model", "state_dict_ema", "optimizer", "epoch")}
     official["model"]["layers.0.blocks.0.attn.rope.rotations"] = torch.zeros(4, 4, 4, 2)

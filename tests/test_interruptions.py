@@ -29,7 +29,7 @@ LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 @pytest.fixture(scope="module")
 def two_processes_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a run of two processes leaves that nobody interrupted."""
+    """Result of an uninterrupted run of two processes."""
     run = Run(tmp_path_factory.mktemp("alone"), processes=2, epochs=2, save_steps=0, amp=False)
     run.finish()
     return run.result()
@@ -58,7 +58,7 @@ def test_killed_and_stopped_processes_end_as_two_left_alone(
 
 
 def test_a_worker_that_is_killed_is_started_again(tmp_path: Path, two_processes_alone: dict[str, Any]) -> None:
-    """By torchrun's --max-restarts, and the result is that of a run left alone."""
+    """torchrun's --max-restarts restarts it, and the result equals an uninterrupted run's."""
     run = Run(tmp_path, processes=2, epochs=2, save_steps=3, amp=False, max_restarts=3)
     process = run.start()
     wait_for(lambda: list(run.folder.glob("ckpt_epoch_0_step_*.pth")))
@@ -138,7 +138,7 @@ def test_workers_stop_when_their_launcher_is_gone(tmp_path: Path) -> None:
 def test_sigusr1_saves_and_ends_with_a_message(
     run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within a step: the signal comes while the second image of step 3 is read."""
+    """The signal comes within a step, while the second image of step 3 is read."""
     read, count = data.sources.digits.Digits.read, 0
 
     def note(images: data.sources.digits.Digits, index: int) -> object:

@@ -204,7 +204,7 @@ def test_mesa_starts_after_a_quarter_of_the_epochs(
 def test_compiled_evaluation(
     run_main: RunMain, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the backend that only traces: generating code takes a minute, and is PyTorch's own matter."""
+    """Use a backend that only traces: code generation takes a minute, and is tested by PyTorch."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     words = ["--cfg", finished_run / "config.yaml", "--output", tmp_path, "--eval", "--resume"]
     plain = run_main(*words, finished_run / "max_acc.pth", "--no-amp")[1]

@@ -60,7 +60,7 @@ def citation() -> dict[str, Any]:
 
 
 def test_citation_file() -> None:
-    """What the Citation File Format 1.2.0 demands, and the same paper and version as elsewhere."""
+    """The file meets the Citation File Format 1.2.0, and names the same paper and version as other files."""
     content = citation()
     assert content["cff-version"] == "1.2.0"
     assert content["type"] in ("software", "dataset")
@@ -92,7 +92,7 @@ def test_changelog() -> None:
 
 
 def test_model_card() -> None:
-    """Its metadata are those of a card of the Hugging Face hub; its figures and links are the README's."""
+    """The metadata are a Hugging Face model card's; numbers and links equal the README's."""
     text = (ROOT / "models" / "MODEL_CARD.md").read_text()
     _, front, body = text.split("---\n", 2)
     metadata = yaml.safe_load(front)

@@ -1,4 +1,4 @@
-"""What a user can mend is one line and exit code 2 in every command, whatever kind of mistake it is."""
+"""User errors of every kind are one line and exit code 2 in every command."""
 
 import importlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Whether a Triton kernel computes a tensor, or eager PyTorch; imports no Triton."""
+"""Choice between Triton kernels and eager PyTorch; imports no Triton."""
 
 import logging
 from functools import cache, lru_cache

@@ -12,7 +12,7 @@ from tests.helpers import MICRO
 
 
 class Registry:
-    """As much of mmengine's as a registration uses."""
+    """The part of mmengine's registry that a registration uses."""
 
     def __init__(self) -> None:
         self.modules: dict[str, type] = {}

@@ -1,4 +1,4 @@
-"""Which modules are fused, and what happens where kernels cannot run; without Triton."""
+"""Choice of fused modules, and the fallback where kernels cannot run; without Triton."""
 
 import copy
 import io
@@ -82,7 +82,7 @@ def test_subclasses_with_a_forward_pass_of_their_own_stay() -> None:
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 def test_copies_are_fused_and_watch_their_own_parts(how: str, device: torch.device, trusted: None) -> None:  # noqa: ARG001
-    """What changes in the original does not concern a copy, as that of the EMA, nor the other way round."""
+    """Changes of the original do not affect a copy, such as the EMA, nor the other way round."""
     block: FusedMLLABlock = use_kernels(MLLABlock(16, 1)).eval().to(device)  # type: ignore[assignment]
     assert block.unsupported(mixer_parts) == ""
     duplicate = {"deepcopy": copy.deepcopy, "pickle": lambda b: pickle.loads(pickle.dumps(b)), "torch.save": saved}[

@@ -117,7 +117,7 @@ def test_replaced_parts_are_called(
 @pytest.mark.parametrize("part", ["stem", "block", "down"])
 @pytest.mark.usefixtures("trusted")
 def test_hooks_are_called(inputs: dict[str, tuple[Any, ...]], device: torch.device, part: str) -> None:
-    """Of every part, in inference and in a prepared copy; drop_path does nothing there."""
+    """Hooks of every part are called, in inference and in a prepared copy; drop_path does nothing there."""
     module = make(part, "auto", device).eval()
     called: list[str] = []
     for name, watched in module.named_modules():
@@ -144,7 +144,7 @@ def test_backward_hooks_are_called(
 
 @pytest.mark.parametrize("trained", ["lepe.weight", "dwc.bias", "attn.qk.bias", "fc2.bias"])
 def test_gradients_where_only_one_parameter_is_trained(device: torch.device, trained: str) -> None:
-    """What its gradient needs is kept."""
+    """Activations that the single gradient needs are saved."""
     gradients = []
     for kernels in ("triton", "torch"):
         torch.manual_seed(0)
@@ -174,7 +174,7 @@ def test_compiled(device: torch.device) -> None:
 
 
 def test_training_mode_without_gradient(device: torch.device) -> None:
-    """As in a pass that only updates batch norm statistics: stochastic depth draws the same in both."""
+    """A pass that only updates batch norm statistics: stochastic depth draws the same numbers in both modes."""
     images, logits = torch.randn(2, 3, 16, 16, device=device), []
     for kernels in ("triton", "torch"):
         torch.manual_seed(0)

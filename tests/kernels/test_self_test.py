@@ -47,7 +47,7 @@ def test_a_wrong_or_failing_kernel_does_not(device: torch.device, monkeypatch: p
 
 
 def test_cases_of_a_model() -> None:
-    """By grids: 17 x 17 tokens at width 16, 9 x 9 at 32; each case once, and none for modules that are not "auto"."""
+    """Grids of 17 x 17 tokens at width 16, 9 x 9 at 32; each case once, none for modules that are not "auto"."""
     model = MLLA(**SIZES)  # type: ignore[arg-type]
     assert kernel_cases(model, 68) == []
     expected = [("mixer", 16, 16, 17), ("mixer", 32, 16, 12), ("mlp", 16, 32, 17), ("mlp", 32, 32, 12)]

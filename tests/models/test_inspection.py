@@ -108,7 +108,7 @@ def test_receptive_fields() -> None:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """As main.py writes it, with the configuration inside."""
+    """A checkpoint as main.py writes it, with its configuration."""
     config = tmp_path / "model.yaml"
     config.write_text(
         "MODEL:\n  TYPE: linear_vit\n  NAME: gated\n  LINEAR_VIT:\n    EMBED_DIM: 8\n    DEPTHS: [1, 1]\n"

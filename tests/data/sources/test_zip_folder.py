@@ -91,7 +91,7 @@ def write(folder: Path, names: dict[str, bytes], lines: list[str], method: int =
 
 
 def test_official_maps_without_class_folders(tmp_path: Path) -> None:
-    """As the official val_map.txt: bare file names; the classes' names are those of train_map.txt."""
+    """The official val_map.txt has bare file names; the class names come from train_map.txt."""
     write(tmp_path, {"a.JPEG": b"a", "b.JPEG": b"bb"}, ["a.JPEG\t1", "b.JPEG\t0"])
     source = ZipFolder(str(tmp_path), "val")
     assert (source.classes, source.labels.tolist(), source.read(1)) == (["0", "1"], [1, 0], b"bb")
@@ -145,7 +145,7 @@ def test_missing_and_truncated_archives(tmp_path: Path) -> None:
 
 
 def test_64_processes_cache_disjoint_complete_and_balanced_shards(tmp_path: Path) -> None:
-    """What each reads in training and evaluation is what it keeps in memory."""
+    """Each process keeps in memory exactly the images that it reads in training and evaluation."""
     num_images = 1000
     with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
         for index in range(num_images):

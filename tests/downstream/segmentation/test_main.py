@@ -146,7 +146,7 @@ def test_other_ways_to_evaluate(finished: Path, tmp_path: Path, start: Runner, s
 
 
 class Plugin:
-    """What an OpenMMLab file may hold beside its weights: an object of a class that is not installed."""
+    """An object of a class that is not installed, as OpenMMLab files contain beside the weights."""
 
 
 def test_weights_in_the_published_format(

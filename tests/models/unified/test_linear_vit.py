@@ -74,7 +74,7 @@ def test_every_row_has_a_configuration_that_changes_one_key() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("value", [False, True])
 def test_pairs_of_switches_train(value: bool) -> None:
-    """With only two switches on, or only two off, on an image of another size than img_size."""
+    """Two switches on, or two off, on an image of another size than img_size."""
     names = [field.name for field in fields(Switches) if field.name != "block"]
     choices = [dict.fromkeys(pair, value) for pair in itertools.combinations(names, 2)]
     for i, chosen in enumerate(choices):
@@ -87,7 +87,7 @@ def test_pairs_of_switches_train(value: bool) -> None:
 
 @torch.no_grad()
 def test_mlla_like_block_equals_mlla_block() -> None:
-    """With block design, LePE, CPE and RoPE: the same state_dict and outputs as MLLA's own block."""
+    """Block design, LePE, CPE and RoPE give the same state_dict and outputs as MLLA's own block."""
     ours = UnifiedBlock(16, 2, (5, 7), MLLA_LIKE).double().eval()
     theirs = MLLABlock(16, 2).double().eval()
     fill_weights(theirs)

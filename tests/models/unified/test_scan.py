@@ -54,7 +54,7 @@ def test_gradients_pass_gradcheck() -> None:
 
 @pytest.mark.parametrize("log_decay", [0.0, -1e-7, -69.0, -1e4, -1e30])
 def test_extreme_decays_stay_finite_and_exact(log_decay: float) -> None:
-    """From no decay, over a factor of 1e-30 per token, to full decay."""
+    """Decays between none, a factor of 1e-30 per token, and full decay."""
     inputs = [x.detach().float().requires_grad_() for x in scan_inputs(40)]
     with torch.no_grad():
         inputs[3].fill_(1.0)

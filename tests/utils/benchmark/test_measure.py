@@ -1,4 +1,4 @@
-"""What --throughput measures and writes down; no times are asserted."""
+"""Measurements and output files of --throughput; no times are asserted."""
 
 import json
 from collections.abc import Callable

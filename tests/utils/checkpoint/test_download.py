@@ -162,7 +162,7 @@ def fetcher(url: str, home: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_a_killed_download_leaves_no_partial_file_and_no_lock(server: Server, tmp_path: Path) -> None:
-    """Of two processes that need a file, the one that downloads it is killed, and the other downloads it, once."""
+    """Two processes need a file: the one that downloads it is killed, and the other downloads it, once."""
     first = fetcher(f"{server.url}/slow", tmp_path / "home")
     while not server.requests:
         time.sleep(0.02)

@@ -33,7 +33,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_a_launcher_that_times_out_leaves_no_process(tmp_path: Path) -> None:
-    """Its worker is in another session, as torchrun's workers are."""
+    """The worker is in another session, as torchrun's workers are."""
     script = tmp_path / "launcher.py"
     script.write_text(
         "import pathlib, subprocess, sys, time\n"

@@ -16,7 +16,7 @@ from utils.logs.recorder import IMAGE_SIDE, MAX_PARTS, MAX_VALUES, RunRecorder, 
 
 
 def test_weight_samples_by_part() -> None:
-    """Up to MAX_VALUES of each part, evenly spaced; lists count by their items, parts without weights do not."""
+    """At most MAX_VALUES per part, evenly spaced; items of lists are parts, and parts without weights are not."""
     model = nn.Module()
     model.stem = nn.Linear(3, 2)
     model.layers = nn.ModuleList([nn.Linear(200, 200), nn.Identity(), nn.Linear(4, 4)])

@@ -147,7 +147,7 @@ def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @needs_wandb
 @pytest.mark.usefixtures("real")
 def test_the_package_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two processes one logs, and its file has all metrics."""
+    """One of two processes logs, and its file has all metrics."""
     args = ["--output", tmp_path, *SMALL, "LOG.WANDB", "digits", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = run_python(*launcher, "main.py", *map(str, args), WANDB_MODE="offline")

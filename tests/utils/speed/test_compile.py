@@ -111,7 +111,7 @@ def graphed(eager: Any, monkeypatch: pytest.MonkeyPatch | None = None) -> Graphe
 
 
 def test_graphed_step_equals_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a changing learning rate, MESA from step 8 on, and two batch sizes; each case is captured once."""
+    """The learning rate changes, MESA starts at step 8, and there are two batch sizes; each case is captured once."""
     SimulatedCapture.recordings = 0
     torch.manual_seed(1)
     batches = [batch(8) for _ in range(16)] + [batch(4) for _ in range(6)]

@@ -105,7 +105,7 @@ class Reordered(nn.Module):
 
 
 def test_the_optimizer_of_a_model_with_its_parameters_in_another_order(caplog: pytest.LogCaptureFixture) -> None:
-    """As official checkpoints may have; the next step must be that of the run that was saved."""
+    """Official checkpoints may have another order; the next step must equal the saved run's."""
 
     def fresh(*names: str) -> TrainState:
         model = Reordered(*names)

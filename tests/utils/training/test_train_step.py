@@ -207,7 +207,7 @@ def test_float16_that_always_overflows_is_reported() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_step_asks_nothing_of_the_device(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    """On a GPU each of these would wait: mixup, the step with MESA, and the loop between two reports do without."""
+    """Mixup, the step with MESA, and the loop between two reports call nothing that synchronizes with a GPU."""
     torch.manual_seed(0)
     model = MLLA(**{**MICRO, "embed_dim": 8, "num_heads": (1, 1, 1, 1), "drop_path_rate": 0.1}, num_classes=4).train()
     precision = make_precision(CPU, amp=dtype != "float32", dtype=dtype)

@@ -63,7 +63,7 @@ def test_decode_inverts_encode(stds: tuple[float, ...]) -> None:
 
 
 def test_encoding_by_hand() -> None:
-    """From 10x20 at (5, 10) to 20x10 at (10, 15): half a width right, a quarter of a height down."""
+    """A 10x20 box at (5, 10) moves to 20x10 at (10, 15): half a width right, a quarter of a height down."""
     references, boxes = torch.tensor([[0.0, 0, 10, 20]]), torch.tensor([[0.0, 10, 20, 20]])
     expected = torch.tensor([[0.5, 0.25, math.log(2), -math.log(2)]])
     torch.testing.assert_close(encode(references, boxes, RPN_STDS), expected)

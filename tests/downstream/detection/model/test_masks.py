@@ -45,7 +45,7 @@ def test_pasting_matches_a_loop_over_pixels(monkeypatch: pytest.MonkeyPatch, chu
 
 
 def test_pasting_into_the_box_matches_the_whole_image() -> None:
-    """What a GPU does, all masks over the whole image at once, done here on the CPU."""
+    """Paste all masks over the whole image at once, as on a GPU, here on the CPU."""
     probabilities = torch.rand(4, MASK_SIZE, MASK_SIZE) ** 0.3
     regions = paste_masks(probabilities, BOXES, 24, 30)
     whole = torch.zeros_like(regions)

@@ -47,7 +47,7 @@ def test_shapes_have_their_areas(name: str) -> None:
 
 
 def test_nothing_disappears_behind_others() -> None:
-    """With many shapes in a small picture, a new one that would cover too much is left out."""
+    """A new shape that would cover too much of the others is left out."""
     scene = render_scene(np.random.default_rng(0), 64, 64, num_shapes=(12, 12), radius=(0.3, 0.3))
     smallest = min(AREAS.values()) * np.pi * (0.3 * 64) ** 2 / 4  # at most a quarter is left at a corner
     assert scene.masks.sum(axis=(1, 2)).min() > MIN_VISIBLE * smallest

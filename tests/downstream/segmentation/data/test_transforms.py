@@ -13,7 +13,7 @@ from downstream.segmentation.data.transforms import (
 
 
 def test_resizing_does_not_blur() -> None:
-    """Without antialiasing a pixel of a picture at a third of the size is that at the center of nine."""
+    """Without antialiasing, a pixel of an image at a third of its size is the central one of nine."""
     image = np.random.default_rng(0).integers(0, 256, (30, 42, 3), dtype=np.uint8)
     assert np.array_equal(resize_image(image, (10, 14)), image[1::3, 1::3])
 
