@@ -17,8 +17,8 @@ from tests.helpers import exit_code, make_image_folder
 
 @pytest.fixture(scope="session", autouse=True)
 def folder_for_leftovers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Delete at the end of the tests what torchrun and killed processes leave among the temporary files."""
-    tmp_path_factory.getbasetemp()  # not in there: what failed tests wrote stays
+    """Delete temporary files of torchrun and of killed processes when the tests end."""
+    tmp_path_factory.getbasetemp()  # outside, so that files of failed tests stay
     with (
         tempfile.TemporaryDirectory(prefix="mlla-tests-", ignore_cleanup_errors=True) as folder,
         pytest.MonkeyPatch.context() as patch,
@@ -35,15 +35,15 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_main(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    """Call main.py's main in this process: (exit code, standard output, standard error)."""
+    """Return a function that calls main.py's main in this process: (exit code, standard output, standard error)."""
     import main
     from utils.benchmark.measure import Conditions
 
     # No test asserts times: --throughput may be quick.
     monkeypatch.setattr("utils.benchmark.throughput.Conditions", partial(Conditions, rounds=2, round_seconds=0.01))
 
-    def run(*words: Any) -> tuple[int, str, str]:
-        code = exit_code(main.main, words)
+    def run(*args: Any) -> tuple[int, str, str]:
+        code = exit_code(main.main, args)
         out, err = capfd.readouterr()
         return code, out, err
 

@@ -1,4 +1,4 @@
-"""Helpers of several test files: golden numbers, small models, image folders, and starting commands."""
+"""Shared by several test files: golden numbers, small models, image folders, and running commands."""
 
 import os
 
@@ -32,7 +32,7 @@ def random_array(seed: int, *shape: int) -> np.ndarray:
 
 
 def random_values(seed: int, *shape: int) -> Tensor:
-    """The golden files' inputs: NumPy's legacy standard normals, as float32."""
+    """Return the golden files' inputs: NumPy's legacy standard normals, as float32."""
     return torch.from_numpy(random_array(seed, *shape))
 
 
@@ -55,7 +55,7 @@ def fill_weights(model: nn.Module) -> None:
 
 
 def make_image_folder(root: Path, *, train: int, val: int, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
-    """JPEGs of random sizes in `train` and `val` images a class; each class has a color of its own."""
+    """Write JPEGs of random sizes, `train` and `val` images per class, each class with a color of its own."""
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         for label, name in enumerate(classes):
@@ -69,13 +69,13 @@ def make_image_folder(root: Path, *, train: int, val: int, classes: tuple[str, .
     return root
 
 
-def run_python(*words: str | Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run this Python with the given words in the project's folder, on the CPU, one thread.
+def run_python(*args: str | Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run this Python with the given arguments in the project's folder, on the CPU, with one thread.
 
-    Where it takes too long it is ended, and all that it has started with it: a launcher's workers do not notice.
+    After `timeout` seconds it is killed with all its descendants, since a launcher's workers would survive it.
     """
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    command = [sys.executable, *map(str, words)]
+    command = [sys.executable, *map(str, args)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True) as process:
         try:
@@ -88,16 +88,16 @@ def run_python(*words: str | Path, timeout: float = 300, **environment: str) -> 
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def exit_code(main: Callable[[list[str]], int], words: Iterable[Any]) -> int:
-    """Return the exit code of a command, whose `main` returns it or raises SystemExit."""
+def exit_code(main: Callable[[list[str]], int], args: Iterable[Any]) -> int:
+    """Return a command's exit code, which `main` may return or raise as SystemExit."""
     try:
-        return main([str(word) for word in words])
+        return main([str(arg) for arg in args])
     except SystemExit as stop:
         return int(stop.code or 0)
 
 
 def is_running(pid: int) -> bool:
-    """Return whether a process runs; a zombie does not."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -107,12 +107,12 @@ def is_running(pid: int) -> bool:
 def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, f"timed out after {seconds} s"
         time.sleep(0.05)
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A picture with large shapes, edges and fine noise, as photographs have them."""
+    """Return an image with large shapes, edges and fine noise, like a photograph."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, size=(5, 7, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
@@ -122,7 +122,7 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def deep_gray(height: int = 40, width: int = 30) -> Image.Image:
-    """A ramp from black to white in 16 bits: its mean is 127.5 in 8."""
+    """Return a 16-bit ramp from black to white, whose mean is 127.5 in 8 bits."""
     return Image.fromarray(np.linspace(0, 65535, height * width).astype(np.uint16).reshape(height, width))
 
 

@@ -1,10 +1,10 @@
-"""Interrupt a training run many times, and compare what it leaves with a run left alone, bit for bit.
+"""Interrupt a training run many times, and compare its result with an uninterrupted run's, bit for bit.
 
 python tests/soak.py                                all of it, about a quarter of an hour on two cores
 python tests/soak.py --kills 5 --processes 2 --signal KILL
 
 Each line of the table is one comparison: the last checkpoint's weights, EMA, optimizer and random number generators,
-and metrics.jsonl. A signal that training does not heed within some steps counts as a difference too.
+and metrics.jsonl. A signal that training ignores for several steps counts as a difference too.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parent.parent
-STEPS = re.compile(r" step \d+/\d+ ")  # in the log, each five steps once training has begun
-MOST_LINES = 4  # of steps, until a signal has reached all processes and they stop
+STEPS = re.compile(r" step \d+/\d+ ")  # in the log, every five steps
+MAX_LINES = 4  # of steps, between a signal and the end of all processes
 SETTINGS = [
     *("MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.NUM_HEADS", "[1, 1, 1, 1]", "MODEL.DROP_RATE", "0.1"),
     *("MODEL.DROP_PATH_RATE", "0.2", "AUG.MIXUP", "0.5", "AUG.REPROB", "0.25", "AUG.MESA", "1.0"),
@@ -33,7 +33,7 @@ SETTINGS = [
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes that a process has started, and theirs; a launcher puts its workers into sessions of their own."""
+    """Return all descendants of a process; a launcher starts its workers in sessions of their own."""
     try:
         children = list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
     except FileNotFoundError:
@@ -42,23 +42,23 @@ def descendants(pid: int) -> list[int]:
 
 
 class Run:
-    """A command that trains into a folder, and its processes."""
+    """A training command with its output folder and its processes."""
 
     def __init__(
         self, output: Path, *, processes: int, epochs: int, save_steps: int, amp: bool, max_restarts: int = 0
     ) -> None:
         self.folder = output / "mlla_digits" / "default"
         self.output = output
-        self.unheeded = 0  # signals
+        self.ignored_signals = 0
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         launcher += [f"--max-restarts={max_restarts}"]
-        words = ["main.py", "--cfg", "cfgs/digits.yaml", "--output", str(output), *(["--amp"] if amp else [])]
-        words += ["--batch-size", str(64 // processes), "--opts", *SETTINGS]
-        words += ["TRAIN.EPOCHS", str(epochs), "TRAIN.SAVE_STEPS", str(save_steps)]
-        self.command = [sys.executable, *(launcher if processes > 1 or max_restarts else []), *words]
+        args = ["main.py", "--cfg", "cfgs/digits.yaml", "--output", str(output), *(["--amp"] if amp else [])]
+        args += ["--batch-size", str(64 // processes), "--opts", *SETTINGS]
+        args += ["TRAIN.EPOCHS", str(epochs), "TRAIN.SAVE_STEPS", str(save_steps)]
+        self.command = [sys.executable, *(launcher if processes > 1 or max_restarts else []), *args]
 
     def start(self) -> "subprocess.Popen[str]":
-        """In a session of its own, with what it prints in <output>/printed.txt."""
+        """Start the command in a session of its own; its output goes to <output>/printed.txt."""
         self.output.mkdir(parents=True, exist_ok=True)
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         with (self.output / "printed.txt").open("a") as file:
@@ -79,8 +79,15 @@ class Run:
             raise RuntimeError(f"exit code {code}:\n{self.printed()[-3000:]}")
 
     def interrupt(self, number: int, delay: float, *, started: bool = True) -> bool:
-        """Start the command, and send it a signal `delay` seconds after training began (or after the start of the
-        command), SIGKILL to all its processes, others to the first; False where it ended before that.
+        """Start the command and send it a signal, SIGKILL to all its processes, others to the first.
+
+        Args:
+            number: the signal.
+            delay: seconds to wait before the signal.
+            started: count them from the first log line of a step; False: from the start of the command.
+
+        Returns:
+            False if the command ended before the signal.
         """
         lines = self.step_lines()
         process = self.start()
@@ -94,7 +101,7 @@ class Run:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
         process.wait(120)
-        self.unheeded += self.step_lines() > lines + MOST_LINES
+        self.ignored_signals += self.step_lines() > lines + MAX_LINES
         return True
 
     def result(self) -> dict[str, Any]:
@@ -120,17 +127,17 @@ def is_same(one: Any, other: Any) -> bool:
 
 
 def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Names of the parts of two results that are not the same."""
+    """Return the names of the parts in which two results differ."""
     return [name for name in one if not is_same(one[name], other[name])]
 
 
 def compare(folder: Path, *, number: int, kills: int, processes: int, amp: bool, epochs: int, seed: int) -> str:
-    """One line of the table."""
+    """Return one line of the table."""
     settings = {"processes": processes, "epochs": epochs, "amp": amp}
-    alone = Run(folder / "alone", save_steps=0, **settings)  # type: ignore[arg-type]
+    whole = Run(folder / "uninterrupted", save_steps=0, **settings)  # type: ignore[arg-type]
     start = time.perf_counter()
-    alone.finish()
-    alone_seconds = time.perf_counter() - start
+    whole.finish()
+    uninterrupted_seconds = time.perf_counter() - start
     often = Run(folder / "often", save_steps=7, **settings)  # type: ignore[arg-type]
     rng, done = random.Random(seed), 0
     start = time.perf_counter()
@@ -140,11 +147,13 @@ def compare(folder: Path, *, number: int, kills: int, processes: int, amp: bool,
         done += often.interrupt(number, rng.uniform(0.5, 4) if early else rng.uniform(0, 2.5), started=not early)
     often.finish()
     name = signal.Signals(number).name
-    parts = differing(alone.result(), often.result()) + [f"{often.unheeded} signals not heeded"] * bool(often.unheeded)
+    parts = differing(whole.result(), often.result()) + [f"{often.ignored_signals} signals ignored"] * bool(
+        often.ignored_signals
+    )
     verdict = "identical" if not parts else "DIFFERENT: " + ", ".join(parts)
     return (
         f"{name:8} {done:3} times  {processes} process(es)  {'bfloat16' if amp else 'float32 '}  {verdict}  "
-        f"(alone {alone_seconds:.0f} s, interrupted {time.perf_counter() - start:.0f} s)"
+        f"(uninterrupted {uninterrupted_seconds:.0f} s, interrupted {time.perf_counter() - start:.0f} s)"
     )
 
 
@@ -154,21 +163,21 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--signal", nargs="+", default=["KILL", "TERM"])
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    words = parser.parse_args()
+    parser.add_argument("--seed", type=int, default=0, help="of the random delays before the signals")
+    args = parser.parse_args()
     failed = False
-    for processes in words.processes:
-        for name in words.signal:
+    for processes in args.processes:
+        for name in args.signal:
             amp = (name == "KILL" and processes == 1) or (name == "TERM" and processes == 2)
             with tempfile.TemporaryDirectory() as folder:
                 line = compare(
                     Path(folder),
                     number=getattr(signal, f"SIG{name}"),
-                    kills=words.kills,
+                    kills=args.kills,
                     processes=processes,
                     amp=amp,
-                    epochs=words.epochs,
-                    seed=words.seed,
+                    epochs=args.epochs,
+                    seed=args.seed,
                 )
             print(line, flush=True)
             failed = failed or "identical" not in line

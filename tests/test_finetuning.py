@@ -1,4 +1,4 @@
-"""main.py on weights that were trained before: other classes, another image size, a frozen backbone, rates by layer."""
+"""Fine-tuning with main.py: other classes, another image size, a frozen backbone, layer decay, weights of every format."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -21,15 +21,15 @@ DIGITS_0_TO_4 = ["DATA.CLASSES", "['0', '1', '2', '3', '4']"]
 
 
 def command(output: Path, *opts: str, epochs: int = 1, batch_size: int = 128) -> list[str]:
-    words = ["--cfg", "cfgs/digits.yaml", "--output", str(output), "--batch-size", str(batch_size)]
-    return [*words, "--opts", *THIN, "DATA.IMG_SIZE", "16", "TRAIN.EPOCHS", str(epochs), "TRAIN.BASE_LR", "0.01", *opts]
+    args = ["--cfg", "cfgs/digits.yaml", "--output", str(output), "--batch-size", str(batch_size)]
+    return [*args, "--opts", *THIN, "DATA.IMG_SIZE", "16", "TRAIN.EPOCHS", str(epochs), "TRAIN.BASE_LR", "0.01", *opts]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _no_pictures() -> Iterator[None]:
-    """Drawing them takes longer than these trainings."""
+def _no_plots() -> Iterator[None]:
+    """Leave out curves and predictions, which take longer to draw than these runs take to train."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main.Classification, "draw_predictions", lambda *_: None)  # no picture to log
+        patch.setattr(main.Classification, "draw_predictions", lambda *_: None)  # no image to log
         patch.setattr("utils.logs.recorder.plot_curves", lambda *_: None)
         yield
 
@@ -44,7 +44,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "ckpt_epoch_0.pth"
 
 
-def test_other_classes_at_another_size_with_rates_by_layer(pretrained: Path, run_main: RunMain, tmp_path: Path) -> None:
+def test_other_classes_at_another_size_with_layer_decay(pretrained: Path, run_main: RunMain, tmp_path: Path) -> None:
     opts = ["DATA.IMG_SIZE", "24", "MODEL.MLLA.APE", "True", "MODEL.LAYER_DECAY", "0.5"]
     code, out, _ = run_main(*command(tmp_path, *opts), "--pretrained", pretrained)
     assert code == 0
@@ -62,9 +62,9 @@ def test_other_classes_at_another_size_with_rates_by_layer(pretrained: Path, run
 
 
 def test_a_frozen_backbone_on_two_processes(pretrained: Path, tmp_path: Path) -> None:
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py", "--freeze-backbone"]
+    args = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py", "--freeze-backbone"]
     opts = ["MODEL.MLLA.APE", "True", "MODEL.DROP_PATH_RATE", "0.5", "AUG.MESA", "1.0"]
-    done = run_python(*words, "--pretrained", pretrained, *command(tmp_path, *opts, epochs=2, batch_size=64))
+    done = run_python(*args, "--pretrained", pretrained, *command(tmp_path, *opts, epochs=2, batch_size=64))
     assert done.returncode == 0, done.stderr
     before = load_checkpoint(pretrained)["state_dict_ema"]
     after = load_checkpoint(tmp_path / "mlla_digits" / "default" / "ckpt_epoch_1.pth")
@@ -77,7 +77,7 @@ def test_a_frozen_backbone_on_two_processes(pretrained: Path, tmp_path: Path) ->
     assert [len(group["params"]) for group in after["optimizer"]["param_groups"]] == [1, 1]
 
 
-def test_classes_that_are_not_the_datas(pretrained: Path, run_main: RunMain, tmp_path: Path) -> None:
+def test_weights_of_other_classes(pretrained: Path, run_main: RunMain, tmp_path: Path) -> None:
     ape = ["MODEL.MLLA.APE", "True"]
     for mode in (["--eval"], []):
         code, _, err = run_main(*command(tmp_path, *ape), *mode, "--resume", pretrained)
@@ -95,7 +95,7 @@ def test_classes_that_are_not_the_datas(pretrained: Path, run_main: RunMain, tmp
     assert len(re.findall(r"Acc@1", out)) == 2
 
 
-def test_a_frozen_run_goes_on_and_an_unfrozen_one_does_not(pretrained: Path, run_main: RunMain, tmp_path: Path) -> None:
+def test_a_frozen_run_resumes_frozen_but_not_unfrozen(pretrained: Path, run_main: RunMain, tmp_path: Path) -> None:
     opts = ["MODEL.MLLA.APE", "True", "TRAIN.FREEZE", "True"]
     assert run_main(*command(tmp_path, *opts), "--pretrained", pretrained)[0] == 0
     code, out, _ = run_main(*command(tmp_path, *opts, epochs=2), "--pretrained", pretrained)
@@ -107,15 +107,15 @@ def test_a_frozen_run_goes_on_and_an_unfrozen_one_does_not(pretrained: Path, run
     assert "set TRAIN.FREEZE and MODEL.LAYER_DECAY as then" in err
 
 
-def test_an_official_training_checkpoint_goes_on(pretrained: Path, run_main: RunMain, tmp_path: Path) -> None:
-    """A file as the official script saves it: a yacs node, a scheduler, and no random number generators."""
+def test_a_run_resumes_from_an_official_checkpoint(pretrained: Path, run_main: RunMain, tmp_path: Path) -> None:
+    """The official script saves yacs's own class and a scheduler, but no states of random number generators."""
     content = load_checkpoint(pretrained)
     official = {key: content[key] for key in ("model", "state_dict_ema", "optimizer", "epoch")}
     official["model"]["layers.0.blocks.0.attn.rope.rotations"] = torch.zeros(4, 4, 4, 2)
     config = CfgNode({"DATA": {"IMG_SIZE": 16}, "AMP": False})
     torch.save({**official, "max_accuracy": 12.5, "lr_scheduler": {}, "config": config}, tmp_path / "official.pth")
-    words = command(tmp_path / "out", "MODEL.MLLA.APE", "True", *DIGITS_0_TO_4, epochs=2)
-    code, out, _ = run_main(*words, "--resume", tmp_path / "official.pth")
+    args = command(tmp_path / "out", "MODEL.MLLA.APE", "True", *DIGITS_0_TO_4, epochs=2)
+    code, out, _ = run_main(*args, "--resume", tmp_path / "official.pth")
     assert code == 0
     assert f"resumed from {tmp_path / 'official.pth'}" in out
     assert "epochs 2 to 2" in out
@@ -124,18 +124,18 @@ def test_an_official_training_checkpoint_goes_on(pretrained: Path, run_main: Run
     steps = {
         entry["step"].item() for entry in load_checkpoint(folder / "ckpt_epoch_1.pth")["optimizer"]["state"].values()
     }
-    assert steps == {10}  # five an epoch
+    assert steps == {10}  # five per epoch
 
 
-def test_weights_of_every_kind_are_evaluated(pretrained: Path, run_main: RunMain, tmp_path: Path) -> None:
-    """The official script's checkpoint, with yacs's class in it, and a .safetensors file give the same figures."""
+def test_weights_in_every_format_are_evaluated(pretrained: Path, run_main: RunMain, tmp_path: Path) -> None:
+    """The official script's checkpoint, with yacs's class in it, and a .safetensors file give the same metrics."""
     content = load_checkpoint(pretrained)
     torch.save({"model": content["model"], "config": CfgNode({"A": 1})}, tmp_path / "official.pth")
     save_file({name: value.contiguous() for name, value in content["model"].items()}, tmp_path / "w.safetensors")
-    figures = set()
+    scores = set()
     for path in (pretrained, tmp_path / "official.pth", tmp_path / "w.safetensors"):
-        words = command(tmp_path / "out", "MODEL.MLLA.APE", "True", *DIGITS_0_TO_4)
-        code, out, _ = run_main(*words, "--eval", "--resume", path)
+        args = command(tmp_path / "out", "MODEL.MLLA.APE", "True", *DIGITS_0_TO_4)
+        code, out, _ = run_main(*args, "--eval", "--resume", path)
         assert code == 0
-        figures.add(re.findall(r"Acc@1 [\d.]+", out)[0])
-    assert len(figures) == 1
+        scores.add(re.findall(r"Acc@1 [\d.]+", out)[0])
+    assert len(scores) == 1

@@ -23,14 +23,14 @@ from utils.logs.output_dir import lock_output_dir
 pytestmark = pytest.mark.slow
 
 RunMain = Callable[..., tuple[int, str, str]]
-WORDS = ["--cfg", "cfgs/digits.yaml", "--batch-size", "64", "--opts", *SETTINGS, "TRAIN.EPOCHS", "2"]
+ARGS = ["--cfg", "cfgs/digits.yaml", "--batch-size", "64", "--opts", *SETTINGS, "TRAIN.EPOCHS", "2"]
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 @pytest.fixture(scope="module")
-def two_processes_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Result of an uninterrupted run of two processes."""
-    run = Run(tmp_path_factory.mktemp("alone"), processes=2, epochs=2, save_steps=0, amp=False)
+def two_processes_uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Result of an uninterrupted run on two processes."""
+    run = Run(tmp_path_factory.mktemp("uninterrupted"), processes=2, epochs=2, save_steps=0, amp=False)
     run.finish()
     return run.result()
 
@@ -44,21 +44,21 @@ def check_interrupted(run: Run, expected: dict[str, Any]) -> None:
     assert differing(expected, run.result()) == [], run.printed()
 
 
-def test_killed_and_stopped_run_ends_as_one_left_alone(tmp_path: Path) -> None:
+def test_a_killed_and_stopped_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
     """Bit for bit: weights, EMA, optimizer, random number generators, and metrics.jsonl; in bfloat16."""
-    alone = Run(tmp_path / "alone", processes=1, epochs=2, save_steps=0, amp=True)
-    alone.finish()
-    check_interrupted(Run(tmp_path / "often", processes=1, epochs=2, save_steps=4, amp=True), alone.result())
+    whole = Run(tmp_path / "whole", processes=1, epochs=2, save_steps=0, amp=True)
+    whole.finish()
+    check_interrupted(Run(tmp_path / "often", processes=1, epochs=2, save_steps=4, amp=True), whole.result())
 
 
-def test_killed_and_stopped_processes_end_as_two_left_alone(
-    tmp_path: Path, two_processes_alone: dict[str, Any]
+def test_two_killed_and_stopped_processes_end_as_uninterrupted_ones(
+    tmp_path: Path, two_processes_uninterrupted: dict[str, Any]
 ) -> None:
-    check_interrupted(Run(tmp_path, processes=2, epochs=2, save_steps=4, amp=False), two_processes_alone)
+    check_interrupted(Run(tmp_path, processes=2, epochs=2, save_steps=4, amp=False), two_processes_uninterrupted)
 
 
-def test_a_worker_that_is_killed_is_started_again(tmp_path: Path, two_processes_alone: dict[str, Any]) -> None:
-    """torchrun's --max-restarts restarts it, and the result equals an uninterrupted run's."""
+def test_a_killed_worker_is_restarted_by_torchrun(tmp_path: Path, two_processes_uninterrupted: dict[str, Any]) -> None:
+    """With --max-restarts; the result equals that of an uninterrupted run."""
     run = Run(tmp_path, processes=2, epochs=2, save_steps=3, amp=False, max_restarts=3)
     process = run.start()
     wait_for(lambda: list(run.folder.glob("ckpt_epoch_0_step_*.pth")))
@@ -66,16 +66,16 @@ def test_a_worker_that_is_killed_is_started_again(tmp_path: Path, two_processes_
     os.kill(pid, signal.SIGKILL)
     assert process.wait(200) == 0, run.printed()
     assert "resumed from" in run.printed()
-    assert differing(two_processes_alone, run.result()) == []
+    assert differing(two_processes_uninterrupted, run.result()) == []
 
 
 def documented_launcher(port: int) -> tuple[list[str], dict[str, str]]:
-    """Words and environment of the launcher that utils/README.md has for SLURM, for two machines that are this one."""
+    """Return arguments and environment of utils/README.md's SLURM launcher, changed for two machines that are this one."""
     page = (ROOT / "utils" / "README.md").read_text()
     script = page[page.index("#!/bin/bash") :].split("```")[0]
-    words = script[script.index("srun torchrun") + len("srun") : script.index("main.py")]
+    args = script[script.index("srun torchrun") + len("srun") : script.index("main.py")]
     settings = "SLURM_NNODES=2 SLURM_JOB_ID=1 head=127.0.0.1"
-    shell = subprocess.run(["bash", "-ec", f"{settings}\nprintf '%s\n' {words}"], capture_output=True, check=True)
+    shell = subprocess.run(["bash", "-ec", f"{settings}\nprintf '%s\n' {args}"], capture_output=True, check=True)
     program, *options = shell.stdout.decode().split()
     assert program == "torchrun"
     here = {
@@ -86,8 +86,8 @@ def documented_launcher(port: int) -> tuple[list[str], dict[str, str]]:
     return [here.get(word, word) for word in options], dict(re.findall(r"^export (\w+)=(\w+)", script, re.MULTILINE))
 
 
-def test_a_machine_that_goes_and_comes_back(
-    tmp_path: Path, two_processes_alone: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_a_machine_that_is_lost_and_returns(
+    tmp_path: Path, two_processes_uninterrupted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two launchers that meet on this host stand for two machines, one process each; the second is killed with all that
     it started, and started again. The result is that of two processes of one launcher.
@@ -104,26 +104,26 @@ def test_a_machine_that_goes_and_comes_back(
         "--rdzv-conf=keep_alive_interval=1,keep_alive_max_attempt=3",  # 3 s, not 15, until a machine counts as lost
     ]
     first = run.start()
-    wait_for(lambda: socket.socket().connect_ex(address) == 0)  # the meeting point is with the first
+    wait_for(lambda: socket.socket().connect_ex(address) == 0)  # the first hosts the rendezvous
     second = run.start()
     wait_for(lambda: list(run.folder.glob("ckpt_epoch_0_step_*.pth")))
     for pid in [second.pid, *descendants(second.pid)]:
         os.kill(pid, signal.SIGKILL)
     second.wait()
-    time.sleep(8)  # by then it counts as lost; back before that, it once left both launchers waiting for ever
+    time.sleep(8)  # by then it counts as lost; if it returned earlier, both launchers could wait forever
     second = run.start()
     try:
         assert (first.wait(120), second.wait(120)) == (0, 0), run.printed()
     except subprocess.TimeoutExpired:
         for process in (first, second):
             process.terminate()
-        pytest.fail(f"both wait for ever:\n{run.printed()}")
+        pytest.fail(f"both wait forever:\n{run.printed()}")
     assert run.printed().count("2 process(es) on cpu") == 2
     assert re.search(r"resumed from \S+ckpt_epoch_\d_step_\d+.pth", run.printed())
-    assert differing(two_processes_alone, run.result()) == []
+    assert differing(two_processes_uninterrupted, run.result()) == []
 
 
-def test_workers_stop_when_their_launcher_is_gone(tmp_path: Path) -> None:
+def test_workers_save_and_stop_when_their_launcher_is_killed(tmp_path: Path) -> None:
     run = Run(tmp_path, processes=2, epochs=200, save_steps=0, amp=False)
     process = run.start()
     wait_for(run.step_lines)
@@ -135,35 +135,35 @@ def test_workers_stop_when_their_launcher_is_gone(tmp_path: Path) -> None:
     assert list(run.folder.glob("ckpt_epoch_0_step_*.pth"))
 
 
-def test_sigusr1_saves_and_ends_with_a_message(
+def test_sigusr1_saves_and_the_same_command_resumes(
     run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The signal comes within a step, while the second image of step 3 is read."""
     read, count = data.sources.digits.Digits.read, 0
 
-    def note(images: data.sources.digits.Digits, index: int) -> object:
+    def read_and_signal(images: data.sources.digits.Digits, index: int) -> object:
         nonlocal count
         count += 1
         if count == 2 * 64 + 2:
             os.kill(os.getpid(), signal.SIGUSR1)
         return read(images, index)
 
-    monkeypatch.setattr(data.sources.digits.Digits, "read", note)
-    words = ["--output", tmp_path, *WORDS, "DATA.NUM_WORKERS", "0"]
-    code, out, _ = run_main(*words)
+    monkeypatch.setattr(data.sources.digits.Digits, "read", read_and_signal)
+    args = ["--output", tmp_path, *ARGS, "DATA.NUM_WORKERS", "0"]
+    code, out, _ = run_main(*args)
     assert code == 0
-    assert "SIGUSR1: stopped in epoch 1 after step 3 of 22; the same command goes on from there" in out
+    assert "SIGUSR1: stopped in epoch 1 after step 3 of 22; run the same command to resume" in out
     folder = tmp_path / "mlla_digits" / "default"
     assert [path.name for path in folder.glob("*.pth")] == ["ckpt_epoch_0_step_3.pth"]
     shutil.copytree(tmp_path, tmp_path / "two")
-    code, out, _ = run_main(*words)
+    code, out, _ = run_main(*args)
     assert code == 0
     assert "ckpt_epoch_0_step_3.pth" in out
-    assert not list(folder.glob("ckpt_epoch_*_step_*.pth"))  # each outlived by a later one
+    assert not list(folder.glob("ckpt_epoch_*_step_*.pth"))  # deleted after a later one was saved
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
     run = Run(tmp_path / "two", processes=2, epochs=2, save_steps=0, amp=False)
-    run.finish()  # the same images a step on two processes
+    run.finish()  # the same global batch size on two processes
     assert "was written by 1 processes, now there are 2" in run.printed()
     assert "resumed from" in run.printed()
 
@@ -175,7 +175,7 @@ def test_a_second_run_in_the_same_folder_is_refused(
     folder = tmp_path / "mlla_digits" / "default"
     folder.mkdir(parents=True)
     with lock_output_dir(folder):
-        code, _, err = run_main("--output", tmp_path, *WORDS)
+        code, _, err = run_main("--output", tmp_path, *ARGS)
     assert code == 2
     assert re.search(
         rf"a run writes here already, pid {os.getpid()} on \S+, since .*; stop it, or use another --tag", err
@@ -184,10 +184,10 @@ def test_a_second_run_in_the_same_folder_is_refused(
         pass
 
 
-def test_a_process_that_fails_ends_all_and_is_named(tmp_path: Path) -> None:
+def test_a_failing_process_ends_all_and_is_named(tmp_path: Path) -> None:
     start = time.monotonic()
     worker = "tests/utils/distributed/faulty_worker.py"
-    done = run_python(*LAUNCHER, worker, "1", "--output", tmp_path, *WORDS, timeout=90)
+    done = run_python(*LAUNCHER, worker, "1", "--output", tmp_path, *ARGS, timeout=90)
     assert done.returncode != 0
     assert time.monotonic() - start < 60
     assert "process 1 of 2: IndexError: the injected fault" in done.stdout + done.stderr
@@ -207,14 +207,16 @@ def test_ctrl_c_ends_all_processes_at_once(tmp_path: Path) -> None:
     wait_for(lambda: not any(map(is_running, workers)), 30)
 
 
-def test_a_loader_worker_that_dies(run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_loader_worker_is_explained(
+    run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def die(_: object, __: int) -> object:
         if torch.utils.data.get_worker_info() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("read outside of a worker")
 
     monkeypatch.setattr(data.sources.digits.Digits, "read", die)
-    code, out, _ = run_main("--output", tmp_path, *WORDS)
+    code, out, _ = run_main("--output", tmp_path, *ARGS)
     assert code == 1
     assert "a worker process that loads images has died" in out
     assert "lower DATA.NUM_WORKERS" in out
@@ -222,12 +224,12 @@ def test_a_loader_worker_that_dies(run_main: RunMain, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("policy", ["continue", "stop"])
-def test_checkpoints_that_cannot_be_saved(run_main: RunMain, tmp_path: Path, policy: str) -> None:
-    """The largest file that the system lets this process write stands for the space that is left on the disk."""
+def test_a_full_disk_fails_the_run(run_main: RunMain, tmp_path: Path, policy: str) -> None:
+    """A limit on file sizes simulates a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
     try:
-        code, out, _ = run_main("--output", tmp_path, *WORDS, "TRAIN.ON_SAVE_ERROR", policy, "DATA.NUM_WORKERS", "0")
+        code, out, _ = run_main("--output", tmp_path, *ARGS, "TRAIN.ON_SAVE_ERROR", policy, "DATA.NUM_WORKERS", "0")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 1

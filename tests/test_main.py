@@ -1,4 +1,4 @@
-"""main.py as its users run it: training, resuming, evaluating, measuring, and what it says of mistakes."""
+"""main.py from its command line: training, resuming, evaluation, speed, and error messages."""
 
 import functools
 import json
@@ -33,23 +33,23 @@ def records_of(folder: Path) -> list[dict[str, float]]:
 
 
 def digits(output: Path, *opts: str, epochs: int = 2, batch_size: int = 128) -> list[str]:
-    """The command line of a short run on the digits."""
-    words = ["--cfg", "cfgs/digits.yaml", "--output", str(output), "--batch-size", str(batch_size)]
-    return [*words, "--opts", *SMALL, "TRAIN.EPOCHS", str(epochs), "TRAIN.BASE_LR", "0.01", *opts]
+    """Return the command line of a short run on the digits."""
+    args = ["--cfg", "cfgs/digits.yaml", "--output", str(output), "--batch-size", str(batch_size)]
+    return [*args, "--opts", *SMALL, "TRAIN.EPOCHS", str(epochs), "TRAIN.BASE_LR", "0.01", *opts]
 
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs of the digits on two processes through torchrun, with AMP, EMA and MESA."""
     output = tmp_path_factory.mktemp("run")
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py", "--amp"]
-    done = run_python(*words, *digits(output, "SAVE_FREQ", "2", batch_size=16))
+    args = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py", "--amp"]
+    done = run_python(*args, *digits(output, "SAVE_FREQ", "2", batch_size=16))
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     return output / "mlla_digits" / "default"
 
 
-def test_what_a_run_leaves_behind(finished_run: Path) -> None:
+def test_files_of_a_run(finished_run: Path) -> None:
     names = {path.name for path in finished_run.iterdir()}
     expected = {"config.yaml", "metrics.jsonl", "curves.png", "predictions.png", "ckpt_epoch_1.pth", "max_acc.pth"}
     assert expected | {"max_ema_acc.pth", "log_rank0.txt"} <= names
@@ -67,7 +67,7 @@ def test_what_a_run_leaves_behind(finished_run: Path) -> None:
     assert "step 44/44" in (finished_run / "log_rank0.txt").read_text()
 
 
-def test_it_learned(finished_run: Path) -> None:
+def test_training_beats_chance(finished_run: Path) -> None:
     assert records_of(finished_run)[-1]["acc1"] > 30  # 10 is chance
 
 
@@ -83,7 +83,7 @@ def test_checkpoint_holds_everything_and_loads_safely(finished_run: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["ckpt_epoch_1.pth", "max_acc.pth"])
-def test_evaluation_gives_the_trainings_figures(
+def test_evaluation_repeats_the_metrics_of_training(
     finished_run: Path, run_main: RunMain, tmp_path: Path, name: str
 ) -> None:
     config = finished_run / "config.yaml"
@@ -99,9 +99,9 @@ def test_evaluation_gives_the_trainings_figures(
     assert "on 360 images" in out
 
 
-def test_a_complete_run_says_so_and_changes_nothing(finished_run: Path, run_main: RunMain) -> None:
-    noted = ("log_rank0.txt", "run.lock", "run_holder.txt")  # that there was another call
-    before = {path: path.stat().st_mtime_ns for path in finished_run.iterdir() if path.name not in noted}
+def test_repeating_a_complete_run_changes_no_file(finished_run: Path, run_main: RunMain) -> None:
+    changed = ("log_rank0.txt", "run.lock", "run_holder.txt")  # by the second call
+    before = {path: path.stat().st_mtime_ns for path in finished_run.iterdir() if path.name not in changed}
     code, out, _ = run_main("--cfg", finished_run / "config.yaml")
     assert code == 0
     assert "this run is complete" in out
@@ -109,7 +109,7 @@ def test_a_complete_run_says_so_and_changes_nothing(finished_run: Path, run_main
 
 
 @pytest.mark.parametrize(("workers", "mesa"), [("0", "0.0"), ("1", "1.0")])
-def test_resuming_ends_where_an_uninterrupted_run_does(
+def test_a_resumed_run_ends_with_the_same_weights_and_metrics(
     run_main: RunMain, tmp_path: Path, workers: str, mesa: str
 ) -> None:
     """Two epochs, then a third after a restart that finds a torn newer file, against three in one go."""
@@ -140,11 +140,11 @@ def test_resuming_ends_where_an_uninterrupted_run_does(
     assert (whole / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
 
 
-def test_evaluation_never_resumes_by_itself(finished_run: Path, run_main: RunMain) -> None:
+def test_evaluation_needs_explicit_weights(finished_run: Path, run_main: RunMain) -> None:
     assert "evaluation needs weights" in mistake(run_main, "--cfg", finished_run / "config.yaml", "--eval")
 
 
-def test_explicit_resume_wins_and_keeps_what_it_replaces(run_main: RunMain, tmp_path: Path) -> None:
+def test_explicit_resume_overrides_auto_resume_and_keeps_replaced_files(run_main: RunMain, tmp_path: Path) -> None:
     folder = tmp_path / "mlla_digits" / "default"
     assert run_main(*digits(tmp_path, epochs=3))[0] == 0
     first, best = folder / "ckpt_epoch_0.pth", (folder / "max_acc.pth").read_bytes()
@@ -154,10 +154,10 @@ def test_explicit_resume_wins_and_keeps_what_it_replaces(run_main: RunMain, tmp_
     code, out, _ = run_main("--resume", first, *digits(tmp_path, *settings, epochs=2))
     assert code == 0
     assert f"resumed from {first}" in out
-    aside = folder / "replaced_1"
-    assert f"what this run replaces is kept in {aside}" in out
-    assert {path.name: path.read_bytes() for path in aside.glob("ckpt_*.pth")} == old
-    assert (aside / "max_acc.pth").read_bytes() == best
+    replaced = folder / "replaced_1"
+    assert f"what this run replaces is kept in {replaced}" in out
+    assert {path.name: path.read_bytes() for path in replaced.glob("ckpt_*.pth")} == old
+    assert (replaced / "max_acc.pth").read_bytes() == best
     assert (folder / "metrics_replaced.jsonl").read_text().splitlines() == old_lines[1:]
     assert [record["epoch"] for record in records_of(folder)] == [0, 1]
     assert sorted(path.name for path in folder.glob("ckpt_*.pth")) == ["ckpt_epoch_0.pth", "ckpt_epoch_1.pth"]
@@ -166,7 +166,7 @@ def test_explicit_resume_wins_and_keeps_what_it_replaces(run_main: RunMain, tmp_
     assert groups[0]["betas"] == (0.5, 0.9)
 
 
-def test_the_best_checkpoints_outlive_a_new_start_in_their_folder(run_main: RunMain, tmp_path: Path) -> None:
+def test_best_checkpoints_survive_a_new_run_in_their_folder(run_main: RunMain, tmp_path: Path) -> None:
     folder = tmp_path / "mlla_digits" / "default"
     assert run_main(*digits(tmp_path, epochs=1))[0] == 0
     best = (folder / "max_acc.pth").read_bytes()
@@ -179,9 +179,9 @@ def test_the_best_checkpoints_outlive_a_new_start_in_their_folder(run_main: RunM
     assert len(records_of(folder)) == 1
 
 
-def test_a_checkpoint_of_another_optimizer(run_main: RunMain, finished_run: Path, tmp_path: Path) -> None:
-    words = ["--cfg", finished_run / "config.yaml", "--output", tmp_path, "--resume", finished_run / "max_acc.pth"]
-    message = mistake(run_main, *words, "--opts", "TRAIN.OPTIMIZER.NAME", "sgd")
+def test_a_checkpoint_of_another_optimizer_is_refused(run_main: RunMain, finished_run: Path, tmp_path: Path) -> None:
+    args = ["--cfg", finished_run / "config.yaml", "--output", tmp_path, "--resume", finished_run / "max_acc.pth"]
+    message = mistake(run_main, *args, "--opts", "TRAIN.OPTIMIZER.NAME", "sgd")
     assert "was trained with another TRAIN.OPTIMIZER.NAME" in message
 
 
@@ -196,46 +196,46 @@ def test_mesa_starts_after_a_quarter_of_the_epochs(
         return training_loss(logits, targets, *of_teacher)
 
     monkeypatch.setattr(losses, "training_loss", note)
-    words = digits(tmp_path, "TRAIN.COOLDOWN_EPOCHS", "1", "AUG.MESA", "1.0", epochs=4, batch_size=512)
-    assert run_main(*words)[0] == 0
-    assert seen == [False] * 2 + [True] * 8  # two steps an epoch
+    args = digits(tmp_path, "TRAIN.COOLDOWN_EPOCHS", "1", "AUG.MESA", "1.0", epochs=4, batch_size=512)
+    assert run_main(*args)[0] == 0
+    assert seen == [False] * 2 + [True] * 8  # two steps per epoch
 
 
-def test_compiled_evaluation(
+def test_compiled_evaluation_gives_the_same_metrics(
     run_main: RunMain, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Use a backend that only traces: code generation takes a minute, and is tested by PyTorch."""
+    """With a backend that only traces, since generating code takes a minute."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    words = ["--cfg", finished_run / "config.yaml", "--output", tmp_path, "--eval", "--resume"]
-    plain = run_main(*words, finished_run / "max_acc.pth", "--no-amp")[1]
-    compiled = run_main(*words, finished_run / "max_acc.pth", "--no-amp", "--opts", "TEST.COMPILE", "default")[1]
+    args = ["--cfg", finished_run / "config.yaml", "--output", tmp_path, "--eval", "--resume"]
+    plain = run_main(*args, finished_run / "max_acc.pth", "--no-amp")[1]
+    compiled = run_main(*args, finished_run / "max_acc.pth", "--no-amp", "--opts", "TEST.COMPILE", "default")[1]
     assert len(SCORES.findall(plain)) == 2
     assert SCORES.findall(compiled) == SCORES.findall(plain)
 
 
 @pytest.mark.parametrize("work", ["train", "evaluate", "measure"])
-def test_no_compiler(
+def test_a_missing_compiler_is_one_line(
     run_main: RunMain, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str
 ) -> None:
     from torch._inductor import config as inductor  # takes two seconds
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", str(tmp_path / "no_such_compiler"))
-    words = {
+    args = {
         "train": ["--tag", "compiled", "--opts", "TRAIN.COMPILE", "default"],
         "evaluate": ["--eval", "--resume", finished_run / "max_acc.pth", "--opts", "TEST.COMPILE", "default"],
         "measure": ["--throughput", "--opts", "TEST.COMPILE", "max-autotune"],
     }[work]
     with inductor.patch({"cpp.cxx": (None, str(tmp_path / "no_such_compiler"))}):
-        code, out, err = run_main("--cfg", finished_run / "config.yaml", "--output", tmp_path, *words)
+        code, out, err = run_main("--cfg", finished_run / "config.yaml", "--output", tmp_path, *args)
     assert code == 2
-    line = f"{words[-2]} {words[-1]}: torch.compile needs a C++ compiler, and found none that works (CXX is {tmp_path}"
+    line = f"{args[-2]} {args[-1]}: torch.compile needs a C++ compiler, and found none that works (CXX is {tmp_path}"
     assert line in out
     assert "install one, such as g++, or leave it off" in out
     assert "Traceback" not in out + err
 
 
-def test_another_configuration_keeps_the_former_one(run_main: RunMain, tmp_path: Path) -> None:
+def test_a_changed_configuration_is_logged_and_the_previous_one_kept(run_main: RunMain, tmp_path: Path) -> None:
     assert run_main(*digits(tmp_path, epochs=1))[0] == 0
     code, out, _ = run_main(*digits(tmp_path, "SEED", "3", epochs=2))
     assert code == 0
@@ -254,15 +254,15 @@ def test_a_run_is_not_overwritten_without_auto_resume(run_main: RunMain, tmp_pat
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run_main: RunMain, tmp_path: Path) -> None:
-    words = digits(tmp_path, "TRAIN.CLIP_GRAD", "0.0", "TRAIN.OPTIMIZER.NAME", "sgd", "PRINT_FREQ", "2")
-    words[words.index("TRAIN.BASE_LR") + 1] = "1e38"
-    code, out, _ = run_main(*words)
+    args = digits(tmp_path, "TRAIN.CLIP_GRAD", "0.0", "TRAIN.OPTIMIZER.NAME", "sgd", "PRINT_FREQ", "2")
+    args[args.index("TRAIN.BASE_LR") + 1] = "1e38"
+    code, out, _ = run_main(*args)
     assert code == 1
     assert re.search(r"not finite in epoch 1, step \d \(step \d of the run\), learning rate 2.500e\+37", out)
     assert not list((tmp_path / "mlla_digits" / "default").glob("*.pth"))
 
 
-def test_mesa_without_ema_is_off_and_says_so(run_main: RunMain, tmp_path: Path) -> None:
+def test_mesa_without_ema_is_off_with_a_warning(run_main: RunMain, tmp_path: Path) -> None:
     code, out, _ = run_main("--no-model-ema", *digits(tmp_path, "AUG.MESA", "2.0", epochs=1))
     assert code == 0
     assert "AUG.MESA 2.0 is off: its teacher is the EMA model" in out
@@ -273,10 +273,10 @@ def test_mesa_without_ema_is_off_and_says_so(run_main: RunMain, tmp_path: Path) 
 
 def test_pretrained_weights_with_another_head(run_main: RunMain, tmp_path: Path) -> None:
     torch.save({"model": MLLA(**MICRO, num_classes=10).state_dict()}, tmp_path / "weights.pth")
-    words = ["--cfg", "cfgs/digits.yaml", "--pretrained", tmp_path / "weights.pth", "--output", tmp_path]
+    args = ["--cfg", "cfgs/digits.yaml", "--pretrained", tmp_path / "weights.pth", "--output", tmp_path]
     data = make_image_folder(tmp_path / "images", train=8, val=5, classes=("a$", "b$_{"))  # names in predictions.png
-    words += ["--data-path", data, "--batch-size", "8", "--opts", "DATA.DATASET", "folder", "TRAIN.EPOCHS", "1"]
-    code, out, _ = run_main(*words, "TRAIN.WARMUP_EPOCHS", "0")
+    args += ["--data-path", data, "--batch-size", "8", "--opts", "DATA.DATASET", "folder", "TRAIN.EPOCHS", "1"]
+    code, out, _ = run_main(*args, "TRAIN.WARMUP_EPOCHS", "0")
     assert code == 0
     assert "the file has 10 classes, the data 2" in out
     assert "re-initialized: head" in out
@@ -310,9 +310,9 @@ def test_official_commands(launcher: str, image_folder: Path, tmp_path: Path) ->
 
 
 def test_throughput_needs_no_data(run_main: RunMain, tmp_path: Path) -> None:
-    words = ["--cfg", "cfgs/digits.yaml", "--throughput", "--amp", "--batch-size", "2", "--output", tmp_path]
-    assert run_main(*words)[0] == 0
-    code, out, _ = run_main(*words, "--opts", "DATA.IMG_SIZE", "48")
+    args = ["--cfg", "cfgs/digits.yaml", "--throughput", "--amp", "--batch-size", "2", "--output", tmp_path]
+    assert run_main(*args)[0] == 0
+    code, out, _ = run_main(*args, "--opts", "DATA.IMG_SIZE", "48")
     assert code == 0
     table = [line for line in out.splitlines() if line.split()[:1] in (["model"], ["mlla_digits"])]
     heading, row, _ = table[-3:]  # the last is for a batch of 1
@@ -334,25 +334,27 @@ def test_profile(run_main: RunMain) -> None:
     assert re.search(r"paper +25 M +4.2", out)
 
 
-@pytest.mark.parametrize("data_set", ["wds/foo", "hfds/foo"])
-def test_profile_needs_no_data(run_main: RunMain, data_set: str) -> None:
-    code, out, err = run_main("--cfg", "cfgs/mlla_t.yaml", "--profile", "--opts", "DATA.DATASET", data_set)
+@pytest.mark.parametrize("dataset", ["wds/foo", "hfds/foo"])
+def test_profile_needs_no_dataset(run_main: RunMain, dataset: str) -> None:
+    code, out, err = run_main("--cfg", "cfgs/mlla_t.yaml", "--profile", "--opts", "DATA.DATASET", dataset)
     assert (code, err) == (0, "")
     assert re.search(r"total +24,392,200 ", out)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on a GPU")
 @pytest.mark.parametrize("mode", [[], ["--eval"]])
-def test_kernels_that_cannot_run(run_main: RunMain, tmp_path: Path, mode: list[str]) -> None:
-    words = ["--cfg", "cfgs/digits.yaml", "--output", tmp_path, *(["--resume", tmp_path / "w.pth"] if mode else [])]
+def test_kernels_that_cannot_run_are_one_line(run_main: RunMain, tmp_path: Path, mode: list[str]) -> None:
+    args = ["--cfg", "cfgs/digits.yaml", "--output", tmp_path, *(["--resume", tmp_path / "w.pth"] if mode else [])]
     torch.save(build_model(load_config("cfgs/digits.yaml")).state_dict(), tmp_path / "w.pth")
-    code, out, err = run_main(*words, *mode, "--opts", "MODEL.KERNELS", "triton", "DATA.NUM_WORKERS", "0")
+    code, out, err = run_main(*args, *mode, "--opts", "MODEL.KERNELS", "triton", "DATA.NUM_WORKERS", "0")
     assert code == 2
     assert "Traceback" not in out + err
     assert "use auto or torch" in (out + err).splitlines()[-1]
 
 
-def test_workers_that_do_not_start(run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_do_not_start_are_one_line(
+    run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("data.workers.RestartingDataLoader.have_started", lambda *_: False)
     code, out, err = run_main("--cfg", "cfgs/digits.yaml", "--output", tmp_path, "--opts", "DATA.NUM_WORKERS", "1")
     assert code == 2
@@ -360,8 +362,9 @@ def test_workers_that_do_not_start(run_main: RunMain, tmp_path: Path, monkeypatc
     assert "lower DATA.NUM_WORKERS, 0 loads without them" in (out + err).splitlines()[-1]
 
 
-def mistake(run_main: RunMain, *words: str | Path) -> str:
-    code, _, err = run_main(*words)
+def mistake(run_main: RunMain, *args: str | Path) -> str:
+    """Return the one line that a wrong command line prints."""
+    code, _, err = run_main(*args)
     assert code == 2
     message = err.strip()
     assert message.startswith("error: ")
@@ -383,8 +386,8 @@ def test_mistakes_on_the_command_line(run_main: RunMain) -> None:
     assert "must be at least 1" in mistake(run_main, *digits, "--batch-size", "0")
     assert "heads and 4 must divide" in mistake(run_main, *digits, "--opts", "MODEL.MLLA.NUM_HEADS", "[3, 3, 3, 3]")
     assert "comes without archives" in mistake(run_main, *digits, "--zip")
-    for words in ("--train", "--baseline timm:resnet18", "--sizes 32", "--opts BENCHMARK.TRAIN True"):
-        assert "add --throughput" in mistake(run_main, *digits, "--eval", *words.split())
+    for args in ("--train", "--baseline timm:resnet18", "--sizes 32", "--opts BENCHMARK.TRAIN True"):
+        assert "add --throughput" in mistake(run_main, *digits, "--eval", *args.split())
     assert "TRAIN.EPOCH " in mistake(run_main, *digits, "--opts", "TRAIN.EPOCH", "3", "--opts", "TAG", "x")
 
 
@@ -406,11 +409,11 @@ def test_mistakes_in_paths(run_main: RunMain, tmp_path: Path) -> None:
 
 def test_mistakes_in_weights(run_main: RunMain, tmp_path: Path, finished_run: Path) -> None:
     for mode in (["--eval"], []):
-        words = ["--cfg", "cfgs/digits.yaml", "--output", tmp_path / "out", *mode, "--resume"]
-        assert "no such checkpoint file" in mistake(run_main, *words, tmp_path / "none.pth")
-        assert "is a folder" in mistake(run_main, *words, tmp_path)
-        assert "cannot be read as a PyTorch weights file" in mistake(run_main, *words, "README.md")
-        message = mistake(run_main, *words, finished_run / "max_acc.pth")
+        args = ["--cfg", "cfgs/digits.yaml", "--output", tmp_path / "out", *mode, "--resume"]
+        assert "no such checkpoint file" in mistake(run_main, *args, tmp_path / "none.pth")
+        assert "is a folder" in mistake(run_main, *args, tmp_path)
+        assert "cannot be read as a PyTorch weights file" in mistake(run_main, *args, "README.md")
+        message = mistake(run_main, *args, finished_run / "max_acc.pth")
         assert "does not fit the model" in message
         assert message.count("where the model has") == 10
 
@@ -431,11 +434,11 @@ def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
         return data
 
     command = shlex.join([sys.executable, "main.py", *digits(tmp_path, epochs=1)])
-    words = ["sh", "-c", f"stty rows 24 cols 130; exec {command}"]
+    args = ["sh", "-c", f"stty rows 24 cols 130; exec {command}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        status = pty.spawn(words, read)
+        status = pty.spawn(args, read)
     text = transcript.decode()
     assert status == 0, text
     assert re.search(r"epoch 1/1: 100%.* loss \d\.\d+, \d+ img/s, run ends in 0:00:00", text)

@@ -1,4 +1,4 @@
-"""Measurements and output files of --throughput; no times are asserted."""
+"""Measurements and output of --throughput; no times are asserted."""
 
 import json
 from collections.abc import Callable
@@ -22,11 +22,11 @@ def rows_of(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "mlla_digits" / "default" / "throughput.jsonl").open()]
 
 
-def test_counts_and_table() -> None:
+def test_number_of_calls_and_table() -> None:
     calls: list[int] = []
     conditions = Conditions(CPU, make_precision(CPU, amp=False, dtype="auto"), rounds=3, round_seconds=0.0)
     row = measure_inference(lambda: calls.append(1), conditions, name="nothing", batch_size=2, size=(8, 8))
-    assert len(calls) == 3 + 1 + 3  # warm-up, one to guess the length of a round, three rounds of one
+    assert len(calls) == 3 + 1 + 3  # warm-up, one call to estimate the length of a round, three rounds of one call
     assert row.images_per_second == pytest.approx(2000 / row.milliseconds_per_batch)
     assert run_calls(lambda: None, CPU, 5) >= 0
     heading, line = throughput_table([row]).splitlines()
@@ -36,9 +36,9 @@ def test_counts_and_table() -> None:
 
 
 @pytest.mark.slow
-def test_training_step_and_baseline(run_main: RunMain, tmp_path: Path) -> None:
-    words = ["--cfg", "cfgs/digits.yaml", "--throughput", "--train", "--batch-size", "2", "--output", tmp_path]
-    code, out, _ = run_main(*words, "--baseline", "timm:mambaout_femto", "--opts", "AUG.MESA", "1.0")
+def test_rows_of_training_with_a_baseline(run_main: RunMain, tmp_path: Path) -> None:
+    args = ["--cfg", "cfgs/digits.yaml", "--throughput", "--train", "--batch-size", "2", "--output", tmp_path]
+    code, out, _ = run_main(*args, "--baseline", "timm:mambaout_femto", "--opts", "AUG.MESA", "1.0")
     assert code == 0
     rows = rows_of(tmp_path)
     assert [(row["model"], row["work"]) for row in rows] == [
@@ -48,12 +48,12 @@ def test_training_step_and_baseline(run_main: RunMain, tmp_path: Path) -> None:
         ("timm:mambaout_femto", "training, MESA"),
     ]
     assert len(out.splitlines()) >= 5
-    with Image.open(tmp_path / "mlla_digits" / "default" / "throughput.png") as picture:
-        assert picture.width > 500
+    with Image.open(tmp_path / "mlla_digits" / "default" / "throughput.png") as image:
+        assert image.width > 500
 
 
 @pytest.mark.slow
-def test_training_is_measured_without_the_teacher_even_where_it_begins_at_once(
+def test_training_is_measured_without_mesa_even_if_mesa_starts_at_once(
     run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, bool]] = []
@@ -63,33 +63,33 @@ def test_training_is_measured_without_the_teacher_even_where_it_begins_at_once(
         return measure_training(train_step, batch, conditions, **options)
 
     monkeypatch.setattr("utils.benchmark.throughput.measure_training", watched)
-    words = ["--cfg", "cfgs/digits.yaml", "--throughput", "--train", "--batch-size", "2", "--output", tmp_path]
-    assert run_main(*words, "--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0", "AUG.MESA", "1.0")[0] == 0
+    args = ["--cfg", "cfgs/digits.yaml", "--throughput", "--train", "--batch-size", "2", "--output", tmp_path]
+    assert run_main(*args, "--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0", "AUG.MESA", "1.0")[0] == 0
     assert asked == [("training", False), ("training, MESA", True)]
 
 
-# The first is made for one size of images, the last knows no stochastic depth.
+# The first expects images of one size, the last has no stochastic depth.
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "test_convnext", "ghostnet_050"])
-def test_baselines_take_the_runs_images(name: str) -> None:
+def test_baselines_accept_the_image_size(name: str) -> None:
     config = load_config("cfgs/digits.yaml")
     model: Any = timm_baseline(f"timm:{name}", config.DATA.IMG_SIZE, config.MODEL.DROP_PATH_RATE, CPU)
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, model.num_classes)
 
 
-def test_sizes_keep_the_number_of_pixels(run_main: RunMain, tmp_path: Path) -> None:
-    words = ["--cfg", "cfgs/digits.yaml", "--throughput", "--batch-size", "4", "--output", tmp_path]
-    assert run_main(*words, "--sizes", "32,64")[0] == 0
+def test_batch_size_follows_from_size_at_constant_pixels(run_main: RunMain, tmp_path: Path) -> None:
+    args = ["--cfg", "cfgs/digits.yaml", "--throughput", "--batch-size", "4", "--output", tmp_path]
+    assert run_main(*args, "--sizes", "32,64")[0] == 0
     assert [(row["size"], row["batch"]) for row in rows_of(tmp_path)] == [(32, 4), (32, 1), (32, 4), (64, 1)]
 
 
-def test_mistakes(run_main: RunMain, tmp_path: Path) -> None:
-    words = ["--cfg", "cfgs/digits.yaml", "--throughput", "--output", tmp_path]
+def test_mistakes_in_flags(run_main: RunMain, tmp_path: Path) -> None:
+    args = ["--cfg", "cfgs/digits.yaml", "--throughput", "--output", tmp_path]
     for extra, expected in (
         (["--baseline", "convnext_tiny"], "must be timm:NAME, with commas between several"),
         (["--baseline", "timm:convnext_tinny"], "timm has no such model"),
         (["--sizes", "224,big"], "must be whole numbers of at least 8, with commas between"),
     ):
-        code, _, err = run_main(*words, *extra)
+        code, _, err = run_main(*args, *extra)
         assert code == 2
         assert expected in err
         assert len(err.strip().splitlines()) == 1

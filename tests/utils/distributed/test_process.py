@@ -1,3 +1,5 @@
+"""Training and evaluation on several processes equal those of one."""
+
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_a_launcher_that_times_out_leaves_no_process(tmp_path: Path) -> None:
-    """The worker is in another session, as torchrun's workers are."""
+    """Its worker runs in another session, as torchrun's do."""
     script = tmp_path / "launcher.py"
     script.write_text(
         "import pathlib, subprocess, sys, time\n"
@@ -67,8 +69,8 @@ def test_accumulation_on_two_processes(alone: dict[str, Any], tmp_path: Path) ->
     same_training(alone, launch(2, tmp_path / "out.pt", 2, 2))
 
 
-def test_weights_have_moved(alone: dict[str, Any]) -> None:
-    """Otherwise the comparisons above would prove nothing."""
+def test_training_changes_the_weights(alone: dict[str, Any]) -> None:
+    """Otherwise the comparisons above would pass without training."""
     moved = (alone["weights"]["head.weight"] - make_model().head.weight).abs().max()
     assert moved > 1e-4
 
@@ -101,7 +103,7 @@ def test_only_rank_0_prints_the_error() -> None:
     assert done.stderr.count("error: nothere.yaml: no such configuration file") == 1
 
 
-def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
