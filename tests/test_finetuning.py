@@ -1,4 +1,4 @@
-"""Fine-tuning with main.py: other classes, another image size, a frozen backbone, layer decay, weights of every format."""
+"""Fine-tuning with main.py: other classes and image sizes, a frozen backbone, layer decay, weights of every format."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -40,7 +40,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("pretrained")
     assert main.main(command(output, *DIGITS_0_TO_4, "MODEL.MLLA.APE", "True")) == 0
     folder = output / "mlla_digits" / "default"
-    assert "5 classes, 721 training and 180 validation images" in (folder / "log_rank0.txt").read_text()
+    assert "5 classes; 721 training and 180 validation images" in (folder / "log_rank0.txt").read_text()
     return folder / "ckpt_epoch_0.pth"
 
 
@@ -88,7 +88,7 @@ def test_weights_of_other_classes(pretrained: Path, run_main: RunMain, tmp_path:
         *command(tmp_path, *ape, "DATA.CLASSES", "['5', '6', '7', '8', '9']"), "--eval", "--resume", pretrained
     )
     assert code == 0
-    assert "other classes than the data's, 5 of 5 differ: 0 was 0, is 5, 1 was 1, is 6, 2 was 2, is 7, ..." in out
+    assert "other classes than the data has, 5 of 5 differ: 0 was 0, is 5, 1 was 1, is 6, 2 was 2, is 7, ..." in out
     code, out, _ = run_main(*command(tmp_path, *ape, *DIGITS_0_TO_4), "--eval", "--resume", f"{pretrained.as_uri()}")
     assert code == 0
     assert "differ" not in out
@@ -104,7 +104,7 @@ def test_a_frozen_run_resumes_frozen_but_not_unfrozen(pretrained: Path, run_main
     code, _, err = run_main(*command(tmp_path, *opts[:2], epochs=3), "--pretrained", pretrained)
     assert code == 2
     assert "its optimizer state does not fit: groups of [1, 1] parameters where this run has" in err
-    assert "set TRAIN.FREEZE and MODEL.LAYER_DECAY as then" in err
+    assert "set TRAIN.FREEZE and MODEL.LAYER_DECAY as before" in err
 
 
 def test_a_run_resumes_from_an_official_checkpoint(pretrained: Path, run_main: RunMain, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ def test_a_row_for_each_measurement(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(benchmark, "WARMUP_CALLS", 0)
+    monkeypatch.setattr(benchmark, "ROUNDS", 1)
     monkeypatch.setattr("downstream.detection.synthetic.MAX_SHARPENINGS", 1)
     small = ["--height", "64", "--width", "90", "--train-batches", "1", "--test-batches", "1", "--seconds", "0"]
     table = tmp_path / "new" / "table.md"
@@ -41,6 +42,8 @@ def test_compiling_without_a_compiler_is_one_line(
         assert mode == "default"
         model.register_forward_pre_hook(fail)
 
+    monkeypatch.setattr(benchmark, "ROUNDS", 1)
+    monkeypatch.setattr(benchmark, "WARMUP_CALLS", 0)
     monkeypatch.setattr(benchmark, "compile_regions", compile_regions)
     sizes = ["--height", "64", "--width", "64", "--train-batches", "1", "--test-batches", "--seconds", "0"]
     with pytest.raises(SystemExit) as stop:
