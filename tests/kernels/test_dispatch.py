@@ -14,6 +14,7 @@ from models.kernels.dispatch import KernelsUnavailableError
 from models.kernels.fused_modules import FusedDownsample, FusedMLLABlock, FusedStem, mixer_parts, mlp_parts
 from models.layers import Downsample, Stem
 from models.mlla import MLLABlock
+from utils.speed.compile import compile_regions
 
 SIZES = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 1), "num_classes": 4, "drop_path_rate": 0.0}
 IMAGES = torch.ones(1, 3, 24, 32)
@@ -144,6 +145,7 @@ def test_compiled_blocks_of_several_widths_ask_for_constants(
     monkeypatch.setattr(dispatch, "find_missing_triton", lambda _: "")
     monkeypatch.setattr(dispatch, "self_test_verdict", verdict)
     torch._dynamo.reset()
+    compile_regions(nn.Identity(), "default")  # sets what torch's version needs
     model = use_kernels(MLLA(img_size=32, embed_dim=16, depths=(1, 1, 1), num_heads=(1, 2, 4), num_classes=3))
     if is_prepared:
         model = prepare_for_inference(model, torch.float32)

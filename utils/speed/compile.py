@@ -59,6 +59,9 @@ def compile_regions(model: nn.Module, mode: str, activation_budget: float = 1.0)
     # torch 2.6 has the old name.
     limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
     setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), MAX_VARIANTS))
+    if not hasattr(torch._dynamo.config, "allow_unspec_int_on_nn_module"):
+        # torch 2.6 turns integers of modules that differ between blocks into symbols, which have no self-test.
+        torch._dynamo.config.specialize_int = True
     torch._functorch.config.activation_memory_budget = activation_budget
     regions = [module for module in model.modules() if getattr(module, "is_region", False)]
     for module in regions or [model]:
