@@ -153,7 +153,7 @@ _C.TRAIN.ACTIVATION_BUDGET = Key(
     FRACTION,
     help="share of activations that compiled blocks keep for the backward pass; the rest is recomputed",
 )
-_C.TRAIN.FIND_UNUSED_PARAMS = Key(False, help="let DDP look for parameters without gradient")
+_C.TRAIN.FIND_UNUSED_PARAMS = Key(False, help="several processes: allow parameters without gradient")
 
 # Learning-rate schedule
 _C.TRAIN.LR_SCHEDULER = Section()

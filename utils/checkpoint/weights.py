@@ -138,7 +138,7 @@ def load_weights(
     """Load weights into a model, every one of them; rotary tables, which are derived data, are skipped.
 
     Args:
-        model: not wrapped in DDP.
+        model: the network.
         weights: tensors by name.
         source: the file's name, for messages.
         reinitialized: modules of the model that may keep their own weights, where the file's are missing or do not fit.
@@ -183,7 +183,7 @@ def load_pretrained(model: nn.Module, source: str | Path, classes: Sequence[str]
     (`norm`, `head`) and a dense backbone (`norm0`, `norm1`, ...) these final parts are not transferred.
 
     Args:
-        model: a classifier or a dense backbone, not wrapped in DDP.
+        model: a classifier or a dense backbone.
         source: a path, a URL, or the name of released weights.
         classes: the data's classes, to compare with the file's.
 

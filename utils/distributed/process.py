@@ -1,9 +1,7 @@
 """Process group, device and collectives; with a single process the collectives do nothing."""
 
-import inspect
 import os
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,35 +93,6 @@ def stop_process() -> None:
         dist.destroy_process_group()
 
 
-def wrap_ddp(model: nn.Module, process: Process, *, find_unused_parameters: bool = False) -> nn.Module:
-    """Wrap the model in DDP if there are several processes.
-
-    DDP does not broadcast buffers: `average_buffers` makes them equal after each step.
-    """
-    if process.num_processes == 1:
-        return model
-    parameters = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-    # torch 2.15 renamed the argument.
-    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
-    return nn.parallel.DistributedDataParallel(
-        model,
-        device_ids=[process.device] if process.device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        find_unused_parameters=find_unused_parameters,
-        **{sync_buffers: False},  # type: ignore[arg-type]
-    )
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DDP, or the model itself."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
-def no_sync(model: nn.Module) -> AbstractContextManager[None]:
-    """Accumulate gradients without all-reduce inside the context (DDP's no_sync)."""
-    return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
-
-
 def sum_over_processes(values: Tensor) -> Tensor:
     """All-reduce a tensor in place by its sum, and return it."""
     if dist.is_initialized():
@@ -165,11 +134,25 @@ def average_buffers(buffers: list[Tensor]) -> None:
 
     It takes a single all-reduce, and keeps the models of all processes equal, so that one checkpoint is enough.
     """
-    if not dist.is_initialized() or not buffers:
-        return
-    flat = torch.cat([buffer.flatten() for buffer in buffers])
-    means = (sum_over_processes(flat) / dist.get_world_size()).split([buffer.numel() for buffer in buffers])
-    torch._foreach_copy_(buffers, [mean.view_as(buffer) for mean, buffer in zip(means, buffers, strict=True)])
+    if dist.is_initialized() and buffers:
+        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        scatter(sum_over_processes(flat) / dist.get_world_size(), buffers)
+
+
+def broadcast_tensors(tensors: list[Tensor]) -> None:
+    """Give the tensors of all processes the values that those of the first process have, in place."""
+    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
+        same = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.flatten() for tensor in same])
+        dist.broadcast(flat, src=0)
+        scatter(flat, same)
+
+
+@torch.no_grad()
+def scatter(flat: Tensor, tensors: list[Tensor]) -> None:
+    """Copy the parts of a flat tensor to tensors."""
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
 def gather_objects(item: Any) -> list[Any]:

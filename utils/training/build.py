@@ -8,7 +8,8 @@ from torch import nn
 from yacs.config import CfgNode
 
 from utils.config.yaml_file import flatten
-from utils.distributed.process import Process, wrap_ddp
+from utils.distributed.gradient_exchange import GradientExchange
+from utils.distributed.process import Process
 from utils.logs.logger import logger
 from utils.logs.wandb_logger import WandbLogger
 from utils.speed.compile import GRAPH_MODES, compile_regions, resolve_mode
@@ -33,7 +34,7 @@ def build_optimizer(config: CfgNode, groups: list[dict[str, Any]]) -> torch.opti
 
 
 def build_ema(config: CfgNode, model: nn.Module, derived: Derived) -> ModelEma | None:
-    """Return the EMA of a model, or None if it is off; `model` is not wrapped in DDP."""
+    """Return the EMA of a model, or None if it is off."""
     return ModelEma(model, derived.ema_decay, config.EMA.FORCE_CPU) if config.EMA.ENABLED else None
 
 
@@ -76,11 +77,14 @@ def build_train_step(
     precision: Precision,
     derived: Derived,
 ) -> TrainStep:
-    """Return the training step of a model, in DDP if there are several processes, compiled as TRAIN.COMPILE says."""
-    network = wrap_ddp(model, process, find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS)
-    compute_losses = task.losses(config, network, ema, derived)
-    parts = (network, optimizer, precision)
+    """Return the training step of a model on all processes together, compiled as TRAIN.COMPILE says."""
+    exchange = None
+    if process.num_processes > 1:
+        exchange = GradientExchange(model, find_unused=config.TRAIN.FIND_UNUSED_PARAMS)
+    compute_losses = task.losses(config, model, ema, derived)
+    parts = (model, optimizer, precision)
     options: dict[str, Any] = {"compute_losses": compute_losses, "clip_grad": config.TRAIN.CLIP_GRAD, "ema": ema}
+    options["exchange"] = exchange
     train_step = TrainStep(*parts, **options)
     mode = resolve_mode(config.TRAIN.COMPILE, process.device)
     teacher = getattr(compute_losses, "teacher", None)
@@ -88,7 +92,7 @@ def build_train_step(
         compile_regions(module.get_submodule(task.compiled_module), mode, config.TRAIN.ACTIVATION_BUDGET)
     if mode not in GRAPH_MODES:
         return train_step
-    reason = graph_unsupported_reason(train_step, process.num_processes)
+    reason = graph_unsupported_reason(train_step)
     if reason:
         logger.info("TRAIN.COMPILE %s: the step is not one CUDA graph: %s", config.TRAIN.COMPILE, reason)
         return train_step

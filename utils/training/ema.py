@@ -13,7 +13,7 @@ class ModelEma:
     in evaluation mode, without gradients.
 
     Args:
-        model: the model to average, not wrapped in DDP.
+        model: the model to average.
         decay: decay per step.
         force_cpu: keep the EMA weights in CPU memory.
     """

@@ -1,11 +1,15 @@
-"""The whole training step as one CUDA graph: forward, backward, clipping, update and EMA in one launch."""
+"""The whole training step as one CUDA graph: forward, backward, gradient exchange, update and EMA in one launch."""
 
-from collections.abc import Hashable, Sequence
+import os
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from utils.distributed.process import gather_objects
+from utils.logs.logger import logger
 from utils.speed.compile import RECORDING, Capture
 from utils.speed.streams import on_side_stream
 from utils.training.train_step import StepResult, TrainStep
@@ -14,11 +18,13 @@ NUM_WARMUP_STEPS = 3  # eager steps of the run, in which libraries choose algori
 
 
 class GraphedTrainStep(TrainStep):
-    """A TrainStep that is captured as a CUDA graph after a few steps and replayed from then on, with the same results.
+    """A TrainStep that is captured as a CUDA graph after a few steps and replayed from then on, with the same bits.
 
-    Learning rates and the step number are tensors on the device, filled before each replay. Random numbers continue
+    Learning rates and the step number are tensors on the device, filled before each step. Random numbers continue
     from the generator's state, as without a graph. Another shape of micro-batches, or another variant of the loss (see
     `ClassificationLoss.variant`), is captured again; the previous graph is dropped.
+
+    All processes capture in the same step. If one of them cannot, all continue without a graph, and the log says why.
 
     The tensors of a StepResult are overwritten by the next step.
     """
@@ -27,6 +33,7 @@ class GraphedTrainStep(TrainStep):
         super().__init__(*args, **kwargs)
         self.key: Hashable = None
         self.steps_of_key = 0
+        self.is_recordable = True
         self.capture: Capture | None = None
         self.inputs: list[Any] = []
         groups = self.optimizer.param_groups
@@ -38,44 +45,66 @@ class GraphedTrainStep(TrainStep):
         if key != self.key:
             self.key, self.steps_of_key, self.capture = key, 0, None
         self.steps_of_key += 1
-        if self.steps_of_key <= NUM_WARMUP_STEPS:
-            with on_side_stream(self.found_inf.device, RECORDING):
-                return super().__call__(micro_batches, step=step, learning_rate=learning_rate)
         self.set_learning_rates(learning_rate)
-        if self.capture is None:
-            self.record(micro_batches, step)
-        for static, batch in zip(self.inputs, micro_batches, strict=True):
-            for target, source in zip(static, batch, strict=True):
-                target.copy_(source)
         self.step_number.fill_(step)
         for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
-        assert self.capture is not None
+        if self.capture is None and self.steps_of_key > NUM_WARMUP_STEPS and self.is_recordable:
+            self.record(micro_batches, step)
+        if self.capture is None:
+            with self.rates_on_device(), on_side_stream(self.found_inf.device, RECORDING):
+                return self.run(micro_batches, step)
+        for static, batch in zip(self.inputs, micro_batches, strict=True):
+            for target, source in zip(static, batch, strict=True):
+                target.copy_(source)
         return self.capture()
 
     def record(self, micro_batches: Sequence[Sequence[Tensor]], step: int) -> None:
-        """Capture the step. Nothing is executed, and the parameter groups are left unchanged."""
+        """Capture the step on all processes; nothing is executed. If one process fails, none has a graph."""
+        self.agree("")  # no process begins to capture before all have finished their earlier steps
         self.inputs = [[tensor.clone(memory_format=torch.preserve_format) for tensor in b] for b in micro_batches]
         self.optimizer.zero_grad(set_to_none=True)
+        error = ""
+        try:
+            with self.rates_on_device():
+                self.capture = Capture(lambda: self.run(self.inputs, step), warmup_calls=0)
+        except RuntimeError as failure:  # also out of memory: the graph keeps what it allocates
+            error = " ".join(str(failure).split())[:200] or type(failure).__name__
+        error = self.agree(error)
+        if error:
+            logger.warning("The step runs without a CUDA graph, which could not be captured: %s", error)
+            self.capture, self.is_recordable, self.inputs = None, False, []
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+
+    def agree(self, error: str) -> str:
+        """Return the error of any process that takes part in the step, or an empty string; waits for all of them."""
+        errors = [error] if self.exchange is None else gather_objects(error)
+        return next(filter(None, errors), "")
+
+    @contextmanager
+    def rates_on_device(self) -> Iterator[None]:
+        """Let the optimizer read learning rates from the device inside the context, with and without a graph.
+
+        They are rounded to float32 there, so that a step has the same result in both.
+        """
         groups = self.optimizer.param_groups
         settings = [dict(group) for group in groups]
         for group, rate in zip(groups, self.rates, strict=True):
             group.update({"lr": rate, "capturable": True} if "capturable" in group else {"lr": rate})
         try:
-            self.capture = Capture(lambda: self.run(self.inputs, step), warmup_calls=0)
+            yield
         finally:
             for group, previous in zip(groups, settings, strict=True):
                 group.update(previous)
 
 
-def graph_unsupported_reason(train_step: TrainStep, num_processes: int) -> str:
+def graph_unsupported_reason(train_step: TrainStep) -> str:
     """Return why a step cannot be one CUDA graph, or an empty string."""
     if train_step.found_inf.device.type != "cuda":
         return "there is no GPU"
-    if num_processes > 1:
-        return "several processes exchange gradients"
-    if train_step.precision.scaler.is_enabled():
-        return "the gradient scaler of float16 branches on the host; bfloat16 needs no scaler"
+    if train_step.exchange is not None and "expandable_segments:True" in allocator_settings():
+        return "NCCL cannot be captured with expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF"
     if train_step.ema is not None and train_step.ema.ema_tensors[0].device != train_step.found_inf.device:
         return "the EMA is kept on the CPU"
     if any(getattr(module, "use_checkpoint", False) for module in train_step.model.modules()):
@@ -83,3 +112,8 @@ def graph_unsupported_reason(train_step: TrainStep, num_processes: int) -> str:
     if not hasattr(train_step.compute_losses, "variant"):
         return "the loss has no fixed shapes"
     return ""
+
+
+def allocator_settings() -> str:
+    """Return the settings of PyTorch's GPU allocator from the environment, by their old and new name."""
+    return " ".join(os.environ.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))

@@ -31,7 +31,7 @@ class ClassificationLoss:
     On a GPU the teacher runs concurrently with the model, on its own stream.
 
     Args:
-        model: images (B, 3, H, W) to logits (B, classes); wrapped in DDP if there are several processes.
+        model: images (B, 3, H, W) to logits (B, classes).
         teacher: the EMA model, in evaluation mode; None without MESA.
         mesa_ratio: weight of MESA's term.
         mesa_start_step: first step that uses the teacher.

@@ -52,7 +52,7 @@ class Run:
     Attributes:
         folder: the output folder.
         data: the task's own data.
-        model: on the device, not wrapped in DDP.
+        model: on the device.
     """
 
     config: CfgNode
@@ -143,8 +143,8 @@ class Task(ABC):
     def losses(self, config: CfgNode, network: nn.Module, ema: ModelEma | None, derived: Derived) -> ComputeLosses:
         """Return a function from (micro-batch, step) to the terms of the loss by name, scalars.
 
-        It calls `network`, the model wrapped in DDP if there are several processes. An attribute `variant(step)`
-        declares that a step's work depends on its batch's shapes and on the variant only (see GraphedTrainStep).
+        It calls `network`, the model. An attribute `variant(step)` declares that a step's work depends on its batch's
+        shapes and on the variant only (see GraphedTrainStep).
         """
 
     @abstractmethod

@@ -28,7 +28,7 @@ class TrainState:
     """Everything that the next step of a run depends on.
 
     Attributes:
-        model: the model, not wrapped in DDP.
+        model: the model.
         global_batch_size: images per optimizer step, over all processes.
         progress: completed epochs, and completed steps of the next one.
         best, best_ema: best value so far of the task's metric, of the model and of its EMA.

@@ -1,19 +1,13 @@
 """The training step: forward, backward, gradient clipping, optimizer and EMA."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from utils.distributed.process import (
-    average_buffers,
-    min_over_processes,
-    no_sync,
-    trained_buffers,
-    unwrap,
-)
+from utils.distributed.gradient_exchange import GradientExchange
+from utils.distributed.process import min_over_processes
 from utils.training.amp import Precision
 from utils.training.ema import ModelEma
 
@@ -42,13 +36,14 @@ class TrainStep:
     has the same effect, except with float16, where the scaler skips that step and lowers its scale.
 
     Args:
-        model: the network, wrapped in DDP if there are several processes.
+        model: the network.
         optimizer: a fused optimizer, which honors `found_inf`.
         precision: autocast and gradient scaler.
         compute_losses: (micro-batch, step) to the terms of the loss by name, scalars, whose sum is minimized. Calls
             `model`, under autocast.
         clip_grad: largest global L2 norm of the gradient; 0: no clipping.
         ema: updated after each step; None without EMA.
+        exchange: averages gradients and batch statistics over the processes; None for a single process.
     """
 
     def __init__(
@@ -60,6 +55,7 @@ class TrainStep:
         compute_losses: ComputeLosses,
         clip_grad: float = 0.0,
         ema: ModelEma | None = None,
+        exchange: GradientExchange | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -67,8 +63,8 @@ class TrainStep:
         self.compute_losses = compute_losses
         self.max_norm = clip_grad or float("inf")
         self.ema = ema
+        self.exchange = exchange
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.buffers = trained_buffers(unwrap(model))
         device = self.parameters[0].device
         self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
         # NaN after a bad step, so that the scaler skips all later ones.
@@ -94,13 +90,18 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         for i, micro_batch in enumerate(micro_batches):
-            is_last = i == len(micro_batches) - 1
-            with nullcontext() if is_last else no_sync(self.model):
-                with self.precision.autocast():
-                    losses = self.compute_losses(micro_batch, step)
-                terms = {name: loss / len(micro_batches) for name, loss in losses.items()}
-                self.precision.scaler.scale(total_loss(terms) * self.loss_poison).backward()
+            with self.precision.autocast():
+                losses = self.compute_losses(micro_batch, step)
+            terms = {name: loss / len(micro_batches) for name, loss in losses.items()}
+            objective = total_loss(terms) * self.loss_poison
+            if self.exchange is not None:
+                objective = objective / self.exchange.num_processes  # the exchange adds gradients
+                if i == len(micro_batches) - 1:
+                    self.exchange.start()
+            self.precision.scaler.scale(objective).backward()
             sums = {name: sums.get(name, 0) + term.detach() for name, term in terms.items()}
+        if self.exchange is not None:
+            self.exchange.finish()
         loss = total_loss(sums)
 
         scaler = self.precision.scaler
@@ -110,7 +111,6 @@ class TrainStep:
         scaler.step(self.optimizer)
         scaler.update()
 
-        average_buffers(self.buffers)
         if self.ema is not None:
             self.ema.update()
         return StepResult(loss, grad_norm.detach(), sums)

@@ -156,7 +156,7 @@ def test_capture_restores_the_optimizer_settings(monkeypatch: pytest.MonkeyPatch
 
 def test_graph_unsupported_reason() -> None:
     _, train_step = small_step()
-    assert graph_unsupported_reason(train_step, 1) == "there is no GPU"
+    assert graph_unsupported_reason(train_step) == "there is no GPU"
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from data import build_targets
 from main import Classification
 from models import MLLA
 from tests.helpers import GOLDEN, MICRO, fill_weights, random_values
-from utils.distributed.process import Process
+from utils.distributed.process import Process, trained_buffers
 from utils.training.amp import make_precision
 from utils.training.build import build_ema, build_optimizer, build_train_step
 from utils.training.ema import ModelEma
@@ -140,7 +140,7 @@ def test_only_the_head_of_a_frozen_model_moves() -> None:
     loss = ClassificationLoss(model, ema.module, mesa_ratio=1.0)
     precision = make_precision(CPU, amp=False, dtype="auto")
     train_step = TrainStep(model, optimizer, precision, compute_losses=loss, clip_grad=1.0, ema=ema)
-    assert train_step.buffers == []
+    assert trained_buffers(model) == []
     images, targets = torch.randn(8, 3, 32, 32), torch.randn(8, 4).softmax(1)
     losses = []
     for step in range(20):
