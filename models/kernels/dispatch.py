@@ -1,10 +1,13 @@
 """Choice between Triton kernels and eager PyTorch; imports no Triton."""
 
 import logging
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+
+from models.kernels import verdicts
+from models.kernels.verdicts import Case
 
 MODES = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -13,6 +16,7 @@ HEAD_DIMS = (16, 32, 64, 128)
 # Grids of up to so many rows share their tiles; the self-test takes the number of rows beside it for them.
 GRID_CLASSES = ((7, 6), (14, 12))
 LARGE_GRID_ROWS = 17
+VERDICTS: dict[tuple[torch.device, torch.dtype, Case], str] = {}  # of this process
 
 logger = logging.getLogger("mlla")
 
@@ -22,7 +26,7 @@ class KernelsUnavailableError(ValueError):
 
 
 def can_run(mode: str, x: Tensor) -> bool:
-    """Return whether any kernel can compute x, on its device.
+    """Return whether any kernel can compute x, on its device; that none can on a CPU is not worth a line of the log.
 
     Raises:
         KernelsUnavailableError: `mode` is "triton" and there is no Triton for the device.
@@ -31,6 +35,8 @@ def can_run(mode: str, x: Tensor) -> bool:
     if mode == "torch" or device_type == "meta":
         return False
     reason = missing_triton(device_type)
+    if reason and mode == "auto" and device_type == "cpu":
+        return False
     return not reason or fall_back(mode, reason)
 
 
@@ -137,13 +143,35 @@ def failed_self_test(
     return self_test_verdict(kernel, device, dtype, int(channels), int(head_dim), int(rows))
 
 
-@cache
 def self_test_verdict(
     kernel: str, device: torch.device, dtype: torch.dtype, channels: int, head_dim: int, rows: int
 ) -> str:
-    """Run the self-test of a kernel; the cache is this process's table of verdicts."""
+    """Return a kernel's verdict, from this process's table, from the disk, or else by running its self-test."""
+    case = kernel, channels, head_dim, rows
+    if case not in known_verdicts([case], device, dtype):
+        add_verdicts({case: solve(case, device, dtype)}, device, dtype)
+    return VERDICTS[device, dtype, case]
+
+
+def known_verdicts(cases: list[Case], device: torch.device, dtype: torch.dtype) -> dict[Case, str]:
+    """Return the verdicts on those of the cases that this process or an earlier one has tested."""
+    if any((device, dtype, case) not in VERDICTS for case in cases):
+        for case, reason in verdicts.load(device, dtype).items():
+            VERDICTS.setdefault((device, dtype, case), reason)
+    return {case: VERDICTS[device, dtype, case] for case in cases if (device, dtype, case) in VERDICTS}
+
+
+def add_verdicts(found: dict[Case, str], device: torch.device, dtype: torch.dtype) -> None:
+    """Put verdicts into this process's table and on disk."""
+    VERDICTS.update({(device, dtype, case): reason for case, reason in found.items()})
+    verdicts.save(device, dtype, found)
+
+
+def solve(case: Case, device: torch.device, dtype: torch.dtype) -> str:
+    """Run the self-test of a kernel; return what is wrong with it, or an empty string."""
     from models.kernels import problems  # which needs Triton
 
+    kernel, channels, head_dim, rows = case
     batch = problems.full_batch(device, channels)
     return problems.find_error(kernel, device, dtype, channels, head_dim, rows=rows, batch=batch)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from models.kernels.dispatch import fall_back, missing_triton
+from models.kernels.dispatch import can_run, fall_back
 from models.unified.block import UnifiedAttention
 from models.unified.scan import chunk_size, chunked_scan, gated_scan, register_scan
 
@@ -58,11 +58,11 @@ def supports_scan(mode: str, v: Tensor, a: Tensor) -> bool:
     Raises:
         ValueError: `mode` is "triton" and it cannot.
     """
-    if mode == "torch" or v.device.type == "meta" or v.shape[0] == 0:
+    if v.shape[0] == 0 or not can_run(mode, v):
         return False
-    reason = missing_triton(v.device.type)
-    if not reason and v.dtype is torch.float64:  # 16 bits are computed in float32
+    reason = ""
+    if v.dtype is torch.float64:  # 16 bits are computed in float32
         reason = "the kernels do not support torch.float64"
-    if not reason and a.shape[1] > LARGEST_STATE:
+    elif a.shape[1] > LARGEST_STATE:
         reason = f"states of {a.shape[1]} rows; the forget gate's kernel supports up to {LARGEST_STATE}"
     return not reason or fall_back(mode, reason)

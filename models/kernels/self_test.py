@@ -1,13 +1,19 @@
 """The kernels' self-test at set-up: each solves a small problem, forward and backward, and is compared with float64.
 
-A verdict counts for one kernel, device, dtype, width, head dim and class of grids. `dispatch` has the table of verdicts
-and runs a missing test at the first call. The problems are in `problems.py`.
+A verdict counts for one kernel, device, dtype, width, head dim and class of grids. `dispatch` has this process's table
+of verdicts and runs a missing test at the first call; `verdicts` keeps them on disk. The problems are in `problems.py`.
 """
+
+import os
+import sys
+import time
+from functools import partial
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
-from models.kernels import dispatch
+from models.kernels import dispatch, verdicts
 from models.kernels.fused_modules import (
     WIDEST_FUSED_MLP,
     WIDEST_STEM,
@@ -22,35 +28,114 @@ from models.kernels.fused_modules import (
     stem_parts,
 )
 from models.kernels.inference import InferenceBlock, InferenceStem
+from models.kernels.self_test_pool import passed_in_workers
+from models.kernels.verdicts import Case
 from models.mlla import MLLA
 
-Case = tuple[str, int, int, int]  # kernel, channels, head dim, rows of tokens
+# Seconds that a core takes to compile and solve a case, roughly: on the machine of README.md, MLLA-T's took 90 in all.
+SECONDS = {"mixer": 12, "mlp_branch": 6, "wide_conv": 4, "mlp": 2, "stem_conv": 2, "stem_conv_relu": 2}
+START_SECONDS = 6  # of the workers
+MOST_WORKERS = 16
+WORKER_BYTES = 2**31  # of GPU memory, with its CUDA context
+FEWEST_CASES = 3  # for which workers are worth their start
 
 
 def run_self_test(model: nn.Module, dtype: torch.dtype, image_size: int | tuple[int, int]) -> None:
     """Test the kernels that a model uses, and log that they passed or what falls back to eager PyTorch.
 
     Args:
-        model: a network on its device, after `use_kernels`; only its modules with kernels "auto" are of interest.
+        model: a network on its device, after `use_kernels`; only its modules with kernels "auto" are tested.
         dtype: what it computes in, autocast's where there is autocast.
         image_size: height and width of its images in pixels, or the side of square ones.
+
+    Raises:
+        KernelsUnavailableError: a module has kernels "triton", and there is no Triton for the device.
     """
     device = next(model.parameters()).device
-    cases = kernel_cases(model, image_size)
-    if not cases or device.type == "meta":
+    if device.type == "meta":
         return
-    reason = dispatch.missing_triton(device.type) or ("" if dtype in dispatch.DTYPES else f"{dtype} is not supported")
-    reasons = (
-        {reason} if reason else {dispatch.self_test_verdict(name, device, dtype, *sizes) for name, *sizes in cases}
-    )
+    reason = dispatch.missing_triton(device.type)
+    if reason and any(getattr(module, "kernels", "") == "triton" for module in model.modules()):
+        dispatch.fall_back("triton", reason)
+    cases = kernel_cases(model, image_size)
+    if not cases or (reason and device.type == "cpu"):
+        return
+    if dtype not in dispatch.DTYPES:
+        reason = reason or f"{dtype} is not supported"
+    if device.type == "cuda" and not reason:
+        verdicts.fix_triton_cache_dir()
+    start = time.monotonic()
+    is_remembered = not reason and len(dispatch.known_verdicts(cases, device, dtype)) == len(cases)
+    reasons = {reason} if reason else set(find_verdicts(cases, device, dtype).values())
     for reason in sorted(filter(None, reasons)):
         dispatch.log_fallback(reason)
     if reasons == {""}:
         names, widths = sorted({case[0] for case in cases}), sorted({case[1] for case in cases})
         dispatch.logger.info(
-            "Triton kernels passed their self-test: %s; widths %s; %s",
+            "Triton kernels passed their self-test: %s; widths %s; %s (%s)",
             *(", ".join(names), ", ".join(map(str, widths)), str(dtype).removeprefix("torch.")),
+            "remembered" if is_remembered else f"{time.monotonic() - start:.0f} s",
         )
+
+
+def find_verdicts(cases: list[Case], device: torch.device, dtype: torch.dtype) -> dict[Case, str]:
+    """Return the verdicts on all cases: known ones, those of this machine's first process, or by testing."""
+    known = dispatch.known_verdicts(cases, device, dtype)
+    missing = sorted(set(cases) - set(known), key=lambda case: (-SECONDS[case[0]], case))
+    if not missing:
+        return known
+    workers = num_workers(missing, device)
+    seconds = estimate_seconds(missing, workers)
+    if verdicts.local_rank() > 0:
+        deadline = time.monotonic() + 60 + 2 * seconds
+        while len(known) < len(cases) and time.monotonic() < deadline and verdicts.can_save(device):
+            time.sleep(0.2)
+            known = dispatch.known_verdicts(cases, device, dtype)
+        missing = [case for case in missing if case not in known]
+    if missing:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        start = "" if known else "first start on this machine, "
+        dispatch.logger.info("Compiling kernels for %s (%sabout %.0f s)", name, start, seconds)
+        dispatch.add_verdicts(run_cases(missing, device, dtype, workers), device, dtype)
+    return dispatch.known_verdicts(cases, device, dtype)
+
+
+def run_cases(cases: list[Case], device: torch.device, dtype: torch.dtype, workers: int) -> dict[Case, str]:
+    """Test cases in so many worker processes, or here; what does not pass in a worker is tested here."""
+    is_shown = verdicts.local_rank() == 0 and sys.stderr.isatty()
+    passed: set[Case] = set()
+    with tqdm(total=len(cases), desc="compiling kernels", leave=False, disable=not is_shown) as bar:
+        if workers > 1:
+            solve = partial(dispatch.solve, device=device, dtype=dtype)
+            try:
+                passed = passed_in_workers(solve, cases, device=device, num_workers=workers, advance=bar.update)
+            except Exception as error:  # for whatever reason the system has
+                text = f"{type(error).__name__}: {error}"
+                dispatch.logger.info("Compiling kernels in this process, since the workers failed (%s)", text)
+                bar.reset()
+        results = {}
+        for case in cases:
+            results[case] = "" if case in passed else dispatch.solve(case, device, dtype)
+            if not passed:
+                bar.update()
+    return results
+
+
+def num_workers(cases: list[Case], device: torch.device) -> int:
+    """Return in how many processes to test the cases: 1 means here."""
+    if device.type != "cuda" or len(cases) < FEWEST_CASES:
+        return 1
+    cores = len(os.sched_getaffinity(0))
+    if verdicts.local_rank() > 0:  # else the others wait
+        cores //= verdicts.num_local_processes()
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return max(1, min(len(cases), cores, MOST_WORKERS, free_bytes // WORKER_BYTES))
+
+
+def estimate_seconds(cases: list[Case], workers: int) -> float:
+    """Return about how long so many processes take for the cases, when nothing is in Triton's cache."""
+    seconds = [SECONDS[case[0]] for case in cases]
+    return sum(seconds) if workers == 1 else START_SECONDS + max(max(seconds), sum(seconds) / workers)
 
 
 def kernel_cases(model: nn.Module, image_size: int | tuple[int, int]) -> list[Case]:

@@ -1,11 +1,20 @@
 """The device of the kernel tests: a GPU, or a CPU with Triton's interpreter, chosen before Triton is imported."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from models.kernels import dispatch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def verdicts_of_these_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the verdicts of the self-test apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture

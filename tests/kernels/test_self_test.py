@@ -1,27 +1,60 @@
-"""The self-test: its verdicts, and which cases a model needs."""
+"""The self-test: its verdicts, which cases a model needs, and who tests them."""
 
+import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from models import MLLA, use_kernels
-from models.kernels import dispatch
-from models.kernels.self_test import kernel_cases, run_self_test
+from models.kernels import dispatch, self_test, verdicts
+from models.kernels.dispatch import KernelsUnavailableError
+from models.kernels.self_test import estimate_seconds, find_verdicts, kernel_cases, run_self_test
+from models.kernels.verdicts import Case
 
 problems = pytest.importorskip("models.kernels.problems", exc_type=ImportError)
 
 SIZES = {"embed_dim": 16, "depths": (1, 2), "num_heads": (1, 2), "num_classes": 0}
 
 
+CPU = torch.device("cpu")
+CASES: list[Case] = [("mixer", 32, 32, 6), ("mlp", 32, 32, 6), ("stem_conv", 8, 32, 6)]
+COMPILING = "Compiling kernels for cpu (first start on this machine, about %s s)"
+
+
 @pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The lines of the log, as in a process that has said nothing yet."""
+def log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The lines of the log, as in a first process, which has said nothing yet; a CPU counts as a kind of GPU."""
     lines: list[str] = []
     monkeypatch.setattr(dispatch.logger, "info", lambda line, *parts: lines.append(line % parts))
     dispatch.log_fallback_once.cache_clear()
-    dispatch.self_test_verdict.cache_clear()
+    monkeypatch.setattr(dispatch, "VERDICTS", {})
+    monkeypatch.setattr(verdicts, "describe", lambda device: f"a {device.type}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     return lines
+
+
+@pytest.fixture
+def tested(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> list[Case]:  # noqa: ARG001, for its set-up
+    """The cases that were tested in this process, of which `mlp` fails."""
+    cases: list[Case] = []
+
+    def solve(case: Case, device: torch.device, dtype: torch.dtype) -> str:  # noqa: ARG001
+        cases.append(case)
+        return "it is wrong" if case[0] == "mlp" else ""
+
+    monkeypatch.setattr(dispatch, "solve", solve)
+    return cases
+
+
+def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "VERDICTS", {})
 
 
 def test_a_right_kernel_passes_and_leaves_random_numbers_alone(device: torch.device) -> None:
@@ -59,34 +92,152 @@ def test_cases_of_a_model() -> None:
     assert kernel_cases(use_kernels(model, "triton"), 68) == []
 
 
-def test_set_up_tests_once_and_logs_one_line(
+def test_set_up_tests_once_for_all_starts(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, log: list[str]
 ) -> None:
-    tested: list[tuple[object, ...]] = []
-    monkeypatch.setattr(problems, "find_error", lambda *case, **_: tested.append(case) or "")
+    solved: list[tuple[object, ...]] = []
+    monkeypatch.setattr(problems, "find_error", lambda *case, **_: solved.append(case) or "")
+    monkeypatch.setattr(self_test, "num_workers", lambda *_: 1)
     model = use_kernels(MLLA(**SIZES)).to(device).eval()  # type: ignore[arg-type]
     run_self_test(model, torch.float32, 16)
-    run_self_test(model, torch.float32, 16)
-    assert log == ["Triton kernels passed their self-test: mixer, mlp, mlp_branch, stem_conv, wide_conv; "
-                   "widths 8, 16, 32, 128; float32"] * 2  # fmt: skip
-    assert len(tested) == len(set(tested)) == len(kernel_cases(model, 16))
     with torch.no_grad():
         model(torch.zeros(1, 3, 16, 16, device=device))  # finds all verdicts
-    assert len(tested) == len(set(tested)) == len(kernel_cases(model, 16))
-    dispatch.self_test_verdict.cache_clear()
+    new_process(monkeypatch)
+    run_self_test(model, torch.float32, 16)
+    line = (
+        "Triton kernels passed their self-test: mixer, mlp, mlp_branch, stem_conv, wide_conv; widths 8, 16, 32, 128; "
+    )
+    assert log[0].startswith("Compiling kernels for ")
+    assert log[1:] == [line + "float32 (0 s)", line + "float32 (remembered)"]
+    assert len(solved) == len(set(solved)) == len(kernel_cases(model, 16))
 
 
 def test_set_up_logs_what_falls_back(device: torch.device, monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
     monkeypatch.setattr(problems, "find_error", lambda kernel, *_, **__: "it is wrong" if kernel == "mlp" else "")
+    monkeypatch.setattr(self_test, "num_workers", lambda *_: 1)
     model = use_kernels(MLLA(**SIZES)).to(device)  # type: ignore[arg-type]
     run_self_test(model, torch.float32, 16)
-    assert log == ["Triton kernels: falls back to eager PyTorch: it is wrong"]
-    dispatch.self_test_verdict.cache_clear()
+    assert log[1:] == ["Triton kernels: falls back to eager PyTorch: it is wrong"]
 
 
-def test_set_up_without_triton(log: list[str]) -> None:
+def test_set_up_without_triton(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     run_self_test(MLLA(**SIZES), torch.float32, 16)  # type: ignore[arg-type]
-    run_self_test(use_kernels(MLLA(**SIZES).to("meta")), torch.float32, 16)  # type: ignore[arg-type]
-    assert log == []
+    run_self_test(use_kernels(MLLA(**SIZES).to("meta"), "triton"), torch.float32, 16)  # type: ignore[arg-type]
     run_self_test(use_kernels(MLLA(**SIZES)), torch.float32, 16)  # type: ignore[arg-type]
-    assert log == ["Triton kernels: falls back to eager PyTorch: there is no Triton for the device cpu"]
+    assert log == []
+    with pytest.raises(KernelsUnavailableError, match=r"MODEL\.KERNELS triton: there is no Triton for the device cpu"):
+        run_self_test(use_kernels(MLLA(**SIZES), "triton"), torch.float32, 16)  # type: ignore[arg-type]
+    monkeypatch.setattr(dispatch, "missing_triton", lambda _: "")
+    run_self_test(use_kernels(MLLA(**SIZES)), torch.float64, 16)  # type: ignore[arg-type]
+    assert log == ["Triton kernels: falls back to eager PyTorch: torch.float64 is not supported"]
+
+
+def test_failures_are_tested_again_at_the_next_start(
+    tested: list[Case], log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = {CASES[0]: "", CASES[1]: "it is wrong", CASES[2]: ""}
+    for _ in range(2):
+        assert find_verdicts(CASES, CPU, torch.float32) == expected
+    assert tested == CASES
+    new_process(monkeypatch)
+    assert dispatch.self_test_verdict("mixer", CPU, torch.float32, 32, 32, 6) == ""
+    assert find_verdicts(CASES, CPU, torch.float32) == expected
+    assert tested == [*CASES, CASES[1]]
+    assert log == [COMPILING % 16, "Compiling kernels for cpu (about 2 s)"]
+    assert find_verdicts(CASES[:1], CPU, torch.float16) == {CASES[0]: ""}
+    assert tested[-1] == CASES[0]
+
+
+def test_the_first_process_of_a_machine_tests_for_all(
+    tested: list[Case], log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second finds the failures as well; a third waits until they are there."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    expected = find_verdicts(CASES, CPU, torch.float32)
+    new_process(monkeypatch)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert find_verdicts(CASES, CPU, torch.float32) == expected
+    new_process(monkeypatch)
+    content = verdicts.cache_file().read_text()
+    verdicts.cache_file().unlink()
+    found: list[dict[Case, str]] = []
+    waits = threading.Thread(target=lambda: found.append(find_verdicts(CASES, CPU, torch.float32)))
+    waits.start()
+    time.sleep(0.1)
+    assert not found
+    verdicts.cache_file().write_text(content)
+    waits.join()
+    assert found == [expected]
+    assert tested == CASES
+    assert log == [COMPILING % 16]
+
+
+@pytest.mark.parametrize("is_late", [True, False])
+def test_other_processes_test_on_their_own_when_they_cannot_wait(
+    tested: list[Case], monkeypatch: pytest.MonkeyPatch, is_late: bool
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    if is_late:
+        clock = iter(range(0, 10**6, 50))
+        monkeypatch.setattr(self_test.time, "monotonic", lambda: next(clock))
+        monkeypatch.setattr(self_test.time, "sleep", lambda _: None)
+    else:
+        monkeypatch.setattr(verdicts, "can_save", lambda _: False)
+    find_verdicts(CASES, CPU, torch.float32)
+    assert tested == CASES
+
+
+def test_what_does_not_pass_in_a_worker_is_tested_here(
+    tested: list[Case], log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def workers(solve: Callable[[Case], str], cases: list[Case], **settings: Any) -> set[Case]:
+        calls.append((solve.keywords, settings["num_workers"], settings["device"]))  # type: ignore[attr-defined]
+        settings["advance"]()
+        return set(cases[:1])
+
+    monkeypatch.setattr(self_test, "num_workers", lambda *_: 2)
+    monkeypatch.setattr(self_test, "passed_in_workers", workers)
+    assert set(find_verdicts(CASES, CPU, torch.float32)) == set(CASES)
+    assert tested == CASES[1:]
+    assert calls == [({"device": CPU, "dtype": torch.float32}, 2, CPU)]
+    assert log == [COMPILING % 18]
+
+
+def test_without_workers_all_is_tested_here(
+    tested: list[Case], log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_workers(*_: object, **__: object) -> set[Case]:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(self_test, "num_workers", lambda *_: 2)
+    monkeypatch.setattr(self_test, "passed_in_workers", no_workers)
+    find_verdicts(CASES, CPU, torch.float32)
+    assert tested == CASES
+    assert log[1:] == ["Compiling kernels in this process, since the workers failed (OSError: no more processes)"]
+
+
+def test_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, gib = torch.device("cuda"), 2**30
+    monkeypatch.setattr(self_test.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def workers(num_cases: int, device: torch.device = gpu, free: int = 100 * gib) -> int:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
+        return self_test.num_workers(CASES[:1] * num_cases, device)
+
+    assert (workers(14), workers(5), workers(2), workers(14, CPU)) == (8, 5, 1, 1)
+    assert (workers(14, free=7 * gib), workers(14, free=gib)) == (3, 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert workers(14) == 8  # the other processes wait
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert workers(14) == 2
+
+
+def test_estimated_seconds() -> None:
+    """12 + 2 + 2 seconds of work: one after the other, or beside each other after 6 seconds of start."""
+    assert (estimate_seconds(CASES, 1), estimate_seconds(CASES, 3)) == (16, 18)
+    assert estimate_seconds(CASES[:1] * 8, 4) == 6 + 24

@@ -168,7 +168,7 @@ def test_without_triton_auto_falls_back_and_triton_raises() -> None:
 def test_triton_names_what_the_scan_does_not_support(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, reason: str
 ) -> None:
-    monkeypatch.setattr("models.kernels.scan.missing_triton", lambda _device: "")
+    monkeypatch.setattr("models.kernels.dispatch.missing_triton", lambda _device: "")
     v, a = torch.zeros(1, 1, 4, 3, dtype=dtype), -torch.ones(1, rows, 3, dtype=dtype)
     assert not supports_scan("auto", v, a)
     with pytest.raises(ValueError, match=reason):

@@ -1,0 +1,110 @@
+"""Worker processes in which the cases of the self-test compile and run beside each other.
+
+What they compile is in Triton's cache on disk afterwards, from which this process loads it.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the main process decides what they do
+TIMEOUT_SECONDS = 600.0
+
+
+def passed_in_workers(
+    solve: Callable[[T], str],
+    cases: Sequence[T],
+    *,
+    device: torch.device,
+    num_workers: int,
+    advance: Callable[[], object],
+) -> set[T]:
+    """Return the cases that passed in worker processes. The others may have failed for the workers' reasons only.
+
+    Args:
+        solve: returns an empty string for a case that passed; it must be importable, and raise only errors of one case.
+        cases: what to solve, the longest first.
+        device: a GPU, on which each worker gets a CUDA context of its own, or the CPU.
+        num_workers: number of processes.
+        advance: called after each case.
+
+    Raises:
+        Exception: the workers could not be started, or one of them died, or they took longer than TIMEOUT_SECONDS.
+    """
+    context = get_context("spawn")
+    reader, writer = context.Pipe(duplex=False)
+    executor = ProcessPoolExecutor(num_workers, context, initializer=start_worker, initargs=(reader, device))
+    passed = set()
+    try:
+        with clean_start():
+            futures = {executor.submit(solve_quietly, solve, case): case for case in cases}
+        for future in as_completed(futures, timeout=TIMEOUT_SECONDS):
+            if future.result() == "":
+                passed.add(futures[future])
+            advance()
+    except BaseException:
+        writer.close()  # ends the workers
+        raise
+    finally:
+        executor.shutdown(cancel_futures=True)
+        writer.close()
+        reader.close()
+    return passed
+
+
+def solve_quietly(solve: Callable[[T], str], case: T) -> str:
+    """Solve a case in a worker; running out of memory beside other workers says nothing about it."""
+    try:
+        return solve(case)
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        return f"out of memory: {error}"
+
+
+def start_worker(reader: Connection, device: torch.device) -> None:
+    """Let this worker end with its parent, and make its CUDA context, without which no case can be solved."""
+    threading.Thread(target=end_with_parent, args=(reader,), daemon=True).start()
+    torch.set_num_threads(1)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+
+
+def end_with_parent(reader: Connection) -> None:
+    """Exit when the parent has closed its end of the pipe, or has died."""
+    try:
+        reader.recv_bytes()
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+@contextmanager
+def clean_start() -> Iterator[None]:
+    """Context in which processes start with SIGNALS blocked, and without importing the user's script again.
+
+    A start with "spawn" imports the file of __main__, which takes seconds and may have effects; here that is empty.
+    Modules are found from where this one was, even if torch.hub has taken the folder off the path since.
+    """
+    main, path = sys.modules["__main__"], list(sys.path)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    sys.modules["__main__"] = ModuleType("__main__")
+    sys.path.append(str(Path(__file__).resolve().parents[__name__.count(".")]))
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        sys.modules["__main__"] = main
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
