@@ -2,9 +2,12 @@
 
 import logging
 import sys
-from collections.abc import Mapping
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 
 from termcolor import colored
@@ -50,6 +53,45 @@ def start_logging(folder: Path, rank: int) -> None:
     logger.addHandler(file)
 
 
+class StepTimer:
+    """Time per step in windows: from one report to the next, without evaluation and without the run's first steps.
+
+    The first steps compile code and record CUDA graphs.
+
+    Args:
+        num_untimed: first steps of the process that no window contains.
+        clock: returns seconds.
+    """
+
+    def __init__(self, num_untimed: int = 5, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.num_untimed = num_untimed
+        self.clock = clock
+        self.last_windows: deque[float] = deque(maxlen=5)  # seconds per step
+        self.start_window()
+
+    def start_window(self) -> None:
+        self.start, self.steps = self.clock(), 0
+
+    def count_step(self) -> None:
+        if self.num_untimed:
+            self.num_untimed -= 1
+            self.start_window()
+        else:
+            self.steps += 1
+
+    def end_window(self) -> float | None:
+        """Start the next window; return the seconds per step of this one, or None if it has no step."""
+        seconds = (self.clock() - self.start) / self.steps if self.steps else None
+        if seconds is not None:
+            self.last_windows.append(seconds)
+        self.start_window()
+        return seconds
+
+    def typical(self) -> float | None:
+        """Return the median of the last windows, which one with a pause does not change, or None before the first."""
+        return median(self.last_windows) if self.last_windows else None
+
+
 class ProgressBar:
     """Progress of an epoch: a bar on a terminal, and a line in the log per report."""
 
@@ -57,7 +99,6 @@ class ProgressBar:
         self.title = f"epoch {epoch + 1}/{total_epochs}"
         self.remaining_epochs = total_epochs - epoch - 1
         self.steps = steps
-        self.done = done  # steps done before this process started
         self.bar = tqdm(
             total=steps,
             initial=done,
@@ -81,7 +122,14 @@ class ProgressBar:
         self.bar.update()
 
     def report(
-        self, step: int, *, terms: Mapping[str, float], grad_norm: float, lr: float, rate: float, seconds: float
+        self,
+        step: int,
+        *,
+        terms: Mapping[str, float],
+        grad_norm: float,
+        lr: float,
+        rate: float | None,
+        step_seconds: float | None,
     ) -> None:
         """Log the state after `step` steps of the epoch.
 
@@ -90,15 +138,16 @@ class ProgressBar:
             terms: means over the epoch so far of the loss, as "loss", and of its terms.
             grad_norm: gradient norm of the last step.
             lr: learning rate.
-            rate: images per second.
-            seconds: time for the steps since this process started.
+            rate: images per second since the last report; None before it is known.
+            step_seconds: expected time per remaining step, from which the ETA follows; None before it is known.
         """
-        left = (self.steps - step + self.remaining_epochs * self.steps) * seconds / (step - self.done)
-        eta = timedelta(seconds=round(left))
+        remaining_steps = self.steps - step + self.remaining_epochs * self.steps
+        eta = "?" if step_seconds is None else str(timedelta(seconds=round(remaining_steps * step_seconds)))
+        images = "? img/s" if rate is None else f"{rate:.0f} img/s"
         losses = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
-        self.bar.set_postfix_str(f"loss {terms['loss']:.4f}, {rate:.0f} img/s, run ends in {eta}")
+        self.bar.set_postfix_str(f"loss {terms['loss']:.4f}, {images}, run ends in {eta}")
         logger.info(
-            "%s step %d/%d  %s  grad_norm %.3f  lr %.3e  %.0f img/s  eta %s",
-            *(self.title, step, self.steps, losses, grad_norm, lr, rate, eta),
+            "%s step %d/%d  %s  grad_norm %.3f  lr %.3e  %s  eta %s",
+            *(self.title, step, self.steps, losses, grad_norm, lr, images, eta),
             extra={"is_step": True},
         )

@@ -13,7 +13,7 @@ from utils.checkpoint.files import CheckpointWriter, Progress
 from utils.config.errors import UserError
 from utils.distributed.process import Process, sum_over_processes
 from utils.distributed.stop_signal import Cause, StopRequest
-from utils.logs.logger import ProgressBar, logger
+from utils.logs.logger import ProgressBar, StepTimer, logger
 from utils.logs.plots import Panel
 from utils.logs.recorder import RunRecorder, weight_samples
 from utils.logs.wandb_logger import WandbLogger
@@ -135,6 +135,7 @@ class Trainer:
         self.folder = folder
         self.writer = CheckpointWriter(folder, in_background=config.save_in_background)
         self.recorder: RunRecorder | None = None
+        self.timer = StepTimer()
         self.stop = StopRequest()
         self.saved = state.progress  # nothing to save before the first step
 
@@ -172,6 +173,7 @@ class Trainer:
         self.first = first
         self.train_step.model.train()
         batches = self.batches(epoch, first * config.accumulation_steps)
+        self.timer.start_window()
         with ProgressBar(
             epoch, config.total_epochs, config.steps_per_epoch, done=first, is_main=self.process.is_main
         ) as bar:
@@ -184,6 +186,7 @@ class Trainer:
                 self.sums.add(result)
                 state.progress = Progress(epoch, index + 1)
                 bar.advance()
+                self.timer.count_step()
                 is_last = index + 1 == config.steps_per_epoch
                 if is_last or (index + 1) % config.print_freq == 0:
                     self.report(bar, step, result)
@@ -220,15 +223,15 @@ class Trainer:
         """
         self.check_finite(step)
         done = self.state.progress.steps
-        seconds = time.perf_counter() - self.start
         terms, _ = self.sums.means(steps=done, num_processes=self.process.num_processes)
+        step_seconds = self.timer.end_window()
         bar.report(
             done,
             terms=terms,
             grad_norm=result.grad_norm.item(),
             lr=self.config.lr_at(step),
-            rate=(done - self.first) * self.state.global_batch_size / seconds,
-            seconds=seconds,
+            rate=self.state.global_batch_size / step_seconds if step_seconds else None,
+            step_seconds=self.timer.typical(),
         )
 
     def check_finite(self, step: int) -> None:

@@ -22,7 +22,7 @@ from utils.checkpoint.files import Progress
 from utils.checkpoint.weights_file import load_checkpoint
 from utils.distributed.process import Process
 from utils.distributed.stop_signal import Cause
-from utils.logs.logger import logger
+from utils.logs.logger import StepTimer, logger
 from utils.logs.recorder import RunRecorder
 from utils.training.amp import make_precision
 from utils.training.ema import ModelEma
@@ -219,6 +219,27 @@ def test_progress_is_logged_every_print_freq_steps_and_at_the_end(
     assert [args[:3] for args in lines if isinstance(args, tuple)] == [
         (f"epoch {epoch}/2", step, STEPS) for epoch in (1, 2) for step in expected
     ]
+
+
+def test_rate_and_eta_leave_out_start_up_and_evaluation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The first step takes a minute, the others 2 s, evaluation ten minutes; a step has 8 images."""
+    now = 0.0
+
+    def before(_: FakeRun, step: int) -> None:
+        nonlocal now
+        now += 2 if step else 60
+
+    def evaluate(*_: Any) -> dict[str, float]:
+        nonlocal now
+        now += 600
+        return {"acc1": 1.0}
+
+    run = FakeRun(tmp_path / "run", print_freq=2, before_step=before)
+    run.trainer.timer = StepTimer(num_untimed=1, clock=lambda: now)
+    run.trainer.evaluate = evaluate
+    assert run.trainer.run()
+    endings = [message.split("  ")[-2:] for message in caplog.messages if "img/s" in message]
+    assert endings == [["4 img/s", f"eta 0:00:{seconds:02}"] for seconds in (12, 8, 4, 0)]
 
 
 @pytest.mark.parametrize(
