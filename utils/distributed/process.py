@@ -2,7 +2,8 @@
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -10,15 +11,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from utils.config.errors import UserError
+from utils.distributed.heartbeat import HANG_SECONDS, Heartbeat, record_cuda_event
 
 
 @dataclass(frozen=True)
 class Process:
-    """This process: rank from 0 to num_processes - 1, number of processes, and device."""
+    """This process: rank from 0 to num_processes - 1, number of processes, device, and heartbeat if several."""
 
     rank: int
     num_processes: int
     device: torch.device
+    heartbeat: Heartbeat | None = field(default=None, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -28,7 +31,7 @@ class Process:
 def start_process(local_rank: int = 0) -> Process:
     """Join the process group if a launcher (torchrun, torch.distributed.launch) started several processes.
 
-    The backend is NCCL with one GPU per process, and gloo without GPUs.
+    The backend is NCCL with one GPU per process, and gloo without GPUs. A heartbeat ends this process if another hangs.
 
     Args:
         local_rank: rank on this machine, if the launcher did not set LOCAL_RANK.
@@ -48,9 +51,13 @@ def start_process(local_rank: int = 0) -> Process:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    if num_processes > 1:
-        join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return Process(rank, num_processes, device)
+    if num_processes == 1:
+        return Process(rank, num_processes, device)
+    join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    record_event = record_cuda_event if device.type == "cuda" else None
+    heartbeat = Heartbeat(connect_store(), rank, num_processes, record_event=record_event)
+    heartbeat.start()
+    return Process(rank, num_processes, device, heartbeat)
 
 
 def launcher_number(name: str, default: int, *, low: int = 0) -> int:
@@ -69,25 +76,41 @@ def join_processes(backend: str) -> None:
     """Initialize the process group.
 
     CPU tensors go through gloo even with NCCL, so that processes agree about stopping without waiting for the GPU.
-    If the launcher's store outlives its restarts, each restart has a prefix of its own, since some versions of torch
-    would find the addresses of dead processes. Otherwise the store is new, and has no prefix, since a node that came
-    back has counted fewer restarts.
     """
     try:
         store, rank, num_processes = next(dist.rendezvous("env://"))
     except ValueError as error:  # a variable is missing
         raise UserError(f"the processes cannot meet ({error}); start them with torchrun") from error
+    dist.init_process_group(backend, store=with_prefix(store), rank=rank, world_size=num_processes)
+
+
+def with_prefix(store: dist.Store) -> dist.Store:
+    """Return the part of the launcher's store that belongs to this start of the processes.
+
+    If the store outlives the launcher's restarts, each restart has a prefix of its own, since some versions of torch
+    would find the addresses of dead processes. Otherwise the store is new, and has no prefix, since a node that came
+    back has counted fewer restarts.
+    """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=num_processes)
+        return dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return store
 
 
-def stop_process() -> None:
-    """Destroy the process group.
+def connect_store() -> dist.Store:
+    """Return a second connection to the launcher's store, for another thread: calls wait for each other on one."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = timedelta(seconds=HANG_SECONDS)
+    return with_prefix(dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False))
+
+
+def stop_process(process: Process) -> None:
+    """End the heartbeat and destroy the process group.
 
     Gloo's threads need the GIL to free the tensors of the last collective. Up to torch 2.7 at least, the group is
     destroyed with the GIL held and waits for them forever, so they get time to finish before.
     """
+    if process.heartbeat is not None:
+        process.heartbeat.stop()
     if dist.is_initialized():
         time.sleep(0.1)
         dist.destroy_process_group()

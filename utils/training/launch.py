@@ -104,7 +104,7 @@ class LaunchedProcess:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(self.exit_code)
-        stop_process()
+        stop_process(self.process)
         return True
 
 

@@ -183,6 +183,8 @@ class Trainer:
                 step = epoch * config.steps_per_epoch + index
                 micro_batches = self.next_batches(batches, config.accumulation_steps)
                 result = self.train_step(micro_batches, step=step, learning_rate=config.lr_at(step))
+                if self.process.heartbeat is not None:
+                    self.process.heartbeat.watch_device()
                 self.sums.add(result)
                 state.progress = Progress(epoch, index + 1)
                 bar.advance()

@@ -76,4 +76,4 @@ if __name__ == "__main__":
     results = run(this_process, Path(sys.argv[2]), Path(sys.argv[1]).parent, int(sys.argv[3]))
     if this_process.is_main:
         torch.save(results, sys.argv[1])
-    stop_process()
+    stop_process(this_process)

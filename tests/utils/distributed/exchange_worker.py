@@ -103,4 +103,4 @@ if __name__ == "__main__":
     message = refused(this_process)
     if this_process.is_main:
         torch.save({"processes": everywhere, "refused": message}, sys.argv[1])
-    stop_process()
+    stop_process(this_process)
