@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
@@ -47,7 +47,7 @@ def passed_in_workers(
     context = get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
     executor = ProcessPoolExecutor(num_workers, context, initializer=start_worker, initargs=(reader, device))
-    passed = set()
+    passed, others = set(), set(active_children())
     try:
         with clean_start():
             futures = {executor.submit(solve_quietly, solve, case): case for case in cases}
@@ -56,7 +56,8 @@ def passed_in_workers(
                 passed.add(futures[future])
             advance()
     except BaseException:
-        writer.close()  # ends the workers
+        for worker in set(active_children()) - others:
+            worker.kill()  # instead of waiting for its case
         raise
     finally:
         executor.shutdown(cancel_futures=True)
