@@ -146,13 +146,14 @@ _C.TRAIN.ACCUMULATION_STEPS = Key(1, at_least(1), help="gradient accumulation st
 _C.TRAIN.FREEZE = Key(False, help="train the classifier alone; all else keeps its weights and statistics")
 _C.TRAIN.USE_CHECKPOINT = Key(False, help="activation checkpointing: recompute blocks in backward to save memory")
 _C.TRAIN.COMPILE = Key(
-    "off", COMPILE_MODE, help="torch.compile of blocks; from reduce-overhead on, the step is a CUDA graph"
+    "auto", COMPILE_MODE, help="torch.compile of blocks; from reduce-overhead on, the step is a CUDA graph"
 )
 _C.TRAIN.ACTIVATION_BUDGET = Key(
     1.0,
     FRACTION,
     help="share of activations that compiled blocks keep for the backward pass; the rest is recomputed",
 )
+_C.TRAIN.DETERMINISTIC = Key(False, help="the same bits in every run with these settings on GPUs of one kind; slower")
 _C.TRAIN.FIND_UNUSED_PARAMS = Key(False, help="several processes: allow parameters without gradient")
 
 # Learning-rate schedule
@@ -206,7 +207,7 @@ _C.AUG.MESA = Key(0.0, at_least(0), help="loss weight of the EMA model's output 
 # ---------------------------------------------------------------------------
 _C.TEST = Section()
 _C.TEST.CROP = Key(True, help="resize the short side to 256/224 of IMG_SIZE and crop; false: resize both sides to it")
-_C.TEST.COMPILE = Key("off", COMPILE_MODE, help="as TRAIN.COMPILE, for --eval and --throughput; also prepares weights")
+_C.TEST.COMPILE = Key("auto", COMPILE_MODE, help="as TRAIN.COMPILE, for evaluation; also prepares weights")
 
 # ---------------------------------------------------------------------------
 # Misc

@@ -28,6 +28,7 @@ class DenseTask(Task):
     lr_batch_size = 16  # two images on each of 8 GPUs
     ema_batch_size = 16
     compiled_module = "backbone"
+    auto_training_mode = "default"
     smaller_images = "lower the image sizes, AUG.* and TEST.*"
     user_errors = (UserError, KernelsUnavailableError)
 

@@ -2,6 +2,7 @@
 
 python tests/soak.py                                all of it, about a quarter of an hour on two cores
 python tests/soak.py --kills 5 --processes 2 --signal KILL
+python tests/soak.py --gpu --signal KILL            on GPUs, with deterministic algorithms and the step as a CUDA graph
 
 Each line of the table is one comparison: the last checkpoint's weights, EMA, optimizer and random number generators,
 and metrics.jsonl. A signal that training ignores for several steps counts as a difference too.
@@ -25,8 +26,9 @@ import torch
 ROOT = Path(__file__).parent.parent
 STEPS = re.compile(r" step \d+/\d+ ")  # in the log, every five steps
 MAX_LINES = 4  # of steps, between a signal and the end of all processes
+SMALL = ("MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.NUM_HEADS", "[1, 1, 1, 1]", "MODEL.DROP_RATE", "0.1")  # for a CPU
+ON_GPU = ("TRAIN.DETERMINISTIC", "True", "TRAIN.COMPILE", "reduce-overhead")
 SETTINGS = [
-    *("MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.NUM_HEADS", "[1, 1, 1, 1]", "MODEL.DROP_RATE", "0.1"),
     *("MODEL.DROP_PATH_RATE", "0.2", "AUG.MIXUP", "0.5", "AUG.REPROB", "0.25", "AUG.MESA", "1.0"),
     *("TRAIN.WARMUP_EPOCHS", "1", "TRAIN.BASE_LR", "0.01", "PRINT_FREQ", "5", "DATA.NUM_WORKERS", "1"),
 ]
@@ -45,22 +47,31 @@ class Run:
     """A training command with its output folder and its processes."""
 
     def __init__(
-        self, output: Path, *, processes: int, epochs: int, save_steps: int, amp: bool, max_restarts: int = 0
+        self,
+        output: Path,
+        *,
+        processes: int,
+        epochs: int,
+        save_steps: int,
+        amp: bool,
+        max_restarts: int = 0,
+        gpu: bool = False,
     ) -> None:
         self.folder = output / "mlla_digits" / "default"
         self.output = output
+        self.gpu = gpu
         self.ignored_signals = 0
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         launcher += [f"--max-restarts={max_restarts}"]
         args = ["main.py", "--cfg", "cfgs/digits.yaml", "--output", str(output), *(["--amp"] if amp else [])]
-        args += ["--batch-size", str(64 // processes), "--opts", *SETTINGS]
+        args += ["--batch-size", str(64 // processes), "--opts", *SETTINGS, *(ON_GPU if gpu else SMALL)]
         args += ["TRAIN.EPOCHS", str(epochs), "TRAIN.SAVE_STEPS", str(save_steps)]
         self.command = [sys.executable, *(launcher if processes > 1 or max_restarts else []), *args]
 
     def start(self) -> "subprocess.Popen[str]":
         """Start the command in a session of its own; its output goes to <output>/printed.txt."""
         self.output.mkdir(parents=True, exist_ok=True)
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **({} if self.gpu else {"CUDA_VISIBLE_DEVICES": ""})}
         with (self.output / "printed.txt").open("a") as file:
             return subprocess.Popen(
                 self.command, cwd=ROOT, env=env, stdout=file, stderr=file, text=True, start_new_session=True
@@ -131,14 +142,16 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return [name for name in one if not is_same(one[name], other[name])]
 
 
-def compare(folder: Path, *, number: int, kills: int, processes: int, amp: bool, epochs: int, seed: int) -> str:
+def compare(
+    folder: Path, *, number: int, kills: int, processes: int, amp: bool, epochs: int, seed: int, gpu: bool
+) -> str:
     """Return one line of the table."""
-    settings = {"processes": processes, "epochs": epochs, "amp": amp}
-    whole = Run(folder / "uninterrupted", save_steps=0, **settings)  # type: ignore[arg-type]
+    settings = {"processes": processes, "epochs": epochs, "amp": amp, "gpu": gpu}
+    whole = Run(folder / "uninterrupted", save_steps=0, **settings)
     start = time.perf_counter()
     whole.finish()
     uninterrupted_seconds = time.perf_counter() - start
-    often = Run(folder / "often", save_steps=7, **settings)  # type: ignore[arg-type]
+    often = Run(folder / "often", save_steps=7, **settings)
     rng, done = random.Random(seed), 0
     start = time.perf_counter()
     for kill in range(kills):
@@ -152,7 +165,7 @@ def compare(folder: Path, *, number: int, kills: int, processes: int, amp: bool,
     )
     verdict = "identical" if not parts else "DIFFERENT: " + ", ".join(parts)
     return (
-        f"{name:8} {done:3} times  {processes} process(es)  {'bfloat16' if amp else 'float32 '}  {verdict}  "
+        f"{name:8} {done:3} times  {settings['processes']} process(es)  {'bfloat16' if settings['amp'] else 'float32 '}  {verdict}  "
         f"(uninterrupted {uninterrupted_seconds:.0f} s, interrupted {time.perf_counter() - start:.0f} s)"
     )
 
@@ -163,12 +176,13 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--signal", nargs="+", default=["KILL", "TERM"])
+    parser.add_argument("--gpu", action="store_true", help="train on GPUs, as many as processes")
     parser.add_argument("--seed", type=int, default=0, help="of the random delays before the signals")
     args = parser.parse_args()
     failed = False
     for processes in args.processes:
         for name in args.signal:
-            amp = (name == "KILL" and processes == 1) or (name == "TERM" and processes == 2)
+            amp = args.gpu or (name == "KILL" and processes == 1) or (name == "TERM" and processes == 2)
             with tempfile.TemporaryDirectory() as folder:
                 line = compare(
                     Path(folder),
@@ -178,6 +192,7 @@ def main() -> int:
                     amp=amp,
                     epochs=args.epochs,
                     seed=args.seed,
+                    gpu=args.gpu,
                 )
             print(line, flush=True)
             failed = failed or "identical" not in line

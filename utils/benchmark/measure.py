@@ -22,7 +22,10 @@ WARMUP_STEPS = 8  # enough for a training step to be captured as a CUDA graph
 
 @dataclass(frozen=True)
 class Throughput:
-    """One row of the table; memory is the peak, of the GPU's allocator or of the whole process on a CPU."""
+    """One row of the table; memory is the peak, of the GPU's allocator or of the whole process on a CPU.
+
+    `scaling` is the speed of several processes in per cent of as many times that of one; None where it is unknown.
+    """
 
     model: str
     work: str
@@ -39,6 +42,7 @@ class Throughput:
     memory_mib: float
     rounds: int
     batches_per_round: int
+    scaling: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """`--throughput`: speed of a task's inference or training step, beside other models; table, JSON lines and chart."""
 
+import gc
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,26 @@ from torch import nn
 from yacs.config import CfgNode
 
 from utils.benchmark.measure import Conditions, Throughput, measure_inference, measure_training
+from utils.benchmark.official import official_speed
 from utils.checkpoint.download import is_timm_model
 from utils.config.command_line import report_user_errors
 from utils.config.errors import ConfigError
-from utils.distributed.process import Process
+from utils.distributed.process import Process, gather_objects
 from utils.logs.logger import logger
 from utils.logs.output_dir import open_output_dir
 from utils.logs.plots import plot_bars
 from utils.logs.recorder import append_records
-from utils.speed.compile import effective_mode, resolve_mode, uses_graphs
-from utils.training.build import build_ema, build_optimizer, build_precision, build_train_step
+from utils.speed.compile import effective_mode, uses_graphs
+from utils.training.build import (
+    build_ema,
+    build_inference_model,
+    build_optimizer,
+    build_precision,
+    build_train_step,
+    training_mode,
+)
 from utils.training.graphed_step import GraphedTrainStep
-from utils.training.run import inference_model, prepare_model
+from utils.training.run import prepare_model
 from utils.training.task import Task
 
 NUM_TRAIN_IMAGES = 1_281_167  # ImageNet's: of the run whose training step is measured
@@ -34,7 +44,7 @@ MakeModel = Callable[[], nn.Module]
 def run_throughput(task: Task, config: CfgNode, process: Process) -> None:
     """Measure the configured model and BENCHMARK.BASELINES; print a table, append to throughput.jsonl, draw a chart.
 
-    Training is measured on all processes together, inference on the first one alone, which also writes the files.
+    Training is measured on one process and on all together, inference on the first one, which also writes the files.
     """
     with report_user_errors(task.user_errors):
         folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
@@ -77,9 +87,10 @@ def timm_baseline(name: str, image_size: int, drop_path_rate: float, device: tor
 
 def inference_rows(task: Task, config: CfgNode, process: Process, name: str, make_model: MakeModel) -> list[Throughput]:
     """Measure inference at the configured batch size and at batch size 1."""
-    model = inference_model(task, config, make_model(), process.device).eval()
+    model = build_inference_model(task, config, process.device, num_batches=math.inf)
+    prepared = model(make_model())
     sizes = sorted({config.DATA.BATCH_SIZE, 1}, reverse=True)
-    return [inference_row(task, config, process, name, model, batch_size) for batch_size in sizes]
+    return [inference_row(task, config, process, name, prepared, model.mode, batch_size) for batch_size in sizes]
 
 
 def inference_row(
@@ -88,29 +99,52 @@ def inference_row(
     process: Process,
     name: str,
     model: nn.Module,
+    mode: str,
     batch_size: int,
     size: tuple[int, int] | None = None,
 ) -> Throughput:
     size = size or task.image_size(config, training=False)
-    mode = resolve_mode(config.TEST.COMPILE, process.device)
     conditions = conditions_of(config, process, effective_mode(mode, is_captured=uses_graphs(mode, process.device)))
     predict = task.inference_call(config, model, batch_size, size, process.device)
     return measure_inference(predict, conditions, name=name, batch_size=batch_size, size=size)
 
 
 def training_rows(task: Task, config: CfgNode, process: Process, name: str, make_model: MakeModel) -> list[Throughput]:
-    """Measure the run's own training step on all processes together, and with MESA once more with the teacher."""
+    """Measure a run's own training step, and with MESA once more with the teacher.
+
+    Several processes are measured after the first one alone, which gives the scaling.
+    """
+    if process.num_processes == 1:
+        return step_rows(task, config, process, name, make_model())
+    alone: list[Throughput] = []
+    if process.is_main:
+        alone = step_rows(task, config, replace(process, num_processes=1), name, make_model())
+        free_memory(process.device)
+    gather_objects(None)  # the others wait
+    together = step_rows(task, config, process, name, make_model())
+    free_memory(process.device)
+    speeds = {row.work: process.num_processes * row.images_per_second for row in alone}
+    return [
+        *alone,
+        *(
+            replace(row, scaling=100 * row.images_per_second / speeds[row.work] if row.work in speeds else None)
+            for row in together
+        ),
+    ]
+
+
+def step_rows(task: Task, config: CfgNode, process: Process, name: str, model: nn.Module) -> list[Throughput]:
+    """Measure a model's training step on the processes of `process`, all together."""
     derived = task.derive(config, num_processes=process.num_processes, num_train_images=NUM_TRAIN_IMAGES)
-    model = make_model()
     ema = build_ema(config, model, derived)
     optimizer = build_optimizer(config, task.parameter_groups(config, model))
     batch = task.synthetic_batch(config, model, process.device)
     precision = build_precision(config, process.device)
-    step = build_train_step(task, config, model, process, optimizer, ema, precision, derived)
-    mode = resolve_mode(config.TRAIN.COMPILE, process.device)
-    conditions = conditions_of(
-        config, process, effective_mode(mode, is_captured=isinstance(step, GraphedTrainStep)), process.num_processes
-    )
+    parts = (task, config, model, process, optimizer, ema, precision, derived)
+    step = build_train_step(*parts, num_steps=derived.total_steps)
+    mode = training_mode(task, config, process.device, num_steps=derived.total_steps)
+    mode = effective_mode(mode, is_captured=isinstance(step, GraphedTrainStep))
+    conditions = conditions_of(config, process, mode, process.num_processes)
     steps = {"training": STEP_WITHOUT_TEACHER}
     if getattr(step.compute_losses, "teacher", None) is not None:
         steps["training, MESA"] = step.compute_losses.mesa_start_step  # type: ignore[attr-defined]
@@ -128,8 +162,10 @@ def size_rows(task: Task, config: CfgNode, process: Process, make_model: MakeMod
     rows = []
     for side in map(int, filter(None, config.BENCHMARK.get("SIZES", "").split(","))):
         batch_size = max(1, round(config.DATA.BATCH_SIZE * config.DATA.IMG_SIZE**2 / side**2))
-        model = inference_model(task, config, make_model(), process.device).eval()
-        rows.append(inference_row(task, config, process, config.MODEL.NAME, model, batch_size, (side, side)))
+        model = build_inference_model(task, config, process.device, num_batches=math.inf)
+        prepared = model(make_model())
+        parts = (config.MODEL.NAME, prepared, model.mode, batch_size, (side, side))
+        rows.append(inference_row(task, config, process, *parts))
     return rows
 
 
@@ -153,9 +189,18 @@ def throughput_table(rows: Sequence[Throughput]) -> str:
                 "img/s": f"{row.images_per_second:.1f}",
                 "ms/batch": f"{row.milliseconds_per_batch:.2f}",
                 "peak MiB": f"{row.memory_mib:.0f}",
+                "scaling": "" if row.scaling is None else f"{row.scaling:.1f}%",
+                "official code": "" if (speed := official(row)) is None else f"{speed:.0f}",
             }
             for row in rows
         ]
+    )
+
+
+def official(row: Throughput) -> float | None:
+    """Return the official code's images per second at the same work, or None."""
+    return official_speed(
+        model=row.model, work=row.work, chip=row.chip, batch=row.batch, size=row.size, processes=row.processes
     )
 
 
@@ -178,8 +223,9 @@ def pixel_table(rows: Sequence[Throughput]) -> str:
 
 
 def in_columns(rows: Sequence[dict[str, str]]) -> str:
-    """Return rows of cells by column name as text in aligned columns under a heading."""
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    """Return rows of cells by column name as text in aligned columns under a heading; empty columns are left out."""
+    names = [name for name in rows[0] if any(row[name] for row in rows)]
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
     lines = [dict(zip(widths, widths, strict=True)), *rows]
     return "\n".join("  ".join(line[name].rjust(width) for name, width in widths.items()) for line in lines)
 
@@ -189,13 +235,30 @@ def pixels(row: Throughput) -> str:
 
 
 def draw_bars(rows: Sequence[Throughput], path: Path) -> None:
-    """Draw the images per second of each row as a bar chart."""
+    """Draw the images per second of each row, and of the official code where it is known, as a bar chart."""
     first = rows[0]
+    bars: list[tuple[str, float, bool]] = []
+    for row in rows:
+        gpus = f", {row.processes} processes" if row.processes > 1 else ""
+        work = f"{row.work}, batch {row.batch}, {pixels(row)}{gpus}"
+        bars.append((f"{row.model}, {work}", row.images_per_second, row.model == first.model))
+        speed = official(row)
+        if speed is not None:
+            bars.append((f"official code, {work}", speed, False))
+    labels, values, highlighted = zip(*bars, strict=True)
     plot_bars(
-        [f"{row.model}, {row.work}, batch {row.batch}, {pixels(row)}" for row in rows],
-        [row.images_per_second for row in rows],
-        highlighted=[row.model == first.model for row in rows],
+        labels,
+        values,
+        highlighted=highlighted,
         axis_label="images per second",
         title=f"{first.chip}, torch {first.torch}, {first.precision}, {first.layout}, compile {first.compile}",
         path=path,
     )
+
+
+def free_memory(device: torch.device) -> None:
+    """Free what the previous measurement left on the device, CUDA graphs included."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()

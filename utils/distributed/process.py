@@ -1,5 +1,6 @@
 """Process group, device and collectives; with a single process the collectives do nothing."""
 
+import gc
 import os
 import time
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ def start_process(local_rank: int = 0) -> Process:
         torch.cuda.set_device(device)
     if num_processes == 1:
         return Process(rank, num_processes, device)
-    join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    join_processes(device)
     record_event = record_cuda_event if device.type == "cuda" else None
     heartbeat = Heartbeat(connect_store(), rank, num_processes, record_event=record_event)
     heartbeat.start()
@@ -72,7 +73,7 @@ def launcher_number(name: str, default: int, *, low: int = 0) -> int:
     return int(text)
 
 
-def join_processes(backend: str) -> None:
+def join_processes(device: torch.device) -> None:
     """Initialize the process group.
 
     CPU tensors go through gloo even with NCCL, so that processes agree about stopping without waiting for the GPU.
@@ -81,7 +82,10 @@ def join_processes(backend: str) -> None:
         store, rank, num_processes = next(dist.rendezvous("env://"))
     except ValueError as error:  # a variable is missing
         raise UserError(f"the processes cannot meet ({error}); start them with torchrun") from error
-    dist.init_process_group(backend, store=with_prefix(store), rank=rank, world_size=num_processes)
+    backend, bound = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(
+        backend, store=with_prefix(store), rank=rank, world_size=num_processes, device_id=bound
+    )
 
 
 def with_prefix(store: dist.Store) -> dist.Store:
@@ -113,6 +117,9 @@ def stop_process(process: Process) -> None:
         process.heartbeat.stop()
     if dist.is_initialized():
         time.sleep(0.1)
+        if torch.cuda.is_initialized():
+            gc.collect()  # CUDA graphs that hold collectives have to go before their communicator
+            torch.cuda.synchronize()
         dist.destroy_process_group()
 
 

@@ -9,22 +9,56 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from utils.logs.logger import logger
 from utils.speed.streams import on_side_stream, side_stream
 
-MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune")
+GRAPHS = "graphs"  # CUDA graphs of code that is not compiled; what "auto" stands for in evaluation
 INDUCTOR_MODES = {"default": None, "reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
-GRAPH_MODES = ("reduce-overhead", "max-autotune")
+GRAPH_MODES = ("reduce-overhead", "max-autotune", GRAPHS)
 RECORDING = "recording"  # stream of captures and of their warm-up: a captured graph must not wait for another stream
+MIN_TRAINING_STEPS = 500  # compiling takes as long as 300 to 600 steps gain
+MIN_COMPILED_BATCHES = 20_000  # of 128 images: inductor's 8% of a graph's time take so long to pay for 10 s
 MAX_VARIANTS = 64  # compiled graphs per region: one per grid size, with and without gradient
 
 
-def resolve_mode(mode: str, device: torch.device) -> str:
-    """Resolve "auto": reduce-overhead on a GPU that code can be compiled for, else off."""
+def resolve_training_mode(mode: str, device: torch.device, *, num_steps: int, auto: str = "reduce-overhead") -> str:
+    """Resolve TRAIN.COMPILE: "auto" compiles on a GPU, unless the run ends before the compilation has paid off.
+
+    Args:
+        mode: TRAIN.COMPILE.
+        device: where the model is trained.
+        num_steps: optimizer steps to come.
+        auto: the mode that "auto" stands for.
+    """
     if mode != "auto":
         return mode
-    return "off" if compile_unsupported_reason(device) else "reduce-overhead"
+    if compile_unsupported_reason(device):
+        return "off"
+    if num_steps < MIN_TRAINING_STEPS:
+        logger.info(
+            "TRAIN.COMPILE auto: off, since %d steps are to come; compiling pays off from %d on",
+            *(num_steps, MIN_TRAINING_STEPS),
+        )
+        return "off"
+    return auto
+
+
+def resolve_inference_mode(mode: str, device: torch.device, *, num_batches: float, auto: str = GRAPHS) -> str:
+    """Resolve TEST.COMPILE: "auto" captures CUDA graphs on a GPU, and compiles for many batches as well.
+
+    Args:
+        mode: TEST.COMPILE.
+        device: where the model is evaluated.
+        num_batches: batches to come; infinite where speed itself is measured.
+        auto: the mode that "auto" stands for where few batches are to come.
+    """
+    if mode != "auto":
+        return mode
+    if device.type != "cuda":
+        return "off"
+    return auto if num_batches < MIN_COMPILED_BATCHES or compile_unsupported_reason(device) else "reduce-overhead"
 
 
 @cache
@@ -50,11 +84,11 @@ def compile_regions(model: nn.Module, mode: str, activation_budget: float = 1.0)
 
     Args:
         model: compiled in place.
-        mode: a compile mode but "auto"; "off" does nothing.
+        mode: a resolved compile mode; "off" and "graphs" do nothing.
         activation_budget: share of the activations that a training step keeps in memory; the backward pass recomputes
             the others, the cheap ones first.
     """
-    if mode == "off":
+    if mode in ("off", GRAPHS):
         return model
     # torch 2.6 has the old name.
     limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
@@ -76,7 +110,9 @@ def uses_graphs(mode: str, device: torch.device) -> bool:
 
 def effective_mode(mode: str, *, is_captured: bool) -> str:
     """Return the mode that takes effect: without a captured graph, one that only compiles."""
-    return mode if is_captured or mode not in GRAPH_MODES else INDUCTOR_MODES[mode] or "default"
+    if is_captured or mode not in GRAPH_MODES:
+        return mode
+    return "off" if mode == GRAPHS else INDUCTOR_MODES[mode] or "default"
 
 
 class Capture:
@@ -109,7 +145,9 @@ class Capture:
 class CapturedModel(nn.Module):
     """Model in evaluation mode with a CUDA graph for each of the first input shapes; other shapes run without a graph.
 
-    Call it always under the same autocast; gradients are off.
+    A batch of at least half the size of a captured one is computed in that one's graph. Call the model always under
+    the same autocast; gradients are off. Results are tensors, or lists, tuples or dictionaries of them, whose first
+    dimension is the batch.
     """
 
     def __init__(self, model: nn.Module, max_shapes: int = 8) -> None:
@@ -120,16 +158,26 @@ class CapturedModel(nn.Module):
         self.eval()
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        shape = tuple(images.shape)
-        if shape not in self.captures:
-            if len(self.captures) == self.max_shapes:
-                return self.model(images)
-            static = images.clone(memory_format=torch.preserve_format)
-            self.captures[shape] = static, Capture(lambda: self.model(static))
+    def forward(self, images: Tensor) -> Any:
+        shape = self.captured_shape(images)
+        if shape is None:
+            return self.model(images)
         static, capture = self.captures[shape]
-        static.copy_(images)
-        return capture().clone()
+        static[: len(images)].copy_(images)
+        return tree_map(lambda tensor: tensor[: len(images)].clone(), capture())
+
+    def captured_shape(self, images: Tensor) -> tuple[int, ...] | None:
+        """Return the shape whose graph computes these images, captured now if there is room for one more."""
+        shape = tuple(images.shape)
+        count, *size = shape
+        fitting = [other for other in self.captures if [*other[1:]] == size and count <= other[0] <= 2 * count]
+        if fitting:
+            return min(fitting)
+        if len(self.captures) == self.max_shapes:
+            return None
+        static = images.clone(memory_format=torch.preserve_format)
+        self.captures[shape] = static, Capture(lambda: self.model(static))
+        return shape
 
 
 def compile_for_inference(model: nn.Module, mode: str, device: torch.device, *, submodule: str = "") -> nn.Module:

@@ -12,12 +12,13 @@ from utils.distributed.gradient_exchange import GradientExchange
 from utils.distributed.process import Process
 from utils.logs.logger import logger
 from utils.logs.wandb_logger import WandbLogger
-from utils.speed.compile import GRAPH_MODES, compile_regions, resolve_mode
+from utils.speed.compile import GRAPH_MODES, compile_regions, resolve_inference_mode, resolve_training_mode
 from utils.speed.memory import out_of_memory_message
 from utils.training.amp import Precision, make_precision
 from utils.training.derived import Derived
 from utils.training.ema import ModelEma
 from utils.training.graphed_step import GraphedTrainStep, graph_unsupported_reason
+from utils.training.inference import InferenceModel
 from utils.training.optimizer import make_optimizer
 from utils.training.task import Schedule, Task
 from utils.training.train_step import TrainStep
@@ -67,6 +68,11 @@ def describe_out_of_memory(task: Task, config: CfgNode, error: torch.OutOfMemory
     )
 
 
+def training_mode(task: Task, config: CfgNode, device: torch.device, *, num_steps: int) -> str:
+    """Return the compile mode of a training step, of which `num_steps` are to come."""
+    return resolve_training_mode(config.TRAIN.COMPILE, device, num_steps=num_steps, auto=task.auto_training_mode)
+
+
 def build_train_step(
     task: Task,
     config: CfgNode,
@@ -76,8 +82,13 @@ def build_train_step(
     ema: ModelEma | None,
     precision: Precision,
     derived: Derived,
+    *,
+    num_steps: int,
 ) -> TrainStep:
-    """Return the training step of a model on all processes together, compiled as TRAIN.COMPILE says."""
+    """Return the training step of a model on all processes together, compiled as TRAIN.COMPILE says.
+
+    `num_steps` are to come.
+    """
     exchange = None
     if process.num_processes > 1:
         exchange = GradientExchange(model, find_unused=config.TRAIN.FIND_UNUSED_PARAMS)
@@ -86,7 +97,7 @@ def build_train_step(
     options: dict[str, Any] = {"compute_losses": compute_losses, "clip_grad": config.TRAIN.CLIP_GRAD, "ema": ema}
     options["exchange"] = exchange
     train_step = TrainStep(*parts, **options)
-    mode = resolve_mode(config.TRAIN.COMPILE, process.device)
+    mode = training_mode(task, config, process.device, num_steps=num_steps)
     teacher = getattr(compute_losses, "teacher", None)
     for module in filter(None, (model, teacher)):
         compile_regions(module.get_submodule(task.compiled_module), mode, config.TRAIN.ACTIVATION_BUDGET)
@@ -97,6 +108,12 @@ def build_train_step(
         logger.info("TRAIN.COMPILE %s: the step is not one CUDA graph: %s", config.TRAIN.COMPILE, reason)
         return train_step
     return GraphedTrainStep(*parts, **options)
+
+
+def build_inference_model(task: Task, config: CfgNode, device: torch.device, *, num_batches: float) -> InferenceModel:
+    """Return what prepares and compiles models for evaluation, in which about `num_batches` are to come."""
+    mode = resolve_inference_mode(config.TEST.COMPILE, device, num_batches=num_batches, auto=task.auto_inference_mode)
+    return InferenceModel(task, mode, device, build_precision(config, device).dtype)
 
 
 def build_trainer_config(task: Task, config: CfgNode, derived: Derived, schedule: Schedule) -> TrainerConfig:

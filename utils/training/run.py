@@ -17,9 +17,9 @@ from utils.logs.environment import record_environment
 from utils.logs.logger import logger
 from utils.logs.output_dir import lock_output_dir, open_output_dir, save_config
 from utils.logs.wandb_logger import WandbLogger
-from utils.speed.compile import compile_for_inference, resolve_mode
 from utils.training.build import (
     build_ema,
+    build_inference_model,
     build_optimizer,
     build_precision,
     build_tracker,
@@ -29,6 +29,7 @@ from utils.training.build import (
     describe_out_of_memory,
 )
 from utils.training.derived import Derived
+from utils.training.determinism import use_deterministic_algorithms
 from utils.training.launch import LaunchedProcess, explain_missing_compiler
 from utils.training.task import Run, Schedule, Task
 from utils.training.train_state import TrainState, seed_everything
@@ -44,6 +45,8 @@ def run_task(task: Task, config: CfgNode, *, run_throughput: Callable[[Task, Cfg
         with report_user_errors(task.user_errors):
             print(task.profile(config))
         return 0
+    if config.TRAIN.DETERMINISTIC:
+        use_deterministic_algorithms()
     launched = LaunchedProcess(
         config.LOCAL_RANK,
         user_errors=task.user_errors,
@@ -73,11 +76,13 @@ def run_evaluation(task: Task, config: CfgNode, process: Process) -> None:
         candidates = {name: weights for name, weights in both.items() if weights is not None}
         for weights in candidates.values():
             load_weights(run.model, weights, config.MODEL.RESUME)  # check both before evaluating either
+    num_batches = len(candidates) * evaluation_batches(run)
+    as_compiled = build_inference_model(task, config, process.device, num_batches=num_batches)
     for name, weights in candidates.items():
         load_weights(run.model, weights, config.MODEL.RESUME)
-        task.evaluate(run, inference_model(task, config, run.model, process.device), name)
+        task.evaluate(run, as_compiled(run.model), name)
     if process.is_main:
-        task.draw_predictions(run, run.model.eval())
+        task.draw_predictions(run, as_compiled(run.model))
 
 
 def run_training(task: Task, config: CfgNode, process: Process) -> None:
@@ -97,6 +102,11 @@ def run_training(task: Task, config: CfgNode, process: Process) -> None:
             training.log_results()
 
 
+def evaluation_batches(run: Run) -> float:
+    """Return the batches of this process in one evaluation."""
+    return run.data.num_val_images / run.process.num_processes / run.config.DATA.BATCH_SIZE
+
+
 def open_run(task: Task, config: CfgNode, process: Process, folder: Path) -> Run:
     """Open the data and make the model; `folder` is the output folder."""
     data = task.build_data(config, process)
@@ -111,17 +121,8 @@ def prepare_model(task: Task, config: CfgNode, process: Process, num_classes: in
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     task.test_kernels(config, model, build_precision(config, process.device).dtype)
     seed_everything(config.SEED + process.rank)
-    torch.backends.cudnn.benchmark = task.uses_cudnn_benchmark
+    torch.backends.cudnn.benchmark = task.uses_cudnn_benchmark and not config.TRAIN.DETERMINISTIC
     return model
-
-
-def inference_model(task: Task, config: CfgNode, model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the model as TEST.COMPILE has it: prepared and compiled, or unchanged for "off"."""
-    mode = resolve_mode(config.TEST.COMPILE, device)
-    if mode == "off":
-        return model
-    prepared = task.prepare_for_inference(model, build_precision(config, device).dtype)
-    return compile_for_inference(prepared, mode, device, submodule=task.compiled_module)
 
 
 class Training:
@@ -161,23 +162,28 @@ class Training:
 
     def make_trainer(self) -> Trainer:
         task, run = self.task, self.run
+        evaluations = (self.derived.total_epochs - self.state.progress.epochs) * (2 if self.state.ema else 1)
+        as_compiled = build_inference_model(
+            task, run.config, run.process.device, num_batches=evaluations * evaluation_batches(run)
+        )
         return Trainer(
             build_trainer_config(task, run.config, self.derived, self.schedule),
             self.state,
             self.build_step(),
             folder=run.folder,
             batches=lambda epoch, first: task.batches(run, epoch, first),
-            evaluate=lambda model, name: task.evaluate(run, model, name),
+            evaluate=lambda model, name: task.evaluate(run, as_compiled(model), name),
             metadata={"config": run.config.dump(), "classes": run.data.classes},
-            draw_predictions=lambda model: task.draw_predictions(run, model),
+            draw_predictions=lambda model: task.draw_predictions(run, as_compiled(model)),
             tracker=self.tracker,
         )
 
     def build_step(self) -> TrainStep:
-        run, state = self.run, self.state
-        return build_train_step(
-            self.task, run.config, run.model, run.process, state.optimizer, state.ema, run.precision, self.derived
-        )
+        run, state, derived = self.run, self.state, self.derived
+        parts = (run.config, run.model, run.process, state.optimizer, state.ema, run.precision, derived)
+        epochs, steps = state.progress
+        num_steps = derived.total_steps - epochs * derived.steps_per_epoch - steps
+        return build_train_step(self.task, *parts, num_steps=num_steps)
 
     def log_start(self) -> None:
         config, run, derived = self.run.config, self.run, self.derived

@@ -14,6 +14,7 @@ from utils.checkpoint.weights import load_pretrained
 from utils.config.errors import UserError
 from utils.distributed.process import Process
 from utils.logs.plots import Panel
+from utils.speed.compile import GRAPHS
 from utils.training.amp import Precision
 from utils.training.derived import Derived, derive, steps_per_pass
 from utils.training.ema import ModelEma
@@ -74,6 +75,8 @@ class Task(ABC):
         lr_batch_size: global batch size that TRAIN.BASE_LR is given for.
         ema_batch_size: global batch size that EMA.DECAY is given for.
         compiled_module: name of the submodule that is compiled and captured in CUDA graphs; "": the model.
+        auto_training_mode: compile mode that TRAIN.COMPILE auto stands for on a GPU.
+        auto_inference_mode: compile mode that TEST.COMPILE auto stands for on a GPU.
         uses_cudnn_benchmark: time cuDNN's algorithms, since images have one size.
         smaller_images: remedy for running out of memory.
         user_errors: errors that a user can mend.
@@ -86,6 +89,8 @@ class Task(ABC):
     lr_batch_size: int
     ema_batch_size: int
     compiled_module = ""
+    auto_training_mode = "reduce-overhead"
+    auto_inference_mode = GRAPHS
     uses_cudnn_benchmark = False
     smaller_images: str
     user_errors: tuple[type[Exception], ...] = (UserError,)

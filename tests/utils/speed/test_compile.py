@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,16 @@ from torch import nn
 from models import MLLA, prepare_for_inference
 from tests.utils.training.test_train_step import batch, small_step
 from utils.speed import compile
-from utils.speed.compile import compile_regions, effective_mode, resolve_mode, uses_graphs
+from utils.speed.compile import (
+    GRAPHS,
+    MIN_TRAINING_STEPS,
+    CapturedModel,
+    compile_regions,
+    effective_mode,
+    resolve_inference_mode,
+    resolve_training_mode,
+    uses_graphs,
+)
 from utils.training import graphed_step
 from utils.training.graphed_step import NUM_WARMUP_STEPS, GraphedTrainStep, graph_unsupported_reason
 from utils.training.launch import MissingCompilerError, explain_missing_compiler
@@ -20,15 +30,26 @@ from utils.training.optimizer import make_optimizer, parameter_groups
 CPU = torch.device("cpu")
 
 
-def test_modes() -> None:
-    assert resolve_mode("auto", CPU) == "off"
-    assert resolve_mode("default", CPU) == "default"
+def test_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_training_mode("auto", CPU, num_steps=10**6) == "off"
+    assert resolve_training_mode("default", CPU, num_steps=1) == "default"
+    assert resolve_inference_mode("auto", CPU, num_batches=10**6) == "off"
+    assert resolve_inference_mode("default", CPU, num_batches=1) == "default"
+    gpu = torch.device("cuda", 0)
+    assert resolve_inference_mode("auto", gpu, num_batches=1) == GRAPHS
+    monkeypatch.setattr(compile, "compile_unsupported_reason", lambda _: "")
+    assert resolve_inference_mode("auto", gpu, num_batches=float("inf")) == "reduce-overhead"
+    assert resolve_training_mode("auto", gpu, num_steps=MIN_TRAINING_STEPS, auto="default") == "default"
+    monkeypatch.setattr(compile, "compile_unsupported_reason", lambda _: "Triton is not installed")
+    assert resolve_inference_mode("auto", gpu, num_batches=float("inf")) == GRAPHS
+    assert uses_graphs(GRAPHS, gpu)
     assert uses_graphs("reduce-overhead", torch.device("cuda"))
     assert not uses_graphs("reduce-overhead", CPU)
     assert not uses_graphs("default", torch.device("cuda"))
     assert [
         effective_mode(mode, is_captured=False) for mode in ("off", "default", "reduce-overhead", "max-autotune")
     ] == [*("off", "default", "default", "max-autotune-no-cudagraphs")]
+    assert effective_mode(GRAPHS, is_captured=False) == "off"
     assert effective_mode("reduce-overhead", is_captured=True) == "reduce-overhead"
 
 
@@ -42,13 +63,24 @@ def test_auto_is_off_where_a_gpu_has_no_compiler(monkeypatch: pytest.MonkeyPatch
         if compiler:
             monkeypatch.setenv("CC", compiler)
         compile.compile_unsupported_reason.cache_clear()
-        assert [resolve_mode("auto", torch.device("cuda", 0)) for _ in range(2)] == [mode] * 2
+        assert [resolve_training_mode("auto", torch.device("cuda", 0), num_steps=10**6) for _ in range(2)] == [mode] * 2
     assert said == ["torch.compile is off: Triton needs a C compiler: install gcc or clang, or let CC name one"]
     monkeypatch.setattr(compile, "find_spec", lambda *_: None)
     compile.compile_unsupported_reason.cache_clear()
-    assert resolve_mode("auto", torch.device("cuda", 0)) == "off"
+    assert resolve_training_mode("auto", torch.device("cuda", 0), num_steps=10**6) == "off"
     assert said[1:] == ["torch.compile is off: Triton is not installed"]
     compile.compile_unsupported_reason.cache_clear()
+
+
+def test_auto_leaves_a_short_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(compile.logger, "info", lambda line, *args: said.append(line % args))
+    monkeypatch.setattr(compile, "compile_unsupported_reason", lambda _: "")
+    gpu = torch.device("cuda", 0)
+    assert resolve_training_mode("auto", gpu, num_steps=MIN_TRAINING_STEPS - 1) == "off"
+    assert len(said) == 1
+    assert f"{MIN_TRAINING_STEPS - 1} steps" in said[0]
+    assert resolve_training_mode("reduce-overhead", gpu, num_steps=1) == "reduce-overhead"
 
 
 def test_missing_c_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +184,56 @@ def test_capture_restores_the_optimizer_settings(monkeypatch: pytest.MonkeyPatch
     before = [dict(group) for group in train_step.optimizer.param_groups]
     graphed(train_step, monkeypatch).record([batch()], 0)
     assert train_step.optimizer.param_groups == before
+
+
+def test_a_step_that_cannot_be_captured_runs_without_a_graph(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphed_step.logger, "propagate", True)
+    weights = []
+    for is_graphed in (False, True):
+        model, train_step = small_step()
+        step: Any = graphed(train_step) if is_graphed else train_step
+        monkeypatch.setattr(graphed_step, "Capture", fail)
+        torch.manual_seed(1)
+        for i in range(NUM_WARMUP_STEPS + 3):
+            step([batch()], step=i, learning_rate=0.01)
+        weights.append(model[1].weight.detach().clone())  # type: ignore[index]
+    torch.testing.assert_close(*weights)
+    assert caplog.text.count("could not be captured: operation not permitted") == 1
+
+
+def test_nccl_cannot_be_captured_with_expandable_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, train_step = small_step()
+    train_step.found_inf = torch.zeros((), device="meta")
+    monkeypatch.setattr(torch.Tensor, "device", SimpleNamespace(type="cuda"))
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    assert graph_unsupported_reason(train_step) == ""
+    train_step.exchange = object()  # type: ignore[assignment]
+    assert "expandable_segments" in graph_unsupported_reason(train_step)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: [x, x.mean(dim=1)], lambda x: {"map": x}])
+def test_a_short_batch_is_computed_in_the_graph_of_a_full_one(
+    monkeypatch: pytest.MonkeyPatch, wrap: Callable[[torch.Tensor], Any]
+) -> None:
+    captures = []
+
+    def capture(function: Callable[[], Any]) -> Callable[[], Any]:
+        captures.append(function)
+        return function
+
+    monkeypatch.setattr(compile, "Capture", capture)
+    model = nn.Module()
+    model.forward = lambda images: wrap(images.flatten(1) * 2)  # type: ignore[method-assign]
+    captured = CapturedModel(model, max_shapes=2)
+    for count, expected in ((8, 1), (5, 1), (4, 1), (3, 2), (8, 2), (9, 2)):
+        images = torch.randn(count, 3, 2, 2)
+        torch.testing.assert_close(captured(images), wrap(images.flatten(1) * 2))
+        assert len(captures) == expected
 
 
 def test_graph_unsupported_reason() -> None:

@@ -59,7 +59,7 @@ def test_golden_trajectory() -> None:
     optimizer = build_optimizer(config, task.parameter_groups(config, model))
     schedule = task.schedule(config, derived)
     precision = make_precision(CPU, amp=False, dtype="auto")
-    train_step = build_train_step(task, config, model, ALONE, optimizer, ema, precision, derived)
+    train_step = build_train_step(task, config, model, ALONE, optimizer, ema, precision, derived, num_steps=24)
     train_step.compute_losses.mesa_start_step = 8  # type: ignore[attr-defined]  # where the recording has it
     losses, norms, rates = [], [], []
     for step in range(24):

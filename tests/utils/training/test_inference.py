@@ -1,0 +1,57 @@
+"""The compiled model of evaluations takes the weights of one model after the other."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from config import load_config
+from main import Classification
+from models import MLLA
+from tests.helpers import MICRO
+from utils.training import inference
+from utils.training.build import build_inference_model
+
+CPU = torch.device("cpu")
+
+
+def make_model(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = MLLA(num_classes=5, **MICRO)  # type: ignore[arg-type]
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+    return model.train()
+
+
+def test_one_compilation_serves_all_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+
+    def note(model: nn.Module, *_: Any, **__: Any) -> nn.Module:
+        compiled.append(model.eval())
+        return model
+
+    monkeypatch.setattr(inference, "compile_for_inference", note)
+    config = load_config("cfgs/digits.yaml", flags={"TEST.COMPILE": "default"})
+    as_compiled = build_inference_model(Classification(), config, CPU, num_batches=1)
+    images = torch.randn(3, 3, 64, 64)
+    for seed in (0, 1, 0):
+        model = make_model(seed)
+        result = as_compiled(model)(images)
+        assert model.training  # the next step needs no change of mode
+        torch.testing.assert_close(result, model.eval()(images), atol=1e-5, rtol=1e-5)
+    assert len(compiled) == 1
+
+
+def test_off_leaves_the_model_as_it_is() -> None:
+    config = load_config("cfgs/digits.yaml", flags={"TEST.COMPILE": "off"})
+    model = make_model(0)
+    assert build_inference_model(Classification(), config, CPU, num_batches=1)(model) is model
+
+
+def test_auto_is_off_on_a_cpu() -> None:
+    config = load_config("cfgs/digits.yaml")
+    assert config.TEST.COMPILE == "auto"
+    assert build_inference_model(Classification(), config, CPU, num_batches=10**6).mode == "off"
