@@ -164,8 +164,9 @@ def compare(
         often.ignored_signals
     )
     verdict = "identical" if not parts else "DIFFERENT: " + ", ".join(parts)
+    precision = "bfloat16" if settings["amp"] else "float32 "
     return (
-        f"{name:8} {done:3} times  {settings['processes']} process(es)  {'bfloat16' if settings['amp'] else 'float32 '}  {verdict}  "
+        f"{name:8} {done:3} times  {settings['processes']} process(es)  {precision}  {verdict}  "
         f"(uninterrupted {uninterrupted_seconds:.0f} s, interrupted {time.perf_counter() - start:.0f} s)"
     )
 
