@@ -83,9 +83,7 @@ def join_processes(device: torch.device) -> None:
     except ValueError as error:  # a variable is missing
         raise UserError(f"the processes cannot meet ({error}); start them with torchrun") from error
     backend, bound = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
-    dist.init_process_group(
-        backend, store=with_prefix(store), rank=rank, world_size=num_processes, device_id=bound
-    )
+    dist.init_process_group(backend, store=with_prefix(store), rank=rank, world_size=num_processes, device_id=bound)
 
 
 def with_prefix(store: dist.Store) -> dist.Store:
