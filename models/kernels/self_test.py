@@ -104,7 +104,7 @@ def run_cases(cases: list[Case], device: torch.device, dtype: torch.dtype, worke
     """Test cases in so many worker processes, or here; what does not pass in a worker is tested here."""
     is_shown = verdicts.local_rank() == 0 and sys.stderr.isatty()
     passed: set[Case] = set()
-    with tqdm(total=len(cases), desc="compiling kernels", leave=False, disable=not is_shown) as bar:
+    with tqdm(total=len(cases), desc="compiling kernels", leave=False, dynamic_ncols=True, disable=not is_shown) as bar:
         if workers > 1:
             solve = partial(dispatch.solve, device=device, dtype=dtype)
             try:
