@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from utils.logs.logger import logger
-from utils.speed.compile_workers import compile_in_this_process, have_workers_died, start_compile_workers
 from utils.speed.streams import on_side_stream, side_stream
 
 GRAPHS = "graphs"  # CUDA graphs of code that is not compiled; what "auto" stands for in evaluation
@@ -21,9 +20,6 @@ GRAPH_MODES = ("reduce-overhead", "max-autotune", GRAPHS)
 RECORDING = "recording"  # stream of captures and of their warm-up: a captured graph must not wait for another stream
 MIN_TRAINING_STEPS = 500  # compiling takes as long as 300 to 600 steps gain
 MIN_COMPILED_BATCHES = 20_000  # of 128 images: inductor's 8% of a graph's time take so long to pay for 10 s
-# Parts of the messages of inductor and Triton.
-MISSING_CPP_COMPILER = "InvalidCxxCompiler: "
-MISSING_C_COMPILER = "Failed to find C compiler"  # for a GPU
 MAX_VARIANTS = 64  # compiled graphs per region: one per grid size, with and without gradient
 
 
@@ -84,7 +80,7 @@ def compile_regions(model: nn.Module, mode: str, activation_budget: float = 1.0)
     """Compile in place the modules of the model that have `is_region`, or the model itself if none has.
 
     The blocks of a stage share one graph, so a deep model compiles as fast as a shallow one. Names in the state_dict do
-    not change. What cannot be compiled falls back to eager PyTorch, see `with_fallback`.
+    not change.
 
     Args:
         model: compiled in place.
@@ -101,51 +97,10 @@ def compile_regions(model: nn.Module, mode: str, activation_budget: float = 1.0)
         # torch 2.6 turns integers of modules that differ between blocks into symbols, which have no self-test.
         torch._dynamo.config.specialize_int = True
     torch._functorch.config.activation_memory_budget = activation_budget
-    start_compile_workers()
-    regions = [module for module in model.modules() if getattr(module, "is_region", False)] or [model]
-    # Inductor of torch 2.14 fails on views of symbolic sizes, "cannot determine truth value of Relational".
-    is_dynamic = False if all(parameter.device.type == "cpu" for parameter in model.parameters()) else None
-    failed: set[type[nn.Module]] = set()
-    for module in regions:
-        module.compile(mode=INDUCTOR_MODES[mode], dynamic=is_dynamic)
-        module._compiled_call_impl = with_fallback(module, failed)
+    regions = [module for module in model.modules() if getattr(module, "is_region", False)]
+    for module in regions or [model]:
+        module.compile(mode=INDUCTOR_MODES[mode])
     return model
-
-
-def with_fallback(region: nn.Module, failed: set[type[nn.Module]]) -> Callable[..., Any]:
-    """Return a compiled region's call that falls back to eager PyTorch if the region cannot be compiled.
-
-    Where a compile worker has died, for example for lack of memory, the region is first compiled in this process.
-
-    Args:
-        region: the region, after `compile`.
-        failed: classes of regions that have failed, which the regions of a model share.
-
-    Raises:
-        RuntimeError: there is no compiler.
-    """
-    compiled: Callable[..., Any] = region._compiled_call_impl  # type: ignore[assignment]
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if type(region) in failed:
-            return region._call_impl(*args, **kwargs)
-        try:
-            return compiled(*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = f"{type(error).__name__}: {error}"
-            if MISSING_CPP_COMPILER in reason or MISSING_C_COMPILER in reason:
-                raise
-            is_retried = have_workers_died(error)
-        if is_retried:
-            logger.warning("a process of torch.compile has died, from lack of memory perhaps; compiling without it")
-            compile_in_this_process()
-            return call(*args, **kwargs)
-        failed.add(type(region))
-        line = " ".join(reason.split())[:200]
-        logger.warning("%s falls back to eager PyTorch, torch.compile failed: %s", type(region).__name__, line)
-        return region._call_impl(*args, **kwargs)
-
-    return call
 
 
 def uses_graphs(mode: str, device: torch.device) -> bool:

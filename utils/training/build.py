@@ -17,6 +17,7 @@ from utils.speed.memory import out_of_memory_message
 from utils.training.amp import Precision, make_precision
 from utils.training.derived import Derived
 from utils.training.ema import ModelEma
+from utils.training.fused_update_support import make_fused_update
 from utils.training.graphed_step import GraphedTrainStep, graph_unsupported_reason
 from utils.training.inference import InferenceModel
 from utils.training.optimizer import make_optimizer
@@ -96,6 +97,8 @@ def build_train_step(
     parts = (model, optimizer, precision)
     options: dict[str, Any] = {"compute_losses": compute_losses, "clip_grad": config.TRAIN.CLIP_GRAD, "ema": ema}
     options["exchange"] = exchange
+    if config.MODEL.KERNELS != "torch":
+        options["fused_update"] = make_fused_update(optimizer, ema, precision.scaler)
     train_step = TrainStep(*parts, **options)
     mode = training_mode(task, config, process.device, num_steps=num_steps)
     teacher = getattr(compute_losses, "teacher", None)

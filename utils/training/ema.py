@@ -1,5 +1,6 @@
 """Exponential moving average (EMA) of a model's parameters and buffers."""
 
+from collections.abc import Collection
 from copy import deepcopy
 
 import torch
@@ -30,14 +31,19 @@ class ModelEma:
         self.counters = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Update after one step of the model."""
-        sources = self.sources
-        if self.ema_tensors[0].device != sources[0].device:
-            sources = [source.to(self.ema_tensors[0].device) for source in sources]
-        torch._foreach_lerp_(self.ema_tensors, sources, 1 - self.decay)
-        for copy, original in self.counters:
-            copy.copy_(original)
+    def update(self, *, done: Collection[int] = ()) -> None:
+        """Update after one step of the model; `done` has the addresses of tensors that are averaged already."""
+        pairs = list(zip(self.ema_tensors, self.sources, strict=True))
+        if done:
+            pairs = [pair for pair in pairs if pair[1].data_ptr() not in done]
+        if pairs:
+            averages, sources = (list(tensors) for tensors in zip(*pairs, strict=True))
+            if averages[0].device != sources[0].device:
+                sources = [source.to(averages[0].device) for source in sources]
+            torch._foreach_lerp_(averages, sources, 1 - self.decay)
+        if self.counters:
+            copies, originals = (list(tensors) for tensors in zip(*self.counters, strict=True))
+            torch._foreach_copy_(copies, originals)
 
     def on(self, device: torch.device) -> nn.Module:
         """Return the EMA model on a device: `module`, or a copy of it if it is kept on the CPU."""

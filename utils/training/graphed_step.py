@@ -70,6 +70,8 @@ class GraphedTrainStep(TrainStep):
                 self.capture = Capture(lambda: self.run(self.inputs, step), warmup_calls=0)
         except RuntimeError as failure:  # also out of memory: the graph keeps what it allocates
             error = " ".join(str(failure).split())[:200] or type(failure).__name__
+        if self.fused_update is not None:
+            self.fused_update.send_addresses()  # of the captured gradients
         error = self.agree(error)
         if error:
             logger.warning("The step runs without a CUDA graph, which could not be captured: %s", error)

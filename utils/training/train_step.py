@@ -10,6 +10,7 @@ from utils.distributed.gradient_exchange import GradientExchange
 from utils.distributed.process import min_over_processes
 from utils.training.amp import Precision
 from utils.training.ema import ModelEma
+from utils.training.fused_update import FusedUpdate
 
 ComputeLosses = Callable[[Any, int], Mapping[str, Tensor]]
 NEVER = 2**62  # larger than the step of any run
@@ -44,6 +45,7 @@ class TrainStep:
         clip_grad: largest global L2 norm of the gradient; 0: no clipping.
         ema: updated after each step; None without EMA.
         exchange: averages gradients and batch statistics over the processes; None for a single process.
+        fused_update: clips and updates weights and EMA in place of torch's functions; None: it is not supported.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class TrainStep:
         clip_grad: float = 0.0,
         ema: ModelEma | None = None,
         exchange: GradientExchange | None = None,
+        fused_update: FusedUpdate | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -64,6 +67,7 @@ class TrainStep:
         self.max_norm = clip_grad or float("inf")
         self.ema = ema
         self.exchange = exchange
+        self.fused_update = fused_update
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         device = self.parameters[0].device
         self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
@@ -84,6 +88,8 @@ class TrainStep:
     def set_learning_rates(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)  # layer-wise decay
+        if self.fused_update is not None:
+            self.fused_update.set_learning_rates()
 
     def run(self, micro_batches: Sequence[Any], step: int) -> StepResult:
         """Run the step's work on the device, after learning rates and step number are set."""
@@ -103,17 +109,24 @@ class TrainStep:
         if self.exchange is not None:
             self.exchange.finish()
         loss = total_loss(sums)
+        return StepResult(loss, self.update(loss), sums)
 
+    def update(self, loss: Tensor) -> Tensor:
+        """Clip the gradient, update weights and EMA; return the gradient's norm before clipping."""
+        if self.fused_update is not None:
+            grad_norm = self.fused_update.grad_norm()
+            self.update_found_inf(loss, grad_norm)
+            self.fused_update(grad_norm, self.found_inf, self.max_norm)
+            return grad_norm
         scaler = self.precision.scaler
         scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm, foreach=True)
         self.update_found_inf(loss, grad_norm)
         scaler.step(self.optimizer)
         scaler.update()
-
         if self.ema is not None:
             self.ema.update()
-        return StepResult(loss, grad_norm.detach(), sums)
+        return grad_norm.detach()
 
     def update_found_inf(self, loss: Tensor, grad_norm: Tensor) -> None:
         """Set `found_inf` on the device if this step is not finite; with float16 the scaler checks the gradients.

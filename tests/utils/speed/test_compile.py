@@ -1,7 +1,6 @@
 """Compile modes, and the graphed training step, with a CUDA graph that is simulated on the CPU."""
 
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -91,81 +90,6 @@ def test_missing_c_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("RuntimeError: Failed to find C compiler. Please specify via CC environment variable")
     with pytest.raises(RuntimeError, match="else"), explain_missing_compiler("TEST.COMPILE default"):
         raise RuntimeError("something else")
-
-
-class Doubling(nn.Module):
-    is_region = True
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        return 2 * values
-
-
-class Halving(Doubling):
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        return values / 2
-
-
-def compiled_regions(monkeypatch: pytest.MonkeyPatch, backend: Callable[..., Any]) -> nn.Module:
-    """Return two Doubling and one Halving module, whose backend calls the given one first."""
-    torch._dynamo.reset()
-    compile_module = nn.Module.compile
-
-    def compile_eagerly(module: nn.Module, **_: Any) -> None:
-        def call_backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-            backend(graph)
-            return graph.forward
-
-        compile_module(module, backend=call_backend)
-
-    monkeypatch.setattr(nn.Module, "compile", compile_eagerly)
-    monkeypatch.setattr(compile, "start_compile_workers", lambda: None)
-    return compile_regions(nn.Sequential(Doubling(), Doubling(), Halving()), "default")
-
-
-def test_regions_that_cannot_be_compiled_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The line names the class and the reason, once per class; other classes are compiled."""
-    calls: list[str] = []
-    said: list[str] = []
-
-    def backend(graph: torch.fx.GraphModule) -> None:
-        calls.append("mul" if "mul" in graph.code else "div")
-        if calls[-1] == "mul":
-            raise TypeError("cannot determine truth value")
-
-    monkeypatch.setattr(compile.logger, "warning", lambda line, *args: said.append(line % args))
-    model = compiled_regions(monkeypatch, backend)
-    for _ in range(3):
-        assert model(torch.ones(2)).tolist() == [2, 2]
-    assert calls == ["mul", "div"]
-    assert len(said) == 1
-    assert said[0].startswith("Doubling falls back to eager PyTorch, torch.compile failed: BackendCompiler")
-    assert "TypeError: cannot determine truth value" in said[0]
-
-
-def test_regions_are_compiled_again_without_workers_that_died(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = 0
-    said: list[str] = []
-
-    def backend(_: torch.fx.GraphModule) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 1:
-            raise BrokenProcessPool("terminated abruptly")
-
-    monkeypatch.setattr(compile.logger, "warning", lambda line, *args: said.append(line % args))
-    with torch._inductor.config.patch(compile_threads=2):
-        assert compiled_regions(monkeypatch, backend)(torch.ones(2)).tolist() == [2, 2]
-        assert torch._inductor.config.compile_threads == 1
-    assert calls == 4  # and once for each region
-    assert said == ["a process of torch.compile has died, from lack of memory perhaps; compiling without it"]
-
-
-def test_a_missing_compiler_is_no_reason_to_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    def backend(_: torch.fx.GraphModule) -> None:
-        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
-
-    with pytest.raises(MissingCompilerError), explain_missing_compiler("TRAIN.COMPILE default"):
-        compiled_regions(monkeypatch, backend)(torch.ones(2))
 
 
 def test_regions_are_compiled_or_else_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
