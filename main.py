@@ -56,7 +56,7 @@ class Classification(Task):
     panels = CLASSIFIER_PANELS
     lr_batch_size = 512
     ema_batch_size = 4096
-    uses_cudnn_benchmark = True
+    has_one_image_size = True
     smaller_images = "lower DATA.IMG_SIZE"
     user_errors = (UserError, KernelsUnavailableError)
 

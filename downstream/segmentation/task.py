@@ -53,7 +53,7 @@ class Segmentation(DenseTask):
         Panel("validation accuracy, %", {"pixel_accuracy": "of pixels", "mean_accuracy": "mean of classes"}),
         *STEP_PANELS,
     )
-    uses_cudnn_benchmark = True  # crops have one size
+    has_one_image_size = True  # crops have one size
 
     def build_data(self, config: CfgNode, process: Process) -> SegmentationData:
         shared = process.num_processes if config.MODEL.HEAD.SYNC_NORM else 1

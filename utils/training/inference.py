@@ -1,9 +1,12 @@
 """The model that evaluations run: prepared and compiled once, for the weights of several models in turn."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from utils.speed.compile import compile_for_inference
+from utils.speed.compile import compile_for_inference, uses_graphs
+from utils.training.amp import Precision
 from utils.training.task import Task
 
 
@@ -40,3 +43,13 @@ class InferenceModel:
         else:
             torch._foreach_copy_(self.tensors, tensors)
         return self.compiled
+
+    def warm_up(self, model: nn.Module, config: Any, precision: Precision) -> None:
+        """Capture the graphs that the first evaluation will use; the random number generators stay as they are."""
+        if not uses_graphs(self.mode, self.device):
+            return
+        was_training = model.training
+        with torch.random.fork_rng([self.device]), torch.no_grad(), precision.autocast():
+            size = self.task.image_size(config, training=False)
+            self.task.inference_call(config, self(model), config.DATA.BATCH_SIZE, size, self.device)()
+        model.train(was_training)

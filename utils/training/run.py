@@ -121,7 +121,7 @@ def prepare_model(task: Task, config: CfgNode, process: Process, num_classes: in
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     task.test_kernels(config, model, build_precision(config, process.device).dtype)
     seed_everything(config.SEED + process.rank)
-    torch.backends.cudnn.benchmark = task.uses_cudnn_benchmark and not config.TRAIN.DETERMINISTIC
+    torch.backends.cudnn.benchmark = task.has_one_image_size and not config.TRAIN.DETERMINISTIC
     return model
 
 
@@ -166,6 +166,9 @@ class Training:
         as_compiled = build_inference_model(
             task, run.config, run.process.device, num_batches=evaluations * evaluation_batches(run)
         )
+        sizes = {task.image_size(run.config, training=training) for training in (True, False)}
+        if task.has_one_image_size and len(sizes) == 1:
+            as_compiled.warm_up(self.state.model, run.config, run.precision)
         return Trainer(
             build_trainer_config(task, run.config, self.derived, self.schedule),
             self.state,

@@ -77,7 +77,7 @@ class Task(ABC):
         compiled_module: name of the submodule that is compiled and captured in CUDA graphs; "": the model.
         auto_training_mode: compile mode that TRAIN.COMPILE auto stands for on a GPU.
         auto_inference_mode: compile mode that TEST.COMPILE auto stands for on a GPU.
-        uses_cudnn_benchmark: time cuDNN's algorithms, since images have one size.
+        has_one_image_size: all training images have one size, for which cuDNN's algorithms are timed.
         smaller_images: remedy for running out of memory.
         user_errors: errors that a user can mend.
     """
@@ -91,7 +91,7 @@ class Task(ABC):
     compiled_module = ""
     auto_training_mode = "reduce-overhead"
     auto_inference_mode = GRAPHS
-    uses_cudnn_benchmark = False
+    has_one_image_size = False
     smaller_images: str
     user_errors: tuple[type[Exception], ...] = (UserError,)
 
