@@ -168,6 +168,39 @@ def test_sigusr1_saves_and_the_same_command_resumes(
     assert "resumed from" in run.printed()
 
 
+def test_sigterm_to_the_group_during_imports_ends_the_process_quietly(tmp_path: Path) -> None:
+    process = (run := Run(tmp_path, processes=1, epochs=200, save_steps=0, amp=False)).start()
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(30) == -signal.SIGTERM
+    assert "Traceback" not in run.printed()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_sigterm_to_the_group_while_compiling_ends_the_run_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal reaches the compilers and inductor's workers, too."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    run = Run(tmp_path, processes=1, epochs=200, save_steps=0, amp=False)
+    run.command += ["TRAIN.COMPILE", "default"]
+    process = run.start()
+
+    def is_compiling() -> bool:
+        names = (Path(f"/proc/{pid}/comm") for pid in descendants(process.pid))
+        return "Global batch size" in run.printed() and any(
+            name.read_text().strip() == "cc1plus" for name in names if name.exists()
+        )
+
+    wait_for(is_compiling)
+    os.killpg(process.pid, signal.SIGTERM)
+    start = time.monotonic()
+    assert process.wait(60) == 0, run.printed()
+    assert time.monotonic() - start < 30
+    assert re.search(r"SIGTERM: stopped (while|in epoch 1) .*; run the same command to resume", run.printed())
+    assert "Traceback" not in run.printed()
+
+
 def test_a_second_run_in_the_same_folder_is_refused(
     run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

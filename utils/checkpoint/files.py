@@ -188,11 +188,10 @@ class CheckpointWriter:
         self.thread = threading.Thread(target=self.save, args=(progress, names, state), name="checkpoint", daemon=True)
         self.thread.start()
 
-    def wait(self) -> None:
-        """Wait until the last checkpoint is written, or has failed."""
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until the last checkpoint is written, or has failed, for at most `timeout` seconds."""
         if self.thread is not None:
-            self.thread.join()
-            self.thread = None
+            self.thread.join(timeout)
 
     def save(self, progress: Progress, names: Sequence[str], state: dict[str, Any]) -> None:
         start = time.perf_counter()

@@ -1,5 +1,7 @@
 """The training loop that all tasks share: steps, evaluation, metrics and checkpoints."""
 
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.checkpoint.files import CheckpointWriter, Progress
+from utils.checkpoint.files import CheckpointWriter, Progress, checkpoints_in
 from utils.config.errors import UserError
 from utils.distributed.process import Process, sum_over_processes
 from utils.distributed.stop_signal import Cause, StopRequest
@@ -21,6 +23,7 @@ from utils.speed.memory import peak_memory_mib
 from utils.training.train_state import TrainState
 from utils.training.train_step import NonFiniteLossError, StepResult, TrainStep
 
+WRITE_SECONDS = 5.0  # for a checkpoint that is being written when the process must end
 MIN_IMAGE_SECONDS = 300.0  # between two images of predictions, which take a few seconds to draw
 
 
@@ -136,7 +139,7 @@ class Trainer:
         self.writer = CheckpointWriter(folder, in_background=config.save_in_background)
         self.recorder: RunRecorder | None = None
         self.timer = StepTimer()
-        self.stop = StopRequest()
+        self.stop = StopRequest(on_timeout=self.end_at_once)
         self.saved = state.progress  # nothing to save before the first step
 
     def run(self) -> bool:
@@ -209,6 +212,17 @@ class Trainer:
         if self.config.stop_on_save_error and self.writer.has_failed:
             self.stop.ask(Cause.SAVING_FAILED)
         return self.stop.agreed() is not Cause.NONE
+
+    def end_at_once(self) -> None:
+        """End the process, which was asked to stop and has not come to its next step in time; in a thread."""
+        self.writer.wait(WRITE_SECONDS)
+        newest = next((path.name for _, path in checkpoints_in(self.folder)), None)
+        logger.warning(
+            "%s: stopped while compiling or evaluating; %s; run the same command to resume",
+            *(self.stop.asked.text, f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"),
+        )
+        sys.stdout.flush()
+        os._exit(0)
 
     def next_batches(self, batches: Iterator[Any], count: int) -> list[Any]:
         """Return the next micro-batches; the time that this takes counts as waiting for data."""

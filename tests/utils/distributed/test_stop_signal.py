@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from torch import Tensor
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_python
 from utils.distributed import stop_signal
 from utils.distributed.stop_signal import Cause, StopRequest
 
@@ -43,6 +44,44 @@ def test_the_highest_cause_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     stop.ask(Cause.SAVING_FAILED)
     stop.ask(Cause.SIGTERM)
     assert stop.agreed() is Cause.SAVING_FAILED
+
+
+# The main thread waits in C, where it cannot run handlers. The forked process has a handler, but not the time limit.
+BLOCKED = """
+import ctypes, os, signal, sys, threading, time
+from utils.distributed import stop_signal
+stop_signal.GRACE_SECONDS = 1.0
+with stop_signal.StopRequest(on_timeout=lambda: os._exit(7)) as stop:
+    child = os.fork()
+    if child == 0:
+        time.sleep(8)
+        os._exit(0)
+    target = child if sys.argv[1] == "child" else os.getpid()
+    threading.Timer(0.5, os.kill, (target, getattr(signal, sys.argv[2]))).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))  # another thread gets it
+    ctypes.CDLL(None).sleep(4)
+    os.kill(child, signal.SIGKILL)
+    sys.exit(3)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("args", "code"), [("main SIGTERM", 7), ("main SIGUSR1", 3), ("child SIGTERM", 3)])
+def test_a_process_that_does_not_come_to_an_agreement_is_ended(args: str, code: int) -> None:
+    done = run_python("-c", BLOCKED, *args.split(), timeout=60)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+@pytest.mark.parametrize("agrees", [False, True])
+def test_the_time_limit_ends_with_the_agreement(monkeypatch: pytest.MonkeyPatch, agrees: bool) -> None:
+    monkeypatch.setattr(stop_signal, "GRACE_SECONDS", 0.3)
+    ended = threading.Event()
+    with StopRequest(on_timeout=ended.set) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        if agrees:
+            assert stop.agreed() is Cause.SIGTERM
+        assert ended.wait(0.6 if agrees else 20) != agrees
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 @pytest.mark.slow

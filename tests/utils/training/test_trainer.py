@@ -4,6 +4,9 @@ import itertools
 import json
 import logging
 import math
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -313,6 +316,30 @@ def test_a_stop_right_after_a_checkpoint_does_not_save_it_again(tmp_path: Path) 
     run = FakeRun(tmp_path / "run", save_steps=2, before_step=stop_before(1))
     assert not run.trainer.run()
     assert run.saved == [["ckpt_epoch_0_step_2.pth"]]
+
+
+@pytest.mark.parametrize(("epoch", "saved"), [(0, "there is no checkpoint yet"), (1, "is ckpt_epoch_0.pth")])
+def test_a_run_that_is_stopped_in_a_long_evaluation_ends_in_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, epoch: int, saved: str
+) -> None:
+    codes: list[int] = []
+    ended = threading.Event()
+    monkeypatch.setattr("utils.distributed.stop_signal.GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), ended.set()))
+    run = FakeRun(tmp_path / "run")
+
+    def evaluate(*_: Any) -> dict[str, float]:
+        if run.state.progress.epochs == epoch:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert ended.wait(20)
+        return {"acc1": 1.0}
+
+    run.trainer.evaluate = evaluate
+    run.trainer.run()
+    assert codes == [0]
+    line = next(message for message in caplog.messages if "stopped while" in message)
+    assert line.startswith("SIGTERM: stopped while compiling or evaluating; ")
+    assert line.endswith(f"{saved}; run the same command to resume")
 
 
 class Disk:
