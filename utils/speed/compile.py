@@ -1,10 +1,13 @@
 """torch.compile and CUDA graphs: compile modes, and preparing a model for them."""
 
+import hashlib
+import inspect
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,6 +102,7 @@ def compile_regions(model: nn.Module, mode: str, activation_budget: float = 1.0)
     torch._functorch.config.activation_memory_budget = activation_budget
     merge_small_kernels()
     regions = [module for module in model.modules() if getattr(module, "is_region", False)]
+    remember_autograd_functions(regions)
     for module in regions or [model]:
         module.compile(mode=INDUCTOR_MODES[mode])
     return model
@@ -112,6 +116,21 @@ def merge_small_kernels() -> None:
         inductor.combo_kernels = True
         inductor.combo_kernels_pointwise_only = True
         inductor.combo_kernels_autotune = 0  # which would compile them several times
+
+
+def remember_autograd_functions(regions: Sequence[nn.Module]) -> None:
+    """Let torch.compile's cache on disk hold code with autograd functions, as long as the regions' source is the same.
+
+    torch leaves such code out by default, since its key has no hash of the functions' source.
+    """
+    name = "autograd_cache_allow_custom_autograd_functions"  # since torch 2.8
+    if not (hasattr(torch._functorch.config, name) and hasattr(torch.compiler.config, "cache_key_tag")):
+        return
+    folders = {Path(inspect.getfile(type(region))).parent for region in regions}
+    files = sorted(file for folder in folders for glob in ("*.py", "*/*.py") for file in folder.glob(glob))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    torch.compiler.config.cache_key_tag = digest
+    setattr(torch._functorch.config, name, True)
 
 
 def uses_graphs(mode: str, device: torch.device) -> bool:

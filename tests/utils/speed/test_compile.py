@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from utils.speed.compile import (
     CapturedModel,
     compile_regions,
     effective_mode,
+    remember_autograd_functions,
     resolve_inference_mode,
     resolve_training_mode,
     uses_graphs,
@@ -281,3 +283,20 @@ def test_graphed_step_on_a_gpu(dtype: str) -> None:
         results.append((losses[:14], model[1].weight.detach().clone()))  # type: ignore[index]
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-3, rtol=1e-3)
+
+
+def test_the_cache_of_compiled_code_knows_the_source_of_the_regions(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if not hasattr(torch._functorch.config, "autograd_cache_allow_custom_autograd_functions"):
+        pytest.skip("this torch does not keep autograd functions on disk")
+    monkeypatch.setattr(torch._functorch.config, "autograd_cache_allow_custom_autograd_functions", False)
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
+    monkeypatch.setattr(compile.inspect, "getfile", lambda _: str(tmp_path / "region.py"))
+    tags = []
+    for text in ("x = 1", "x = 2", "x = 1"):
+        (tmp_path / "region.py").write_text(text)
+        remember_autograd_functions([nn.Linear(1, 1)])
+        tags.append(torch.compiler.config.cache_key_tag)
+    assert torch._functorch.config.autograd_cache_allow_custom_autograd_functions
+    assert tags[0] == tags[2] != tags[1]
