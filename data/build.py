@@ -1,6 +1,7 @@
 """Build loaders, class names and training targets from a configuration."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from data.sources.zip_folder import ZipFolder, cache_archives
 from data.transforms import EvalTransform, TrainTransform
 from data.workers import RestartingDataLoader
 
+logger = logging.getLogger("mlla.data")
 TargetMaker = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -61,6 +63,8 @@ def build_data(config: CfgNode, *, rank: int = 0, num_processes: int = 1, device
     """
     val_source = open_split(config, "val")
     train_source = None if config.EVAL_MODE else open_split(config, "train")
+    if train_source is not None:
+        number_same_classes(train_source, val_source)
     classes = val_source.classes
     if train_source is not None and train_source.classes != classes:
         different = sorted(set(train_source.classes) ^ set(classes))
@@ -73,6 +77,8 @@ def build_data(config: CfgNode, *, rank: int = 0, num_processes: int = 1, device
             f"DATA.DATA_PATH {config.DATA.DATA_PATH!r}: the validation split has images of {len(unseen)} classes that "
             f"the training split has none of, such as {classes[unseen[0]]}; add some, or remove those classes"
         )
+    if train_source is not None:
+        check_training_classes(config, classes, train_source.labels)
     if config.MODEL.NUM_CLASSES not in (None, len(classes)):
         raise DataError(
             f"MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES}: the dataset has {len(classes)} classes; "
@@ -86,6 +92,33 @@ def build_data(config: CfgNode, *, rank: int = 0, num_processes: int = 1, device
     if train_source is not None:
         train = train_loader(config, train_source, rank, num_processes, device)
     return Data(train, eval_loader(config, val_source, rank, num_processes, device), classes)
+
+
+def number_same_classes(*splits: ImageSource) -> None:
+    """Give splits whose classes are numbers the same ones, since a split may lack images of the last classes."""
+    most = max((split.classes for split in splits), key=len)
+    if most == [str(label) for label in range(len(most))]:
+        for split in splits:
+            if split.classes == most[: len(split.classes)]:
+                split.classes = most
+
+
+def check_training_classes(config: CfgNode, classes: Sequence[str], labels: Sequence[int] | np.ndarray) -> None:
+    """Log how many classes have no training image.
+
+    Raises:
+        DataError: there is only one class.
+    """
+    if len(classes) < 2:
+        raise DataError(
+            f"DATA.DATA_PATH {config.DATA.DATA_PATH!r}: only one class, {', '.join(classes)}; a classifier needs two. "
+            "Does the path name the folder that holds train/ and val/, with a folder per class in each?"
+        )
+    if len(absent := np.setdiff1d(np.arange(len(classes)), labels)):
+        logger.warning(
+            "%d of %d classes have no image in the training split: %s; labels count from 0",
+            *(len(absent), len(classes), ", ".join(classes[label] for label in absent[:5])),
+        )
 
 
 def open_split(config: CfgNode, split: str) -> ImageSource:

@@ -39,16 +39,20 @@ class HuggingFaceImages:
                 raise ValueError(f"no split {' or '.join(SPLITS[split])}, only {', '.join(names)}")
             self.split = available
             self.reader = create_dataset(f"hfds/{self.path}", root=cache, split=available).reader
-            self.labels = np.array(self.reader.dataset[self.reader.label_key], dtype=np.int32)
+            labels = list(self.reader.dataset[self.reader.label_key])
         except KeyError as error:
             raise DataError(f"DATA.DATASET hfds/{name}: it has no column {error}; image and label are read") from error
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise DataError(f"DATA.DATASET hfds/{name}: {' '.join(str(error).split())}") from error
         self.classes = [key for key, _ in sorted(self.reader.class_to_idx.items(), key=lambda item: item[1])]
-        if not self.classes or self.labels.min() < 0:
+        if not self.classes:
+            raise DataError(f"DATA.DATASET hfds/{name}: the column label must be a ClassLabel")
+        if unknown := [i for i, label in enumerate(labels) if label is None or label < 0]:
             raise DataError(
-                f"DATA.DATASET hfds/{name}: the column label must be a ClassLabel, and known for each image"
+                f"DATA.DATASET hfds/{name}: label must be known for each image; {len(unknown)} of {len(labels)} rows "
+                f"of {self.split} have none, the first is row {unknown[0]}"
             )
+        self.labels = np.array(labels, dtype=np.int32)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -15,9 +15,11 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from data.errors import BrokenImageError, DataError, as_data_error
+from data.sources.labels import check_label, read_lines
 from data.sources.string_table import StringTable
 from utils.config.errors import MissingFileError
 
+CLASS_FILE = "classes.txt"
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm")
 SPLITS = {"train": ("train",), "val": ("val", "validation")}
 
@@ -109,7 +111,10 @@ def read_label(shard: Path, name: str, content: IO[bytes] | None, previous: int 
     try:
         if name.endswith(".cls"):
             return int(content.read())
-        return int(json.load(content)["label"])
+        label = json.load(content)["label"]
+        if isinstance(label, float) and not label.is_integer():
+            raise ValueError(f"{label} is no whole number")
+        return int(label)
     except KeyError:
         return previous
     except (TypeError, ValueError) as error:
@@ -119,16 +124,15 @@ def read_label(shard: Path, name: str, content: IO[bytes] | None, previous: int 
 def complete_sample(shard: Path, key: str, image: tuple[int, int] | None, label: int | None) -> Iterator[Sample]:
     """Yield the sample of a key, or nothing if the key has no image."""
     if image is not None:
-        if label is None or label < 0:
+        if label is None:
             raise DataError(f"{shard}: {key} has no label; it needs {key}.cls, or {key}.json with a label")
-        yield Sample(key, *image, label)
+        yield Sample(key, *image, check_label(label, f"{shard}: {key}"))
 
 
 def class_names(folder: Path, count: int) -> list[str]:
-    """Return the lines of classes.txt if it exists, else the numbers below `count`."""
-    if (path := folder / "classes.txt").is_file():
-        with as_data_error(path):
-            names = path.read_text().splitlines()
+    """Return the lines of classes.txt if it exists, except blank ones, else the numbers below `count`."""
+    if (path := folder / CLASS_FILE).is_file():
+        names = [line.strip() for line in read_lines(path) if line.strip()]
         if len(names) < count:
             raise DataError(f"{path}: {len(names)} names for {count} classes; it needs a line for each class")
         return names

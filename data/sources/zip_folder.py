@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from data.errors import BrokenImageError, DataError, as_data_error
+from data.sources.labels import check_label, read_lines
 from data.sources.shared_cache import SharedCache, available_bytes, machine
 from data.sources.string_table import StringTable
 from utils.config.errors import MissingFileError
@@ -122,14 +123,14 @@ def read_map(path: Path) -> tuple[list[str], np.ndarray]:
         DataError: a line is not `name<TAB>label`, or there are no lines.
     """
     paths, labels = [], []
-    with as_data_error(path):
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         name, _, label = line.rpartition("\t")
+        if not line.strip():
+            continue
         if not name or not label.strip().isdecimal():
             raise DataError(f"{path}, line {number}: {line!r} is not `class/image.jpg<TAB>label`")
         paths.append(name)
-        labels.append(int(label))
+        labels.append(check_label(int(label), f"{path}, line {number}"))
     if not paths:
         raise DataError(f"{path}: it names no images")
     return paths, np.array(labels, dtype=np.int32)

@@ -16,6 +16,9 @@ from downstream.segmentation.model.sync_norm import synchronize_norms
 from downstream.segmentation.model.upernet import UperNet
 from utils.config.errors import ConfigError
 from utils.distributed.process import Process
+from utils.logs.logger import logger
+
+MAX_CHECKED_MASKS = 500  # read when training starts, in seconds
 
 
 @dataclass
@@ -45,6 +48,8 @@ def build_data(config: CfgNode, process: Process) -> SegmentationData:
         raise ConfigError("DATA.DATA_PATH is empty: name the dataset's folder with --data-path", key="DATA.DATA_PATH")
     val_images = open_images(config, "val")
     train_images = None if config.EVAL_MODE else open_images(config, "train")
+    if train_images is not None:
+        log_classes_without_pixels(train_images)
     classes = val_images.classes
     if config.MODEL.NUM_CLASSES not in (None, len(classes)):
         raise ConfigError(
@@ -60,6 +65,16 @@ def build_data(config: CfgNode, process: Process) -> SegmentationData:
         num_train_images=0 if train_images is None else len(train_images),
         num_val_images=len(val_images),
     )
+
+
+def log_classes_without_pixels(images: MaskedImages) -> None:
+    """Warn of classes that no training mask has, if there are so few masks that all can be read now."""
+    absent = images.classes_without_pixels() if len(images) <= MAX_CHECKED_MASKS else []
+    if absent:
+        logger.warning(
+            "%d of %d classes have no pixel in the %d training masks: %s; classes count from 0, and 255 is ignored",
+            *(len(absent), len(images.classes), len(images), ", ".join(absent[:5])),
+        )
 
 
 def open_images(config: CfgNode, split: str) -> MaskedImages:

@@ -195,6 +195,12 @@ def log_scores(scores: SegmentationScores, run: Run, name: str) -> None:
         " * %s mIoU %.2f  mean accuracy %.2f  pixel accuracy %.2f",
         *(name, scores.mean_iou, scores.mean_accuracy, scores.pixel_accuracy),
     )
+    accuracies = zip(run.data.classes, scores.class_accuracy, strict=True)
+    if absent := [name for name, accuracy in accuracies if math.isnan(accuracy)]:
+        logger.info(
+            " * %d of %d classes have no labeled pixel in these images: %s",
+            *(len(absent), len(run.data.classes), ", ".join(absent[:5])),
+        )
 
 
 def evaluation_record(scores: SegmentationScores, run: Run, name: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@ import io
 import pickle
 import shutil
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -115,8 +116,9 @@ def test_archives_give_the_batches_of_folders(image_folder: Path, zipped_folder:
 
 @pytest.mark.parametrize("mode", ["no", "part"])
 def test_one_image_for_two_processes(tmp_path: Path, mode: str) -> None:
-    make_image_folder(tmp_path / "images", train=1, val=1, classes=("cat",))
+    make_image_folder(tmp_path / "images", train=1, val=1)
     assert make_zip.main([str(tmp_path / "images"), str(tmp_path / "zips")]) == 0
+    (tmp_path / "zips" / "val_map.txt").write_text("cat/0.jpg\t0\n")
     config = folder_config(tmp_path / "zips", "DATA.ZIP_MODE", "True", "DATA.CACHE_MODE", mode, "DATA.NUM_WORKERS", "1")
     first, second = (build_data(config, rank=rank, num_processes=2) for rank in range(2))
     assert [len(labels) for _, labels in first.val] == [1]
@@ -207,20 +209,41 @@ def test_fast_evaluation_gives_nearly_the_same_logits(tmp_path: Path) -> None:
     assert 0 < difference < 0.05 * exact.std().item()
 
 
+def write_labels(path: Path, labels: Iterable[int]) -> None:
+    """Write a shard of an image per label."""
+    with tarfile.open(path, "w") as archive:
+        for index, label in enumerate(labels):
+            files = ((f"{index}.jpg", encoded(photo(50, 40, index))), (f"{index}.cls", b"%d" % label))
+            for name, data in files:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+
+
 def test_webdataset_shards(tmp_path: Path) -> None:
     for split, count in (("train", 8), ("val", 3)):
-        with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
-            for index in range(count):
-                for name, data in (
-                    (f"{index}.jpg", encoded(photo(50, 40, index))),
-                    (f"{index}.cls", b"%d" % (index % 2)),
-                ):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(data)
-                    archive.addfile(info, io.BytesIO(data))
+        write_labels(tmp_path / f"{split}.tar", [index % 2 for index in range(count)])
     data = build_data(folder_config(tmp_path, "DATA.DATASET", "wds/"))
     assert (data.num_train_images, data.num_val_images, data.classes) == (8, 3, ["0", "1"])
     assert [batch.shape for batch in all_batches(data, epochs=1)] == [(4, 3, 32, 32)] * 2 + [(3, 3, 32, 32)]
+
+
+def test_numbered_splits_may_lack_the_last_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The number of classes is that of both splits; a class without training images is counted in the log."""
+    write_labels(tmp_path / "train.tar", [1, 2, 3, 1, 2, 3])
+    write_labels(tmp_path / "val.tar", [1, 2])
+    assert build_data(folder_config(tmp_path, "DATA.DATASET", "wds/")).classes == ["0", "1", "2", "3"]
+    assert "1 of 4 classes have no image in the training split: 0; labels count from 0" in caplog.text
+    write_labels(tmp_path / "val.tar", [1, 2, 4])
+    with pytest.raises(DataError, match="has images of 1 classes that the training split has none of, such as 4"):
+        build_data(folder_config(tmp_path, "DATA.DATASET", "wds/"))
+
+
+def test_one_class_is_refused_in_training(tmp_path: Path) -> None:
+    make_image_folder(tmp_path, train=4, val=2, classes=("dog",))
+    with pytest.raises(DataError, match="only one class, dog; a classifier needs two"):
+        build_data(folder_config(tmp_path))
+    assert build_data(folder_config(tmp_path, "EVAL_MODE", "True")).classes == ["dog"]
 
 
 def test_classes_without_training_images(zipped_folder: Path, tmp_path: Path) -> None:

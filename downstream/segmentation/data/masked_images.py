@@ -1,5 +1,6 @@
 """Images with masks, in ADE20K's folders or in a simple layout for other data."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,8 +10,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.decoding import to_rgb
 from data.errors import BrokenImageError, DataError, as_data_error
+from data.sources.file_tree import find_files
+from data.sources.labels import read_lines
 from downstream.segmentation.model.losses import IGNORED
-from utils.config.errors import MissingFileError, file_errors
+from utils.config.errors import MissingFileError
+from utils.logs.logger import logger
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 INDEX_MODES = ("P", "L", "1", "I", "I;16")  # of mask files: one number per pixel
@@ -85,6 +89,18 @@ class MaskedImages:
             raise DataError(f"{path}: the mask is {sizes[0]} pixels, its image {self.image_paths[index]} is {sizes[1]}")
         return image, mask
 
+    def classes_without_pixels(self) -> list[str]:
+        """Return the classes of which no mask has a pixel; reads all masks.
+
+        Raises:
+            DataError: as `read_mask`.
+        """
+        counts = np.zeros(256, dtype=np.int64)
+        for path in self.mask_paths:
+            mask = read_mask(path, num_classes=len(self.classes), reduce_zero_label=self.reduce_zero_label)
+            counts += np.bincount(mask.ravel(), minlength=256)
+        return [name for label, name in enumerate(self.classes) if not counts[label]]
+
 
 def read_classes(path: Path) -> list[str]:
     """Return the names of classes in a file, one per line; empty lines are skipped.
@@ -92,11 +108,13 @@ def read_classes(path: Path) -> list[str]:
     Raises:
         DataError: the file cannot be read, holds no names, too many for a mask's 8 bits, or a name twice.
     """
-    with file_errors(DataError, path, "read", "it must hold the names of the classes, one per line"):
-        lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_lines(path, "it must hold the names of the classes, one per line")
     classes = [line.strip() for line in lines if line.strip()]
-    if not 1 <= len(classes) <= IGNORED:
-        raise DataError(f"{path}: holds {len(classes)} classes; must be 1 to {IGNORED}, one per line")
+    if not 2 <= len(classes) <= IGNORED:
+        raise DataError(
+            f"{path}: holds {len(classes)} classes; must be 2 to {IGNORED}, one per line, with a class for the rest of "
+            "the image if there is one kind of object"
+        )
     if twice := sorted({name for name in classes if classes.count(name) > 1}):
         raise DataError(f"{path}: {', '.join(twice[:MAX_NAMES_SHOWN])} occurs more than once")
     return classes
@@ -112,14 +130,19 @@ def files_by_name(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     with as_data_error(folder):
         if not folder.is_dir():
             raise MissingFileError(f"{folder}: no such folder; downstream/segmentation/README.md shows what is needed")
-        paths = sorted(folder.rglob("*"))
+        tree = find_files(folder, tuple(suffixes))
+    if tree.dangling:
+        raise MissingFileError(
+            f"{folder}: {len(tree.dangling)} link(s) lead nowhere, such as {tree.dangling[0]}; mend or remove them"
+        )
     files: dict[str, Path] = {}
-    for path in paths:
-        if path.suffix.lower() in suffixes and not path.name.startswith("."):
-            name = path.relative_to(folder).with_suffix("").as_posix()
-            if name in files:
-                raise DataError(f"{path}: {files[name].name} has the same name; each image needs a name of its own")
-            files[name] = path
+    for path in tree.paths:
+        name = os.path.splitext(path)[0]  # noqa: PTH122, a Path would change names such as "a/./b"
+        if name in files:
+            raise DataError(f"{folder / path}: {files[name].name} has the same name; each image needs its own")
+        files[name] = folder / path
+    if tree.left_out:
+        logger.warning("%s: left out: %s", folder, tree.describe_left_out())
     if not files:
         raise DataError(f"{folder}: no files that end in {', '.join(suffixes)}")
     return files

@@ -41,7 +41,7 @@ def test_images_and_labels_of_all_shards(tmp_path: Path) -> None:
         assert [source.read(index) for index in (6, 0, 5, 1, 4, 2, 3)] == [IMAGES[i] for i in (6, 0, 5, 1, 4, 2, 3)]
         assert source.classes == ["0", "1", "2"]
         assert source.name(4).endswith("-0001.tar: part/0004")
-    (tmp_path / "classes.txt").write_text("ant\nbee\ncat\n")
+    (tmp_path / "classes.txt").write_text("\ufeffant\r\nbee\n\ncat\n \n\n")  # blank lines do not count
     assert WebDatasetShards(str(tmp_path), "val").classes == ["ant", "bee", "cat"]
 
 
@@ -67,7 +67,10 @@ def test_the_same_samples_as_timms_reader(tmp_path: Path) -> None:
         ([("1.jpg", IMAGES[0])], "1 has no label; it needs 1.cls, or 1.json with a label"),
         ([("1.jpg", IMAGES[0]), ("1.cls", b"cat")], "1.cls holds no label"),
         ([("1.jpg", IMAGES[0]), ("1.json", b"{")], "1.json holds no label"),
-        ([("1.jpg", IMAGES[0]), ("1.cls", b"-1")], "1 has no label"),
+        ([("1.jpg", IMAGES[0]), ("1.cls", b"-1")], "1: label -1 is not the number of a class; labels count from 0"),
+        ([("1.jpg", IMAGES[0]), ("1.cls", b"1099511627776")], "1: label 1099511627776 is not the number of a class"),
+        ([("1.jpg", IMAGES[0]), ("1.json", b'{"label": null}')], "1.json holds no label"),
+        ([("1.jpg", IMAGES[0]), ("1.json", b'{"label": 1.5}')], "1.json holds no label"),
         ([("1.jpg", IMAGES[0]), ("1.cls", b"5")], "2 names for 6 classes"),
     ],
 )

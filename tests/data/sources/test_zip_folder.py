@@ -134,6 +134,17 @@ def test_invalid_maps(tmp_path: Path, lines: list[str], reason: str) -> None:
         ZipFolder(str(tmp_path), "val")
 
 
+def test_a_byte_order_mark_and_blank_lines_in_a_map(archives: tuple[Path, Path], tmp_path: Path) -> None:
+    for path in archives[1].iterdir():
+        shutil.copy(path, tmp_path)
+    content = (tmp_path / "val_map.txt").read_text()
+    (tmp_path / "val_map.txt").write_text(f"\ufeff{content}\n\n".replace("\n", "\r\n"))
+    assert ZipFolder(str(tmp_path), "val").read(0) == ZipFolder(str(archives[1]), "val").read(0)
+    (tmp_path / "val_map.txt").write_text(f"{content}cat/9.jpg\t1099511627776\n")
+    with pytest.raises(DataError, match=r"val_map\.txt, line 7: label 1099511627776 is not the number of a class"):
+        ZipFolder(str(tmp_path), "val")
+
+
 def test_missing_and_truncated_archives(tmp_path: Path) -> None:
     for root in ("", str(tmp_path)):
         with pytest.raises(MissingFileError, match=r"no val\.zip in it; --zip reads .* data\.make_zip makes"):

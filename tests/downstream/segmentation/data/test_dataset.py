@@ -69,7 +69,7 @@ def test_data_errors_are_one_line_from_workers_too(tmp_path: Path, num_workers: 
         (tmp_path / kind / "train").mkdir(parents=True)
     Image.new("RGB", (40, 40)).save(tmp_path / "images/train/x.png")
     Image.new("L", (40, 40), 9).save(tmp_path / "masks/train/x.png")
-    (tmp_path / "classes.txt").write_text("a\n")
+    (tmp_path / "classes.txt").write_text("a\nb\n")
     images = MaskedImages(str(tmp_path), "train", layout="folder", reduce_zero_label=False)
     loader = RestartingDataLoader(EvalImages(images, EvalTransform((32, 32))), batch_size=None, num_workers=num_workers)
     with pytest.raises(DataError, match=r"^[^\n]*x\.png: the mask holds 9; [^\n]*$"):

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -152,11 +153,42 @@ def test_missing_folders_are_named(tmp_path: Path) -> None:
         open_folder(tmp_path)
 
 
-@pytest.mark.parametrize(("text", "message"), [("", "holds 0 classes"), ("a\nb\na\n", "a occurs more than once")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds 0 classes; must be 2 to 255"),
+        ("window\n\n", "holds 1 classes; must be 2 to 255, one per line, with a class for the rest"),
+        ("a\nb\na\n", "a occurs more than once"),
+    ],
+)
 def test_wrong_class_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "classes.txt").write_text(text)
     with pytest.raises(DataError, match=message):
         read_classes(tmp_path / "classes.txt")
+
+
+def test_hidden_folders_and_links(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Hidden folders and other files are counted; links are followed, and must lead somewhere."""
+    for kind, other in (("images", ".gif"), ("masks", ".json")):
+        shutil.copytree(folder / kind / "train", folder / kind / "train" / ".ipynb_checkpoints")
+        (folder / kind / "train" / "more").symlink_to(folder / kind / "val")
+        (folder / kind / "train" / f"x{other}").touch()
+    assert open_folder(folder).names == ["a", "b", "more/a", "more/b"]
+    for kind, other in (("images", ".gif"), ("masks", ".json")):
+        assert f"{kind}/train: left out: " in caplog.text
+        assert f"1 files with the ending {other} (such as x{other})" in caplog.text
+    assert caplog.text.count("1 hidden files or folders (such as .ipynb_checkpoints)") == 2
+    (folder / "masks/train/c.png").symlink_to(folder / "c.png")
+    with pytest.raises(MissingFileError, match=r"masks/train: 1 link\(s\) lead nowhere, such as c\.png"):
+        open_folder(folder)
+
+
+def test_classes_without_pixels(folder: Path) -> None:
+    assert open_folder(folder).classes_without_pixels() == []
+    for name in ("a", "b"):
+        Image.fromarray(np.array([[0, 255]], dtype=np.uint8)).save(folder / "masks" / "train" / f"{name}.png")
+    assert open_folder(folder).classes_without_pixels() == ["sky", "road, path"]
+    assert open_folder(folder, reduce_zero_label=True).classes_without_pixels() == ["grass", "sky", "road, path"]
 
 
 def test_images_are_rotated_as_their_exif_data_say(folder: Path) -> None:

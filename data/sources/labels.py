@@ -1,0 +1,32 @@
+"""Class names and labels in text files."""
+
+from pathlib import Path
+
+from data.errors import DataError
+from utils.config.errors import file_errors
+
+MAX_CLASSES = 1_000_000  # larger labels are mistakes, and lists of that many names would fill the memory
+
+
+def read_lines(path: Path, remedy: str = "") -> list[str]:
+    """Return the lines of a text file, without a byte order mark.
+
+    Bytes that are not UTF-8 are kept, as Python keeps those in file names.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    with file_errors(DataError, path, "read", remedy):
+        text = path.read_text(encoding="utf-8", errors="surrogateescape").removeprefix("\ufeff")
+    return text.splitlines()
+
+
+def check_label(label: int, where: str) -> int:
+    """Return a label.
+
+    Raises:
+        DataError: it is no number of a class.
+    """
+    if not 0 <= label < MAX_CLASSES:
+        raise DataError(f"{where}: label {label} is not the number of a class; labels count from 0")
+    return label
