@@ -1,8 +1,9 @@
 """Autograd functions of the kernels: a block's two halves, and the wide layers of a downsampling.
 
 The backward pass recomputes what is cheap instead of keeping it: norms, SiLU, GELU, the gated output of attention, the
-wide tokens of a downsampling, and the MLP's hidden layer where channels are few. A bias's gradient is summed by the
-kernel that writes the gradient of the biased tensor. Around the kernels this is PyTorch that torch.compile can fuse.
+wide tokens of a downsampling, and the MLP's hidden layer where channels are few. The kernel that writes the gradient of
+a biased tensor also sums it for the bias, in parts; one launch at the end sums the parts of all. Around the kernels
+this is PyTorch that torch.compile can fuse.
 """
 
 from typing import Any
@@ -60,30 +61,33 @@ class Mixer(torch.autograd.Function):
         cpe, norm, norm_bias, in_proj, act_proj, dwc, qk, lepe, out = weights
 
         v = F.silu(inactive)
-        branch, grad_out_bias = ops.scale_and_sum(grad, scale)
-        grad_qk, grad_v, grad_gate, grad_ungated, gated, sums = ops.linear_attention_backward(
+        branch, out_bias_parts = ops.scale_and_sum(grad, scale)
+        grad_qk, grad_v, grad_gate, grad_ungated, gated, qk_gate_parts = ops.linear_attention_backward(
             input_gradient(branch, out), queries_keys, v, gate, ungated, cos, sin, matrix, mean, ctx.heads
         )
         grad_out = weight_gradient(branch, gated, out)
-        grad_qk_bias, grad_act_proj_bias = sums.split([len(qk), len(act_proj)])
-        grad_v, grad_lepe = ops.conv_backward(grad_ungated, v, lepe, grad_v, False, False)
+        grad_v, lepe_parts = ops.conv_backward(grad_ungated, v, lepe, grad_v, False, False)
         add_product(grad_v, grad_qk, qk.to(grad_v.dtype).t())
-        grad_inner, grad_dwc = ops.conv_backward(
+        grad_inner, dwc_parts = ops.conv_backward(
             torch.ops.aten.silu_backward(grad_v, inactive), inner, dwc, None, False, True
         )
         grad_normed = input_gradient(grad_inner, in_proj)
         add_product(grad_normed, grad_gate, act_proj.to(grad_normed.dtype).t())
-        grad_residual, grad_norm, normed = ops.norm_backward(grad_normed, residual, grad, norm, norm_bias, ctx.eps)
-        grad_x, grad_cpe = ops.conv_backward(grad_residual, x, cpe, None, True, False)
+        grad_residual, norm_parts, normed = ops.norm_backward(grad_normed, residual, grad, norm, norm_bias, ctx.eps)
+        grad_x, cpe_parts = ops.conv_backward(grad_residual, x, cpe, None, True, False)
 
-        grad_dwc_weight, grad_dwc_bias, grad_in_proj_bias = split_sums(grad_dwc, dwc)
+        grad_out_bias, grad_qk_gate, grad_lepe, grad_dwc, grad_norm, grad_cpe = sum_all(
+            out_bias_parts, qk_gate_parts, lepe_parts, dwc_parts, norm_parts, cpe_parts
+        )
+        grad_qk_bias, grad_act_proj_bias = grad_qk_gate.split([len(qk), len(act_proj)])
+        grad_dwc_weight, grad_dwc_bias, grad_in_proj_bias = split_taps(grad_dwc, dwc)
         return (
             *(grad_x, None, None, None, None, None),
-            *(*split_sums(grad_cpe, cpe), grad_norm[0], grad_norm[1]),
+            *(*split_taps(grad_cpe, cpe), *grad_norm.split(len(norm))),
             *(weight_gradient(grad_inner, normed, in_proj), grad_in_proj_bias),
             *(weight_gradient(grad_gate, normed, act_proj), grad_act_proj_bias, grad_dwc_weight, grad_dwc_bias),
             *(weight_gradient(grad_qk, v, qk), grad_qk_bias if ctx.has_qk_bias else None),
-            *(*split_sums(grad_lepe, lepe), grad_out, grad_out_bias),
+            *(*split_taps(grad_lepe, lepe), grad_out, grad_out_bias),
         )
 
 
@@ -111,15 +115,18 @@ class MlpBranch(torch.autograd.Function):
                 residual.dtype
             )
             hidden = linear_again(normed, widen, widen_bias)
-        branch, grad_narrow_bias = ops.scale_and_sum(grad, scale)
-        grad_hidden, active, grad_widen_bias = ops.gelu_backward(input_gradient(branch, narrow), hidden)
+        branch, narrow_bias_parts = ops.scale_and_sum(grad, scale)
+        grad_hidden, active, widen_bias_parts = ops.gelu_backward(input_gradient(branch, narrow), hidden)
         grad_narrow = weight_gradient(branch, active, narrow)
-        grad_residual, grad_norm, normed = ops.norm_backward(
+        grad_residual, norm_parts, normed = ops.norm_backward(
             input_gradient(grad_hidden, widen), residual, grad, norm, norm_bias, ctx.eps
         )
-        grad_x, grad_cpe = ops.conv_backward(grad_residual, x, cpe, None, True, False)
+        grad_x, cpe_parts = ops.conv_backward(grad_residual, x, cpe, None, True, False)
+        grad_narrow_bias, grad_widen_bias, grad_norm, grad_cpe = sum_all(
+            narrow_bias_parts, widen_bias_parts, norm_parts, cpe_parts
+        )
         return (
-            *(grad_x, None, None, *split_sums(grad_cpe, cpe), grad_norm[0], grad_norm[1]),
+            *(grad_x, None, None, *split_taps(grad_cpe, cpe), *grad_norm.split(len(norm))),
             *(weight_gradient(grad_hidden, normed, widen), grad_widen_bias, grad_narrow, grad_narrow_bias),
         )
 
@@ -137,8 +144,8 @@ class WideConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         x, widen, widen_bias, taps, out = ctx.saved_tensors
-        grad_wide, sums = ops.wide_conv_backward(grad, linear_again(x, widen, widen_bias), taps, out)
-        grad_taps, grad_taps_bias, grad_widen_bias = split_sums(sums, taps)
+        grad_wide, parts = ops.wide_conv_backward(grad, linear_again(x, widen, widen_bias), taps, out)
+        grad_taps, grad_taps_bias, grad_widen_bias = split_taps(ops.sum_parts([parts]), taps)
         return (
             input_gradient(grad_wide, widen),
             weight_gradient(grad_wide, x, widen),
@@ -148,7 +155,12 @@ class WideConv(torch.autograd.Function):
         )
 
 
-def split_sums(sums: Tensor, weight: Tensor) -> list[Tensor]:
+def sum_all(*buffers: Tensor) -> tuple[Tensor, ...]:
+    """Sum buffers (parts, rows, C) over their parts, all in one launch, each to (rows C,)."""
+    return ops.sum_parts(list(buffers)).split([buffer.shape[1] * buffer.shape[2] for buffer in buffers])
+
+
+def split_taps(sums: Tensor, weight: Tensor) -> list[Tensor]:
     """Split (10 C,) into gradients of a depthwise weight (C, 1, 3, 3) and its bias; (11 C,): also of an input bias."""
     taps, *biases = sums.split([weight.numel()] + [len(weight)] * (len(sums) // len(weight) - 9))
     return [taps.view(weight.shape), *biases]

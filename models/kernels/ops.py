@@ -18,6 +18,7 @@ from models.kernels.triton import (
     elementwise,
     norm,
     stem,
+    sums,
 )
 from models.kernels.triton import mlp as mlp_kernels
 
@@ -43,7 +44,10 @@ def conv_norm(
 def norm_backward(
     grad: Tensor, x: Tensor, residual_grad: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return residual_grad + the gradient through LayerNorm(x); (2, C) for norm weight and bias; LayerNorm(x)."""
+    """Return residual_grad + the gradient through LayerNorm(x); parts for norm weight and bias; LayerNorm(x).
+
+    The parts are (parts, 2, C), for `sum_parts`.
+    """
     return norm.norm_backward(grad, x, residual_grad, norm_weight, norm_bias, eps)
 
 
@@ -51,9 +55,9 @@ def norm_backward(
 def conv_backward(
     grad: Tensor, x: Tensor, weight: Tensor, extra: Tensor | None, residual: bool, input_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradient of conv(x) (+ x if residual) for x, plus extra, and (10 C,) for the taps, then the bias.
+    """Return the gradient of conv(x) (+ x if residual) for x, plus extra, and parts for the taps, then the bias.
 
-    With `input_bias`, (11 C,): also for a bias that was added to x.
+    The parts are (parts, 10, C), or with `input_bias` (parts, 11, C): also for a bias that was added to x.
     """
     return depthwise_backward.conv_backward(grad, x, weight, extra, residual=residual, input_bias=input_bias)
 
@@ -87,7 +91,7 @@ def linear_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return gradients of qk, v without lepe's part, gate and attention + lepe; linear_attention's first result again;
 
-    and (3 C,): gradients of biases that were added to qk and to gate.
+    and (parts, 3, C): gradients of biases that were added to qk and to gate.
     """
     return attention_backward.attention_backward(
         grad.contiguous(), qk.contiguous(), v.contiguous(), gate.contiguous(), ungated, cos, sin, matrix, mean, heads
@@ -102,13 +106,13 @@ def gelu(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("mlla::gelu_backward", mutates_args=())
 def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient through GELU(x), GELU(x) again, and the gradient's sum over tokens, (C,)."""
+    """Return the gradient through GELU(x), GELU(x) again, and the gradient's sum over tokens, (parts, 1, C)."""
     return elementwise.gelu_backward(grad.contiguous(), x.contiguous())
 
 
 @torch.library.custom_op("mlla::scale_and_sum", mutates_args=())
 def scale_and_sum(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scale x, for x (B, ..., C) and a scale for each image, and its sum over tokens, (C,)."""
+    """Return scale x, for x (B, ..., C) and a scale for each image, and its sum over tokens, (parts, 1, C)."""
     return elementwise.scale_and_sum(x.contiguous(), scale)
 
 
@@ -126,8 +130,15 @@ def strided_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @torch.library.custom_op("mlla::wide_conv_backward", mutates_args=())
 def wide_conv_backward(grad: Tensor, x: Tensor, weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Return gradients of out = strided_conv(x, weight, bias): for x, and (11 C,) for weight, bias, and a bias in x."""
+    """Return gradients of out = strided_conv(x, weight, bias): for x; (parts, 11, C) for weight, bias, a bias in x."""
     return downsample.strided_backward(grad, x, weight, out)
+
+
+# torch 2.6 finds no schema for list[Tensor].
+@torch.library.custom_op("mlla::sum_parts", mutates_args=(), schema="(Tensor[] buffers) -> Tensor")
+def sum_parts(buffers: list[Tensor]) -> Tensor:
+    """Return up to six buffers (parts, rows, C) summed over their parts, flat and joined; taps as (C, taps)."""
+    return sums.sum_parts(*buffers)
 
 
 @torch.library.custom_op("mlla::stem_conv", mutates_args=())
@@ -159,14 +170,14 @@ def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 @norm_backward.register_fake
 def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return empty(x), empty(x, 2, x.shape[-1], dtype=torch.float32), empty(x)
+    return empty(x), norm.empty_sums(x), empty(x)
 
 
 @conv_backward.register_fake
 def _(
     grad: Tensor, x: Tensor, weight: Tensor, extra: Tensor | None, residual: bool, input_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    return empty(x), empty(x, (11 if input_bias else 10) * x.shape[-1], dtype=torch.float32)
+    return empty(x), depthwise_backward.empty_sums(x, input_bias=input_bias)
 
 
 @conv_silu.register_fake
@@ -190,8 +201,9 @@ def _(
 
 
 @linear_attention_backward.register_fake
-def _(grad: Tensor, qk: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return empty(qk), empty(v), empty(v), empty(v), empty(v), empty(v, 3 * v.shape[-1], dtype=torch.float32)
+def _(grad: Tensor, qk: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    heads = args[-1]
+    return empty(qk), empty(v), empty(v), empty(v), empty(v), attention_backward.empty_sums(v, heads)
 
 
 @strided_conv.register_fake
@@ -201,7 +213,7 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 @wide_conv_backward.register_fake
 def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return empty(x), empty(x, 11 * x.shape[-1], dtype=torch.float32)
+    return empty(x), downsample.empty_sums(x)
 
 
 @gelu.register_fake
@@ -211,12 +223,17 @@ def _(x: Tensor) -> Tensor:
 
 @gelu_backward.register_fake
 def _(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return empty(x), empty(x), empty(x, x.shape[-1], dtype=torch.float32)
+    return empty(x), empty(x), elementwise.empty_gelu_sums(x)
 
 
 @scale_and_sum.register_fake
 def _(x: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-    return empty(x), empty(x, x.shape[-1], dtype=torch.float32)
+    return empty(x), elementwise.empty_scale_sums(x)
+
+
+@sum_parts.register_fake
+def _(buffers: list[Tensor]) -> Tensor:
+    return empty(buffers[0], sum(rows * channels for _, rows, channels in (buffer.shape for buffer in buffers)))
 
 
 def empty_stem(images: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

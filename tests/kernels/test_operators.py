@@ -36,8 +36,8 @@ def test_convolutions_and_norm(draw: Any) -> None:
 
 
 def test_attention(draw: Any) -> None:
-    x, taps, bias, table = draw(1, 4, 6, 32), draw(32, 1, 3, 3), draw(32), draw(6, 8)
-    qk = draw(1, 4, 6, 64)
+    x, taps, bias, table = draw(2, 4, 6, 32), draw(32, 1, 3, 3), draw(32), draw(6, 8)
+    qk = draw(2, 4, 6, 64)
     _, ungated, *state = check(ops.linear_attention, qk, x, x, taps, bias, table, table, 2, True)
     check(ops.linear_attention_backward, x, qk, x, x, ungated, table, table, *state, 2)
 
@@ -49,6 +49,10 @@ def test_mlp_and_elementwise(draw: Any) -> None:
     check(ops.gelu_backward, x, x)
     check(ops.scale_and_sum, x, draw(1, 1, 1, 1))
     check(ops.mlp, x, draw(128, 32), draw(128), draw(32, 128), draw(32), x)
+
+
+def test_sums(draw: Any) -> None:
+    check(ops.sum_parts, [draw(3, 10, 32), draw(2, 1, 8)])
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)

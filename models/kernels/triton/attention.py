@@ -17,7 +17,8 @@ from torch import Tensor
 
 from models.kernels.triton.depthwise import conv_gate_forward
 from models.kernels.triton.launch import matmul_precision, num_multiprocessors, on_its_device
-from models.kernels.triton.math import positive, reciprocal, sum_parts
+from models.kernels.triton.math import positive, reciprocal
+from models.kernels.triton.sums import sum_parts
 
 NORMALIZER_EPS = tl.constexpr(1e-6)
 TOKENS_PER_PART = 256  # at least
@@ -161,7 +162,7 @@ def few_parts(parts: Tensor) -> Tensor:
     """Sum float32 (parts, heads, ...) over parts, unless they are few enough for the kernels that read them."""
     if parts.shape[0] <= MAX_PARTS:
         return parts
-    return sum_parts(parts.flatten(2)).view(1, *parts.shape[1:])
+    return sum_parts(parts.flatten(1).unsqueeze(1)).view(1, *parts.shape[1:])
 
 
 def forward_tiles(v: Tensor, dim: int, programs: int) -> tuple[Tile, Tile]:

@@ -19,7 +19,7 @@ from models.kernels.triton.attention import (
     rotate,
 )
 from models.kernels.triton.launch import matmul_precision, on_its_device
-from models.kernels.triton.math import positive, positive_gradient, reciprocal, sigmoid, sum_parts
+from models.kernels.triton.math import positive, positive_gradient, reciprocal, sigmoid
 
 
 @triton.jit
@@ -149,6 +149,13 @@ def key_value_backward_kernel(
 TILES = Tile(32, 2), Tile(64, 4)  # of the passes over q, and over k and v
 
 
+def empty_sums(v: Tensor, heads: int) -> Tensor:
+    """Return a buffer for sums over the tokens of parts of an image, (parts, 3, C): of gradients of q, k and gate."""
+    batch, height, width, channels = v.shape
+    parts = num_parts(height * width, batch * heads, v.device, 4) * batch
+    return torch.empty(parts, 3, channels, dtype=torch.float32, device=v.device)
+
+
 @on_its_device
 def attention_backward(
     grad: Tensor, qk: Tensor, v: Tensor, gate: Tensor, ungated: Tensor, cos: Tensor, sin: Tensor,
@@ -156,14 +163,14 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of qk, v (without lepe's part), gate and ungated output; the gated output; and bias sums.
 
-    The latter, float32 (3 C,), are the gradients of qk and of gate summed over tokens.
+    The latter, float32 (parts, 3, C), are the gradients of qk and of gate summed over the tokens of each part.
     """
     batch, height, width, channels = v.shape
     num_tokens, dim, head_count = height * width, channels // heads, batch * heads
-    parts = num_parts(num_tokens, head_count, v.device, 4)
+    sums = empty_sums(v, heads)
+    parts = sums.shape[0] // batch
     grad_qk = torch.empty_like(qk)
     grad_v, grad_gate, grad_ungated, gated = (torch.empty_like(v) for _ in range(4))
-    sums = torch.empty(parts * batch, 3, channels, dtype=torch.float32, device=v.device)
     grad_matrix = torch.empty(parts, *matrix.shape[1:], dtype=torch.float32, device=v.device)
     grad_mean = torch.empty(parts, *mean.shape[1:], dtype=torch.float32, device=v.device)
     constants = {"DIM": dim, "PRECISION": matmul_precision(v.dtype), "MIXED": heads % 2 == 1, "num_stages": 1}
@@ -179,4 +186,4 @@ def attention_backward(
         *(num_tokens, width, heads, grad_matrix.shape[0], triton.cdiv(num_tokens, parts)),
         BLOCK=TILES[1].tokens, num_warps=TILES[1].warps, **constants,
     )  # fmt: skip
-    return grad_qk, grad_v, grad_gate, grad_ungated, gated, sum_parts(sums)
+    return grad_qk, grad_v, grad_gate, grad_ungated, gated, sums

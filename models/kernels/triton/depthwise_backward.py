@@ -10,8 +10,9 @@ from torch import Tensor
 
 from models.kernels.triton.depthwise import Tile
 from models.kernels.triton.depthwise_io import load_pair, load_row, load_stencil, store_sums, to_float
-from models.kernels.triton.launch import channel_block, num_multiprocessors, on_its_device, token_stride
-from models.kernels.triton.math import as_tile, sum_parts
+from models.kernels.triton.launch import channel_block, on_its_device, token_stride
+from models.kernels.triton.math import as_tile
+from models.kernels.triton.sums import empty_parts
 
 
 @triton.jit
@@ -116,6 +117,14 @@ def conv_backward_kernel(
     store_sums(target, channels, channel_ok, t0, t1, t2, m0, m1, m2, l0, l1, l2, total, input_sum, INPUT_BIAS)
 
 
+CHANNELS = 64  # of a program, at most
+
+
+def empty_sums(x: Tensor, *, input_bias: bool) -> Tensor:
+    """Return a buffer for sums over tokens, (programs, 10, C), or (programs, 11, C) with `input_bias`."""
+    return empty_parts(x, 11 if input_bias else 10, block=CHANNELS, programs=4)
+
+
 @on_its_device
 def conv_backward(
     grad: Tensor,
@@ -127,25 +136,24 @@ def conv_backward(
     input_bias: bool = False,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return gradients of conv(x) (+ x if `residual`): for x, plus `extra`, and float32 (10 C,) for taps, then bias.
+    """Return gradients of conv(x) (+ x if `residual`): for x, plus `extra`, and for taps, then bias.
 
-    With `input_bias`, (11 C,): also for a bias that was added to x.
+    The latter are in parts, float32 (programs, 10, C). With `input_bias`, (programs, 11, C): also for a bias that was
+    added to x.
     """
     batch, height, width, channels = x.shape
     x, x_stride = token_stride(x)
     grad, grad_stride = token_stride(grad)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block = channel_block(channels, 64)
+    block = channel_block(channels, CHANNELS)
     tile = tile or (Tile(4, 14, block, 4) if height > 7 else Tile(4, 7, block, 2))
     num_pairs = batch * triton.cdiv(width, 2)
     num_blocks = triton.cdiv(num_pairs, tile.pairs) * triton.cdiv(height, tile.rows)
-    channel_blocks = triton.cdiv(channels, tile.channels)
-    programs = min(num_blocks, max(1, 4 * num_multiprocessors(x.device) // channel_blocks))
-    partials = torch.empty(programs, 11 if input_bias else 10, channels, dtype=torch.float32, device=x.device)
-    conv_backward_kernel[(programs, channel_blocks)](
+    partials = empty_sums(x, input_bias=input_bias)
+    conv_backward_kernel[(partials.shape[0], triton.cdiv(channels, tile.channels))](
         *(grad, x, weight, grad if extra is None else extra.contiguous(), grad_x, partials),
         *(num_pairs, num_blocks, height, width, channels, grad_stride, x_stride),
         RESIDUAL=residual, EXTRA=extra is not None, INPUT_BIAS=input_bias,
         ROWS=tile.rows, PAIRS=tile.pairs, CHANNELS=tile.channels, UNROLL=tile.unroll, num_warps=tile.warps,
     )  # fmt: skip
-    return grad_x, sum_parts(partials, taps=True)
+    return grad_x, partials

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from models.kernels.triton.depthwise_io import load_stencil, store_sums
 from models.kernels.triton.launch import channel_block, num_multiprocessors, on_its_device
-from models.kernels.triton.math import as_tile, sum_parts
+from models.kernels.triton.math import as_tile
+from models.kernels.triton.sums import empty_parts
 
 
 @triton.jit
@@ -132,26 +133,31 @@ def strided_backward_kernel(
     store_sums(target, channels, channel_ok, t0, t1, t2, m0, m1, m2, l0, l1, l2, total, input_sum, True)
 
 
-def plan(x: Tensor, tile: tuple[int, int, int, int], programs_per_multiprocessor: int) -> tuple[int, int, int, int]:
-    """Return the number of columns, blocks, programs and blocks of channels for x (B, H, W, C)."""
+CHANNELS = 64  # of a program, at most
+Tile = tuple[int, int, int, int]  # columns, rows, channels, warps
+
+
+def plan(x: Tensor, tile: Tile | None) -> tuple[Tile, int, int, int]:
+    """Return the tile, and the number of columns, blocks, and blocks of channels for x (B, H, W, C)."""
     batch, height, width, channels = x.shape
-    columns, rows, block, _ = tile
+    columns, rows, block, warps = tile or (4, 7, channel_block(channels, CHANNELS), 4)
     num_columns = batch * width // 2
     num_blocks = triton.cdiv(num_columns, columns) * triton.cdiv(height // 2, rows)
-    channel_blocks = triton.cdiv(channels, block)
-    limit = max(1, programs_per_multiprocessor * num_multiprocessors(x.device) // channel_blocks)
-    return num_columns, num_blocks, min(num_blocks, limit), channel_blocks
+    return (columns, rows, block, warps), num_columns, num_blocks, triton.cdiv(channels, block)
+
+
+def empty_sums(x: Tensor) -> Tensor:
+    """Return a buffer for sums over tokens, (programs, 11, C): gradients of taps, bias and input bias."""
+    return empty_parts(x, 11, block=CHANNELS, programs=4)
 
 
 @on_its_device
-def strided_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, *, tile: tuple[int, int, int, int] | None = None
-) -> Tensor:
-    """Return ReLU(conv(ReLU(x)) + bias), (B, H / 2, W / 2, C); `tile`: columns, rows, channels, warps."""
+def strided_forward(x: Tensor, weight: Tensor, bias: Tensor, *, tile: Tile | None = None) -> Tensor:
+    """Return ReLU(conv(ReLU(x)) + bias), (B, H / 2, W / 2, C)."""
     x = x.contiguous()
     batch, height, width, channels = x.shape
-    tile = tile or (4, 7, channel_block(channels, 64), 4)
-    num_columns, num_blocks, programs, channel_blocks = plan(x, tile, 16)
+    tile, num_columns, num_blocks, channel_blocks = plan(x, tile)
+    programs = min(num_blocks, max(1, 16 * num_multiprocessors(x.device) // channel_blocks))
     out = torch.empty(batch, height // 2, width // 2, channels, dtype=x.dtype, device=x.device)
     strided_forward_kernel[(programs, channel_blocks)](
         *(x, weight, bias, out, num_columns, num_blocks, height // 2, width // 2, channels),
@@ -162,17 +168,18 @@ def strided_forward(
 
 @on_its_device
 def strided_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, out: Tensor, *, tile: tuple[int, int, int, int] | None = None
+    grad: Tensor, x: Tensor, weight: Tensor, out: Tensor, *, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return gradients of `strided_forward`, which gave `out`: for x, and (11 C,) for taps, bias and input bias."""
+    """Return gradients of `strided_forward`, which gave `out`: for x, and in parts for taps, bias and input bias.
+
+    The latter are float32 (programs, 11, C).
+    """
     grad, x = grad.contiguous(), x.contiguous()
-    tile = tile or (4, 7, channel_block(x.shape[-1], 64), 4)
-    num_columns, num_blocks, programs, channel_blocks = plan(x, tile, 4)
-    grad_x = torch.empty_like(x)
-    partials = torch.empty(programs, 11, x.shape[-1], dtype=torch.float32, device=x.device)
-    strided_backward_kernel[(programs, channel_blocks)](
+    tile, num_columns, num_blocks, channel_blocks = plan(x, tile)
+    grad_x, partials = torch.empty_like(x), empty_sums(x)
+    strided_backward_kernel[(partials.shape[0], channel_blocks)](
         *(grad, x, weight, out, grad_x, partials, num_columns, num_blocks, x.shape[1] // 2, x.shape[2] // 2),
         *(x.shape[3],),
         ROWS=tile[1], COLUMNS=tile[0], CHANNELS=tile[2], num_warps=tile[3],
     )  # fmt: skip
-    return grad_x, sum_parts(partials, taps=True)
+    return grad_x, partials

@@ -4,15 +4,14 @@ Eager references: F.gelu and `DropPath` (models/layers.py). The bias belongs to 
 is the sum over tokens of the gradient that a kernel writes, so that no other pass has to read it.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.kernels.triton.launch import channel_block, num_multiprocessors, on_its_device
-from models.kernels.triton.math import exponential, reciprocal, sum_parts
+from models.kernels.triton.launch import channel_block, on_its_device
+from models.kernels.triton.math import exponential, reciprocal
+from models.kernels.triton.sums import empty_parts
 
 DENSITY_AT_ZERO = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 
@@ -88,24 +87,18 @@ def scale_kernel(
     store_total(partials, total, channel, channels)
 
 
-class Tile(NamedTuple):
-    """Tokens and channels that a program takes at a time, its warps, and programs per multiprocessor."""
-
-    tokens: int
-    channels: int
-    warps: int
-    programs: int
+GELU_CHANNELS, SCALE_CHANNELS = 128, 64  # of a program, at most
+ELEMENTS = 2048  # that a program takes at a time
 
 
-def plan(x: Tensor, tile: Tile) -> tuple[int, tuple[int, int], Tensor]:
-    """Return the number of tokens of x (..., C), the launch grid, and a buffer for the parts of the sums."""
-    channels = x.shape[-1]
-    num_tokens = x.numel() // channels
-    channel_blocks = triton.cdiv(channels, tile.channels)
-    limit = max(1, tile.programs * num_multiprocessors(x.device) // channel_blocks)
-    programs = min(triton.cdiv(num_tokens, tile.tokens), limit)
-    partials = torch.empty(programs, 1, channels, dtype=torch.float32, device=x.device)
-    return num_tokens, (programs, channel_blocks), partials
+def empty_gelu_sums(x: Tensor) -> Tensor:
+    """Return a buffer for the sums of `gelu_backward`, (programs, 1, C)."""
+    return empty_parts(x, 1, block=GELU_CHANNELS, programs=4)
+
+
+def empty_scale_sums(x: Tensor) -> Tensor:
+    """Return a buffer for the sums of `scale_and_sum`, (programs, 1, C)."""
+    return empty_parts(x, 1, block=SCALE_CHANNELS, programs=8)
 
 
 @on_its_device
@@ -117,28 +110,32 @@ def gelu_forward(x: Tensor, *, tile: tuple[int, int] = (1024, 4)) -> Tensor:
 
 
 @on_its_device
-def gelu_backward(grad: Tensor, x: Tensor, *, tile: Tile | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient through GELU(x) (..., C), GELU(x), and the gradient's sum over tokens, float32 (C,)."""
+def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient through GELU(x) (..., C), GELU(x), and the gradient's sum over tokens in parts.
+
+    The latter is float32 (programs, 1, C).
+    """
     channels = x.shape[-1]
-    tile = tile or Tile(2048 // channel_block(channels, 128), channel_block(channels, 128), 4, 4)
-    num_tokens, grid, partials = plan(x, tile)
-    grad_x, out = torch.empty_like(x), torch.empty_like(x)
-    gelu_backward_kernel[grid](
-        *(grad, x, grad_x, out, partials, num_tokens, channels),
-        TOKENS=tile.tokens, CHANNELS=tile.channels, num_warps=tile.warps,
+    block = channel_block(channels, GELU_CHANNELS)
+    grad_x, out, partials = torch.empty_like(x), torch.empty_like(x), empty_gelu_sums(x)
+    gelu_backward_kernel[(partials.shape[0], triton.cdiv(channels, block))](
+        *(grad, x, grad_x, out, partials, x.numel() // channels, channels),
+        TOKENS=ELEMENTS // block, CHANNELS=block, num_warps=4,
     )  # fmt: skip
-    return grad_x, out, sum_parts(partials)
+    return grad_x, out, partials
 
 
 @on_its_device
-def scale_and_sum(x: Tensor, scale: Tensor, *, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
-    """Return scale x for a contiguous x (B, ..., C) and B scales, and its sum over tokens, float32 (C,)."""
+def scale_and_sum(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scale x for a contiguous x (B, ..., C) and B scales, and its sum over tokens in parts.
+
+    The latter is float32 (programs, 1, C).
+    """
     channels = x.shape[-1]
-    tile = tile or Tile(2048 // channel_block(channels, 64), channel_block(channels, 64), 4, 8)
-    num_tokens, grid, partials = plan(x, tile)
-    out = torch.empty_like(x)
-    scale_kernel[grid](
+    block, num_tokens = channel_block(channels, SCALE_CHANNELS), x.numel() // channels
+    out, partials = torch.empty_like(x), empty_scale_sums(x)
+    scale_kernel[(partials.shape[0], triton.cdiv(channels, block))](
         *(x, scale, out, partials, num_tokens, num_tokens // x.shape[0], channels),
-        TOKENS=tile.tokens, CHANNELS=tile.channels, num_warps=tile.warps,
+        TOKENS=ELEMENTS // block, CHANNELS=block, num_warps=4,
     )  # fmt: skip
-    return out, sum_parts(partials)
+    return out, partials

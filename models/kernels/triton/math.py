@@ -1,4 +1,4 @@
-"""Functions of float32 values in registers, and sums over parts, that several kernels share."""
+"""Functions of float32 values in registers that several kernels share."""
 
 import os
 
@@ -75,35 +75,3 @@ def gelu(x, EXACT: tl.constexpr):
         p = p * s - 0.0659846599
         p = p * s + 0.398712609
         return x * (z * p + 0.5)
-
-
-@triton.jit
-def sum_parts_kernel(
-    parts, out, num_parts, rows, channels, PARTS: tl.constexpr, LENGTH: tl.constexpr, TAPS: tl.constexpr
-):
-    """Store the sum over parts of (num_parts, rows, channels); with TAPS, the first nine rows by channel."""
-    length = rows * channels
-    index = tl.program_id(0) * LENGTH + tl.arange(0, LENGTH)[None, :]
-    total = tl.zeros((PARTS, LENGTH), dtype=tl.float32)
-    for first in range(0, num_parts, PARTS):
-        part = first + tl.arange(0, PARTS)[:, None]
-        total += tl.load(parts + part * length + index, mask=(part < num_parts) & (index < length), other=0.0)
-    target = index
-    if TAPS:
-        row, channel = index // channels, index % channels
-        target = tl.where(row < 9, channel * 9 + row, index)
-    tl.store(out + target, tl.sum(total, 0, keep_dims=True), mask=index < length)
-
-
-def sum_parts(parts: torch.Tensor, *, taps: bool = False) -> torch.Tensor:
-    """Return float32 (parts, rows, channels) summed over parts, flat; in one launch and in a fixed order.
-
-    With `taps` the first nine rows are those of a depthwise weight: (channels, taps), then the other rows.
-    """
-    num_parts, rows, channels = parts.shape
-    length = rows * channels
-    out = torch.empty(length, dtype=torch.float32, device=parts.device)
-    sum_parts_kernel[(triton.cdiv(length, 16),)](
-        parts, out, num_parts, rows, channels, PARTS=256, LENGTH=16, TAPS=taps, num_warps=8
-    )
-    return out

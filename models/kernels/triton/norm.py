@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.kernels.triton.launch import num_multiprocessors, on_its_device
-from models.kernels.triton.math import sum_parts
+from models.kernels.dispatch import LARGEST_WIDTH
+from models.kernels.triton.launch import on_its_device
+from models.kernels.triton.sums import empty_parts
 
 
 @triton.jit
@@ -62,6 +63,11 @@ def norm_backward_kernel(
     tl.store(target + channels, tl.sum(shift_sum, 0, keep_dims=True), mask=channel_ok)
 
 
+def empty_sums(x: Tensor) -> Tensor:
+    """Return a buffer for sums over tokens, (programs, 2, C): gradients of the norm's weight and bias."""
+    return empty_parts(x, 2, block=LARGEST_WIDTH, programs=4)
+
+
 @on_its_device
 def norm_backward(
     grad: Tensor,
@@ -73,22 +79,21 @@ def norm_backward(
     *,
     tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return gradients of (x, LayerNorm(x)): for x (B, H, W, C), float32 (2, C) for weight and bias; and LayerNorm(x).
+    """Return gradients of (x, LayerNorm(x)): for x (B, H, W, C), and weight and bias; and LayerNorm(x).
 
-    `tile`: tokens, warps.
+    Those of weight and bias are in parts, float32 (programs, 2, C). `tile`: tokens, warps.
     """
     channels = x.shape[-1]
     grad, x, residual_grad = grad.contiguous(), x.contiguous(), residual_grad.contiguous()
     num_tokens = x.numel() // channels
     block = triton.next_power_of_2(channels)
     tokens, warps = tile or (max(1, 2048 // block), 4)
-    programs = min(triton.cdiv(num_tokens, tokens), 4 * num_multiprocessors(x.device))
     grad_x, normed = torch.empty_like(x), torch.empty_like(x)
-    partials = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
-    norm_backward_kernel[(programs,)](
+    partials = empty_sums(x)
+    norm_backward_kernel[(partials.shape[0],)](
         *(grad, x, residual_grad, norm_weight, norm_bias, grad_x, normed, partials, num_tokens, channels, eps),
         BLOCK_TOKENS=tokens,
         BLOCK_CHANNELS=block,
         num_warps=warps,
     )
-    return grad_x, sum_parts(partials).view(2, channels), normed
+    return grad_x, partials, normed

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from models.kernels.triton.launch import matmul_precision, num_multiprocessors, on_its_device
-from models.kernels.triton.math import sum_parts
+from models.kernels.triton.sums import sum_parts
 
 WINDOW = tl.constexpr(16)  # values of a pair in one row of an image; the first is there for alignment alone
 TAPS = tl.constexpr(27)
@@ -177,7 +177,7 @@ def stem_backward(
     like = torch.empty_like(weight, device="meta")  # dense, whatever views the weight is
     sizes, constants = launch_args(images, like, pairs)
     programs = min(sizes[1], programs_per_multiprocessor * num_multiprocessors(images.device))
-    parts = torch.empty(2 * programs, weight.shape[0], TAPS.value, dtype=torch.float32, device=images.device)
+    parts = torch.empty(2 * programs, 1, weight.shape[0] * TAPS.value, dtype=torch.float32, device=images.device)
     stem_backward_kernel[(programs,)](
         *(grad, images, parts, *sizes),
         PRECISION=matmul_precision(grad.dtype), STAGES=stages, num_warps=warps, **constants,
