@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from utils.logs.logger import logger
+from utils.speed.compile_fallback import with_fallback
+from utils.speed.compile_workers import start_compile_workers
 from utils.speed.streams import on_side_stream, side_stream
 
 GRAPHS = "graphs"  # CUDA graphs of code that is not compiled; what "auto" stands for in evaluation
@@ -83,7 +85,7 @@ def compile_regions(model: nn.Module, mode: str, activation_budget: float = 1.0)
     """Compile in place the modules of the model that have `is_region`, or the model itself if none has.
 
     The blocks of a stage share one graph, so a deep model compiles as fast as a shallow one. Names in the state_dict do
-    not change.
+    not change. What cannot be compiled falls back to eager PyTorch, see `with_fallback`.
 
     Args:
         model: compiled in place.
@@ -100,11 +102,19 @@ def compile_regions(model: nn.Module, mode: str, activation_budget: float = 1.0)
         # torch 2.6 turns integers of modules that differ between blocks into symbols, which have no self-test.
         torch._dynamo.config.specialize_int = True
     torch._functorch.config.activation_memory_budget = activation_budget
+    if hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):
+        # The backward pass is compiled in the forward call, where it can fall back; torch 2.6 has no such switch.
+        torch._functorch.config.force_non_lazy_backward_lowering = True
     merge_small_kernels()
+    start_compile_workers()
     regions = [module for module in model.modules() if getattr(module, "is_region", False)]
     remember_autograd_functions(regions)
+    # Inductor of torch 2.14 fails on views of symbolic sizes, "cannot determine truth value of Relational".
+    is_dynamic = False if all(parameter.device.type == "cpu" for parameter in model.parameters()) else None
+    failed: set[type[nn.Module]] = set()
     for module in regions or [model]:
-        module.compile(mode=INDUCTOR_MODES[mode])
+        module.compile(mode=INDUCTOR_MODES[mode], dynamic=is_dynamic)
+        module._compiled_call_impl = with_fallback(module, failed)
     return model
 
 

@@ -14,13 +14,12 @@ from utils.config.command_line import SECONDARY_RANK_DELAY_SECONDS, report_user_
 from utils.config.errors import UserError
 from utils.distributed.process import Process, start_process, stop_process
 from utils.logs.logger import logger
+from utils.speed.compile_fallback import MISSING_C_COMPILER, MISSING_CPP_COMPILER
 from utils.training.train_step import NonFiniteLossError
 
 # Parts of messages by which an error of a library is recognized; libraries raise RuntimeError for all of them.
 LOST_CONTACT = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 DEAD_LOADER_WORKER = "DataLoader worker (pid"  # what a worker raises is "Caught ... in DataLoader worker process"
-MISSING_CPP_COMPILER = "InvalidCxxCompiler: "
-MISSING_C_COMPILER = "Failed to find C compiler"  # Triton, for a GPU
 
 
 class MissingCompilerError(UserError):

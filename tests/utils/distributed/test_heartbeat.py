@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers import is_running, wait_for
 from tests.soak import Run, descendants
@@ -170,6 +171,20 @@ def test_threads_count_end_in_order_and_end_the_process(
     for member in (beating, hanging):
         member.stop()
     assert all(int(store.values[f"heartbeat/{rank}"]) > FINISHED for rank in (0, 1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_an_event_on_a_gpu() -> None:
+    """It is finished only after the work before it."""
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # clock cycles, about a second
+    member = Heartbeat(FakeStore(), 0, 2, record_event=heartbeat.record_cuda_event)
+    member.watch_device()
+    assert member.check() == ""
+    assert member.event is not None
+    torch.cuda.synchronize()
+    member.check()
+    assert member.event is None
 
 
 @pytest.mark.slow
