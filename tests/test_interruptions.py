@@ -17,13 +17,13 @@ import torch
 
 import data.sources.digits
 from tests.helpers import ROOT, is_running, run_python, wait_for
-from tests.soak import SETTINGS, Run, descendants, differing
+from tests.soak import SETTINGS, SMALL, Run, descendants, differing
 from utils.logs.output_dir import lock_output_dir
 
 pytestmark = pytest.mark.slow
 
 RunMain = Callable[..., tuple[int, str, str]]
-ARGS = ["--cfg", "cfgs/digits.yaml", "--batch-size", "64", "--opts", *SETTINGS, "TRAIN.EPOCHS", "2"]
+ARGS = ["--cfg", "cfgs/digits.yaml", "--batch-size", "64", "--opts", *SETTINGS, *SMALL, "TRAIN.EPOCHS", "2"]
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
