@@ -53,6 +53,9 @@ def make_zip(folder: ImageFolder, split: str, out: Path) -> None:
         OSError: the disk is full.
     """
     paths = [folder.paths[index] for index in range(len(folder))]
+    for path in paths:
+        if path.encode("utf-8", "replace").decode() != path:
+            raise DataError(f"{folder.folder}/{path}: a name that is not UTF-8, which archives need; rename it")
     archive = out / f"{split}.zip"
     partial = out / f"{split}.zip.partial"
     lines = "".join(f"{path}\t{label}\n" for path, label in zip(paths, folder.labels, strict=True))

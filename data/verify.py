@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     print(f"{sum(map(len, sources))} images, {len(failures)} cannot be used")
     if failures:
-        args.output.write_text("".join(f"{name}\t{reason}\n" for name, reason in failures))
+        args.output.write_text(
+            "".join(f"{name}\t{reason}\n" for name, reason in failures), encoding="utf-8", errors="surrogateescape"
+        )
         print(f"listed in {args.output}")
     return 1 if failures else 0
 

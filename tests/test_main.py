@@ -274,7 +274,9 @@ def test_mesa_without_ema_is_off_with_a_warning(run_main: RunMain, tmp_path: Pat
 def test_pretrained_weights_with_another_head(run_main: RunMain, tmp_path: Path) -> None:
     torch.save({"model": MLLA(**MICRO, num_classes=10).state_dict()}, tmp_path / "weights.pth")
     args = ["--cfg", "cfgs/digits.yaml", "--pretrained", tmp_path / "weights.pth", "--output", tmp_path]
-    data = make_image_folder(tmp_path / "images", train=8, val=5, classes=("a$", "b$_{"))  # names in predictions.png
+    data = make_image_folder(
+        tmp_path / "images", train=8, val=5, classes=("a$", "caf\udce9$_{")
+    )  # names in predictions.png
     args += ["--data-path", data, "--batch-size", "8", "--opts", "DATA.DATASET", "folder", "TRAIN.EPOCHS", "1"]
     code, out, _ = run_main(*args, "TRAIN.WARMUP_EPOCHS", "0")
     assert code == 0

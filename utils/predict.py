@@ -206,8 +206,12 @@ def format_table(predictions: Sequence[Prediction]) -> str:
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction], suffix: str) -> None:
-    """Write a .json file (a list of objects) or a .csv file (one line per image and class)."""
-    with path.open("w", newline="") as file:
+    """Write a .json file (a list of objects) or a .csv file (one line per image and class).
+
+    Bytes of names that are not UTF-8 are escapes in JSON, as in Python; a CSV file holds them as they are.
+    """
+    errors = "backslashreplace" if suffix == ".json" else "surrogateescape"
+    with path.open("w", newline="", encoding="utf-8", errors=errors) as file:
         if suffix == ".json":
             json.dump([prediction._asdict() for prediction in predictions], file, indent=1, ensure_ascii=False)
             return

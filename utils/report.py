@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = report(args.run)
         check_output(target, force=args.force, creator=CREATOR)
         with user_file(target, "written"):
-            write_atomic(target, lambda path: path.write_text(text, encoding="utf-8"))
+            write_atomic(target, lambda path: path.write_text(text, encoding="utf-8", errors="replace"))
     print(f"report: {target} ({target.stat().st_size / 1024:.0f} KiB)")
     return 0
 

@@ -11,6 +11,8 @@ from faster_coco_eval import mask as rle
 from matplotlib import colormaps, font_manager
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
+from utils.logs.plots import drawable
+
 MIN_SIDE = 256  # of a drawing, in pixels; smaller images are enlarged by a whole factor
 GAP = 8  # pixels between drawings
 
@@ -61,7 +63,7 @@ def draw_objects(image: np.ndarray, objects: LabeledObjects) -> np.ndarray:
     drawing = draw_bounding_boxes(
         drawing,
         torch.from_numpy(objects.boxes * factor),
-        labels=objects.captions,
+        labels=[drawable(caption) for caption in objects.captions],
         colors=colors,
         width=max(2, min(size) // 250),
         font=font_manager.findfont("DejaVu Sans"),

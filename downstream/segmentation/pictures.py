@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from downstream.segmentation.model.losses import IGNORED
+from utils.logs.plots import drawable
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -101,7 +102,7 @@ def plot_segmentations(
     present = [i for i in np.unique(np.concatenate([x.ravel() for x in [*truths, *predictions]])) if i < len(classes)]
     if len(present) <= LEGEND_CLASSES:
         colors = class_colors(len(classes)) / 255
-        patches = [Patch(color=colors[i], label=classes[i].replace("$", r"\$")) for i in present]
+        patches = [Patch(color=colors[i], label=drawable(classes[i]).replace("$", r"\$")) for i in present]
         figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 8), frameon=False)
     figure.savefig(picture, dpi=75, bbox_inches="tight")
     plt.close(figure)

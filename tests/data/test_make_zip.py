@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from data import make_zip
-from data.errors import BrokenImageError
+from data.errors import BrokenImageError, DataError
 from data.sources.image_folder import ImageFolder
 from data.sources.zip_folder import ZipFolder
 from tests.helpers import exit_code, make_image_folder
@@ -115,10 +115,15 @@ def test_user_errors(
     assert pack(images, tmp_path / "zips") == 2
     assert "differ in classes, such as dog" in capsys.readouterr().err
 
+    (images / "val" / "emu" / "0.jpg").rename(images / "val" / "emu" / "caf\udce9.jpg")
+    (images / "val" / "emu").rename(images / "val" / "dog")
+    with pytest.raises(DataError, match="caf\udce9.jpg: a name that is not UTF-8, which archives need"):
+        make_zip.make_zip(ImageFolder(str(images), "val"), "val", tmp_path)
+    (images / "val" / "dog" / "caf\udce9.jpg").rename(images / "val" / "dog" / "0.jpg")
+
     def unreadable(*_: object) -> bytes:
         raise BrokenImageError("cannot be read: Permission denied")
 
-    (images / "val" / "emu").rename(images / "val" / "dog")
     monkeypatch.setattr(ImageFolder, "read", unreadable)
     assert pack(images, tmp_path / "zips") == 2
     assert f"{images}/train/cat/0.jpg: cannot be read: Permission denied" in capsys.readouterr().err

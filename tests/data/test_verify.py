@@ -45,6 +45,13 @@ def test_broken_images_are_listed(
     assert "bad.txt exists; move it" in capsys.readouterr().err
 
 
+def test_names_that_are_not_utf8(images: Path, tmp_path: Path) -> None:
+    """As archives in Latin-1 unpack; the list holds the bytes of the names."""
+    (images / "train" / "cat" / "1.jpg").rename(images / "train" / "cat" / "caf\udce9.jpg")
+    assert verify.main([str(images), "--workers", "0", "--output", str(tmp_path / "bad.txt")]) == 1
+    assert b"/train/cat/caf\xe9.jpg\tan empty file" in (tmp_path / "bad.txt").read_bytes()
+
+
 def test_no_list_for_a_good_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_image_folder(tmp_path / "images", train=2, val=1)
     assert verify.main([str(tmp_path / "images"), "--workers", "0", "--output", str(tmp_path / "bad.txt")]) == 0

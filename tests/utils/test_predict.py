@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 from config import load_config
 from data import build_data
 from models import build_model
-from tests.helpers import ROOT, deep_gray, exit_code, fill_weights
+from tests.helpers import ROOT, deep_gray, exit_code, fill_weights, run_python
 from utils import predict
 
 OPTS = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.DEPTHS", "[1,1,1,1]", "MODEL.MLLA.NUM_HEADS", "[1,1,1,1]"]
@@ -81,6 +82,20 @@ def test_csv_other_sizes_and_no_ema(
     assert {row["rank"] for row in rows} == {"1"}
     assert (tmp_path / "b.csv").read_text() != (tmp_path / "a.csv").read_text()
     assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_names_that_are_not_utf8(checkpoint: Path, image_folder: Path, tmp_path: Path) -> None:
+    """As archives in Latin-1 unpack: printed with escapes, and written so that Python reads them back."""
+    image = tmp_path / "caf\udce9.jpg"
+    shutil.copy(next(image_folder.rglob("*.jpg")), image)
+    for suffix in ("json", "csv"):
+        args = [image, "--weights", checkpoint, "--output", tmp_path / f"p.{suffix}", "--picture", tmp_path / "p.png"]
+        done = run_python("-m", "utils.predict", *args, "--force", PYTHONIOENCODING="utf-8:strict")
+        assert done.returncode == 0, done.stderr
+        assert "caf\\udce9.jpg" in done.stdout
+    assert json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))[0]["file"] == str(image)
+    with (tmp_path / "p.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        assert next(csv.DictReader(file))["file"] == str(image)
 
 
 def test_timm_models_use_imagenet_class_names(

@@ -5,6 +5,7 @@ Light, for commands of every kind: imports neither torch nor anything else that 
 
 import argparse
 import difflib
+import io
 import os
 import sys
 import time
@@ -60,6 +61,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         self.argv = list(sys.argv[1:] if args is None else args)
+        escape_what_cannot_be_printed()
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -72,6 +74,15 @@ class Parser(argparse.ArgumentParser):
         hint = f"; did you mean {near[0]}?" if near else "; see --help"
         print(f"error: {message}{hint}", file=sys.stderr)
         sys.exit(2)
+
+
+def escape_what_cannot_be_printed() -> None:
+    """Let standard output print every name: characters that its encoding lacks become escapes, not errors.
+
+    Names of files that are not UTF-8 hold such characters. Standard error escapes them already.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def at_least(low: int) -> Callable[[str], int]:

@@ -48,7 +48,7 @@ def start_logging(folder: Path, rank: int) -> None:
     terminal = TerminalHandler(logging.INFO if rank == 0 else logging.ERROR)
     terminal.setFormatter(logging.Formatter("%(asctime)s | %(message)s", "%H:%M:%S"))
     logger.addHandler(terminal)
-    file = LogFile(folder / f"log_rank{rank}.txt", delay=rank > 0, encoding="utf-8")
+    file = LogFile(folder / f"log_rank{rank}.txt", delay=rank > 0, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(file)
 

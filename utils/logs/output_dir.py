@@ -29,9 +29,11 @@ def open_output_dir(output: str, name: str, tag: str, *, rank: int) -> Path:
     """Make <output>/<name>/<tag> and start this process's log in it.
 
     Raises:
-        OutputError: it cannot be made or written.
+        OutputError: it cannot be made or written, or its path is not UTF-8.
     """
     folder = Path(output) / name / tag
+    if os.fsencode(folder.absolute()).decode("utf-8", "replace") != str(folder.absolute()):
+        raise OutputError(f"{folder}: TensorBoard cannot write to a path that is not UTF-8; change OUTPUT (--output)")
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         start_logging(folder, rank)

@@ -149,6 +149,11 @@ def plot_predictions(
     plot_grid(images, captions, colors=colors, path=path)
 
 
+def drawable(text: str) -> str:
+    """Return a text that fonts can draw: bytes of names that are not UTF-8 become question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def plot_grid(
     images: Sequence[np.ndarray] | np.ndarray,
     captions: Sequence[str],
@@ -168,7 +173,7 @@ def plot_grid(
         axes.flat, images, captions, colors or ["black"] * len(images), strict=False
     ):
         axis.imshow(image)
-        axis.set_title(caption, fontsize=8, color=color, parse_math=False)  # a class may be called $
+        axis.set_title(drawable(caption), fontsize=8, color=color, parse_math=False)  # a class may be called $
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 

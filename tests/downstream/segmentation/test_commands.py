@@ -172,6 +172,6 @@ def test_overlay_by_hand() -> None:
 def test_plot_of_predictions(tmp_path: Path) -> None:
     images = [np.zeros((20, 30, 3), dtype=np.uint8)] * 3
     masks = [np.full((20, 30), value, dtype=np.uint8) for value in (0, 1, 255)]
-    plot_segmentations(images, masks, masks[:2] + masks[:1], classes=["$a", "b"], picture=tmp_path / "p.png")
+    plot_segmentations(images, masks, masks[:2] + masks[:1], classes=["$a", "caf\udce9"], picture=tmp_path / "p.png")
     with Image.open(tmp_path / "p.png") as picture:
         assert picture.width > 600

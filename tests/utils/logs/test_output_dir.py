@@ -4,7 +4,7 @@ import pytest
 
 from utils.checkpoint.files import Progress, move_replaced_checkpoints
 from utils.logs import output_dir
-from utils.logs.output_dir import OutputError, lock_output_dir, save_config
+from utils.logs.output_dir import OutputError, lock_output_dir, open_output_dir, save_config
 
 
 def test_the_lock_names_its_holder_and_deletes_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,6 +18,12 @@ def test_the_lock_names_its_holder_and_deletes_leftovers(tmp_path: Path, monkeyp
         assert holder in str(caught.value)
     with lock_output_dir(tmp_path):
         pass
+
+
+def test_a_path_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="TensorBoard cannot write to a path that is not UTF-8; change OUTPUT"):
+        open_output_dir(str(tmp_path / "caf\udce9"), "m", "t", rank=0)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
