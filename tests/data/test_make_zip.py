@@ -117,7 +117,7 @@ def test_user_errors(
 
     (images / "val" / "emu" / "0.jpg").rename(images / "val" / "emu" / "caf\udce9.jpg")
     (images / "val" / "emu").rename(images / "val" / "dog")
-    with pytest.raises(DataError, match="caf\udce9.jpg: a name that is not UTF-8, which archives need"):
+    with pytest.raises(DataError, match="a name that is not UTF-8, which archives need"):
         make_zip.make_zip(ImageFolder(str(images), "val"), "val", tmp_path)
     (images / "val" / "dog" / "caf\udce9.jpg").rename(images / "val" / "dog" / "0.jpg")
 
