@@ -10,6 +10,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval import mask as rle
 from torch import Tensor
 
+from downstream.detection.data.annotations import read_annotations
 from downstream.detection.model.masks import paste_masks
 from downstream.detection.model.structures import Detections, Size
 from utils.logs.atomic_write import write_atomic
@@ -46,10 +47,10 @@ def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
 
 
 class CocoEvaluator:
-    """COCO's evaluation of results against an annotation file."""
+    """COCO's evaluation of results against an annotation file, which is repaired as for training."""
 
     def __init__(self, annotations: str | Path) -> None:
-        self.truth = COCO(str(annotations))
+        self.truth = COCO(read_annotations(Path(annotations), log_repairs=False))
 
     def compute(self, results: Sequence[Result], *, per_class: bool = False) -> dict[str, float]:
         """Return box_AP, box_AP50, ..., mask_ARl, in percent; -1 if the file has no object for a metric.

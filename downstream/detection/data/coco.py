@@ -1,8 +1,8 @@
 """Images and objects of a COCO annotation file."""
 
-import json
 import os
 import pickle
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from faster_coco_eval import mask as rle
+from PIL import Image
 
 from data.errors import BrokenImageError, DataError, as_data_error
+from downstream.detection.data.annotations import read_annotations
 from utils.config.errors import MissingFileError
+from utils.logs.logger import logger
 
 MIN_SIDE = 32  # pixels; smaller images are not trained on
+MAX_HEADERS = 5000  # read when a file is opened: a second on a disk
+ORIENTATION, FIRST_TURNED = 0x0112, 5  # the EXIF tag, and its first value that exchanges width and height
 Segmentation = Any  # polygons, a list of lists x y x y ..., or run lengths, a dict with size and counts
-NEEDED_KEYS = {
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("image_id", "category_id", "bbox"),
-    "categories": ("id", "name"),
-}
 
 
 class Record(NamedTuple):
@@ -64,15 +64,16 @@ class CocoImages:
         self.annotations, self.folder = Path(annotations), Path(folder)
         content = read_annotations(self.annotations)
         categories = sorted(content["categories"], key=lambda category: category["id"])
-        self.category_ids = [int(category["id"]) for category in categories]
+        self.category_ids = [category["id"] for category in categories]
         self.classes = [str(category["name"]) for category in categories]
         self.categories = [{"id": i, "name": name} for i, name in zip(self.category_ids, self.classes, strict=True)]
         records = self.records_of(content)
         if for_training:
-            records = [r for r in records if len(r.boxes) and min(r.height, r.width) >= MIN_SIDE]
+            records = self.training_records(records)
         if not records:
             raise DataError(f"{self.annotations}: no {'usable training ' if for_training else ''}images in it")
         self.check_files([record.file_name for record in records])
+        self.check_sizes(records)
         self.aspect_ratios = np.array([record.width / record.height for record in records])
         # One block of bytes: of Python objects, each worker process would end up with a copy (reference counts).
         pickled = [pickle.dumps(record, protocol=-1) for record in records]
@@ -92,32 +93,36 @@ class CocoImages:
         images = {image["id"]: image for image in content["images"]}
         objects: dict[int, list[tuple[list[float], int, Segmentation]]] = {image_id: [] for image_id in images}
         for annotation in content["annotations"]:
-            image_id, category_id = annotation["image_id"], annotation["category_id"]
-            where = f"{self.annotations}: annotation {annotation.get('id')}"
-            if image_id not in images or category_id not in labels:
-                field, value = ("category_id", category_id) if image_id in images else ("image_id", image_id)
-                raise DataError(f"{where} has {field} {value}, not listed in the file")
-            if not annotation.get("segmentation"):
-                raise DataError(f"{where} has no segmentation; Mask R-CNN needs a mask for each object")
-            try:
-                box = clipped_box(annotation["bbox"], images[image_id])
-            except (TypeError, ValueError):
-                bbox = annotation["bbox"]
-                raise DataError(f"{where} has bbox {bbox}; must be four numbers: x, y, width, height") from None
-            if box is not None and not annotation.get("iscrowd"):
-                objects[image_id].append((box, labels[category_id], annotation["segmentation"]))
+            image_id = annotation["image_id"]
+            box = clipped_box(annotation["bbox"], images[image_id])
+            if box is not None and not annotation["iscrowd"]:
+                objects[image_id].append((box, labels[annotation["category_id"]], annotation["segmentation"]))
         return [
             Record(
                 image_id,
-                str(image["file_name"]),
-                int(image["height"]),
-                int(image["width"]),
+                image["file_name"],
+                image["height"],
+                image["width"],
                 np.array([box for box, _, _ in objects[image_id]], dtype=np.float32).reshape(-1, 4),
                 np.array([label for _, label, _ in objects[image_id]], dtype=np.int64),
                 [segmentation for _, _, segmentation in objects[image_id]],
             )
             for image_id, image in images.items()
         ]
+
+    def training_records(self, records: Sequence[Record]) -> list[Record]:
+        """Return the records to train on, and log how many others there are, and which classes have no object."""
+        chosen = [r for r in records if len(r.boxes) and min(r.height, r.width) >= MIN_SIDE]
+        if len(chosen) < len(records):
+            message = (
+                "%s: %d of %d images are not trained on, being without objects or less than %d pixels wide or high"
+            )
+            logger.info(message, self.annotations, len(records) - len(chosen), len(records), MIN_SIDE)
+        used = set(np.concatenate([record.labels for record in chosen]).tolist()) if chosen else set()
+        if unused := [name for label, name in enumerate(self.classes) if label not in used]:
+            message = "%s: %d of %d categories have no object to train on: %s"
+            logger.warning(message, self.annotations, len(unused), len(self.classes), ", ".join(unused[:10]))
+        return chosen
 
     def check_files(self, names: Sequence[str]) -> None:
         """Check before training, not after hours of it, that no image is missing.
@@ -136,6 +141,18 @@ class CocoImages:
                 f"such as {missing[0]}; add them, or remove them from the file"
             )
 
+    def check_sizes(self, records: Sequence[Record]) -> None:
+        """Compare listed sizes with the files' headers before training, of evenly spaced images if there are many.
+
+        Raises:
+            DataError: as `read_image`, which checks every image when it is read.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of large images
+            for record in records[:: -(-len(records) // MAX_HEADERS)]:
+                if header_size(self.folder / record.file_name) != (record.height, record.width):
+                    self.read_image(record)  # raises, unless OpenCV sees what Pillow does not
+
     def read_image(self, record: Record) -> np.ndarray:
         """Return the image, (H, W, 3) uint8, RGB.
 
@@ -146,25 +163,17 @@ class CocoImages:
         path = self.folder / record.file_name
         image = read_image(path)
         if image.shape[:2] != (record.height, record.width):
+            is_turned = image.shape[:2] == (record.width, record.height)
             raise DataError(
                 f"{path}: is {image.shape[1]}x{image.shape[0]} pixels, but {self.annotations} says "
                 f"{record.width}x{record.height}; its boxes would not fit"
+                + ("; if its EXIF data turn it, save it without them, or list it as it is seen" if is_turned else "")
             )
         return image
 
     def read_masks(self, record: Record) -> list[np.ndarray]:
-        """Return the masks of a record's objects, (H, W) uint8 each, 0 or 1.
-
-        Raises:
-            DataError: a segmentation cannot be decoded.
-        """
-        try:
-            return [decode_mask(item, record.height, record.width) for item in record.segmentations]
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            text = " ".join(str(error).split())
-            raise DataError(
-                f"{self.annotations}: image {record.image_id} has a segmentation that cannot be decoded ({text})"
-            ) from error
+        """Return the masks of a record's objects, (H, W) uint8 each, 0 or 1."""
+        return [decode_mask(item, record.height, record.width) for item in record.segmentations]
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -188,29 +197,15 @@ def read_image(path: str | Path) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def read_annotations(path: Path) -> dict[str, Any]:
-    """Return the content of an annotation file, after a check that it has COCO's three lists.
-
-    Raises:
-        MissingFileError: there is no such file.
-        DataError: it cannot be read, or is not of that format.
-    """
+def header_size(path: Path) -> tuple[int, int] | None:
+    """Return the height and width in an image file's header, turned as its EXIF data say; None if there are none."""
     try:
-        with as_data_error(path):
-            if not path.is_file():
-                raise MissingFileError(f"{path}: no such annotation file; DATA.* says where it is expected")
-            content = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: is not a JSON file ({error})") from error
-    if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in NEEDED_KEYS):
-        raise DataError(f"{path}: is not a COCO annotation file: it needs the lists {', '.join(NEEDED_KEYS)}")
-    for name, keys in NEEDED_KEYS.items():
-        for number, item in enumerate(content[name]):
-            if not isinstance(item, dict):
-                raise DataError(f"{path}: item {number} of {name} is not an object")
-            if missing := [key for key in keys if key not in item]:
-                raise DataError(f"{path}: item {number} of {name} has no {missing[0]}")
-    return content
+        with Image.open(path) as image:
+            width, height = image.size
+            is_turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) >= FIRST_TURNED
+    except Exception:  # Pillow raises many kinds for damaged files
+        return None
+    return (width, height) if is_turned else (height, width)
 
 
 def clipped_box(bbox: Sequence[float], image: dict[str, Any]) -> list[float] | None:
@@ -226,10 +221,7 @@ def clipped_box(bbox: Sequence[float], image: dict[str, Any]) -> list[float] | N
 def decode_mask(segmentation: Segmentation, height: int, width: int) -> np.ndarray:
     """Return a segmentation as (height, width) uint8, 0 or 1."""
     if isinstance(segmentation, list):
-        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
-        if not polygons:
-            return np.zeros((height, width), dtype=np.uint8)
-        encoded = rle.merge(rle.frPyObjects(polygons, height, width))
+        encoded = rle.merge(rle.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation["counts"], list):
         encoded = rle.frPyObjects(segmentation, height, width)
     else:
