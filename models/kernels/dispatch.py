@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from models.kernels import verdicts
+from models.kernels.triton import LARGEST_WIDTH
 from models.kernels.verdicts import Case
 
 MODES = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LARGEST_WIDTH = 1024  # channels that one program normalizes
 HEAD_DIMS = (16, 32, 64, 128)
 # Grids of up to so many rows share their tiles; the self-test takes the number of rows beside it for them.
 GRID_CLASSES = ((7, 6), (14, 12))

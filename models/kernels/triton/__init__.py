@@ -1,1 +1,3 @@
-"""Triton device code, one file per operation."""
+"""Device code of the kernels, a file for each group of operators. Importing this package does not import Triton."""
+
+LARGEST_WIDTH = 1024  # channels that one program normalizes

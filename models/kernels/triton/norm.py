@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.kernels.dispatch import LARGEST_WIDTH
+from models.kernels.triton import LARGEST_WIDTH
 from models.kernels.triton.launch import on_its_device
 from models.kernels.triton.sums import empty_parts
 
