@@ -28,6 +28,7 @@ from utils.distributed.process import Process
 from utils.logs.logger import logger
 from utils.logs.plots import CLASSIFIER_PANELS, plot_predictions
 from utils.speed.flops import profile, profile_table
+from utils.training.build import model_uses
 from utils.training.derived import Derived
 from utils.training.ema import ModelEma
 from utils.training.losses import ClassificationLoss
@@ -67,7 +68,8 @@ class Classification(Task):
         return build_model(config, num_classes)
 
     def test_kernels(self, config: CfgNode, model: nn.Module, dtype: torch.dtype) -> None:
-        run_self_test(model, dtype, config.DATA.IMG_SIZE)
+        device = next(model.parameters()).device
+        run_self_test(model, dtype, config.DATA.IMG_SIZE, model_uses(config, device))
 
     def prepare_for_inference(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         return prepare_for_inference(model, dtype)

@@ -14,6 +14,7 @@ from models.kernels.self_test import run_self_test
 from utils.checkpoint.weights import load_pretrained
 from utils.config.errors import UserError
 from utils.distributed.process import Process
+from utils.training.build import model_uses
 from utils.training.derived import Derived
 from utils.training.ema import ModelEma
 from utils.training.optimizer import dense_parameter_groups
@@ -37,8 +38,9 @@ class DenseTask(Task):
         backbone: Any = model.backbone
         load_pretrained(getattr(backbone, "body", backbone), source)
 
-    def test_kernels(self, config: CfgNode, model: nn.Module, dtype: torch.dtype) -> None:  # noqa: ARG002
-        run_self_test(model, dtype, image_size=512)  # larger grids are in the same class
+    def test_kernels(self, config: CfgNode, model: nn.Module, dtype: torch.dtype) -> None:
+        uses = model_uses(config, next(model.parameters()).device)
+        run_self_test(model, dtype, image_size=512, uses=uses)  # larger grids are in the same class
 
     def prepare_for_inference(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         return prepare_for_inference(model, dtype)

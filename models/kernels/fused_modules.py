@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from models.attention import LinearAttention
 from models.kernels import dispatch
 from models.kernels.dispatch import HEAD_DIMS, compute_dtype, unsupported_reason
+from models.kernels.matmul import WIDEST_FUSED_MLP
 from models.layers import ConvLayer, DepthwiseConv, Downsample, DropPath, Stem, TokenConv, pad_to_multiple
 from models.mlla import MLLABlock
 
 RGB, WIDEST_STEM = 3, 128  # channels of the images that the stem's kernel reads, and at most of its outputs
-WIDEST_FUSED_MLP = 128  # beyond, the matrix products are too large to keep a hidden layer in registers
 UNKNOWN_PARTS = "a part of the module was replaced or has hooks, and must be called"
 DROPOUT = "the kernels do not support dropout in MLPs (MODEL.DROP_RATE)"
 
@@ -208,11 +208,9 @@ class FusedMLLABlock(FusedModule, MLLABlock):
         return x + fc2(ops().gelu(fc1(y)))
 
 
-def conv_norm(
-    x: Tensor, conv: TokenConv, norm: nn.LayerNorm, later_bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return x + conv(x) and its norm, both (B, H, W, C); `later_bias` is added to the first after taking the norm."""
-    return ops().conv_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, later_bias)
+def conv_norm(x: Tensor, conv: TokenConv, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """Return x + conv(x) and its norm, both (B, H, W, C)."""
+    return ops().conv_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)
 
 
 def conv_silu(x: Tensor, conv: TokenConv) -> Tensor:

@@ -1,7 +1,7 @@
 """A copy of a model for fast inference: batch norms folded into convolutions, matrix products joined, weights cast."""
 
 from copy import deepcopy
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from models.kernels import dispatch
 from models.kernels.dispatch import compute_dtype
 from models.kernels.fused_modules import (
-    WIDEST_FUSED_MLP,
     WIDEST_STEM,
-    conv_norm,
-    conv_silu,
-    fused_attention,
     has_hooks,
     mixer_parts,
     mlp_parts,
@@ -23,9 +19,16 @@ from models.kernels.fused_modules import (
     ops,
     stem_parts,
 )
-from models.kernels.matmul import add_linear, linear_gelu
+from models.kernels.matmul import WIDEST_FUSED_MLP, add_linear, linear_gelu, takes_linear_gelu
 from models.layers import ConvLayer, Stem, TokenConv, pad_to_multiple
 from models.mlla import MLLABlock
+
+
+def halves() -> Any:
+    """Return the halves of a block in kernels; imported where they are used, since they need Triton."""
+    from models.kernels import inference_halves
+
+    return inference_halves
 
 
 def prepare_for_inference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -128,8 +131,8 @@ class InferenceBlock(nn.Module):
         return self.mix_channels(self.mix_tokens(x, rotary))
 
     def supports(self, kernel: str, x: Tensor) -> bool:
-        """Return whether a kernel computes tokens x (B, H, W, C)."""
-        is_mixer = kernel == "mixer"
+        """Return whether the kernels of one half, named as its self-test, compute tokens x (B, H, W, C)."""
+        is_mixer = kernel == "inference_mixer"
         return dispatch.can_run(self.kernels, x) and dispatch.supports(
             *(self.kernels, x, kernel),
             channels=self.attn.dim,
@@ -140,28 +143,35 @@ class InferenceBlock(nn.Module):
 
     def mix_tokens(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Add the attention branch, (B, H, W, C) -> (B, H, W, C)."""
-        if self.supports("mixer", x):
-            x, y = conv_norm(x.to(compute_dtype(x)), self.cpe1, self.norm1, self.out_bias)
-            inner, gate = self.in_proj(y).chunk(2, dim=-1)
-            gated = fused_attention(self.attn, conv_silu(inner, self.dwc), gate, rotary)
-        else:
-            x, y = eager_conv_norm(x, self.cpe1, self.norm1, self.out_bias)
-            inner, gate = self.in_proj(y).chunk(2, dim=-1)
-            gated = self.attn(F.silu(self.dwc(inner)), gate, rotary)
-        return add_linear(x, gated, self.out_proj.weight)
+        norm, attention, in_proj, out = self.norm1, self.attn, self.in_proj, self.out_proj.weight
+        if self.supports("inference_mixer", x):
+            lepe = attention.lepe
+            return halves().mix_tokens(
+                *(x.to(compute_dtype(x)), rotary, attention.num_heads, norm.eps),
+                *(self.cpe1.weight, self.cpe1.bias, norm.weight, norm.bias, in_proj.weight, in_proj.bias),
+                *(self.dwc.weight, self.dwc.bias, attention.qk.weight, attention.qk.bias),
+                *(lepe.weight, lepe.bias, out, self.out_bias),
+            )
+        x, y = eager_conv_norm(x, self.cpe1, norm, self.out_bias)
+        inner, gate = in_proj(y).chunk(2, dim=-1)
+        return add_linear(x, attention(F.silu(self.dwc(inner)), gate, rotary), out)
 
     def mix_channels(self, x: Tensor) -> Tensor:
         """Add the MLP branch, (B, H, W, C) -> (B, H, W, C)."""
-        fc1, fc2 = self.fc1, self.fc2
-        is_fused = self.supports("mlp_branch", x)
-        x, y = (conv_norm if is_fused else eager_conv_norm)(x, self.cpe2, self.norm2, self.mlp_bias)
-        if not self.adds_mlp and self.supports("mlp", x):
-            return ops().mlp(y.to(x.dtype), fc1.weight, fc1.bias, fc2.weight, fc2.bias, x)
-        if self.adds_mlp and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and fc1.weight.dtype == x.dtype:
-            hidden = linear_gelu(y.to(x.dtype), fc1.weight, fc1.bias)  # in eager mode autocast left y in float32
+        norm, fc1, fc2 = self.norm2, self.fc1, self.fc2
+        if self.supports("inference_mlp", x):
+            return halves().mix_channels(
+                *(x.to(compute_dtype(x)), norm.eps, self.cpe2.weight, self.cpe2.bias, norm.weight, norm.bias),
+                *(fc1.weight, fc1.bias, fc2.weight, self.mlp_bias if self.adds_mlp else fc2.bias),
+            )
+        x, y = eager_conv_norm(x, self.cpe2, norm, self.mlp_bias)
+        if not self.adds_mlp:
+            return x + fc2(self.act(fc1(y)))
+        if takes_linear_gelu(x, fc1.weight):
+            hidden = linear_gelu(y.to(x.dtype), fc1.weight, fc1.bias)  # autocast left y in float32
         else:
-            hidden = ops().gelu(fc1(y)) if is_fused else self.act(fc1(y))
-        return add_linear(x, hidden, fc2.weight) if self.adds_mlp else x + fc2(hidden)
+            hidden = self.act(fc1(y))
+        return add_linear(x, hidden, fc2.weight)
 
 
 def eager_conv_norm(x: Tensor, conv: TokenConv, norm: nn.Module, later_bias: Tensor | None) -> tuple[Tensor, Tensor]:

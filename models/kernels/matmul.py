@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+WIDEST_FUSED_MLP = 128  # channels; beyond, the matrix products are too large to keep a hidden layer in registers
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x weight^T + bias in x's dtype; x (..., C), weight (K, C)."""
@@ -30,6 +32,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return GELU(x weight^T + bias) with cuBLAS's tanh form of GELU; x (..., K), weight (C, K), on CUDA."""
     product = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t(), use_gelu=True)
     return product.view(*x.shape[:-1], weight.shape[0])
+
+
+def takes_linear_gelu(x: Tensor, weight: Tensor) -> bool:
+    """Return whether `linear_gelu` computes x weight^T: in 16 bits, whose rounding hides its form of GELU."""
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and weight.dtype == x.dtype
 
 
 def add_linear(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:

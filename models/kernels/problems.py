@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from models.kernels import autograd, ops
+from models.kernels import autograd, inference_halves, ops
 from models.rope import position_tables, rotate_pairs, spread_over_grid
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the norm of each result
 COLUMNS = 6
 FULL_SIZE = 2**14 + 2**13  # images times channels that keep a GPU busy: kernels take the tiles that training takes
-INFERENCE_ONLY = ("mlp", "stem_conv_relu")  # without gradient
+INFERENCE_ONLY = ("inference_mixer", "inference_mlp", "mlp", "stem_conv_relu")  # without gradient
 EPS = 1e-5  # of the norms
 Outputs = tuple[Tensor, ...]
 
@@ -122,8 +122,10 @@ def problem(
         inputs = [x, *product(4 * channels), *product(channels, 4 * channels), draw(*tokens)]
         return (lambda *a: (ops.mlp(*a),)), reference_mlp, inputs
     scale = ((torch.arange(batch, device=x.device) + 1) % 3).view(-1, 1, 1, 1)  # of the branch, for each image
-    if kernel == "mlp_branch":
+    if kernel in ("mlp_branch", "inference_mlp"):
         inputs = [x, *taps(), *norm(), *product(4 * channels), *product(channels, 4 * channels)]
+        if kernel == "inference_mlp":
+            return inference_mlp, lambda *a: (reference_mlp_branch(*a),), inputs
         return (
             lambda x, *a: (autograd.MlpBranch.apply(x, scale.to(x.dtype), EPS, *a),),
             lambda *a: (reference_mlp_branch(*a, scale=scale),),
@@ -133,11 +135,34 @@ def problem(
     rotary = position_tables(rows, columns, channels, x.device)
     inputs = [x, *taps(), *norm(), *product(channels), *product(channels), *taps(), *product(2 * channels)]
     inputs += [*taps(), *product(channels)]
+    if kernel == "inference_mixer":
+        return (
+            lambda *a: inference_mixer(*a, rotary=rotary, heads=heads),
+            lambda *a: (reference_mixer(*a, rotary=rotary, heads=heads),),
+            inputs,
+        )
     return (
         lambda x, *a: (autograd.Mixer.apply(x, *rotary, scale.to(x.dtype), heads, EPS, *a),),
         lambda *a: (reference_mixer(*a, scale=scale, rotary=rotary, heads=heads),),
         inputs,
     )
+
+
+def inference_mixer(x: Tensor, *weights: Tensor, rotary: tuple[Tensor, Tensor], heads: int) -> Outputs:
+    """Compute the first half of a block with joined and cast matrices, as `InferenceBlock` does."""
+    inner, inner_bias, gate, gate_bias, dwc, dwc_bias, qk, qk_bias, lepe, lepe_bias, out, out_bias = weights[4:]
+    matrices = torch.cat([inner, gate]), torch.cat([inner_bias, gate_bias]), qk, qk_bias, out
+    joined, joined_bias, qk, qk_bias, out = (matrix.to(x.dtype) for matrix in matrices)
+    others = [joined, joined_bias, dwc, dwc_bias, qk, qk_bias, lepe, lepe_bias, out, out_bias]
+    return (inference_halves.mix_tokens(x, rotary, heads, EPS, *weights[:4], *others),)
+
+
+def inference_mlp(x: Tensor, *weights: Tensor) -> Outputs:
+    """Compute the second half of a block with cast matrices, as `InferenceBlock` does."""
+    adds_bias = x.shape[-1] > inference_halves.WIDEST_FUSED_MLP  # to the residual, as it is
+    count = 7 if adds_bias else 8
+    cast = [weight.to(x.dtype) for weight in weights[4:count]]
+    return (inference_halves.mix_channels(x, EPS, *weights[:4], *cast, *weights[count:]),)
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
@@ -149,13 +174,15 @@ def reference_wide_conv(x: Tensor, widen: Tensor, widen_bias: Tensor, taps: Tens
     return (F.relu(conv(F.relu(F.linear(x, widen, widen_bias)), taps, taps_bias, stride=2)),)
 
 
-def reference_mlp_branch(x: Tensor, *weights: Tensor, scale: Tensor) -> Tensor:
+def reference_mlp_branch(x: Tensor, *weights: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     cpe, norm, widen, narrow = zip(weights[::2], weights[1::2], strict=True)
     x = x + conv(x, *cpe)
     return x + scale * F.linear(F.gelu(F.linear(layer_norm(x, *norm), *widen)), *narrow)
 
 
-def reference_mixer(x: Tensor, *weights: Tensor, scale: Tensor, rotary: tuple[Tensor, Tensor], heads: int) -> Tensor:
+def reference_mixer(
+    x: Tensor, *weights: Tensor, scale: Tensor | float = 1.0, rotary: tuple[Tensor, Tensor], heads: int
+) -> Tensor:
     cpe, norm, inner, gate, dwc, qk, lepe, out = zip(weights[::2], weights[1::2], strict=True)
     x = x + conv(x, *cpe)
     y = layer_norm(x, *norm)

@@ -7,6 +7,7 @@ of verdicts and runs a missing test at the first call; `verdicts` keeps them on 
 import os
 import sys
 import time
+from collections.abc import Collection
 from functools import partial
 
 import torch
@@ -27,26 +28,37 @@ from models.kernels.fused_modules import (
     mlp_parts,
     stem_parts,
 )
-from models.kernels.inference import InferenceBlock, InferenceStem
 from models.kernels.self_test_pool import passed_in_workers
 from models.kernels.verdicts import Case
 from models.mlla import MLLA
 
-# Seconds that a core takes to compile and solve a case, roughly: on the machine of README.md, MLLA-T's took 90 in all.
-SECONDS = {"mixer": 12, "mlp_branch": 6, "wide_conv": 4, "mlp": 2, "stem_conv": 2, "stem_conv_relu": 2}
+# Seconds that a core takes to compile and solve a case, roughly: on the machine of README.md, 90 for training MLLA-T.
+SECONDS = {
+    **{"mixer": 12, "mlp_branch": 6, "inference_mixer": 7, "wide_conv": 4},
+    **{"inference_mlp": 2, "mlp": 2, "stem_conv": 2, "stem_conv_relu": 2},
+}
+# What may be done with a model: "prepared" is inference of its `prepare_for_inference` copy, "inference" its own.
+KERNELS = {
+    "training": ("mixer", "mlp_branch", "wide_conv", "stem_conv"),
+    "inference": ("mixer", "mlp_branch", "mlp", "wide_conv", "stem_conv"),
+    "prepared": ("inference_mixer", "inference_mlp", "wide_conv", "stem_conv_relu"),
+}
 START_SECONDS = 6  # of the workers
 MOST_WORKERS = 16
 WORKER_BYTES = 2**31  # of GPU memory, with its CUDA context
 FEWEST_CASES = 3  # for which workers are worth their start
 
 
-def run_self_test(model: nn.Module, dtype: torch.dtype, image_size: int | tuple[int, int]) -> None:
+def run_self_test(
+    model: nn.Module, dtype: torch.dtype, image_size: int | tuple[int, int], uses: Collection[str]
+) -> None:
     """Test the kernels that a model uses, and log that they passed or what falls back to eager PyTorch.
 
     Args:
         model: a network on its device, after `use_kernels`; only its modules with kernels "auto" are tested.
         dtype: what it computes in, autocast's where there is autocast.
         image_size: height and width of its images in pixels, or the side of square ones.
+        uses: what will be done with the model, of KERNELS; only kernels that this needs are tested.
 
     Raises:
         KernelsUnavailableError: a module has kernels "triton", and there is no Triton for the device.
@@ -57,7 +69,7 @@ def run_self_test(model: nn.Module, dtype: torch.dtype, image_size: int | tuple[
     reason = dispatch.missing_triton(device.type)
     if reason and any(getattr(module, "kernels", "") == "triton" for module in model.modules()):
         dispatch.fall_back("triton", reason)
-    cases = kernel_cases(model, image_size)
+    cases = kernel_cases(model, image_size, uses)
     if not cases or (reason and device.type == "cpu"):
         return
     if dtype not in dispatch.DTYPES:
@@ -138,7 +150,7 @@ def estimate_seconds(cases: list[Case], workers: int) -> float:
     return sum(seconds) if workers == 1 else START_SECONDS + max(max(seconds), sum(seconds) / workers)
 
 
-def kernel_cases(model: nn.Module, image_size: int | tuple[int, int]) -> list[Case]:
+def kernel_cases(model: nn.Module, image_size: int | tuple[int, int], uses: Collection[str]) -> list[Case]:
     """List what the kernels of the networks inside a model have to solve for images of this size, each case once."""
     height = image_size if isinstance(image_size, int) else image_size[0]
     cases: list[Case] = []
@@ -150,32 +162,28 @@ def kernel_cases(model: nn.Module, image_size: int | tuple[int, int]) -> list[Ca
                 for module in (*stage.blocks, stage.downsample):
                     cases += module_cases(module, rows)
                 rows = -(-rows // 2)
-    return sorted(set(cases))
+    used = {kernel for use in uses for kernel in KERNELS[use]}
+    return sorted({case for case in cases if case[0] in used})
 
 
 def module_cases(module: nn.Module | None, rows: int) -> list[Case]:
-    """List the cases of one module whose input has so many rows (for a stem: channels, its second dimension)."""
-    fused = FusedModule | InferenceBlock | InferenceStem
-    if not isinstance(module, fused) or module.kernels != "auto":
+    """List a module's cases in all uses, for inputs of so many rows (for a stem: channels, its second dimension)."""
+    if not isinstance(module, FusedModule) or module.kernels != "auto":
         return []
     rows = dispatch.self_test_rows(rows)
-    if isinstance(module, FusedStem | InferenceStem):
-        kernel, width = "stem_conv_relu", module.conv1.conv.out_channels
-        if isinstance(module, FusedStem):
-            kernel = "" if module.unsupported(stem_parts) else "stem_conv"
-        return [(kernel, width, 32, rows)] if kernel and width <= WIDEST_STEM else []
+    if isinstance(module, FusedStem):
+        width = module.conv1.conv.out_channels
+        is_supported = width <= WIDEST_STEM and not module.unsupported(stem_parts)
+        return [(kernel, width, 32, rows) for kernel in ("stem_conv", "stem_conv_relu") if is_supported]
     if isinstance(module, FusedDownsample):
         width = layers_of(module)[0].conv.out_channels
         return [] if module.unsupported(downsample_parts) else [("wide_conv", width, 32, rows)]
-    assert isinstance(module, FusedMLLABlock | InferenceBlock)
-    if isinstance(module, FusedMLLABlock):
-        reasons = module.unsupported(mixer_parts), module.unsupported(mlp_parts)
-    else:
-        reasons = module.unsupported_mixer, module.unsupported_mlp
+    assert isinstance(module, FusedMLLABlock)
     attention, cases = module.attn, []
-    if not reasons[0]:
-        cases.append(("mixer", attention.dim, attention.dim // attention.num_heads, rows))
-    if not reasons[1]:
-        kernels = ("mlp_branch", "mlp") if attention.dim <= WIDEST_FUSED_MLP else ("mlp_branch",)
+    if not module.unsupported(mixer_parts):
+        head_dim = attention.dim // attention.num_heads
+        cases += [(kernel, attention.dim, head_dim, rows) for kernel in ("mixer", "inference_mixer")]
+    if not module.unsupported(mlp_parts):
+        kernels = ("mlp_branch", "inference_mlp", *(("mlp",) if attention.dim <= WIDEST_FUSED_MLP else ()))
         cases += [(kernel, attention.dim, 32, rows) for kernel in kernels]
     return cases

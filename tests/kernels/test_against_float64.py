@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from models.kernels.fused_modules import WIDEST_FUSED_MLP, WIDEST_STEM
+from models.kernels.self_test import SECONDS
 
 autograd = pytest.importorskip("models.kernels.autograd", exc_type=ImportError)
 problems = pytest.importorskip("models.kernels.problems", exc_type=ImportError)
+inference_halves = pytest.importorskip("models.kernels.inference_halves", exc_type=ImportError)
 attention = pytest.importorskip("models.kernels.triton.attention", exc_type=ImportError)
 
-KERNELS = ("mixer", "mlp_branch", "mlp", "wide_conv", "stem_conv", "stem_conv_relu")
+KERNELS = sorted(SECONDS)
 WIDEST = {"mlp": WIDEST_FUSED_MLP, "stem_conv": WIDEST_STEM, "stem_conv_relu": WIDEST_STEM}
 ROUNDING = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 SHAPES = [  # channels, head dim, rows, dtype; bfloat16 and the larger ones on a GPU only
@@ -49,3 +51,8 @@ def test_attention_in_many_parts(device: torch.device, monkeypatch: pytest.Monke
 def test_mlp_that_keeps_its_hidden_layer(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autograd, "WIDEST_HIDDEN_AGAIN", 0)
     assert problems.largest_error("mlp_branch", device, torch.float32, 48, 16, rows=6, batch=1) < 1e-5
+
+
+def test_prepared_mlp_of_wide_tokens(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference_halves, "WIDEST_FUSED_MLP", 0)
+    assert problems.largest_error("inference_mlp", device, torch.float32, 48, 16, rows=6, batch=1) < 1e-5

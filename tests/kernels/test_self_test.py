@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from models import MLLA, use_kernels
+from models import MLLA, prepare_for_inference, use_kernels
 from models.kernels import dispatch, self_test, verdicts
 from models.kernels.dispatch import KernelsUnavailableError
-from models.kernels.self_test import estimate_seconds, find_verdicts, kernel_cases, run_self_test
+from models.kernels.self_test import KERNELS, estimate_seconds, find_verdicts, kernel_cases, run_self_test
 from models.kernels.verdicts import Case
+from models.mlla import MLLABlock
+from models.rope import position_tables
 
 problems = pytest.importorskip("models.kernels.problems", exc_type=ImportError)
 
@@ -82,14 +84,67 @@ def test_a_wrong_or_failing_kernel_does_not(device: torch.device, monkeypatch: p
 def test_cases_of_a_model() -> None:
     """Grids of 17 x 17 tokens at width 16, 9 x 9 at 32; each case once, none for modules that are not "auto"."""
     model = MLLA(**SIZES)  # type: ignore[arg-type]
-    assert kernel_cases(model, 68) == []
-    expected = [("mixer", 16, 16, 17), ("mixer", 32, 16, 12), ("mlp", 16, 32, 17), ("mlp", 32, 32, 12)]
+    assert kernel_cases(model, 68, KERNELS) == []
+    expected = [("mixer", 16, 16, 17), ("mixer", 32, 16, 12)]
     expected += [("mlp_branch", 16, 32, 17), ("mlp_branch", 32, 32, 12), ("stem_conv", 8, 32, 6)]
-    assert kernel_cases(use_kernels(model), 68) == [*expected, ("wide_conv", 128, 32, 17)]
-    assert {case[3] for case in kernel_cases(model, (16, 400))} == {6}
+    assert kernel_cases(use_kernels(model), 68, ["training"]) == [*expected, ("wide_conv", 128, 32, 17)]
+    assert {case[3] for case in kernel_cases(model, (16, 400), KERNELS)} == {6}
     model.layers[0].blocks[0].out_proj.register_forward_hook(lambda *_: None)
-    assert ("mixer", 16, 16, 17) not in kernel_cases(model, 68)  # it falls back in any case
-    assert kernel_cases(use_kernels(model, "triton"), 68) == []
+    assert ("mixer", 16, 16, 17) not in kernel_cases(model, 68, KERNELS)  # it falls back in any case
+    assert kernel_cases(use_kernels(model, "triton"), 68, KERNELS) == []
+
+
+def test_cases_of_each_use() -> None:
+    """Wider MLPs than 128 channels have no kernel of their own."""
+    model = use_kernels(MLLA(**{**SIZES, "embed_dim": 128, "num_heads": (4, 8)}))  # type: ignore[arg-type]
+
+    def cases(*uses: str) -> list[str]:
+        return [f"{kernel} {width}" for kernel, width, _, _ in kernel_cases(model, 224, uses)]
+
+    trained = ["mixer 128", "mixer 256", "mlp_branch 128", "mlp_branch 256", "stem_conv 64", "wide_conv 1024"]
+    prepared = ["inference_mixer 128", "inference_mixer 256", "inference_mlp 128", "inference_mlp 256"]
+    prepared += ["stem_conv_relu 64", "wide_conv 1024"]
+    assert cases("training") == trained
+    assert cases("inference") == sorted(["mlp 128", *trained])
+    assert cases("prepared") == prepared
+    assert cases("training", "prepared") == sorted({*trained, *prepared})
+
+
+@pytest.mark.parametrize("use", KERNELS)
+def test_a_model_asks_for_the_cases_of_its_use(device: torch.device, monkeypatch: pytest.MonkeyPatch, use: str) -> None:
+    asked: set[Case] = set()
+
+    def verdict(kernel: str, _device: torch.device, _dtype: torch.dtype, *sizes: int) -> str:
+        asked.add((kernel, *sizes))  # type: ignore[arg-type]
+        return ""
+
+    monkeypatch.setattr(dispatch, "self_test_verdict", verdict)
+    model = use_kernels(MLLA(**SIZES)).to(device).train(use == "training")  # type: ignore[arg-type]
+    cases = kernel_cases(model, 16, [use])
+    if use == "prepared":
+        model = prepare_for_inference(model, torch.float32)
+    with torch.set_grad_enabled(use == "training"):
+        model(torch.zeros(2, 3, 16, 16, device=device))
+    assert sorted(asked) == cases
+
+
+def test_a_wrong_kernel_of_prepared_blocks_falls_back(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, log: list[str]
+) -> None:
+    """That half of a block is eager, with one line, and the results are right."""
+    ops = pytest.importorskip("models.kernels.ops", exc_type=ImportError)
+    right = ops.mlp
+    monkeypatch.setattr(ops, "mlp", lambda *args: right(*args) * 1.01)
+    block = use_kernels(MLLABlock(16, 1)).to(device).eval()
+    inputs = torch.randn(2, 6, 6, 16, device=device), position_tables(6, 6, 16, device)
+    prepared = prepare_for_inference(block, torch.float32)
+    with torch.no_grad():
+        results = [prepared(*inputs) for _ in range(2)]
+        expected = use_kernels(block, "torch")(*inputs)
+    for result in results:
+        torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+    (line,) = log
+    assert line.startswith("Triton kernels: falls back to eager PyTorch: the inference_mlp kernel's result is off by")
 
 
 def test_set_up_tests_once_for_all_starts(
@@ -99,36 +154,36 @@ def test_set_up_tests_once_for_all_starts(
     monkeypatch.setattr(problems, "find_error", lambda *case, **_: solved.append(case) or "")
     monkeypatch.setattr(self_test, "num_workers", lambda *_: 1)
     model = use_kernels(MLLA(**SIZES)).to(device).eval()  # type: ignore[arg-type]
-    run_self_test(model, torch.float32, 16)
+    run_self_test(model, torch.float32, 16, ["inference"])
     with torch.no_grad():
         model(torch.zeros(1, 3, 16, 16, device=device))  # finds all verdicts
     new_process(monkeypatch)
-    run_self_test(model, torch.float32, 16)
+    run_self_test(model, torch.float32, 16, ["inference"])
     line = (
         "Triton kernels passed their self-test: mixer, mlp, mlp_branch, stem_conv, wide_conv; widths 8, 16, 32, 128; "
     )
     assert log[0].startswith("Compiling kernels for ")
     assert log[1:] == [line + "float32 (0 s)", line + "float32 (remembered)"]
-    assert len(solved) == len(set(solved)) == len(kernel_cases(model, 16))
+    assert len(solved) == len(set(solved)) == len(kernel_cases(model, 16, ["inference"]))
 
 
 def test_set_up_logs_what_falls_back(device: torch.device, monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
     monkeypatch.setattr(problems, "find_error", lambda kernel, *_, **__: "it is wrong" if kernel == "mlp" else "")
     monkeypatch.setattr(self_test, "num_workers", lambda *_: 1)
     model = use_kernels(MLLA(**SIZES)).to(device)  # type: ignore[arg-type]
-    run_self_test(model, torch.float32, 16)
+    run_self_test(model, torch.float32, 16, ["inference"])
     assert log[1:] == ["Triton kernels: falls back to eager PyTorch: it is wrong"]
 
 
 def test_set_up_without_triton(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    run_self_test(MLLA(**SIZES), torch.float32, 16)  # type: ignore[arg-type]
-    run_self_test(use_kernels(MLLA(**SIZES).to("meta"), "triton"), torch.float32, 16)  # type: ignore[arg-type]
-    run_self_test(use_kernels(MLLA(**SIZES)), torch.float32, 16)  # type: ignore[arg-type]
+    run_self_test(MLLA(**SIZES), torch.float32, 16, ["training"])  # type: ignore[arg-type]
+    run_self_test(use_kernels(MLLA(**SIZES).to("meta"), "triton"), torch.float32, 16, ["training"])  # type: ignore[arg-type]
+    run_self_test(use_kernels(MLLA(**SIZES)), torch.float32, 16, ["training"])  # type: ignore[arg-type]
     assert log == []
     with pytest.raises(KernelsUnavailableError, match=r"MODEL\.KERNELS triton: there is no Triton for the device cpu"):
-        run_self_test(use_kernels(MLLA(**SIZES), "triton"), torch.float32, 16)  # type: ignore[arg-type]
+        run_self_test(use_kernels(MLLA(**SIZES), "triton"), torch.float32, 16, ["training"])  # type: ignore[arg-type]
     monkeypatch.setattr(dispatch, "missing_triton", lambda _: "")
-    run_self_test(use_kernels(MLLA(**SIZES)), torch.float64, 16)  # type: ignore[arg-type]
+    run_self_test(use_kernels(MLLA(**SIZES)), torch.float64, 16, ["training"])  # type: ignore[arg-type]
     assert log == ["Triton kernels: falls back to eager PyTorch: torch.float64 is not supported"]
 
 

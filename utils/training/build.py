@@ -46,6 +46,17 @@ def trains(config: CfgNode) -> bool:
     return not only_infers or (config.THROUGHPUT_MODE and config.BENCHMARK.TRAIN)
 
 
+def model_uses(config: CfgNode, device: torch.device) -> set[str]:
+    """Return what is done with the model: "training", "inference" of it as it is, and of a "prepared" copy."""
+    uses = {"training"} if trains(config) else set()
+    if trains(config) and config.EMA.ENABLED and config.AUG.get("MESA"):
+        uses.add("inference")  # of the teacher
+    if not (config.THROUGHPUT_MODE and config.BENCHMARK.TRAIN):
+        mode = resolve_inference_mode(config.TEST.COMPILE, device, num_batches=0)
+        uses.add("inference" if mode == "off" else "prepared")
+    return uses
+
+
 def compile_setting(config: CfgNode) -> str:
     """Return the compile keys in use with their values, for messages."""
     used = {

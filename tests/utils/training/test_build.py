@@ -1,0 +1,35 @@
+"""What the configuration says about the parts of a run."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from config import load_config
+from utils.training.build import model_uses
+
+EVAL, THROUGHPUT = {"EVAL_MODE": True}, {"THROUGHPUT_MODE": True}
+TIMES_TRAINING = {**THROUGHPUT, "BENCHMARK.TRAIN": True}
+OFF, COMPILED, MESA = {"TEST.COMPILE": "off"}, {"TEST.COMPILE": "default"}, {"AUG.MESA": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("flags", "on_gpu", "on_cpu"),
+    [
+        ({}, "training prepared", "training inference"),
+        (OFF, "training inference", "training inference"),
+        (MESA, "training inference prepared", "training inference"),
+        ({**MESA, "EMA.ENABLED": False}, "training prepared", "training inference"),
+        (EVAL, "prepared", "inference"),
+        ({**EVAL, **MESA}, "prepared", "inference"),
+        ({**EVAL, **OFF}, "inference", "inference"),
+        ({**EVAL, **COMPILED}, "prepared", "prepared"),
+        (THROUGHPUT, "prepared", "inference"),
+        (TIMES_TRAINING, "training", "training"),
+        ({**TIMES_TRAINING, **MESA}, "training inference", "training inference"),
+    ],
+)
+def test_uses_of_the_model(flags: dict[str, Any], on_gpu: str, on_cpu: str) -> None:
+    config = load_config("cfgs/digits.yaml", flags={"AUG.MESA": 0.0, **flags})
+    for device, uses in (("cuda", on_gpu), ("cpu", on_cpu)):
+        assert model_uses(config, torch.device(device)) == set(uses.split())
