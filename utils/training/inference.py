@@ -45,11 +45,16 @@ class InferenceModel:
         return self.compiled
 
     def warm_up(self, model: nn.Module, config: Any, precision: Precision) -> None:
-        """Capture the graphs that the first evaluation will use; the random number generators stay as they are."""
+        """Capture the graph that the first evaluation will use, unless its images have other sizes than in training.
+
+        The random number generators stay as they are.
+        """
         if not uses_graphs(self.mode, self.device):
+            return
+        size = self.task.image_size(config, training=False)
+        if size != self.task.image_size(config, training=True):
             return
         was_training = model.training
         with torch.random.fork_rng([self.device]), torch.no_grad(), precision.autocast():
-            size = self.task.image_size(config, training=False)
             self.task.inference_call(config, self(model), config.DATA.BATCH_SIZE, size, self.device)()
         model.train(was_training)

@@ -166,8 +166,7 @@ class Training:
         as_compiled = build_inference_model(
             task, run.config, run.process.device, num_batches=evaluations * evaluation_batches(run)
         )
-        sizes = {task.image_size(run.config, training=training) for training in (True, False)}
-        if task.has_one_image_size and len(sizes) == 1:
+        if task.has_one_image_size:
             as_compiled.warm_up(self.state.model, run.config, run.precision)
         return Trainer(
             build_trainer_config(task, run.config, self.derived, self.schedule),
