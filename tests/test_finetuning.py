@@ -1,6 +1,7 @@
 """Fine-tuning with main.py: other classes and image sizes, a frozen backbone, layer decay, weights of every format."""
 
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -96,11 +97,15 @@ def test_weights_of_other_classes(pretrained: Path, run_main: RunMain, tmp_path:
 
 
 def test_a_frozen_run_resumes_frozen_but_not_unfrozen(pretrained: Path, run_main: RunMain, tmp_path: Path) -> None:
+    """Its command names the pretrained weights, which it does not need any more."""
     opts = ["MODEL.MLLA.APE", "True", "TRAIN.FREEZE", "True"]
+    pretrained = Path(shutil.copy(pretrained, tmp_path))
     assert run_main(*command(tmp_path, *opts), "--pretrained", pretrained)[0] == 0
+    pretrained.unlink()
     code, out, _ = run_main(*command(tmp_path, *opts, epochs=2), "--pretrained", pretrained)
     assert code == 0
     assert "resumed from" in out
+    assert f"{pretrained}, named by --pretrained, is not read: the run resumes" in out
     code, _, err = run_main(*command(tmp_path, *opts[:2], epochs=3), "--pretrained", pretrained)
     assert code == 2
     assert "its optimizer state does not fit: groups of [1, 1] parameters where this run has" in err

@@ -6,18 +6,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor, nn
+from torch import nn
 
+from utils.checkpoint.weight_sets import EMA_KEYS, MODEL_KEYS, Weights, find_weight_sets
 from utils.checkpoint.weights_file import CheckpointError, load_checkpoint
 from utils.logs.logger import logger
 
-Weights = dict[str, Tensor]
-
 MAX_KEYS_SHOWN = 10
 MAX_CLASSES_SHOWN = 3
-# Keys of the weights: first of this project and the official code, then of timm's and OpenMMLab's files.
-KEYS = {"model": ("model", "state_dict"), "state_dict_ema": ("state_dict_ema", "model_ema", "ema_state_dict")}
-WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and DDP, torch.compile
 POSITION_TABLE = "absolute_pos_embed"
 DERIVED_KEY_SUFFIX = "attn.rope.rotations"
 FINAL_PART = re.compile(r"(norm\d*|head|fc|classifier)\.")  # fc and classifier in timm's models
@@ -43,7 +39,7 @@ def read_weights(source: str | Path, *, tolerant: bool = False) -> FileWeights:
         DownloadError: the file of a URL cannot be downloaded.
     """
     content = load_checkpoint(source, tolerant=tolerant)
-    weights = FileWeights(weights_in(content, "model"), weights_in(content, "state_dict_ema"), classes_in(content))
+    weights = FileWeights(*find_weight_sets(content), classes_in(content))
     if weights.model is None and weights.ema is None:
         raise no_weights_error(str(source), content)
     return weights
@@ -64,36 +60,24 @@ def read_state_dict(source: str | Path, *, ema: bool = True) -> Weights:
         DownloadError: the file of a URL cannot be downloaded.
     """
     content = load_checkpoint(source, tolerant=True)
-    kinds = ("state_dict_ema", "model") if ema else ("model", "state_dict_ema")
-    for kind in kinds:
-        if (weights := weights_in(content, kind)) is not None:
-            return {name: value for name, value in weights.items() if not name.endswith(DERIVED_KEY_SUFFIX)}
+    sets = find_weight_sets(content)
+    weights = (sets.ema or sets.model) if ema else (sets.model or sets.ema)
+    if weights is not None:
+        return {name: value for name, value in weights.items() if not name.endswith(DERIVED_KEY_SUFFIX)}
     raise no_weights_error(str(source), content)
 
 
 def no_weights_error(source: str, content: dict[str, Any]) -> CheckpointError:
     """Return the error for a file without weights, which names the keys that it has."""
     present = ", ".join(map(str, list(content)[:MAX_KEYS_SHOWN])) or "nothing"
-    keys = ", ".join(key for keys in KEYS.values() for key in keys)
+    keys = ", ".join((*MODEL_KEYS, *EMA_KEYS))
     return CheckpointError(f"{source}: no weights under {keys}, and not a bare state_dict; found {present}")
 
 
 def weights_in(content: dict[str, Any], kind: str) -> Weights | None:
-    """Return the weights in a file's content, of the model ("model") or of the EMA ("state_dict_ema"), or None.
-
-    A bare state_dict counts as "model". Prefixes of wrappers, such as `module.`, are removed if every name has them.
-    """
-    for weights in (*(content.get(key) for key in KEYS[kind]), content if kind == "model" else None):
-        if isinstance(weights, dict) and weights and all(map(is_weight, weights.items())):
-            unwrapped: Weights = dict(weights)
-            while prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in unwrapped)), None):
-                unwrapped = {name.removeprefix(prefix): value for name, value in unwrapped.items()}
-            return unwrapped
-    return None
-
-
-def is_weight(item: tuple[Any, Any]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+    """Return the weights in a file's content, of the model ("model") or of the EMA ("state_dict_ema"), or None."""
+    sets = find_weight_sets(content)
+    return sets.model if kind == "model" else sets.ema
 
 
 def classes_in(content: dict[str, Any]) -> list[str] | None:
@@ -167,8 +151,18 @@ def load_weights(
     }
     if any(problems.values()):
         counts = "; ".join(f"{len(p)} {what}: {listed(p, MAX_KEYS_SHOWN)}" for what, p in problems.items() if p)
-        raise CheckpointError(f"{source}: does not fit the model. {counts}. Use the --cfg that it was trained with")
+        remedy = "Use the --cfg that it was trained with"
+        if prefixes := prefixes_of(weights, own):
+            remedy = f"Its names have the prefix {' or '.join(map(repr, prefixes))}; save the weights of one without it"
+        raise CheckpointError(f"{source}: does not fit the model. {counts}. {remedy}")
     model.load_state_dict(weights)
+
+
+def prefixes_of(weights: Weights, own: Weights) -> list[str]:
+    """Return the prefixes with which most of the model's own names are among the file's."""
+    probe = next(iter(own))
+    prefixes = [name.removesuffix(probe) for name in weights if name.endswith(f".{probe}")]
+    return [prefix for prefix in prefixes if sum(prefix + name in weights for name in own) > len(own) / 2]
 
 
 def is_within(name: str, modules: Collection[str]) -> bool:
@@ -191,10 +185,10 @@ def load_pretrained(model: nn.Module, source: str | Path, classes: Sequence[str]
         CheckpointError: the file cannot be read, or its weights do not fit.
         DownloadError: the file of a URL cannot be downloaded.
     """
-    file = read_weights(source)
+    file = read_weights(source, tolerant=True)
     weights = file.ema or file.model or {}
     own = model.state_dict()
-    logger.info("weights from %s%s", source, " (EMA)" if file.ema and file.model else "")
+    logger.info("weights from %s%s", source, " (EMA)" if file.ema else "")
     if any(name.startswith("backbone.") for name in weights):
         weights = {n.removeprefix("backbone."): value for n, value in weights.items() if n.startswith("backbone.")}
         logger.info("the file has a detector or segmentor; its backbone is used")

@@ -135,8 +135,6 @@ class Training:
             config, num_processes=process.num_processes, num_train_images=run.data.num_train_images
         )
         self.schedule: Schedule = task.schedule(config, self.derived)
-        if config.MODEL.PRETRAINED:
-            task.load_pretrained(run.model, config.MODEL.PRETRAINED, run.data.classes)
         ema = build_ema(config, run.model, self.derived)
         self.state = TrainState(
             run.model,
@@ -148,6 +146,12 @@ class Training:
         )
         self.state.progress, self.state.classes = Progress(config.TRAIN.START_EPOCH), run.data.classes
         continues = self.state.resume(run.folder, explicit=config.MODEL.RESUME, auto=config.TRAIN.AUTO_RESUME)
+        if config.MODEL.PRETRAINED and (continues or config.MODEL.RESUME):
+            logger.info("%s, named by --pretrained, is not read: the run resumes", config.MODEL.PRETRAINED)
+        elif config.MODEL.PRETRAINED:
+            task.load_pretrained(run.model, config.MODEL.PRETRAINED, run.data.classes)
+            if ema is not None:
+                ema.module.load_state_dict(run.model.state_dict())
         self.tracker: WandbLogger | None = None
         if process.is_main and not self.is_complete:
             save_config(run.folder, config.dump())

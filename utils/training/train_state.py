@@ -109,6 +109,8 @@ class TrainState:
         weights = weights_in(content, "model") or weights_in(content, "state_dict_ema")
         if weights is None:
             raise no_weights_error(source, content)
+        if weights_in(content, "model") is None:
+            logger.warning("%s has no weights but the EMA's: the model starts from them", source)
         if self.classes is not None:
             check_classes(classes_in(content), self.classes, source)
         load_weights(self.model, weights, source)

@@ -78,6 +78,7 @@ def test_weights_in_every_format(tmp_path: Path) -> None:
         "bare": weights,
         "DataParallel": {"model": {f"module.{name}": value for name, value in weights.items()}},
         "compiled DDP": {f"module._orig_mod.{name}": value for name, value in weights.items()},
+        "Lightning": {"state_dict": {f"model.{n}": v for n, v in weights.items()}, "pytorch-lightning_version": "2.6"},
         "parameters": {name: nn.Parameter(v) if v.is_floating_point() else v for name, v in weights.items()},
     }
     for name, content in kinds.items():
@@ -119,6 +120,18 @@ def test_misfits_are_counted_and_listed() -> None:
     weights = dict(model.state_dict())
     weights["extra"] = weights.pop("norm.weight")
     with pytest.raises(CheckpointError, match=r"1 missing: norm.weight; 1 not in the model: extra\. Use the --cfg"):
+        load_weights(model, weights, "w.pth")
+
+
+def test_an_unknown_prefix_is_named() -> None:
+    """Also where the file has two sets, of which only the user knows which one is meant."""
+    model = small()
+    weights = {f"student.{name}": value for name, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"Its names have the prefix 'student\.'; save the weights") as caught:
+        load_weights(model, weights, "w.pth")
+    assert "--cfg" not in str(caught.value)
+    weights |= {f"teacher.{name}": value for name, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"the prefix 'student\.' or 'teacher\.'; save the weights of one"):
         load_weights(model, weights, "w.pth")
 
 
