@@ -2,8 +2,9 @@
 
 The backward pass recomputes what is cheap instead of keeping it: norms, SiLU, GELU, the gated output of attention, the
 wide tokens of a downsampling, and the MLP's hidden layer where channels are few. The kernel that writes the gradient of
-a biased tensor also sums it for the bias, in parts; one launch at the end sums the parts of all. Around the kernels
-this is PyTorch that torch.compile can fuse.
+a biased tensor also sums it for the bias, in parts; one launch at the end sums the parts of all. A branch's scale is
+applied by kernels that load or store the tensors around it, and the norm's, which reads the branch's gradient as the
+residual's, sums it for the bias. Around the kernels this is PyTorch that torch.compile can fuse.
 """
 
 from typing import Any
@@ -61,11 +62,11 @@ class Mixer(torch.autograd.Function):
         cpe, norm, norm_bias, in_proj, act_proj, dwc, qk, lepe, out = weights
 
         v = F.silu(inactive)
-        branch, out_bias_parts = ops.scale_and_sum(grad, scale)
-        grad_qk, grad_v, grad_gate, grad_ungated, gated, qk_gate_parts = ops.linear_attention_backward(
-            input_gradient(branch, out), queries_keys, v, gate, ungated, cos, sin, matrix, mean, ctx.heads
+        grad = grad.contiguous()
+        grad_qk, grad_v, grad_gate, grad_ungated, scaled_gated, qk_gate_parts = ops.linear_attention_backward(
+            input_gradient(grad, out), scale, queries_keys, v, gate, ungated, cos, sin, matrix, mean, ctx.heads
         )
-        grad_out = weight_gradient(branch, gated, out)
+        grad_out = weight_gradient(grad, scaled_gated, out)
         grad_v, lepe_parts = ops.conv_backward(grad_ungated, v, lepe, grad_v, False, False)
         add_product(grad_v, grad_qk, qk.to(grad_v.dtype).t())
         grad_inner, dwc_parts = ops.conv_backward(
@@ -73,17 +74,20 @@ class Mixer(torch.autograd.Function):
         )
         grad_normed = input_gradient(grad_inner, in_proj)
         add_product(grad_normed, grad_gate, act_proj.to(grad_normed.dtype).t())
-        grad_residual, norm_parts, normed = ops.norm_backward(grad_normed, residual, grad, norm, norm_bias, ctx.eps)
+        grad_residual, norm_parts, normed = ops.norm_backward(
+            grad_normed, residual, grad, scale, norm, norm_bias, ctx.eps
+        )
         grad_x, cpe_parts = ops.conv_backward(grad_residual, x, cpe, None, True, False)
 
-        grad_out_bias, grad_qk_gate, grad_lepe, grad_dwc, grad_norm, grad_cpe = sum_all(
-            out_bias_parts, qk_gate_parts, lepe_parts, dwc_parts, norm_parts, cpe_parts
+        grad_qk_gate, grad_lepe, grad_dwc, grad_norms, grad_cpe = sum_all(
+            qk_gate_parts, lepe_parts, dwc_parts, norm_parts, cpe_parts
         )
+        grad_norm, grad_norm_bias, grad_out_bias = grad_norms.split(len(norm))
         grad_qk_bias, grad_act_proj_bias = grad_qk_gate.split([len(qk), len(act_proj)])
         grad_dwc_weight, grad_dwc_bias, grad_in_proj_bias = split_taps(grad_dwc, dwc)
         return (
             *(grad_x, None, None, None, None, None),
-            *(*split_taps(grad_cpe, cpe), *grad_norm.split(len(norm))),
+            *(*split_taps(grad_cpe, cpe), grad_norm, grad_norm_bias),
             *(weight_gradient(grad_inner, normed, in_proj), grad_in_proj_bias),
             *(weight_gradient(grad_gate, normed, act_proj), grad_act_proj_bias, grad_dwc_weight, grad_dwc_bias),
             *(weight_gradient(grad_qk, v, qk), grad_qk_bias if ctx.has_qk_bias else None),
@@ -115,18 +119,17 @@ class MlpBranch(torch.autograd.Function):
                 residual.dtype
             )
             hidden = linear_again(normed, widen, widen_bias)
-        branch, narrow_bias_parts = ops.scale_and_sum(grad, scale)
-        grad_hidden, active, widen_bias_parts = ops.gelu_backward(input_gradient(branch, narrow), hidden)
-        grad_narrow = weight_gradient(branch, active, narrow)
+        grad = grad.contiguous()
+        grad_hidden, scaled_active, widen_bias_parts = ops.gelu_backward(input_gradient(grad, narrow), scale, hidden)
+        grad_narrow = weight_gradient(grad, scaled_active, narrow)
         grad_residual, norm_parts, normed = ops.norm_backward(
-            input_gradient(grad_hidden, widen), residual, grad, norm, norm_bias, ctx.eps
+            input_gradient(grad_hidden, widen), residual, grad, scale, norm, norm_bias, ctx.eps
         )
         grad_x, cpe_parts = ops.conv_backward(grad_residual, x, cpe, None, True, False)
-        grad_narrow_bias, grad_widen_bias, grad_norm, grad_cpe = sum_all(
-            narrow_bias_parts, widen_bias_parts, norm_parts, cpe_parts
-        )
+        grad_widen_bias, grad_norms, grad_cpe = sum_all(widen_bias_parts, norm_parts, cpe_parts)
+        grad_norm, grad_norm_bias, grad_narrow_bias = grad_norms.split(len(norm))
         return (
-            *(grad_x, None, None, *split_taps(grad_cpe, cpe), *grad_norm.split(len(norm))),
+            *(grad_x, None, None, *split_taps(grad_cpe, cpe), grad_norm, grad_norm_bias),
             *(weight_gradient(grad_hidden, normed, widen), grad_widen_bias, grad_narrow, grad_narrow_bias),
         )
 

@@ -42,13 +42,13 @@ def conv_norm(
 
 @torch.library.custom_op("mlla::norm_backward", mutates_args=())
 def norm_backward(
-    grad: Tensor, x: Tensor, residual_grad: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
+    grad: Tensor, x: Tensor, residual_grad: Tensor, scale: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return residual_grad + the gradient through LayerNorm(x); parts for norm weight and bias; LayerNorm(x).
+    """Return residual_grad + the gradient through LayerNorm(x); parts of sums over tokens; LayerNorm(x).
 
-    The parts are (parts, 2, C), for `sum_parts`.
+    The parts are (parts, 3, C), for `sum_parts`: gradients of norm weight and bias, and scale residual_grad.
     """
-    return norm.norm_backward(grad, x, residual_grad, norm_weight, norm_bias, eps)
+    return norm.norm_backward(grad, x, residual_grad, scale, norm_weight, norm_bias, eps)
 
 
 @torch.library.custom_op("mlla::conv_backward", mutates_args=())
@@ -79,6 +79,7 @@ def linear_attention(
 @torch.library.custom_op("mlla::linear_attention_backward", mutates_args=())
 def linear_attention_backward(
     grad: Tensor,
+    scale: Tensor,
     qk: Tensor,
     v: Tensor,
     gate: Tensor,
@@ -89,12 +90,14 @@ def linear_attention_backward(
     mean: Tensor,
     heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return gradients of qk, v without lepe's part, gate and attention + lepe; linear_attention's first result again;
+    """Return gradients of qk, v without lepe's part, gate and attention + lepe; y; and sums over tokens.
 
-    and (parts, 3, C): gradients of biases that were added to qk and to gate.
+    y is linear_attention's first result times a scale for each image, and `grad` its gradient. The sums (parts, 3, C)
+    are gradients of biases that were added to qk and to gate.
     """
+    qk, v, gate = qk.contiguous(), v.contiguous(), gate.contiguous()
     return attention_backward.attention_backward(
-        grad.contiguous(), qk.contiguous(), v.contiguous(), gate.contiguous(), ungated, cos, sin, matrix, mean, heads
+        grad.contiguous(), scale, qk, v, gate, ungated, cos, sin, matrix, mean, heads
     )
 
 
@@ -105,15 +108,12 @@ def gelu(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("mlla::gelu_backward", mutates_args=())
-def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient through GELU(x), GELU(x) again, and the gradient's sum over tokens, (parts, 1, C)."""
-    return elementwise.gelu_backward(grad.contiguous(), x.contiguous())
+def gelu_backward(grad: Tensor, scale: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient of x; y, which is GELU(x) times a scale for each image; and sums over tokens.
 
-
-@torch.library.custom_op("mlla::scale_and_sum", mutates_args=())
-def scale_and_sum(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scale x, for x (B, ..., C) and a scale for each image, and its sum over tokens, (parts, 1, C)."""
-    return elementwise.scale_and_sum(x.contiguous(), scale)
+    x is (B, H, W, C), and `grad` the gradient of y. The sums (parts, 1, C) are of the gradient of x.
+    """
+    return elementwise.gelu_backward(grad.contiguous(), scale, x.contiguous())
 
 
 @torch.library.custom_op("mlla::mlp", mutates_args=())
@@ -137,7 +137,7 @@ def wide_conv_backward(grad: Tensor, x: Tensor, weight: Tensor, out: Tensor) -> 
 # torch 2.6 finds no schema for list[Tensor].
 @torch.library.custom_op("mlla::sum_parts", mutates_args=(), schema="(Tensor[] buffers) -> Tensor")
 def sum_parts(buffers: list[Tensor]) -> Tensor:
-    """Return up to six buffers (parts, rows, C) summed over their parts, flat and joined; taps as (C, taps)."""
+    """Return up to five buffers (parts, rows, C) summed over their parts, flat and joined; taps as (C, taps)."""
     return sums.sum_parts(*buffers)
 
 
@@ -201,7 +201,9 @@ def _(
 
 
 @linear_attention_backward.register_fake
-def _(grad: Tensor, qk: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, scale: Tensor, qk: Tensor, v: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     heads = args[-1]
     return empty(qk), empty(v), empty(v), empty(v), empty(v), attention_backward.empty_sums(v, heads)
 
@@ -222,13 +224,8 @@ def _(x: Tensor) -> Tensor:
 
 
 @gelu_backward.register_fake
-def _(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, scale: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return empty(x), empty(x), elementwise.empty_gelu_sums(x)
-
-
-@scale_and_sum.register_fake
-def _(x: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-    return empty(x), elementwise.empty_scale_sums(x)
 
 
 @sum_parts.register_fake

@@ -19,26 +19,28 @@ from models.kernels.triton.attention import (
     rotate,
 )
 from models.kernels.triton.launch import matmul_precision, on_its_device
-from models.kernels.triton.math import positive, positive_gradient, reciprocal, sigmoid
+from models.kernels.triton.math import positive, positive_gradient, reciprocal, rescale, sigmoid
 
 
 @triton.jit
 def query_backward_kernel(
-    grad, qk, gate, ungated, cos, sin, matrix, mean,
+    grad, scale, qk, gate, ungated, cos, sin, matrix, mean,
     grad_qk, grad_gate, grad_ungated, gated, grad_matrix, grad_mean, sums,
     num_tokens, width, heads, parts, tokens_per_part,
     BLOCK: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradients of gate, of the ungated output, of q, of matrix and of mean; and the gated output again.
+    """Store the gradients of gate, of the ungated output, of q, of matrix and of mean; and the scaled gated output.
 
-    Sums over tokens of q's and gate's gradients go to rows 0 and 2 of `sums` (parts, images, 3, channels). A product
-    with ones computes them: its result takes fewer registers than the summands.
+    `grad` is the gradient of the last, scale[image] gated. Sums over tokens of q's and gate's gradients go to rows 0
+    and 2 of `sums` (parts, images, 3, channels). A product with ones computes them: its result takes fewer registers
+    than the summands.
     """
     head_index = tl.program_id(0)
     part = tl.program_id(1)
     image, head = head_index // heads, head_index % heads
     channels = heads * DIM
     i = tl.arange(0, DIM)
+    factor = tl.load(scale + image).to(tl.float32)
     image = image.to(tl.int64) * num_tokens
     offset = image * channels + head * DIM
     grad, gate, ungated, gated = grad + offset, gate + offset, ungated + offset, gated + offset
@@ -65,6 +67,7 @@ def query_backward_kernel(
         ok = token < end
         mask = ok[:, None]
         upstream, g, ungated_value = grad_next.to(tl.float32), gate_next.to(tl.float32), ungated_next.to(tl.float32)
+        upstream = rescale(upstream, factor)
         q_raw = q_next.to(tl.float32)
         grad_next = load_tokens(grad, token + BLOCK, end, channels, i)
         gate_next = load_tokens(gate, token + BLOCK, end, channels, i)
@@ -76,7 +79,7 @@ def query_backward_kernel(
         g_gate = upstream * ungated_value * gate_sigmoid * (1.0 + g * (1.0 - gate_sigmoid))
         upstream *= g * gate_sigmoid
         gate_sum = tl.dot(ones, g_gate.to(dtype), gate_sum, input_precision=PRECISION)
-        tl.store(gated + index, (ungated_value * g * gate_sigmoid).to(gated.dtype.element_ty), mask=mask)
+        tl.store(gated + index, (factor * ungated_value * g * gate_sigmoid).to(gated.dtype.element_ty), mask=mask)
         tl.store(grad_gate + index, g_gate.to(grad_gate.dtype.element_ty), mask=mask)
         tl.store(grad_ungated + index, upstream.to(grad_ungated.dtype.element_ty), mask=mask)
 
@@ -158,12 +161,13 @@ def empty_sums(v: Tensor, heads: int) -> Tensor:
 
 @on_its_device
 def attention_backward(
-    grad: Tensor, qk: Tensor, v: Tensor, gate: Tensor, ungated: Tensor, cos: Tensor, sin: Tensor,
+    grad: Tensor, scale: Tensor, qk: Tensor, v: Tensor, gate: Tensor, ungated: Tensor, cos: Tensor, sin: Tensor,
     matrix: Tensor, mean: Tensor, heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of qk, v (without lepe's part), gate and ungated output; the gated output; and bias sums.
+    """Return the gradients of qk, v (without lepe's part), gate and ungated output; scaled gated output; and bias sums.
 
-    The latter, float32 (parts, 3, C), are the gradients of qk and of gate summed over the tokens of each part.
+    `grad` is the gradient of the gated output times the scale of its image (B), which is the fifth result. The sums,
+    float32 (parts, 3, C), are the gradients of qk and of gate over the tokens of each part.
     """
     batch, height, width, channels = v.shape
     num_tokens, dim, head_count = height * width, channels // heads, batch * heads
@@ -175,7 +179,7 @@ def attention_backward(
     grad_mean = torch.empty(parts, *mean.shape[1:], dtype=torch.float32, device=v.device)
     constants = {"DIM": dim, "PRECISION": matmul_precision(v.dtype), "MIXED": heads % 2 == 1, "num_stages": 1}
     query_backward_kernel[(head_count, parts)](
-        *(grad, qk, gate, ungated, cos, sin, matrix, mean),
+        *(grad, scale, qk, gate, ungated, cos, sin, matrix, mean),
         *(grad_qk, grad_gate, grad_ungated, gated, grad_matrix, grad_mean, sums),
         *(num_tokens, width, heads, matrix.shape[0], triton.cdiv(num_tokens, parts)),
         BLOCK=TILES[0].tokens, num_warps=TILES[0].warps, **constants,

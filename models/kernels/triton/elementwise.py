@@ -1,7 +1,8 @@
-"""Triton kernels for GELU, its gradient, and a scale for each image; sums over tokens for a bias come with them.
+"""Triton kernels for GELU and its gradient, with sums over tokens for a bias.
 
-Eager references: F.gelu and `DropPath` (models/layers.py). The bias belongs to the previous linear layer: its gradient
-is the sum over tokens of the gradient that a kernel writes, so that no other pass has to read it.
+Eager references: F.gelu, and `DropPath` (models/layers.py) for the scale of a branch. The bias belongs to the previous
+linear layer: its gradient is the sum over tokens of the gradient that a kernel writes, so that no other pass has to
+read it.
 """
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from models.kernels.triton.launch import channel_block, on_its_device
-from models.kernels.triton.math import exponential, reciprocal
+from models.kernels.triton.math import exponential, reciprocal, rescale
 from models.kernels.triton.sums import empty_parts
 
 DENSITY_AT_ZERO = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
@@ -38,67 +39,39 @@ def gelu_kernel(x, out, length, LENGTH: tl.constexpr):
     tl.store(out + index, (value * phi).to(out.dtype.element_ty), mask=index < length)
 
 
-@triton.jit
-def tile_at(first, num_tokens, channel, channels, TOKENS: tl.constexpr):
-    """Return the tokens from `first` on, the indices of their channels, and a mask of those that exist."""
-    token = first + tl.arange(0, TOKENS)[:, None]
-    return token, token.to(tl.int64) * channels + channel, (token < num_tokens) & (channel < channels)
+@triton.jit(do_not_specialize=["tokens_per_image"])
+def gelu_backward_kernel(
+    grad, scale, x, grad_x, out, partials, num_tokens, tokens_per_image, channels,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Store grad_x = scale[image] grad GELU'(x) and out = scale[image] GELU(x).
 
-
-@triton.jit
-def store_total(partials, total, channel, channels):
-    """Store a program's sum over its tokens in its row of `partials` (programs, channels)."""
+    `grad` is the gradient of `out`. Sums over tokens of grad_x go to `partials` (programs, channels).
+    """
+    channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    total = tl.zeros((TOKENS, CHANNELS), dtype=tl.float32)
+    for first in range(tl.program_id(0) * TOKENS, num_tokens, tl.num_programs(0) * TOKENS):
+        token = first + tl.arange(0, TOKENS)[:, None]
+        index, ok = token.to(tl.int64) * channels + channel, (token < num_tokens) & (channel < channels)
+        factor = tl.load(scale + token // tokens_per_image, mask=token < num_tokens, other=0.0).to(tl.float32)
+        value = tl.load(x + index, mask=ok, other=0.0).to(tl.float32)
+        upstream = rescale(tl.load(grad + index, mask=ok, other=0.0).to(tl.float32), factor)
+        phi, bell = normal(value)
+        tl.store(out + index, (factor * value * phi).to(out.dtype.element_ty), mask=ok)
+        result = upstream * (phi + value * bell * DENSITY_AT_ZERO)
+        total += result
+        tl.store(grad_x + index, result.to(grad_x.dtype.element_ty), mask=ok)
     target = partials + tl.program_id(0) * channels + channel
     tl.store(target, tl.sum(total, 0, keep_dims=True), mask=channel < channels)
 
 
-@triton.jit
-def gelu_backward_kernel(
-    grad, x, grad_x, out, partials, num_tokens, channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr
-):
-    """Store grad_x = grad GELU'(x), its sums over tokens in `partials` (programs, channels), and out = GELU(x)."""
-    channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
-    total = tl.zeros((TOKENS, CHANNELS), dtype=tl.float32)
-    for first in range(tl.program_id(0) * TOKENS, num_tokens, tl.num_programs(0) * TOKENS):
-        _, index, ok = tile_at(first, num_tokens, channel, channels, TOKENS)
-        value = tl.load(x + index, mask=ok, other=0.0).to(tl.float32)
-        upstream = tl.load(grad + index, mask=ok, other=0.0).to(tl.float32)
-        phi, bell = normal(value)
-        tl.store(out + index, (value * phi).to(out.dtype.element_ty), mask=ok)
-        result = upstream * (phi + value * bell * DENSITY_AT_ZERO)
-        total += result
-        tl.store(grad_x + index, result.to(grad_x.dtype.element_ty), mask=ok)
-    store_total(partials, total, channel, channels)
-
-
-@triton.jit
-def scale_kernel(
-    x, scale, out, partials, num_tokens, tokens_per_image, channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr
-):
-    """Store out = scale[image] x, and its sums over tokens in `partials` (programs, channels)."""
-    channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
-    total = tl.zeros((TOKENS, CHANNELS), dtype=tl.float32)
-    for first in range(tl.program_id(0) * TOKENS, num_tokens, tl.num_programs(0) * TOKENS):
-        token, index, ok = tile_at(first, num_tokens, channel, channels, TOKENS)
-        factor = tl.load(scale + token // tokens_per_image, mask=token < num_tokens, other=0.0).to(tl.float32)
-        result = tl.load(x + index, mask=ok, other=0.0).to(tl.float32) * factor
-        total += result
-        tl.store(out + index, result.to(out.dtype.element_ty), mask=ok)
-    store_total(partials, total, channel, channels)
-
-
-GELU_CHANNELS, SCALE_CHANNELS = 128, 64  # of a program, at most
+GELU_CHANNELS = 128  # of a program, at most
 ELEMENTS = 2048  # that a program takes at a time
 
 
 def empty_gelu_sums(x: Tensor) -> Tensor:
     """Return a buffer for the sums of `gelu_backward`, (programs, 1, C)."""
     return empty_parts(x, 1, block=GELU_CHANNELS, programs=4)
-
-
-def empty_scale_sums(x: Tensor) -> Tensor:
-    """Return a buffer for the sums of `scale_and_sum`, (programs, 1, C)."""
-    return empty_parts(x, 1, block=SCALE_CHANNELS, programs=8)
 
 
 @on_its_device
@@ -110,32 +83,16 @@ def gelu_forward(x: Tensor, *, tile: tuple[int, int] = (1024, 4)) -> Tensor:
 
 
 @on_its_device
-def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient through GELU(x) (..., C), GELU(x), and the gradient's sum over tokens in parts.
+def gelu_backward(grad: Tensor, scale: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient of x, scale GELU(x), and the gradient's sum over tokens in parts.
 
-    The latter is float32 (programs, 1, C).
+    x is (B, H, W, C), scale (B); `grad` is the gradient of the second result. The sum is float32 (programs, 1, C).
     """
     channels = x.shape[-1]
     block = channel_block(channels, GELU_CHANNELS)
     grad_x, out, partials = torch.empty_like(x), torch.empty_like(x), empty_gelu_sums(x)
     gelu_backward_kernel[(partials.shape[0], triton.cdiv(channels, block))](
-        *(grad, x, grad_x, out, partials, x.numel() // channels, channels),
+        *(grad, scale, x, grad_x, out, partials, x.numel() // channels, x.shape[1:-1].numel(), channels),
         TOKENS=ELEMENTS // block, CHANNELS=block, num_warps=4,
     )  # fmt: skip
     return grad_x, out, partials
-
-
-@on_its_device
-def scale_and_sum(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scale x for a contiguous x (B, ..., C) and B scales, and its sum over tokens in parts.
-
-    The latter is float32 (programs, 1, C).
-    """
-    channels = x.shape[-1]
-    block, num_tokens = channel_block(channels, SCALE_CHANNELS), x.numel() // channels
-    out, partials = torch.empty_like(x), empty_scale_sums(x)
-    scale_kernel[(partials.shape[0], triton.cdiv(channels, block))](
-        *(x, scale, out, partials, num_tokens, num_tokens // x.shape[0], channels),
-        TOKENS=ELEMENTS // block, CHANNELS=block, num_warps=4,
-    )  # fmt: skip
-    return out, partials

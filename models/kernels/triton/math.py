@@ -42,6 +42,12 @@ def reciprocal(x):
 
 
 @triton.jit
+def rescale(x, scale):
+    """Return scale x; 0 where scale is 0, even if x is infinite: a float16 product before the scale may overflow."""
+    return tl.where(scale == 0.0, 0.0, scale * x)
+
+
+@triton.jit
 def sigmoid(x):
     return reciprocal(1.0 + exponential(-x))
 

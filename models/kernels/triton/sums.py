@@ -13,7 +13,7 @@ from models.kernels.triton.launch import num_multiprocessors, on_its_device
 
 LENGTH = 16  # sums of one program
 PARTS = 256  # which it loads at a time
-MAX_BUFFERS = 6  # of one launch
+MAX_BUFFERS = 5  # of one launch
 NUM_TAPS = tl.constexpr(9)
 
 
@@ -51,7 +51,7 @@ def sum_parts_kernel(
     out,
     parts0, num_parts0, rows0, channels0, parts1, num_parts1, rows1, channels1,
     parts2, num_parts2, rows2, channels2, parts3, num_parts3, rows3, channels3,
-    parts4, num_parts4, rows4, channels4, parts5, num_parts5, rows5, channels5,
+    parts4, num_parts4, rows4, channels4,
     PARTS: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
     """Store the sums over parts of buffers (num_parts, rows, channels), one after the other; taps by channel."""
@@ -68,9 +68,6 @@ def sum_parts_kernel(
     tile, out, parts, num_parts, rows, channels = next_buffer(
         tile, out, parts, num_parts, rows, channels, parts4, num_parts4, rows4, channels4, LENGTH
     )
-    tile, out, parts, num_parts, rows, channels = next_buffer(
-        tile, out, parts, num_parts, rows, channels, parts5, num_parts5, rows5, channels5, LENGTH
-    )
     length = rows * channels
     index = tile * LENGTH + tl.arange(0, LENGTH)[None, :]
     total = tl.zeros((PARTS, LENGTH), dtype=tl.float32)
@@ -85,7 +82,7 @@ def sum_parts_kernel(
 
 @on_its_device
 def sum_parts(*buffers: Tensor) -> Tensor:
-    """Return up to six float32 (parts, rows, C), summed over parts, flat and joined; in one launch, in a fixed order.
+    """Return up to five float32 (parts, rows, C), summed over parts, flat and joined; in one launch, in a fixed order.
 
     Nine rows or more begin with a depthwise weight's taps: these become (C, taps), then the other rows follow.
     """
