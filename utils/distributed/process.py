@@ -113,10 +113,11 @@ def stop_process(process: Process) -> None:
     """
     if process.heartbeat is not None:
         process.heartbeat.stop()
+    # CUDA graphs that hold collectives have to go before their communicator, and loaders end their workers in order.
+    gc.collect()
     if dist.is_initialized():
         time.sleep(0.1)
         if torch.cuda.is_initialized():
-            gc.collect()  # CUDA graphs that hold collectives have to go before their communicator
             torch.cuda.synchronize()
         dist.destroy_process_group()
 
