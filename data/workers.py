@@ -3,7 +3,6 @@
 import logging
 import multiprocessing
 import os
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -25,14 +24,12 @@ class WorkerStartError(UserError):
 
 
 def leave_process_group(_: int) -> None:
-    """Shield this worker from signals to the process group of training, but not from those to itself.
+    """Shield this worker from signals to the process group of training.
 
     Launchers send SIGTERM, and terminals Ctrl-C, to a whole group. The training process must save a checkpoint first,
-    which it could not with dead workers. It ends its workers itself, with SIGTERM at its exit, and they end when it is
-    gone. A fork has copied its handler, which only notes SIGTERM: the exit would wait for the worker forever.
+    which it could not with dead workers. It ends its workers itself, and they end when it is gone.
     """
     os.setpgrp()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def set_up_and_count(started: "Synchronized[int]", set_up: Callable[[int], None], worker: int) -> None:

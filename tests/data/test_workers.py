@@ -99,20 +99,3 @@ def test_user_errors_in_workers_keep_their_type_and_line(kind: type[DataError], 
 def test_other_errors_in_workers_keep_the_traceback() -> None:
     with pytest.raises(ValueError, match=r"(?s)Caught ValueError in DataLoader worker.*in __getitem__.*a bug"):
         list(RestartingDataLoader(Failing(ValueError("a bug")), batch_size=None, num_workers=1))
-
-
-def test_sigterm_ends_a_worker_that_was_forked_while_training_notes_it() -> None:
-    """At the exit of the training process multiprocessing ends workers with SIGTERM, and waits for them."""
-    noted = []
-    previous = signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
-    try:
-        loader = RestartingDataLoader(NUMBERS, num_workers=1, persistent_workers=True)
-        batches = iter(loader)
-        next(batches)
-        (worker,) = loader._iterator._workers  # type: ignore[union-attr]
-        with pytest.raises(RuntimeError, match="killed by signal: Terminated"):  # from the DataLoader
-            worker.terminate()
-            worker.join(20)
-        assert not noted
-    finally:
-        signal.signal(signal.SIGTERM, previous)
