@@ -173,6 +173,11 @@ _C.TRAIN.OPTIMIZER.MOMENTUM = Key(0.9, FRACTION, help="SGD's momentum")
 _C.EMA = Section()
 _C.EMA.ENABLED = Key(True, help="keep an exponential moving average (EMA) of the weights")
 _C.EMA.DECAY = Key(0.9996, FRACTION, help="EMA decay per 4096 images; a step uses DECAY ^ (global batch size / 4096)")
+_C.EMA.WARMUP = Key(
+    "auto",
+    one_of("auto", "on", "off"),
+    help="let step t decay by (1 + t) / (10 + t) while that is less; auto: in runs too short for DECAY alone",
+)
 _C.EMA.FORCE_CPU = Key(False, help="keep the EMA on the CPU; not with AUG.MESA")
 
 # ---------------------------------------------------------------------------

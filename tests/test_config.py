@@ -183,9 +183,12 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         load_config(tmp_path / "run.yaml")
 
 
-def test_unquoted_off_and_no_are_text(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path, "off.yaml", "TEST: {COMPILE: off}\nDATA: {CACHE_MODE: no}\n"))
-    assert (config.TEST.COMPILE, config.DATA.CACHE_MODE) == ("off", "no")
+def test_unquoted_off_no_and_on_are_text(tmp_path: Path) -> None:
+    text = "TEST: {COMPILE: off}\nDATA: {CACHE_MODE: no}\nEMA: {WARMUP: on}\n"
+    config = load_config(write(tmp_path, "off.yaml", text))
+    assert (config.TEST.COMPILE, config.DATA.CACHE_MODE, config.EMA.WARMUP) == ("off", "no", "on")
+    with pytest.raises(ConfigError, match="TAG True"):
+        load_config(write(tmp_path, "tag.yaml", "TAG: yes\n"))
 
 
 def test_empty_sections_keep_the_defaults(tmp_path: Path) -> None:

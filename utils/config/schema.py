@@ -237,6 +237,8 @@ def coerced(name: str, value: Any, key: Key, origin: str) -> Any:
             value = float(value)
     if key.type is str and value is False:  # YAML reads a bare off or no so
         value = "off" if key.rule.holds("off") else "no"
+    if key.type is str and value is True and key.rule.holds("on") and not key.rule.holds("yes"):
+        value = "on"
     if isinstance(value, str) and "\0" in value:  # the system refuses it in names of files
         raise ConfigError(f"{name} {value!r} (in {origin}): must not hold a NUL character", key=name)
     if type(value) is not key.type or value in (math.inf, -math.inf) or value != value:

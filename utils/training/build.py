@@ -37,7 +37,9 @@ def build_optimizer(config: CfgNode, groups: list[dict[str, Any]]) -> torch.opti
 
 def build_ema(config: CfgNode, model: nn.Module, derived: Derived) -> ModelEma | None:
     """Return the EMA of a model, or None if it is off."""
-    return ModelEma(model, derived.ema_decay, config.EMA.FORCE_CPU) if config.EMA.ENABLED else None
+    if not config.EMA.ENABLED:
+        return None
+    return ModelEma(model, derived.ema_decay, config.EMA.FORCE_CPU, warmup=derived.ema_warmup)
 
 
 def trains(config: CfgNode) -> bool:

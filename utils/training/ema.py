@@ -10,17 +10,23 @@ from torch import nn
 class ModelEma:
     """Exponential moving average of a model: ema = decay * ema + (1 - decay) * model, after each step.
 
+    With `warmup` step t, from 0, decays by min(decay, (1 + t) / (10 + t)), as `num_updates` does in TensorFlow's
+    tf.train.ExponentialMovingAverage: the average is over about the last ninth of the steps so far, until `decay` is
+    reached. `set_step` must then be called before each step, also of a captured CUDA graph: the graph reads `weight`.
+
     Floating-point buffers are averaged too; others (batch norm's counters) are copied. `module` is a copy of the model
     in evaluation mode, without gradients.
 
     Args:
         model: the model to average.
         decay: decay per step.
+        warmup: let the decay rise with the steps.
         force_cpu: keep the EMA weights in CPU memory.
     """
 
-    def __init__(self, model: nn.Module, decay: float, force_cpu: bool = False) -> None:
+    def __init__(self, model: nn.Module, decay: float, force_cpu: bool = False, *, warmup: bool = False) -> None:
         self.decay = decay
+        self.warmup = warmup
         self.module = deepcopy(model).eval().requires_grad_(False)
         if force_cpu:
             self.module.to("cpu")
@@ -29,6 +35,13 @@ class ModelEma:
         self.ema_tensors = [ema for ema, _ in pairs if ema.is_floating_point()]
         self.sources = [source for _, source in pairs if source.is_floating_point()]
         self.counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+        # 1 - decay of the current step, a scalar on the device.
+        self.weight = self.ema_tensors[0].new_full((), 1 - decay)
+
+    def set_step(self, step: int) -> None:
+        """Set the decay of a step of the run, counted from 0. Does not wait for the device."""
+        if self.warmup:
+            self.weight.fill_(max(1 - self.decay, 9 / (10 + step)))  # 1 - (1 + t) / (10 + t)
 
     @torch.no_grad()
     def update(self, *, done: Collection[int] = ()) -> None:
@@ -40,7 +53,12 @@ class ModelEma:
             averages, sources = (list(tensors) for tensors in zip(*pairs, strict=True))
             if averages[0].device != sources[0].device:
                 sources = [source.to(averages[0].device) for source in sources]
-            torch._foreach_lerp_(averages, sources, 1 - self.decay)
+            if self.warmup:
+                differences = torch._foreach_sub(sources, averages)
+                torch._foreach_mul_(differences, self.weight)
+                torch._foreach_add_(averages, differences)
+            else:
+                torch._foreach_lerp_(averages, sources, 1 - self.decay)
         if self.counters:
             copies, originals = (list(tensors) for tensors in zip(*self.counters, strict=True))
             torch._foreach_copy_(copies, originals)

@@ -85,7 +85,7 @@ class FusedUpdate:
                 max_norm=max_norm,
                 betas=self.betas,
                 eps=self.eps,
-                ema_weight=None if self.ema is None else 1 - self.ema.decay,
+                ema_weight=None if self.ema is None else self.ema.weight,
                 chunk=CHUNK,
             )
         if self.ema is not None:
@@ -139,7 +139,7 @@ class FusedUpdate:
                 for target, value in ((p, new), (state["exp_avg"], exp_avg), (state["exp_avg_sq"], exp_avg_sq)):
                     target.copy_(torch.where(found_inf == 0, value, target))
             if average is not None and self.ema is not None:
-                average.lerp_(p, 1 - self.ema.decay)
+                average.lerp_(p, self.ema.weight)
 
 
 def send(values: Tensor, target: Tensor) -> None:

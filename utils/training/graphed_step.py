@@ -20,9 +20,9 @@ NUM_WARMUP_STEPS = 3  # eager steps of the run, in which libraries choose algori
 class GraphedTrainStep(TrainStep):
     """A TrainStep that is captured as a CUDA graph after a few steps and replayed from then on, with the same bits.
 
-    Learning rates and the step number are tensors on the device, filled before each step. Random numbers continue
-    from the generator's state, as without a graph. Another shape of micro-batches, or another variant of the loss (see
-    `ClassificationLoss.variant`), is captured again; the previous graph is dropped.
+    Learning rates, the EMA's decay and the step number are tensors on the device, filled before each step. Random
+    numbers continue from the generator's state, as without a graph. Another shape of micro-batches, or another variant
+    of the loss (see `ClassificationLoss.variant`), is captured again; the previous graph is dropped.
 
     All processes capture in the same step. If one of them cannot, all continue without a graph, and the log says why.
 
@@ -45,8 +45,7 @@ class GraphedTrainStep(TrainStep):
         if key != self.key:
             self.key, self.steps_of_key, self.capture = key, 0, None
         self.steps_of_key += 1
-        self.set_learning_rates(learning_rate)
-        self.step_number.fill_(step)
+        self.prepare(step, learning_rate)
         for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
         if self.capture is None and self.steps_of_key > NUM_WARMUP_STEPS and self.is_recordable:

@@ -203,14 +203,14 @@ class Training:
             "Global batch size %d, %d steps/epoch, epochs %d to %d, lr %.3e, EMA decay %s%s; output in %s",
             *(derived.global_batch_size, derived.steps_per_epoch, self.state.progress.epochs + 1),
             *(derived.total_epochs, self.schedule.base_lr),
-            f"{derived.ema_decay:.6f}" if config.EMA.ENABLED else "off",
+            describe_ema(config, derived),
             self.task.describe(config, derived),
             run.folder,
         )
-        initial_share = derived.ema_decay**derived.total_steps
+        initial_share = 0 if derived.ema_warmup else derived.ema_decay**derived.total_steps
         if config.EMA.ENABLED and initial_share > NOTICEABLE_INITIAL_SHARE:
             logger.warning(
-                "at the end the EMA will still contain %.0f%% of the initial weights; lower --model-ema-decay",
+                "at the end the EMA will still contain %.0f%% of the initial weights; set EMA.WARMUP auto",
                 100 * initial_share,
             )
 
@@ -222,3 +222,10 @@ class Training:
         ema = f", EMA {state.best_ema:.3f}" if state.ema else ""
         logger.info("best %s: model %.3f%s", task.metric_label, state.best, ema)
         logger.info("results are in %s: metrics.jsonl, curves.png, predictions, checkpoints", run.folder)
+
+
+def describe_ema(config: CfgNode, derived: Derived) -> str:
+    """Return the decay of the EMA per step, for the log."""
+    if not config.EMA.ENABLED:
+        return "off"
+    return f"{derived.ema_decay:.6f}{' with warm-up' if derived.ema_warmup else ''}"

@@ -81,18 +81,21 @@ class TrainStep:
 
         `step` counts from the start of the run; `check_finite` reports it.
         """
-        self.set_learning_rates(learning_rate)
-        self.step_number.fill_(step)
+        self.prepare(step, learning_rate)
         return self.run(micro_batches, step)
 
-    def set_learning_rates(self, learning_rate: float) -> None:
+    def prepare(self, step: int, learning_rate: float) -> None:
+        """Set what changes with the step: its number, learning rates and the EMA's decay. Does not wait."""
+        self.step_number.fill_(step)
+        if self.ema is not None:
+            self.ema.set_step(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)  # layer-wise decay
         if self.fused_update is not None:
             self.fused_update.set_learning_rates()
 
     def run(self, micro_batches: Sequence[Any], step: int) -> StepResult:
-        """Run the step's work on the device, after learning rates and step number are set."""
+        """Run the step's work on the device, after `prepare`."""
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         for i, micro_batch in enumerate(micro_batches):

@@ -102,6 +102,7 @@ def update_kernel(
 ):  # fmt: skip
     """Clip a chunk's gradient, update its moments and weights, and its EMA."""
     chunk = tl.program_id(0)
+    average_weight = tl.load(ema_weight)
     row = tl.load(chunks + chunk * 4)
     first = tl.load(chunks + chunk * 4 + 1).to(tl.int64) * CHUNK
     count = tl.load(chunks + chunk * 4 + 2)
@@ -127,13 +128,13 @@ def update_kernel(
         i = start + tl.arange(0, BLOCK)
         update_block(
             parameter, gradient, exp_avg, exp_avg_sq, ema, i, i // 4 < count_by_four // 4, is_updated, scale, decay,
-            step_size, correction2, beta1, rest1, beta2, rest2, eps, ema_weight, HAS_EMA, True,
+            step_size, correction2, beta1, rest1, beta2, rest2, eps, average_weight, HAS_EMA, True,
         )  # fmt: skip
     for start in range(count_by_four, count, SINGLES):
         i = start + tl.arange(0, SINGLES)
         update_block(
             parameter, gradient, exp_avg, exp_avg_sq, ema, i, i < count, is_updated, scale, decay,
-            step_size, correction2, beta1, rest1, beta2, rest2, eps, ema_weight, HAS_EMA, False,
+            step_size, correction2, beta1, rest1, beta2, rest2, eps, average_weight, HAS_EMA, False,
         )  # fmt: skip
 
 
@@ -154,7 +155,7 @@ def update(
     max_norm: float,
     betas: tuple[float, float],
     eps: float,
-    ema_weight: float | None,
+    ema_weight: Tensor | None,
     chunk: int,
 ) -> None:
     """Update all parameters with their moments and steps, unless `found_inf` is set, and then their EMA.
@@ -170,7 +171,7 @@ def update(
         max_norm: largest norm of the gradient; infinity: no clipping.
         betas: AdamW's.
         eps: AdamW's.
-        ema_weight: 1 - decay; None without EMA.
+        ema_weight: float32 scalar, 1 - decay; None without EMA.
         chunk: elements of a full chunk.
     """
     num_parameters = len(addresses)
@@ -179,7 +180,8 @@ def update(
     )
     update_kernel[(len(chunks),)](
         *(chunks, addresses, corrections, settings, grad_norm, found_inf, max_norm),
-        *(betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, ema_weight or 0.0),
+        *(betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps),
+        found_inf if ema_weight is None else ema_weight,  # not read without EMA
         CHUNK=chunk,
         BLOCK=BLOCK,
         HAS_EMA=ema_weight is not None,

@@ -21,6 +21,7 @@ def test_values_of_the_papers_run() -> None:
     assert schedule.base_lr == pytest.approx(4e-3)
     assert schedule.warmup_lr == pytest.approx(4e-6)
     assert schedule.min_lr == pytest.approx(4e-5)
+    assert not derived.ema_warmup
     assert derived.steps_per_epoch == 312
     assert schedule.warmup_steps == 20 * 312
     assert schedule.total_steps == 300 * 312
@@ -35,6 +36,26 @@ def test_values_scale_with_processes_and_accumulation() -> None:
     assert derived.ema_decay == pytest.approx(0.9996 ** (1 / 16))
     assert derived.steps_per_epoch == 5004
     assert (derived.total_epochs, schedule.total_steps) == (310, 300 * 5004)
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs", "warmup"),
+    [
+        (1_281_167, 300, False),  # the paper's: 9,384 steps of 4,096 images until MESA starts: 0.01% is left
+        (1_281_167, 100, True),  # 0.9996 ** 7,819 = 4% after a quarter of the run
+        (2_000, 30, True),
+    ],
+)
+@pytest.mark.parametrize("processes", [1, 8])
+def test_warmup_of_the_ema_in_runs_too_short_for_its_decay(
+    images: int, epochs: int, warmup: bool, processes: int
+) -> None:
+    for cfg in ("t", "s", "b"):
+        config = load_config(f"cfgs/mlla_{cfg}.yaml", ["TRAIN.EPOCHS", str(epochs)])
+        derived = Classification().derive(config, num_processes=processes, num_train_images=images)
+        assert derived.ema_warmup == warmup
+    assert derived_of("TRAIN.EPOCHS", str(epochs), "EMA.WARMUP", "on", images=images)[0].ema_warmup
+    assert not derived_of("TRAIN.EPOCHS", str(epochs), "EMA.WARMUP", "off", images=images)[0].ema_warmup
 
 
 def test_global_batch_larger_than_the_training_set() -> None:

@@ -24,6 +24,34 @@ def test_average_by_hand_and_buffers_included() -> None:
     assert state["1.num_batches_tracked"].item() == 7
 
 
+def test_warmup_by_hand() -> None:
+    """Decays 1/10, 2/11, 3/12 and then 0.3, the final one; the next step's follows from its number alone."""
+    net = model()
+    nn.init.constant_(net[0].weight, 0.0)
+    ema = ModelEma(net, decay=0.3, warmup=True)
+    values = []
+    for step, weight in enumerate((1.0, 2.0, 3.0, 4.0)):
+        nn.init.constant_(net[0].weight, weight)
+        ema.set_step(step)
+        ema.update()
+        values.append(ema.module.state_dict()["0.weight"].item())
+    first = 0.9
+    second = first * 2 / 11 + 2 * 9 / 11
+    third = second * 3 / 12 + 3 * 9 / 12
+    assert values == pytest.approx([first, second, third, 0.3 * third + 0.7 * 4])
+    resumed = ModelEma(net, decay=0.9999, warmup=True)
+    resumed.set_step(990)
+    assert resumed.weight.item() == pytest.approx(0.009)
+    resumed.set_step(10**6)
+    assert resumed.weight.item() == pytest.approx(1e-4)
+
+
+def test_without_warmup_the_decay_is_the_same_in_each_step() -> None:
+    ema = ModelEma(model(), decay=0.9)
+    ema.set_step(0)
+    assert ema.weight.item() == pytest.approx(0.1)
+
+
 def test_evaluation_mode_and_no_gradient() -> None:
     ema = ModelEma(model().train(), decay=0.9)
     assert not ema.module.training

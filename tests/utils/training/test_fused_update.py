@@ -1,6 +1,7 @@
 """The fused update against torch's clipping, AdamW and EMA; its kernels are tested in tests/kernels."""
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from utils.training.train_step import TrainStep
 CPU = torch.device("cpu")
 SIZES = ((40, 110), (5,), (3, 5, 7, 9), (1,), (64,))
 STEPS, BAD_STEP, LATE_STEP = 6, 2, 3
+EMA_KINDS: list[dict[str, bool]] = [{"with_ema": False}, {"warmup": False}, {"warmup": True}]
 
 
 def train(
@@ -28,6 +30,7 @@ def train(
     sizes: tuple[tuple[int, ...], ...] = SIZES,
     offset: int = 0,
     with_ema: bool = True,
+    warmup: bool = False,
     max_norm: float = 2.0,
 ) -> dict[str, Tensor]:
     """Return norms, weights, EMA and state after some steps of a kind: torch, kernels or reference.
@@ -40,7 +43,7 @@ def train(
     model[2].data = model[2].data.to(memory_format=torch.channels_last)
     model.register_buffer("statistics", torch.ones(3, device=device))
     model.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))
-    ema = ModelEma(model, 0.9) if with_ema else None
+    ema = ModelEma(model, 0.9, warmup=warmup) if with_ema else None
     parameters = list(model.parameters())
     groups = [{"params": parameters[:2], "weight_decay": 0.2}, {"params": parameters[2:], "weight_decay": 0.0}]
     optimizer = make_optimizer("adamw", groups, betas=(0.9, 0.99))
@@ -57,6 +60,8 @@ def train(
         for group, values_of in zip(optimizer.param_groups, groups, strict=True):
             group["lr"] = values_of["lr"]
         found_inf = torch.tensor(float(step == BAD_STEP), device=device)
+        if ema is not None:
+            ema.set_step(step)
         if fused is None:
             norms.append(nn.utils.clip_grad_norm_(parameters, max_norm))
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]
@@ -85,12 +90,12 @@ def assert_equal_runs(actual: dict[str, Tensor], expected: dict[str, Tensor]) ->
         )
 
 
-@pytest.mark.parametrize("with_ema", [True, False])
+@pytest.mark.parametrize("ema", EMA_KINDS)
 @pytest.mark.parametrize("max_norm", [2.0, float("inf")])
-def test_reference_equals_torch(with_ema: bool, max_norm: float) -> None:
+def test_reference_equals_torch(ema: dict[str, bool], max_norm: float) -> None:
     """Also the state is that of torch: of the same names and order, and none without gradient."""
-    fused = train("reference", with_ema=with_ema, max_norm=max_norm)
-    assert_equal_runs(fused, train("torch", with_ema=with_ema, max_norm=max_norm))
+    fused = train("reference", **ema, max_norm=max_norm)
+    assert_equal_runs(fused, train("torch", **ema, max_norm=max_norm))
     assert fused["state.0.step"] == STEPS - 1
     assert fused["state.4.step"] == STEPS - LATE_STEP
     assert not any(name.startswith("state.3") for name in fused)
@@ -185,12 +190,15 @@ def test_failed_self_test_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_kernels_equal_torch_on_a_gpu() -> None:
     device = torch.device("cuda")
-    for offset in (0, 1):
-        assert_equal_runs(train("kernels", device, offset=offset), train("torch", device, offset=offset))
+    for offset, ema in itertools.product((0, 1), EMA_KINDS):
+        runs = [train(kind, device, offset=offset, **ema) for kind in ("kernels", "torch")]
+        assert_equal_runs(*runs)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_graph_and_eager_step_give_the_same_bits() -> None:
+@pytest.mark.parametrize("is_fused", [True, False])
+@pytest.mark.parametrize("ema_warmup", [True, False])
+def test_graph_and_eager_step_give_the_same_bits(is_fused: bool, ema_warmup: bool) -> None:
     """No step waits for the GPU, either; two shapes are captured, and step 14 is not finite."""
     device = torch.device("cuda")
     torch.manual_seed(1)
@@ -198,9 +206,10 @@ def test_graph_and_eager_step_give_the_same_bits() -> None:
     batches[14] = (batches[14][0] * float("nan"), batches[14][1])
     results = []
     for is_graphed in (False, True):
-        model, step = small_step(mesa_ratio=1.0, device=device)
+        model, step = small_step(mesa_ratio=1.0, device=device, ema_warmup=ema_warmup)
         fused = make_fused_update(step.optimizer, step.ema, step.precision.scaler)
         assert fused is not None
+        fused = fused if is_fused else None
         options = {"compute_losses": step.compute_losses, "clip_grad": step.max_norm, "ema": step.ema}
         step_class = GraphedTrainStep if is_graphed else TrainStep
         step = step_class(model, step.optimizer, step.precision, **options, fused_update=fused)  # type: ignore[arg-type]

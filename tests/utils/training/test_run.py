@@ -228,10 +228,15 @@ def test_the_mode_decides_on_the_work(run: FakeRun, capsys: pytest.CaptureFixtur
     assert not run.folder.exists()
 
 
-@pytest.mark.parametrize(("decay", "is_slow"), [(0.99, True), (0.01, False)])
-def test_an_ema_that_is_too_slow_for_the_run_is_reported(run: FakeRun, decay: float, is_slow: bool) -> None:
-    assert run(EMA__DECAY=decay) == 0
-    assert ("lower --model-ema-decay" in run.log) == is_slow
+@pytest.mark.parametrize(
+    ("decay", "warmup", "is_slow"), [(0.99, "off", True), (0.01, "off", False), (0.99, "auto", False)]
+)
+def test_an_ema_that_is_too_slow_for_the_run_is_reported(
+    run: FakeRun, decay: float, warmup: str, is_slow: bool
+) -> None:
+    assert run(EMA__DECAY=decay, EMA__WARMUP=warmup) == 0
+    assert ("set EMA.WARMUP auto" in run.log) == is_slow
+    assert ("with warm-up" in run.log) == (warmup == "auto")
 
 
 def test_processes_start_with_the_same_weights_and_other_random_numbers() -> None:
