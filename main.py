@@ -23,7 +23,7 @@ from models.kernels.self_test import run_self_test
 from utils.benchmark.measure import synthetic_images
 from utils.benchmark.throughput import run_throughput, timm_baseline
 from utils.config.command_line import parse_command_line, report_user_errors
-from utils.config.errors import UserError
+from utils.config.errors import ConfigError, UserError
 from utils.distributed.process import Process
 from utils.logs.logger import logger
 from utils.logs.plots import CLASSIFIER_PANELS, plot_predictions
@@ -48,6 +48,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_task(Classification(), config, run_throughput=run_throughput)
 
 
+def check_batch_size(config: CfgNode, model: nn.Module) -> None:
+    """Refuse to train batch norm on one image whose last map is one pixel, which has no variance.
+
+    Raises:
+        ConfigError: DATA.BATCH_SIZE is 1, and DATA.IMG_SIZE is not above the stride of the last stage.
+    """
+    trains = config.BENCHMARK.TRAIN if config.THROUGHPUT_MODE else not config.EVAL_MODE
+    if not trains or config.TRAIN.FREEZE or config.DATA.BATCH_SIZE > 1:
+        return
+    size, stride = config.DATA.IMG_SIZE, 4 * 2 ** (len(model.layers) - 1)  # type: ignore[arg-type]
+    if size <= stride and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        raise ConfigError(
+            f"DATA.BATCH_SIZE 1: batch norm cannot train on one image per process with DATA.IMG_SIZE {size}, "
+            f"which leaves one pixel in the last stage; set --batch-size 2 or more, or a size above {stride}",
+            key="DATA.BATCH_SIZE",
+        )
+
+
 class Classification(Task):
     """Image classification with soft targets, EMA and MESA, judged by top-1 accuracy."""
 
@@ -65,7 +83,9 @@ class Classification(Task):
         return build_data(config, rank=process.rank, num_processes=process.num_processes, device=process.device)
 
     def build_model(self, config: CfgNode, process: Process, num_classes: int | None) -> nn.Module:  # noqa: ARG002
-        return build_model(config, num_classes)
+        model = build_model(config, num_classes)
+        check_batch_size(config, model)
+        return model
 
     def test_kernels(self, config: CfgNode, model: nn.Module, dtype: torch.dtype) -> None:
         device = next(model.parameters()).device

@@ -61,7 +61,7 @@ class ConvLayer(nn.Module):
         super().__init__()
         self.conv = conv
         self.norm = nn.BatchNorm2d(conv.out_channels) if norm else nn.Identity()
-        self.act = nn.ReLU(inplace=True) if activation else nn.Identity()
+        self.act = nn.ReLU() if activation else nn.Identity()  # in place, it would break backward hooks on the norm
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))
@@ -86,7 +86,7 @@ class Stem(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        x = pad_to_multiple(images, 4).contiguous(memory_format=torch.channels_last)
+        x = channels_last(pad_to_multiple(images, 4))
         x = self.conv1(x)  # (B, E / 2, H / 2, W / 2)
         x = x + self.conv2(x)
         return self.conv3(x).permute(0, 2, 3, 1)  # (B, H / 4, W / 4, E)
@@ -109,6 +109,11 @@ class Downsample(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = pad_to_multiple(tokens.permute(0, 3, 1, 2), 2)  # (B, C, H, W), both even
         return self.conv(x).permute(0, 2, 3, 1)  # (B, H / 2, W / 2, 2 C)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Return x (B, C, H, W) in channels_last memory, also under torch.func.vmap, which refuses memory formats."""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

@@ -271,6 +271,14 @@ def test_mesa_without_ema_is_off_with_a_warning(run_main: RunMain, tmp_path: Pat
     assert load_checkpoint(tmp_path / "mlla_digits" / "default" / "max_acc.pth")["state_dict_ema"] is None
 
 
+@pytest.mark.parametrize("mode", [[], ["--throughput", "--train"]])
+def test_batch_norm_needs_two_images_of_32_pixels(run_main: RunMain, tmp_path: Path, mode: list[str]) -> None:
+    code, _, err = run_main(*mode, *digits(tmp_path, batch_size=1, epochs=1))
+    assert code == 2
+    assert err.startswith("error: DATA.BATCH_SIZE 1: batch norm cannot train on one image")
+    assert err.count("\n") == 1
+
+
 def test_pretrained_weights_with_another_head(run_main: RunMain, tmp_path: Path) -> None:
     torch.save({"model": MLLA(**MICRO, num_classes=10).state_dict()}, tmp_path / "weights.pth")
     args = ["--cfg", "cfgs/digits.yaml", "--pretrained", tmp_path / "weights.pth", "--output", tmp_path]

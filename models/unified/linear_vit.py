@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.layers import pad_to_multiple
+from models.layers import channels_last, pad_to_multiple
 from models.rope import rotary_tables
 from models.timm_interface import PyramidClassifier, init_weights
 from models.unified.block import Switches, UnifiedAttention, UnifiedBlock
@@ -151,7 +151,7 @@ class LinearViT(PyramidClassifier):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> normalized tokens of the last stage, (B, H / 32, W / 32, num_features)."""
-        x = pad_to_multiple(images, self.patch_size).contiguous(memory_format=torch.channels_last)
+        x = channels_last(pad_to_multiple(images, self.patch_size))
         x = self.pos_drop(self.patch_embed(x))  # (B, H / 4, W / 4, E)
         for stage in self.stages:
             x = stage(x)  # (B, H / 2, W / 2, 2 C), in the last stage (B, H, W, C)

@@ -4,6 +4,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call, grad, stack_module_state, vmap
 
 from config import load_config
 from models import MLLA, build_model
@@ -134,6 +135,50 @@ def quadratic_attention(attention: LinearAttention, v: Tensor) -> Tensor:
     normalizer = (heads(q) @ heads(k).transpose(-2, -1)).sum(dim=-1, keepdim=True)
     out = (weights / normalizer) @ heads(v)
     return out.transpose(1, 2).reshape(v.shape) + attention.lepe(v)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_backward_hooks_on_every_module(training: bool) -> None:
+    """As tools for attribution and debugging register them; the gradients stay the same."""
+    model = MLLA(**MICRO).train(training)
+    images = random_values(0, 2, 3, 64, 96)
+    gradients: list[list[Tensor]] = []
+    calls: set[str] = set()
+    for with_hooks in (False, True):
+        if with_hooks:
+            for name, module in model.named_modules():
+                module.register_full_backward_hook(lambda *_, name=name: calls.add(name))
+        model.zero_grad()
+        inputs = images.clone().requires_grad_()
+        model(inputs).square().sum().backward()
+        gradients.append([p.grad.clone() for p in (*model.parameters(), inputs) if p.grad is not None])
+    assert {"", "patch_embed.conv1.norm", "layers.0.downsample.conv.1.conv", "layers.2.blocks.1.mlp"} <= calls
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_gradients_per_sample_by_torch_func() -> None:
+    model = MLLA(**MICRO, num_classes=3).eval()
+    images = random_values(0, 3, 3, 64, 96)
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+
+    def score(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
+        return functional_call(model, parameters, (image[None],)).square().sum()
+
+    gradients = vmap(grad(score), in_dims=(None, 0))(parameters, images)
+    for i, image in enumerate(images):
+        model.zero_grad()
+        model(image[None]).square().sum().backward()
+        for name, value in model.named_parameters():
+            torch.testing.assert_close(gradients[name][i], value.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_ensembles_by_torch_func() -> None:
+    models = [MLLA(**MICRO, num_classes=3).eval() for _ in range(2)]
+    images = random_values(0, 2, 3, 64, 96)
+    parameters, buffers = stack_module_state(models)  # type: ignore[arg-type]
+    logits = vmap(lambda p, b: functional_call(models[0], (p, b), (images,)))(parameters, buffers)
+    for model, row in zip(models, logits, strict=True):
+        torch.testing.assert_close(row, model(images), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

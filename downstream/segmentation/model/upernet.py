@@ -24,7 +24,7 @@ class ConvNormAct(nn.Module):
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)), inplace=True)
+        return F.relu(self.bn(self.conv(x)))  # in place, it would break backward hooks on bn
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:

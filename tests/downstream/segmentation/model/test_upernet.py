@@ -83,6 +83,17 @@ def test_every_parameter_gets_a_gradient() -> None:
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_backward_hooks_on_every_module(training: bool) -> None:
+    model = make_micro(num_classes=3).train(training)
+    calls: set[str] = set()
+    for name, module in model.named_modules():
+        module.register_full_backward_hook(lambda *_, name=name: calls.add(name))
+    outputs = model(random_values(0, 2, 3, 64, 96).requires_grad_())
+    (outputs.decode if training else outputs).sum().backward()
+    assert {"decode_head.fpn_bottleneck.bn", "backbone.patch_embed.conv1.norm"} <= calls
+
+
 def test_without_auxiliary_head() -> None:
     model = UperNet(MLLABackbone(**MICRO), WIDTHS, 5, channels=16, auxiliary_channels=0)
     logits = model(torch.randn(2, 3, 40, 72))
