@@ -45,9 +45,8 @@ def test_nothing_is_left_to_fill_in(page: Path) -> None:
 def test_tests_named_in_the_table_of_timm_exist() -> None:
     text = (ROOT / "models" / "README.md").read_text()
     rows = [line for line in text.splitlines() if "| ✓" in line or "| ✗" in line]
-    tests = "".join(
-        (ROOT / "tests" / name).read_text() for name in ("models/test_timm_interface.py", "utils/test_export.py")
-    )
+    files = ("models/test_timm_interface.py", "models/test_mlla.py", "utils/test_export.py")
+    tests = "".join((ROOT / "tests" / name).read_text() for name in files)
     assert len(rows) > 15
     for row in rows:
         names = re.findall(r"`(\w+)`", row.split("|")[3])
