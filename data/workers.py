@@ -3,18 +3,22 @@
 import logging
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, _utils
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from utils.config.errors import UserError
 
 START_SECONDS = 180.0  # a fork takes milliseconds; other start methods import everything again
 MAX_STARTS = 3
+END_SECONDS = 2.0
 
 logger = logging.getLogger("mlla.data")
 
@@ -39,6 +43,29 @@ def set_up_and_count(started: "Synchronized[int]", set_up: Callable[[int], None]
     finally:
         with started.get_lock():
             started.value += 1
+
+
+class PromptIterator(_MultiProcessingDataLoaderIter):
+    """An iterator of a DataLoader whose workers end within END_SECONDS, when it is no longer used.
+
+    torch asks them to end and waits up to 5 s for each, one after the other: 15 workers once delayed the end of a
+    stopped run by half a minute.
+    """
+
+    def _shutdown_workers(self) -> None:
+        timer = threading.Timer(END_SECONDS, self.kill_workers)
+        timer.daemon = True
+        with suppress(RuntimeError):  # no new threads while Python ends
+            timer.start()
+        super()._shutdown_workers()
+        timer.cancel()
+
+    def kill_workers(self) -> None:
+        """Kill the workers that are left; they have nothing to lose."""
+        _utils.signal_handling._remove_worker_pids(id(self))  # the DataLoader takes a killed worker for an error
+        self._worker_pids_set = False
+        for worker in self._workers:
+            worker.kill()
 
 
 class RestartingDataLoader(DataLoader):
@@ -70,12 +97,12 @@ class RestartingDataLoader(DataLoader):
         for _ in range(MAX_STARTS):
             self.started.value = 0
             iterator: Any = super()._get_iterator()
+            iterator.__class__ = PromptIterator
             if self.have_started(iterator._workers):
                 return iterator
             logger.warning("a DataLoader worker did not start within %g s; restarting all workers", START_SECONDS)
-            iterator._shutdown_workers()  # after this, a killed worker is no error
-            for worker in iterator._workers:
-                worker.kill()  # one that waits for a lock heeds no other signal
+            iterator.kill_workers()  # one that waits for a lock heeds no other signal
+            iterator._shutdown_workers()
         raise WorkerStartError(
             f"DATA.NUM_WORKERS {self.num_workers}: loader workers did not start in {MAX_STARTS} attempts; lower "
             "DATA.NUM_WORKERS, 0 loads without them"

@@ -1,6 +1,8 @@
 """Loader workers that hang at their start, and errors that come from workers."""
 
+import gc
 import logging
+import multiprocessing
 import os
 import signal
 import time
@@ -47,6 +49,32 @@ def test_hanging_workers_are_restarted(tmp_path: Path, caplog: pytest.LogCapture
     assert [batch.tolist() for batch in loader] == batches
     (hanging,) = (int(mark.name) for mark in tmp_path.iterdir())
     wait_for(lambda: not is_running(hanging))
+
+
+class Slow(Dataset):
+    """The first item comes at once, the others after ten minutes."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(600 if index else 0)
+        return index
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_busy_workers_do_not_delay_the_end(monkeypatch: pytest.MonkeyPatch, persistent: bool) -> None:
+    monkeypatch.setattr(workers, "END_SECONDS", 0.2)
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 60)
+    loader = RestartingDataLoader(Slow(), batch_size=1, num_workers=2, persistent_workers=persistent)
+    batches = iter(loader)
+    assert next(batches).tolist() == [0]
+    processes = multiprocessing.active_children()
+    assert len(processes) == 2
+    del batches, loader
+    gc.collect()
+    assert {process.exitcode for process in processes} <= {-signal.SIGKILL, 0}
+    assert -signal.SIGKILL in {process.exitcode for process in processes}
 
 
 @pytest.mark.slow

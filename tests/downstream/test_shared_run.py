@@ -96,7 +96,12 @@ def test_evaluation_compiles_the_backbone_and_gives_the_same_metrics(
     environment = [json.loads(line) for line in (folder / "environment.jsonl").read_text().splitlines()]
     assert [entry["epoch"] for entry in environment] == [0]
     compiled: list[nn.Module] = []
-    monkeypatch.setattr(nn.Module, "compile", lambda module, **_: compiled.append(module))
+
+    def note(module: nn.Module, **_: Any) -> None:
+        compiled.append(module)
+        module._compiled_call_impl = module._call_impl
+
+    monkeypatch.setattr(nn.Module, "compile", note)
     evaluated: list[dict[str, float]] = []
     kind: Any = {"detection": Detection, "segmentation": Segmentation}[task]
     evaluate = kind.evaluate
