@@ -2,11 +2,13 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from data.decoding import decode_fast
 from data.errors import BrokenImageError, DataError
+from data.sources import hugging_face
 from data.sources.hugging_face import HuggingFaceImages
 from tests.helpers import encoded, make_image_folder, photo
 
@@ -66,6 +68,26 @@ def test_user_errors(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"^DATA\.DATASET hfds/empty: [^\n]+$"):
         HuggingFaceImages("empty", str(tmp_path), "val")
+
+
+@pytest.mark.parametrize("unknown", [None, -1])
+def test_images_without_label_are_counted(monkeypatch: pytest.MonkeyPatch, unknown: int | None) -> None:
+    """With stand-ins for the library and timm's reader, so that it runs without them."""
+    library = SimpleNamespace(
+        get_dataset_split_names=lambda _: ["train"], exceptions=SimpleNamespace(DatasetsError=RuntimeError)
+    )
+    rows = {"label": [0, 1, unknown, 1, unknown]}
+    reader = SimpleNamespace(dataset=rows, label_key="label", class_to_idx={"ant": 0, "bee": 1})
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    monkeypatch.setattr(hugging_face, "create_dataset", lambda *_, **__: SimpleNamespace(reader=reader))
+    with pytest.raises(
+        DataError, match=r"hfds/x: label must be known .*; 2 of 5 rows of train have none, .* is row 2$"
+    ):
+        HuggingFaceImages("x", "", "train")
+    rows["label"] = [0, 1, 1]
+    source = HuggingFaceImages("x", "", "train")
+    assert source.labels.tolist() == [0, 1, 1]
+    assert source.classes == ["ant", "bee"]
 
 
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
