@@ -14,15 +14,18 @@ from utils.training.fused_update import FusedUpdate, ema_tensors
 
 
 def make_fused_update(
-    optimizer: torch.optim.Optimizer, ema: ModelEma | None, scaler: torch.amp.GradScaler
+    optimizer: torch.optim.Optimizer, ema: ModelEma | None, scaler: torch.amp.GradScaler, *, is_alone: bool
 ) -> FusedUpdate | None:
-    """Return the update by kernels where they support it and pass their self-test, on all processes; otherwise None."""
+    """Return the update by kernels where they support it and pass their self-test; otherwise None.
+
+    Unless a process is alone in the step, the kernels must pass on all processes, which then round in the same way.
+    """
     device = next(p.device for group in optimizer.param_groups for p in group["params"])
     if device.type != "cuda":
         return None
     reason = unsupported_reason(optimizer, ema) or ("float16 scales gradients" if scaler.is_enabled() else "")
     reason = reason or self_test_error(device)
-    reason = next(filter(None, gather_objects(reason)), "")  # so that all processes round in the same way
+    reason = next(filter(None, [reason] if is_alone else gather_objects(reason)), "")
     if reason:
         logger.info("Clipping, optimizer and EMA run without the fused kernel: %s", reason)
         return None

@@ -171,7 +171,10 @@ def test_what_is_not_supported() -> None:
     optimizer = small_optimizer(conv)
     optimizer.state[conv.weight] = {"exp_avg": torch.zeros(4, 4, 3, 3)}
     assert "strides" in unsupported_reason(optimizer, None)
-    assert make_fused_update(small_optimizer(model), None, torch.amp.GradScaler("cpu", enabled=False)) is None  # no GPU
+    assert (
+        make_fused_update(small_optimizer(model), None, torch.amp.GradScaler("cpu", enabled=False), is_alone=True)
+        is None
+    )  # no GPU
 
 
 def test_failed_self_test_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +210,7 @@ def test_graph_and_eager_step_give_the_same_bits(is_fused: bool, ema_warmup: boo
     results = []
     for is_graphed in (False, True):
         model, step = small_step(mesa_ratio=1.0, device=device, ema_warmup=ema_warmup)
-        fused = make_fused_update(step.optimizer, step.ema, step.precision.scaler)
+        fused = make_fused_update(step.optimizer, step.ema, step.precision.scaler, is_alone=True)
         assert fused is not None
         fused = fused if is_fused else None
         options = {"compute_losses": step.compute_losses, "clip_grad": step.max_norm, "ema": step.ema}

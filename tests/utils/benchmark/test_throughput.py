@@ -1,0 +1,49 @@
+"""The table of --throughput: several processes beside one, and the official code's speed."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import run_python
+from utils.benchmark.measure import Throughput
+from utils.benchmark.throughput import throughput_table
+
+ROW = Throughput(
+    *("mlla_tiny", "training", "NVIDIA H200", "2.11.0", "bfloat16", "channels_last", "reduce-overhead"),
+    **{"batch": 128, "size": 224, "processes": 1, "images_per_second": 4700.0, "milliseconds_per_batch": 27.2},
+    **{"memory_mib": 6900.0, "rounds": 5, "batches_per_round": 30},
+)
+
+
+def cells(rows: list[Throughput]) -> list[dict[str, str]]:
+    """Return the table's cells by heading; columns are separated by two spaces."""
+    heading, *lines = throughput_table(rows).splitlines()
+    names = [name.strip() for name in heading.split("  ") if name.strip()]
+    return [dict(zip(names, [c.strip() for c in line.split("  ") if c.strip()], strict=False)) for line in lines]
+
+
+def test_the_official_code_stands_beside_the_same_work() -> None:
+    together = replace(ROW, processes=2, images_per_second=9200.0, scaling=97.872)
+    (two,) = cells([together])
+    assert (two["img/s"], two["scaling"], two["official code"]) == ("9200.0", "97.9%", "1034")
+    assert cells([ROW])[0]["official code"] == "672"
+    for other in (replace(ROW, chip="NVIDIA A100"), replace(ROW, size=384), replace(ROW, batch=64)):
+        assert "official code" not in cells([other])[0]  # a column without values is left out
+    assert "scaling" not in cells([ROW])[0]
+
+
+@pytest.mark.slow
+def test_two_processes_are_compared_with_one(tmp_path: Path) -> None:
+    done = run_python(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py", "--cfg", "cfgs/digits.yaml"),
+        *("--throughput", "--train", "--batch-size", "2", "--output", tmp_path, "--opts", "AUG.MESA", "0"),
+        *("MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.NUM_HEADS", "[1, 1, 1, 1]"),
+    )
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "mlla_digits" / "default" / "throughput.jsonl").read_text().splitlines()
+    alone, together = map(json.loads, lines)
+    assert (alone["processes"], together["processes"]) == (1, 2)
+    assert alone["scaling"] is None
+    assert together["scaling"] == pytest.approx(100 * together["images_per_second"] / 2 / alone["images_per_second"])
