@@ -167,6 +167,19 @@ def frozen_node(values: Mapping[str, Any]) -> CfgNode:
     return config
 
 
+def with_setting(config: CfgNode, name: str, value: Any) -> CfgNode:
+    """Return a frozen copy of a configuration with another value of a dotted key."""
+    changed = config.clone()
+    changed.defrost()
+    *sections, leaf = name.split(".")
+    node = changed
+    for section in sections:
+        node = node[section]
+    node[leaf] = value
+    changed.freeze()
+    return changed
+
+
 def read_file(schema: Schema, path: Path, within: tuple[Path, ...] = ()) -> Iterator[tuple[str, Any, str]]:
     """Yield (key, value, file) of a YAML file, those of its BASE files first."""
     with file_errors(ConfigError, path, "read"):

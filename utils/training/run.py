@@ -9,9 +9,12 @@ from torch import nn
 from yacs.config import CfgNode
 
 from utils.checkpoint.files import Progress, move_replaced_checkpoints
+from utils.checkpoint.same_run import check_same_run
 from utils.checkpoint.weights import check_classes, load_weights, read_weights
 from utils.config.command_line import report_user_errors
 from utils.config.errors import ConfigError
+from utils.config.schema import with_setting
+from utils.config.yaml_file import flatten
 from utils.distributed.process import Process
 from utils.logs.environment import record_environment
 from utils.logs.logger import logger
@@ -145,9 +148,21 @@ class Training:
             global_batch_size=self.derived.global_batch_size,
         )
         self.state.progress, self.state.classes = Progress(config.TRAIN.START_EPOCH), run.data.classes
-        continues = self.state.resume(run.folder, explicit=config.MODEL.RESUME, auto=config.TRAIN.AUTO_RESUME)
-        if config.MODEL.PRETRAINED and (continues or config.MODEL.RESUME):
-            logger.info("%s, named by --pretrained, is not read: the run resumes", config.MODEL.PRETRAINED)
+        continues = self.state.resume(
+            run.folder,
+            explicit=config.MODEL.RESUME,
+            auto=config.TRAIN.AUTO_RESUME,
+            check=lambda content, path: check_same_run(
+                *(content, path, dict(flatten(config))),
+                classes=run.data.classes,
+                num_train_images=run.data.num_train_images,
+            ),
+        )
+        if self.state.source:
+            if config.MODEL.PRETRAINED:
+                logger.info("%s, named by --pretrained, is not read: the run resumes", config.MODEL.PRETRAINED)
+            # The record is of what the run did start from.
+            config = run.config = with_setting(config, "MODEL.PRETRAINED", self.state.pretrained)
         elif config.MODEL.PRETRAINED:
             task.load_pretrained(run.model, config.MODEL.PRETRAINED, run.data.classes)
             if ema is not None:
@@ -179,7 +194,11 @@ class Training:
             folder=run.folder,
             batches=lambda epoch, first: task.batches(run, epoch, first),
             evaluate=lambda model, name: task.evaluate(run, as_compiled(model), name),
-            metadata={"config": run.config.dump(), "classes": run.data.classes},
+            metadata={
+                "config": run.config.dump(),
+                "classes": run.data.classes,
+                "num_train_images": run.data.num_train_images,
+            },
             draw_predictions=lambda model: task.draw_predictions(run, as_compiled(model)),
             tracker=self.tracker,
         )

@@ -2,7 +2,7 @@
 
 import platform
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from utils.checkpoint.files import Progress, checkpoints_in, load_latest
+from utils.checkpoint.same_run import settings_of
 from utils.checkpoint.weights import Weights, check_classes, classes_in, load_weights, no_weights_error, weights_in
 from utils.checkpoint.weights_file import CheckpointError, load_checkpoint
 from utils.distributed.process import Process, gather_objects
@@ -35,6 +36,7 @@ class TrainState:
         sums: this process's sums over the completed steps of the unfinished epoch, by name.
         origin: fingerprint of the file that --resume named when the run began.
         classes: names of the data's classes by output; None: a checkpoint's class names are not compared.
+        source: file that the state was restored from, if any; `pretrained`: weights that the run in it started from.
     """
 
     model: nn.Module
@@ -49,6 +51,8 @@ class TrainState:
     sums: dict[str, float] = field(default_factory=dict)
     origin: dict[str, Any] | None = None
     classes: Sequence[str] | None = None
+    source: str = ""
+    pretrained: str = ""
 
     def capture(self, **metadata: Any) -> dict[str, Any]:
         """Return a checkpoint's content, the state and `metadata`; called by all processes together."""
@@ -69,10 +73,18 @@ class TrainState:
             **metadata,
         }
 
-    def resume(self, folder: Path, *, explicit: str, auto: bool) -> bool:
+    def resume(
+        self,
+        folder: Path,
+        *,
+        explicit: str,
+        auto: bool,
+        check: Callable[[Mapping[str, Any], Path], None] = lambda *_: None,
+    ) -> bool:
         """Resume from the file `explicit` if it is named, else, with `auto`, from the folder's newest valid checkpoint.
 
         If the folder's run itself began from `explicit`, the command is being repeated: the folder's run resumes.
+        `check` is called with content and path of the folder's checkpoint, and raises if it is of another run.
 
         Returns:
             Whether the folder's own run is resumed.
@@ -84,6 +96,7 @@ class TrainState:
         origin = fingerprint(explicit) if explicit else None
         latest = load_latest(folder) if auto else None
         if latest is not None and (origin is None or latest[1].get("origin") == origin):
+            check(latest[1], latest[0])
             self.restore(latest[1], str(latest[0]))
             logger.info("resumed from %s%s", latest[0], f", a run that began from {explicit}" if explicit else "")
             continues = True
@@ -109,6 +122,7 @@ class TrainState:
         weights = weights_in(content, "model") or weights_in(content, "state_dict_ema")
         if weights is None:
             raise no_weights_error(source, content)
+        self.source, self.pretrained = source, settings_of(content).get("MODEL.PRETRAINED", "")
         if weights_in(content, "model") is None:
             logger.warning("%s has no weights but the EMA's: the model starts from them", source)
         if self.classes is not None:

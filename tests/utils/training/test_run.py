@@ -51,10 +51,11 @@ class FakeTask(Task):
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
+        self.classes, self.numbers = ["a", "b"], NUMBERS
         self.signal_at: int | None = None  # step during which this process gets SIGTERM
 
     def build_data(self, config: CfgNode, process: Process) -> Any:  # noqa: ARG002
-        return SimpleNamespace(classes=["a", "b"], num_train_images=len(NUMBERS), num_val_images=2)
+        return SimpleNamespace(classes=self.classes, num_train_images=len(self.numbers), num_val_images=2)
 
     def build_model(self, config: CfgNode, process: Process, num_classes: int | None) -> nn.Module:  # noqa: ARG002
         self.calls.append(("model", num_classes))
@@ -75,7 +76,7 @@ class FakeTask(Task):
 
     def batches(self, run: Run, epoch: int, first: int) -> Iterator[Tensor]:
         self.calls.append(("batches", epoch, first))
-        return iter(NUMBERS.split(run.config.DATA.BATCH_SIZE)[first:])
+        return iter(self.numbers.split(run.config.DATA.BATCH_SIZE)[first:])
 
     def losses(self, config: CfgNode, network: nn.Module, ema: ModelEma | None, derived: Derived) -> ComputeLosses:  # noqa: ARG002
         def compute(numbers: Tensor, step: int) -> dict[str, Tensor]:
@@ -199,7 +200,52 @@ def test_training_starts_from_pretrained_weights_and_from_start_epoch(run: FakeR
     assert run(MODEL__PRETRAINED="w.pth", TRAIN__START_EPOCH=1, **rates) == 0
     assert run.calls("pretrained") == [["w.pth", ["a", "b"]]]
     assert run.calls("batches") == [[1, 0]]
-    assert [score for _, score in run.calls("evaluate")] == pytest.approx([1.5, 1.5])
+    assert [score for _, score in run.calls("evaluate")] == pytest.approx([1.5, 1.5])  # the EMA starts there, too
+
+
+def test_a_run_is_not_continued_from_other_weights_nor_on_other_data(
+    run: FakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def config_file() -> str:
+        return (run.folder / "config.yaml").read_text()
+
+    assert run(MODEL__PRETRAINED="w.pth", DATA__DATA_PATH="data/a") == 0
+    before = {path: path.read_bytes() for path in run.folder.glob("*.pth")}
+    longer = {"TRAIN__EPOCHS": 3, "DATA__DATA_PATH": "data/a"}
+    refused = [
+        (run, {**longer, "MODEL__PRETRAINED": "other.pth"}, "MODEL.PRETRAINED 'w.pth', now 'other.pth'"),
+        (run, {"MODEL__PRETRAINED": "other.pth"}, "now 'other.pth'"),  # also when the run is complete
+    ]
+    for command, settings, message in refused:
+        assert command(**settings) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+        assert f"name another --tag; to continue that run all the same, --resume {run.folder}/ckpt_epoch_1.pth" in error
+    run.task.classes = ["a", "x"]
+    assert run(**longer, MODEL__PRETRAINED="w.pth") == 2
+    assert "on other classes, 2 (a, b), where the data has 2 (a, x)" in capsys.readouterr().err
+    run.task.classes, run.task.numbers = ["a", "b"], NUMBERS[:6]
+    assert run(**{**longer, "DATA__DATA_PATH": "data/b"}) == 2
+    assert "on other data, DATA.DATA_PATH 'data/a', now 'data/b'" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.folder.glob("*.pth")} == before
+    run.task.numbers = NUMBERS
+    assert run(**{**longer, "DATA__DATA_PATH": "data/b"}) == 0  # it moved
+    assert "the data moved, DATA.DATA_PATH 'data/a', now 'data/b'" in run.log
+    assert run.calls("pretrained") == []
+    assert "PRETRAINED: w.pth" in config_file()  # where the run did start from
+    assert run(MODEL__PRETRAINED=str(Path("w.pth").resolve()), DATA__DATA_PATH="data/b", TRAIN__EPOCHS=4) == 0
+    assert run.calls("pretrained") == []
+    assert "PRETRAINED: w.pth" in config_file()
+
+
+def test_pretrained_weights_are_not_recorded_where_a_file_is_resumed(run: FakeRun, tmp_path: Path) -> None:
+    assert run(TAG="first") == 0
+    file = tmp_path / "mlla_digits" / "first" / "ckpt_epoch_1.pth"
+    assert run(MODEL__RESUME=str(file), MODEL__PRETRAINED="w.pth", TRAIN__EPOCHS=3) == 0
+    assert run.calls("pretrained") == []
+    assert "PRETRAINED: ''" in (run.folder / "config.yaml").read_text()
+    assert "PRETRAINED: ''" in load_checkpoint(run.folder / "ckpt_epoch_2.pth")["config"]
 
 
 def test_evaluation_loads_model_and_ema_one_after_the_other(run: FakeRun) -> None:
