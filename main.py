@@ -89,7 +89,7 @@ class Classification(Task):
 
     def test_kernels(self, config: CfgNode, model: nn.Module, dtype: torch.dtype) -> None:
         device = next(model.parameters()).device
-        run_self_test(model, dtype, config.DATA.IMG_SIZE, model_uses(config, device))
+        run_self_test(model, dtype, config.DATA.IMG_SIZE, model_uses(self, config, device))
 
     def prepare_for_inference(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         return prepare_for_inference(model, dtype)

@@ -29,7 +29,8 @@ class DenseTask(Task):
     lr_batch_size = 16  # two images on each of 8 GPUs
     ema_batch_size = 16
     compiled_module = "backbone"
-    auto_training_mode = "default"
+    auto_training_mode = "off"  # a compilation for each new image size would outlast many runs
+    auto_inference_mode = "off"  # likewise graphs, and their memory
     smaller_images = "lower the image sizes, AUG.* and TEST.*"
     user_errors = (UserError, KernelsUnavailableError)
 
@@ -39,7 +40,7 @@ class DenseTask(Task):
         load_pretrained(getattr(backbone, "body", backbone), source)
 
     def test_kernels(self, config: CfgNode, model: nn.Module, dtype: torch.dtype) -> None:
-        uses = model_uses(config, next(model.parameters()).device)
+        uses = model_uses(self, config, next(model.parameters()).device)
         run_self_test(model, dtype, image_size=512, uses=uses)  # larger grids are in the same class
 
     def prepare_for_inference(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -1,7 +1,6 @@
 """`--throughput`: speed of a task's inference or training step, beside other models; table, JSON lines and chart."""
 
 import gc
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -87,7 +86,7 @@ def timm_baseline(name: str, image_size: int, drop_path_rate: float, device: tor
 
 def inference_rows(task: Task, config: CfgNode, process: Process, name: str, make_model: MakeModel) -> list[Throughput]:
     """Measure inference at the configured batch size and at batch size 1."""
-    model = build_inference_model(task, config, process.device, num_batches=math.inf)
+    model = build_inference_model(task, config, process.device, for_speed=True)
     prepared = model(make_model())
     sizes = sorted({config.DATA.BATCH_SIZE, 1}, reverse=True)
     return [inference_row(task, config, process, name, prepared, model.mode, batch_size) for batch_size in sizes]
@@ -162,7 +161,7 @@ def size_rows(task: Task, config: CfgNode, process: Process, make_model: MakeMod
     rows = []
     for side in map(int, filter(None, config.BENCHMARK.get("SIZES", "").split(","))):
         batch_size = max(1, round(config.DATA.BATCH_SIZE * config.DATA.IMG_SIZE**2 / side**2))
-        model = build_inference_model(task, config, process.device, num_batches=math.inf)
+        model = build_inference_model(task, config, process.device, for_speed=True)
         prepared = model(make_model())
         parts = (config.MODEL.NAME, prepared, model.mode, batch_size, (side, side))
         rows.append(inference_row(task, config, process, *parts))

@@ -48,13 +48,13 @@ def trains(config: CfgNode) -> bool:
     return not only_infers or (config.THROUGHPUT_MODE and config.BENCHMARK.TRAIN)
 
 
-def model_uses(config: CfgNode, device: torch.device) -> set[str]:
+def model_uses(task: Task, config: CfgNode, device: torch.device) -> set[str]:
     """Return what is done with the model: "training", "inference" of it as it is, and of a "prepared" copy."""
     uses = {"training"} if trains(config) else set()
     if trains(config) and config.EMA.ENABLED and config.AUG.get("MESA"):
         uses.add("inference")  # of the teacher
     if not (config.THROUGHPUT_MODE and config.BENCHMARK.TRAIN):
-        mode = resolve_inference_mode(config.TEST.COMPILE, device, num_batches=0)
+        mode = resolve_inference_mode(config.TEST.COMPILE, device, auto=task.auto_inference_mode)
         uses.add("inference" if mode == "off" else "prepared")
     return uses
 
@@ -126,9 +126,11 @@ def build_train_step(
     return GraphedTrainStep(*parts, **options)
 
 
-def build_inference_model(task: Task, config: CfgNode, device: torch.device, *, num_batches: float) -> InferenceModel:
-    """Return what prepares and compiles models for evaluation, in which about `num_batches` are to come."""
-    mode = resolve_inference_mode(config.TEST.COMPILE, device, num_batches=num_batches, auto=task.auto_inference_mode)
+def build_inference_model(
+    task: Task, config: CfgNode, device: torch.device, *, for_speed: bool = False
+) -> InferenceModel:
+    """Return what prepares and compiles models for evaluation, or to measure their speed."""
+    mode = resolve_inference_mode(config.TEST.COMPILE, device, for_speed=for_speed, auto=task.auto_inference_mode)
     return InferenceModel(task, mode, device, build_precision(config, device).dtype)
 
 

@@ -79,8 +79,7 @@ def run_evaluation(task: Task, config: CfgNode, process: Process) -> None:
         candidates = {name: weights for name, weights in both.items() if weights is not None}
         for weights in candidates.values():
             load_weights(run.model, weights, config.MODEL.RESUME)  # check both before evaluating either
-    num_batches = len(candidates) * evaluation_batches(run)
-    as_compiled = build_inference_model(task, config, process.device, num_batches=num_batches)
+    as_compiled = build_inference_model(task, config, process.device)
     for name, weights in candidates.items():
         load_weights(run.model, weights, config.MODEL.RESUME)
         task.evaluate(run, as_compiled(run.model), name)
@@ -103,11 +102,6 @@ def run_training(task: Task, config: CfgNode, process: Process) -> None:
             return  # asked to stop
         if process.is_main:
             training.log_results()
-
-
-def evaluation_batches(run: Run) -> float:
-    """Return the batches of this process in one evaluation."""
-    return run.data.num_val_images / run.process.num_processes / run.config.DATA.BATCH_SIZE
 
 
 def open_run(task: Task, config: CfgNode, process: Process, folder: Path) -> Run:
@@ -181,10 +175,7 @@ class Training:
 
     def make_trainer(self) -> Trainer:
         task, run = self.task, self.run
-        evaluations = (self.derived.total_epochs - self.state.progress.epochs) * (2 if self.state.ema else 1)
-        as_compiled = build_inference_model(
-            task, run.config, run.process.device, num_batches=evaluations * evaluation_batches(run)
-        )
+        as_compiled = build_inference_model(task, run.config, run.process.device)
         if task.has_one_image_size:
             as_compiled.warm_up(self.state.model, run.config, run.precision)
         return Trainer(

@@ -35,15 +35,16 @@ CPU = torch.device("cpu")
 def test_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_training_mode("auto", CPU, num_steps=10**6) == "off"
     assert resolve_training_mode("default", CPU, num_steps=1) == "default"
-    assert resolve_inference_mode("auto", CPU, num_batches=10**6) == "off"
-    assert resolve_inference_mode("default", CPU, num_batches=1) == "default"
+    assert resolve_inference_mode("auto", CPU, for_speed=True) == "off"
+    assert resolve_inference_mode("default", CPU) == "default"
     gpu = torch.device("cuda", 0)
-    assert resolve_inference_mode("auto", gpu, num_batches=1) == GRAPHS
+    assert resolve_inference_mode("auto", gpu) == GRAPHS
+    assert resolve_inference_mode("auto", gpu, for_speed=True, auto="off") == "off"
     monkeypatch.setattr(compile, "compile_unsupported_reason", lambda _: "")
-    assert resolve_inference_mode("auto", gpu, num_batches=float("inf")) == "reduce-overhead"
+    assert resolve_inference_mode("auto", gpu, for_speed=True) == "reduce-overhead"
     assert resolve_training_mode("auto", gpu, num_steps=MIN_TRAINING_STEPS, auto="default") == "default"
     monkeypatch.setattr(compile, "compile_unsupported_reason", lambda _: "Triton is not installed")
-    assert resolve_inference_mode("auto", gpu, num_batches=float("inf")) == GRAPHS
+    assert resolve_inference_mode("auto", gpu, for_speed=True) == GRAPHS
     assert uses_graphs(GRAPHS, gpu)
     assert uses_graphs("reduce-overhead", torch.device("cuda"))
     assert not uses_graphs("reduce-overhead", CPU)

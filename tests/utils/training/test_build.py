@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from config import load_config
+from main import Classification
 from utils.training.build import model_uses
 
 EVAL, THROUGHPUT = {"EVAL_MODE": True}, {"THROUGHPUT_MODE": True}
@@ -32,4 +33,4 @@ OFF, COMPILED, MESA = {"TEST.COMPILE": "off"}, {"TEST.COMPILE": "default"}, {"AU
 def test_uses_of_the_model(flags: dict[str, Any], on_gpu: str, on_cpu: str) -> None:
     config = load_config("cfgs/digits.yaml", flags={"AUG.MESA": 0.0, **flags})
     for device, uses in (("cuda", on_gpu), ("cpu", on_cpu)):
-        assert model_uses(config, torch.device(device)) == set(uses.split())
+        assert model_uses(Classification(), config, torch.device(device)) == set(uses.split())

@@ -35,7 +35,7 @@ def test_one_compilation_serves_all_weights(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(inference, "compile_for_inference", note)
     config = load_config("cfgs/digits.yaml", flags={"TEST.COMPILE": "default"})
-    as_compiled = build_inference_model(Classification(), config, CPU, num_batches=1)
+    as_compiled = build_inference_model(Classification(), config, CPU)
     images = torch.randn(3, 3, 64, 64)
     for seed in (0, 1, 0):
         model = make_model(seed)
@@ -48,10 +48,10 @@ def test_one_compilation_serves_all_weights(monkeypatch: pytest.MonkeyPatch) -> 
 def test_off_leaves_the_model_as_it_is() -> None:
     config = load_config("cfgs/digits.yaml", flags={"TEST.COMPILE": "off"})
     model = make_model(0)
-    assert build_inference_model(Classification(), config, CPU, num_batches=1)(model) is model
+    assert build_inference_model(Classification(), config, CPU)(model) is model
 
 
 def test_auto_is_off_on_a_cpu() -> None:
     config = load_config("cfgs/digits.yaml")
     assert config.TEST.COMPILE == "auto"
-    assert build_inference_model(Classification(), config, CPU, num_batches=10**6).mode == "off"
+    assert build_inference_model(Classification(), config, CPU).mode == "off"
