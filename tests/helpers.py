@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -67,6 +68,18 @@ def make_image_folder(root: Path, *, train: int, val: int, classes: tuple[str, .
                 pixels[..., label % 3] += 150
                 Image.fromarray(pixels).save(folder / f"{i}.jpg")
     return root
+
+
+def note_compiled_modules(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """Let modules run eagerly after `compile`, and return the list that gets them."""
+    compiled: list[nn.Module] = []
+
+    def note(module: nn.Module, **_: Any) -> None:
+        compiled.append(module)
+        module._compiled_call_impl = module._call_impl
+
+    monkeypatch.setattr(nn.Module, "compile", note)
+    return compiled
 
 
 def run_python(*args: str | Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:

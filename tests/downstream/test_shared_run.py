@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
 
 from downstream.detection import main as detection
 from downstream.detection.make_shapes import make_shapes
@@ -18,7 +17,7 @@ from tests.downstream.detection.test_main import CFG
 from tests.downstream.detection.test_main import SMALL as SMALL_DETECTION
 from tests.downstream.segmentation.segmentation_worker import CONFIG, make_data
 from tests.downstream.segmentation.segmentation_worker import SMALL as SMALL_SEGMENTATION
-from tests.helpers import exit_code
+from tests.helpers import exit_code, note_compiled_modules
 from utils.benchmark.measure import Conditions
 
 TASKS = ("detection", "segmentation")
@@ -95,13 +94,7 @@ def test_evaluation_compiles_the_backbone_and_gives_the_same_metrics(
     trained = json.loads((folder / "metrics.jsonl").read_text())
     environment = [json.loads(line) for line in (folder / "environment.jsonl").read_text().splitlines()]
     assert [entry["epoch"] for entry in environment] == [0]
-    compiled: list[nn.Module] = []
-
-    def note(module: nn.Module, **_: Any) -> None:
-        compiled.append(module)
-        module._compiled_call_impl = module._call_impl
-
-    monkeypatch.setattr(nn.Module, "compile", note)
+    compiled = note_compiled_modules(monkeypatch)
     evaluated: list[dict[str, float]] = []
     kind: Any = {"detection": Detection, "segmentation": Segmentation}[task]
     evaluate = kind.evaluate

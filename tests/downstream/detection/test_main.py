@@ -8,13 +8,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from downstream.detection import main as detection
 from downstream.detection import predict
 from downstream.detection.make_shapes import make_shapes
 from downstream.detection.task import Detection
-from tests.helpers import exit_code, run_python
+from tests.helpers import exit_code, note_compiled_modules, run_python
 
 pytestmark = pytest.mark.slow
 
@@ -213,10 +212,9 @@ def test_too_little_memory_on_a_gpu_is_explained(run: Run, monkeypatch: pytest.M
 
 
 def test_the_backbone_is_compiled_by_blocks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[str] = []
-    monkeypatch.setattr(nn.Module, "compile", lambda module, **_: compiled.append(type(module).__name__))
+    compiled = note_compiled_modules(monkeypatch)
     assert run(TRAIN__COMPILE="default", TRAIN__EPOCHS="1", TRAIN__DECAY_EPOCHS="[1]")[0] == 0
-    assert {name.removeprefix("Fused") for name in compiled} == {"Stem", "MLLABlock", "Downsample"}
+    assert {type(module).__name__.removeprefix("Fused") for module in compiled} == {"Stem", "MLLABlock", "Downsample"}
     compiled.clear()
     assert run("--tag", "plain", TRAIN__EPOCHS="1", TRAIN__DECAY_EPOCHS="[1]")[0] == 0
     assert not compiled

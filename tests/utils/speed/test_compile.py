@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from models import MLLA, prepare_for_inference
+from tests.helpers import note_compiled_modules
 from tests.utils.training.test_train_step import batch, small_step
 from utils.speed import compile
 from utils.speed.compile import (
@@ -96,8 +97,7 @@ def test_missing_c_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_regions_are_compiled_or_else_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[nn.Module] = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
+    compiled = note_compiled_modules(monkeypatch)
     model = MLLA(img_size=32, embed_dim=16, depths=(1, 2), num_heads=(1, 2))
     compile_regions(model, "off")
     assert not compiled
