@@ -258,7 +258,7 @@ def test_what_does_not_pass_in_a_worker_is_tested_here(
     assert set(find_verdicts(CASES, CPU, torch.float32)) == set(CASES)
     assert tested == CASES[1:]
     assert calls == [({"device": CPU, "dtype": torch.float32}, 2, CPU)]
-    assert log == [COMPILING % 18]
+    assert log == [COMPILING % 26]
 
 
 def test_without_workers_all_is_tested_here(
@@ -293,6 +293,6 @@ def test_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_estimated_seconds() -> None:
-    """12 + 2 + 2 seconds of work: one after the other, or beside each other after 6 seconds of start."""
-    assert (estimate_seconds(CASES, 1), estimate_seconds(CASES, 3)) == (16, 18)
-    assert estimate_seconds(CASES[:1] * 8, 4) == 6 + 24
+    """12 + 2 + 2 seconds of work: one after the other, or beside each other after 14 seconds of start."""
+    assert (estimate_seconds(CASES, 1), estimate_seconds(CASES, 3)) == (16, 26)
+    assert estimate_seconds(CASES[:1] * 8, 4) == 14 + 24
