@@ -36,7 +36,6 @@ from data.decoding import decode_fast, decode_pillow
 from data.samplers import TrainSampler
 from data.sources.image_folder import ImageFolder
 from data.sources.zip_folder import ZipFolder
-from data.transforms import CROP_FRACTION
 from utils.config.command_line import Parser, at_least
 
 SIZE, FILE_BYTES = (500, 375), 72_000
@@ -197,7 +196,7 @@ def training_pipelines(config: CfgNode) -> dict[str, Pipeline]:
 def evaluation_pipelines(config: CfgNode) -> dict[str, Pipeline]:
     source = ImageFolder(config.DATA.DATA_PATH, "val")
     names = ("crop and resize", "cut", "to float", "normalize")
-    pipelines = {"reference": reference_pipeline(source, names, is_training=False, crop_pct=CROP_FRACTION)}
+    pipelines = {"reference": reference_pipeline(source, names, is_training=False, crop_pct=224 / 256)}
     for name, decode in (("exact", decode_pillow), ("fast", decode_fast)):
         changed = config.clone()
         changed.defrost()

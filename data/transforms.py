@@ -18,7 +18,6 @@ from torchvision.transforms import InterpolationMode
 from data.augmentation import fast_policy
 from data.errors import DataError
 
-CROP_FRACTION = 224 / 256
 ERASED_AREA = (0.02, 1 / 3)  # fraction of the image; both ranges as in timm's RandomErasing
 ERASED_ASPECT = (0.3, 1 / 0.3)
 ERASING_ATTEMPTS = 10
@@ -123,9 +122,8 @@ class EvalTransform:
         self.size = size
         self.crop = crop
         self.mode = InterpolationMode("bicubic" if interpolation == "random" else interpolation)
-        short = round(size / CROP_FRACTION)
         self.reference = (
-            transforms.Compose([transforms.Resize(short, self.mode), transforms.CenterCrop(size)])
+            transforms.Compose([transforms.Resize(short_side(size), self.mode), transforms.CenterCrop(size)])
             if crop
             else transforms.Resize((size, size), self.mode)
         )
@@ -141,13 +139,18 @@ class EvalTransform:
         height, width = image.shape[:2]
         if self.crop:
             # As torchvision's Resize and CenterCrop: the long side rounded down, offsets rounded half to even.
-            short = round(self.size / CROP_FRACTION)
+            short = short_side(self.size)
             height, width = (int(short * side / min(height, width)) for side in (height, width))
         else:
             height = width = self.size
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
         resized = resize(image, height, width, self.mode)
         return resized[top : top + self.size, left : left + self.size], []  # (size, size, 3)
+
+
+def short_side(size: int) -> int:
+    """Return the short side in pixels from which evaluation crops `size`, rounded down as in the official code."""
+    return int(256 / 224 * size)
 
 
 def resize(pixels: Tensor, height: int, width: int, mode: InterpolationMode) -> Tensor:

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 
 from data.augmentation import posterize
 from data.decoding import image_to_tensor
+from data.prefetch import Normalizer
 from data.transforms import EvalTransform, TrainTransform, denormalize
 from tests.helpers import photo
 
@@ -143,6 +144,27 @@ def test_exact_evaluation_matches_torchvision_and_the_fast_one_is_close(size: tu
     assert np.array_equal(transform(image)[0].numpy(), expected)
     difference = np.abs(transform(image_to_tensor(image))[0].numpy().astype(int) - expected)
     assert difference.max() <= 1
+    assert difference.mean() < 0.1
+
+
+@pytest.mark.parametrize("size", [384, 256, 320, 160])
+@pytest.mark.parametrize("width_height", [(500, 375), (333, 500), (97, 64)])
+def test_evaluation_has_the_official_bits_at_sizes_other_than_224(size: int, width_height: tuple[int, int]) -> None:
+    image = photo(*width_height)
+    official = transforms.Compose(
+        [
+            transforms.Resize(int((256 / 224) * size), transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        ]
+    )
+    transform = EvalTransform(size, crop=True, interpolation="bicubic")
+    expected = official(image)
+    pixels = transform(image)[0]
+    assert Normalizer()(pixels.permute(2, 0, 1)[None])[0].equal(expected)
+    difference = (transform(image_to_tensor(image))[0].float() - pixels.float()).abs()  # of the fast path
+    assert difference.max() <= 2  # rounding of two passes
     assert difference.mean() < 0.1
 
 
