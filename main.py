@@ -30,7 +30,7 @@ from utils.logs.plots import CLASSIFIER_PANELS, plot_predictions
 from utils.speed.flops import profile, profile_table
 from utils.training.build import model_uses
 from utils.training.derived import Derived
-from utils.training.ema import ModelEma
+from utils.training.ema import REACH, ModelEma
 from utils.training.losses import ClassificationLoss
 from utils.training.lr_schedule import ClassificationSchedule
 from utils.training.metrics import evaluate
@@ -126,6 +126,7 @@ class Classification(Task):
             ema.module if ema else None,
             mesa_ratio=config.AUG.MESA,
             mesa_start_step=mesa_start_epoch(config) * derived.steps_per_epoch,
+            is_ready=lambda: ema is not None and ema.is_teacher,
         )
 
     def evaluate(self, run: Run, model: nn.Module, name: str) -> dict[str, float]:
@@ -161,13 +162,16 @@ class Classification(Task):
         work, batch_size = super().memory_request(config)
         return f"{work} images of {config.DATA.IMG_SIZE}x{config.DATA.IMG_SIZE} per process", batch_size
 
-    def describe(self, config: CfgNode, derived: Derived) -> str:  # noqa: ARG002
+    def describe(self, config: CfgNode, derived: Derived) -> str:
         if config.AUG.MESA and not config.EMA.ENABLED:
             logger.warning(
                 "AUG.MESA %s is off: its teacher is the EMA model, and EMA.ENABLED is False", config.AUG.MESA
             )
         is_on = config.AUG.MESA and config.EMA.ENABLED
-        return f", MESA {config.AUG.MESA} from epoch {mesa_start_epoch(config) + 1}" if is_on else ", MESA off"
+        if not is_on:
+            return ", MESA off"
+        condition = f" on, while the EMA is within {REACH:g} point of the model" if derived.ema_warmup else ""
+        return f", MESA {config.AUG.MESA} from epoch {mesa_start_epoch(config) + 1}{condition}"
 
     def image_size(self, config: CfgNode, *, training: bool) -> tuple[int, int]:  # noqa: ARG002
         return config.DATA.IMG_SIZE, config.DATA.IMG_SIZE

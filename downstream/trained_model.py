@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils.checkpoint.weights import classes_in, load_weights, no_weights_error, weights_in
+from utils.checkpoint.best_weights import add_ema_flag, choose_weights, print_choice
+from utils.checkpoint.weights import classes_in, load_weights, no_weights_error
 from utils.checkpoint.weights_file import CheckpointError, load_checkpoint
 from utils.config.command_line import Parser
 
 
 class TrainedModel(NamedTuple):
-    """Content of a weights file: weights by name (EMA's if it has them), configuration, and names of classes if any."""
+    """Content of a weights file: the model's or the EMA's weights, configuration, and names of classes if any."""
 
     weights: dict[str, Tensor]
     config: Any
@@ -29,6 +30,7 @@ def predict_parser(description: str | None, *, images: str) -> Parser:
         *("--weights", "--resume"), required=True, metavar="FILE", help="checkpoint of a run, or published weights"
     )
     parser.add_argument("--cfg", metavar="FILE", help="YAML file; a run's checkpoint holds its own")
+    add_ema_flag(parser)
     parser.add_argument("--amp", action="store_true", help="mixed precision")
     parser.add_argument(
         "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="settings over the file's"
@@ -46,9 +48,10 @@ def read_trained_model(
         ConfigError: the configuration is not right.
     """
     content = load_checkpoint(args.weights, tolerant=True)
-    weights = weights_in(content, "state_dict_ema") or weights_in(content, "model")
+    weights, description = choose_weights(content, args.weights, ema=args.ema)
     if weights is None:
         raise no_weights_error(args.weights, content)
+    print_choice(description and f"{args.weights}: {description}")
     source = args.cfg or content.get("config")
     if not isinstance(source, str):
         raise CheckpointError(f"{args.weights}: holds no configuration; name its YAML file with --cfg")

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.rope import rotary_tables
+from utils.checkpoint.best_weights import scores_in
 from utils.checkpoint.weights import DERIVED_KEY_SUFFIX, Weights, classes_in, no_weights_error, weights_in
 from utils.checkpoint.weights_file import load_checkpoint
 from utils.config.command_line import Parser, report_user_errors
@@ -74,7 +75,7 @@ def convert(
 
 
 def metadata_in(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the class names and the configuration as YAML, as far as a file has them."""
+    """Return the class names, the configuration as YAML and the last scores, as far as a file has them."""
     metadata: dict[str, Any] = {}
     if classes := classes_in(content):
         metadata["classes"] = classes
@@ -82,6 +83,8 @@ def metadata_in(content: dict[str, Any]) -> dict[str, Any]:
         metadata["config"] = yaml.safe_dump(builtin_types(config))
     elif isinstance(config, str):
         metadata["config"] = config
+    if "scores" in content:  # they decide between the model's weights and the EMA's
+        metadata["scores"] = scores_in(content)
     return metadata
 
 

@@ -22,6 +22,7 @@ from downstream.detection import config as detection
 from downstream.segmentation import config as segmentation
 from models import MLLA, build_model, input_channels
 from models.kernels.dispatch import KernelsUnavailableError
+from utils.checkpoint.best_weights import add_ema_flag
 from utils.checkpoint.weights import load_weights, read_state_dict, read_weights
 from utils.config.command_line import Parser, report_user_errors
 from utils.config.errors import UserError
@@ -92,14 +93,14 @@ def read_config(path: str, opts: Sequence[str], part: str) -> CfgNode:
     return load(path, opts, {"EVAL_MODE": True, "AMP": False})
 
 
-def build_part(config: CfgNode, source: str, part: str, *, average: bool) -> nn.Module:
+def build_part(config: CfgNode, source: str, part: str, *, ema: bool | None) -> nn.Module:
     """Build the model, or a part of it, with weights from a file, in evaluation mode on the CPU.
 
     Raises:
         ExportError: the model or the file has no such part.
         CheckpointError, DownloadError: the file cannot be read, or its weights do not fit.
     """
-    weights = read_state_dict(source, ema=average)
+    weights = read_state_dict(source, ema=ema, announce=print)
     model: Any
     if part == "backbone":
         model = Backbone(dense_backbone(config, weights, source))
@@ -188,7 +189,7 @@ def export(args: Any) -> None:
         raise ExportError(
             f"--size {args.size}: --evaluate scores images of DATA.IMG_SIZE {config.DATA.IMG_SIZE}; leave out --size"
         )
-    model = build_part(config, args.resume, args.part, average=args.ema)
+    model = build_part(config, args.resume, args.part, ema=args.ema)
     channels = 3 if config.MODEL.TYPE.startswith("timm:") else input_channels(config)
     classes = read_weights(args.resume, tolerant=True).classes
     metadata = {"classes": classes, "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
@@ -237,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", help="a side (default DATA.IMG_SIZE), HxW, or dynamic: multiples of 32 from 64 on")
     parser.add_argument("--part", default="classifier", choices=PARTS, help="logits, features or feature maps")
     parser.add_argument("--precision", default="float32", choices=PRECISIONS, help="of an ONNX file")
-    parser.add_argument("--no-ema", dest="ema", action="store_false", help="use the model's weights, not the EMA's")
+    add_ema_flag(parser)
     parser.add_argument("--evaluate", action="store_true", help="measure accuracy on the validation images")
     parser.add_argument("--benchmark", action="store_true", help="measure latency on this CPU against PyTorch")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")

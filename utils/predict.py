@@ -27,6 +27,7 @@ from data.prefetch import Normalizer
 from data.transforms import EvalTransform, Transform
 from models import build_model
 from models.kernels.dispatch import KernelsUnavailableError
+from utils.checkpoint.best_weights import add_ema_flag, print_choice
 from utils.checkpoint.download import is_timm_model, released_name
 from utils.checkpoint.weights import classes_in, load_weights, read_state_dict
 from utils.checkpoint.weights_file import load_checkpoint
@@ -111,7 +112,7 @@ def open_classifier(args: Any) -> Classifier:
     if not source:
         raise PredictionError("no model is named; add --model mlla_tiny, or a run's checkpoint with --weights FILE")
     content = load_checkpoint(source)
-    weights = read_state_dict(source, ema=args.ema)
+    weights = read_state_dict(source, ema=args.ema, announce=print_choice)
     num_classes = len(weights["head.weight"]) if "head.weight" in weights else None
     size, crop, interpolation = 224, True, "bicubic"
     model: nn.Module
@@ -287,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--picture", type=Path, metavar="FILE", help=f"plot up to {MAX_DRAWN_IMAGES} images (.png, .pdf)"
     )
-    parser.add_argument("--no-ema", dest="ema", action="store_false", help="use the model's weights, not the EMA's")
+    add_ema_flag(parser)
     parser.add_argument("--force", action="store_true", help="replace existing files")
     args = parser.parse_args(argv)
     with report_user_errors((UserError, KernelsUnavailableError)):

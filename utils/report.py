@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader
 from config import SCHEMA
 from downstream.detection import config as detection
 from downstream.segmentation import config as segmentation
+from utils.checkpoint.best_weights import describe_choice, is_ema_better
 from utils.config.command_line import Parser, report_user_errors
 from utils.config.schema import Schema
 from utils.logs.atomic_write import write_atomic
@@ -46,6 +47,11 @@ def summary(run: RunMetrics) -> str:
     """Return the line below the title: progress of the run and date of the report."""
     done, planned = run.records[-1]["epoch"] + 1, run.planned_epochs
     progress = f"epoch {done}" if planned is None else f"{done} of {planned} epochs"
+    keys = {"model": run.metric, "EMA": f"ema_{run.metric}"}
+    scores = {name: run.records[-1][key] for name, key in keys.items() if key in run.records[-1]}
+    if len(scores) == 2:
+        better = "EMA" if is_ema_better(scores) else "model"
+        progress += f"; predictions by the {describe_choice(better, scores)}"
     return f"{progress}; report of {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
 
 

@@ -27,6 +27,7 @@ from data.transforms import EvalTransform, denormalize
 from models.build import build_model
 from models.inspection import LayerInput, attention_inputs, attention_map, gate_values, receptive_fields
 from models.kernels.dispatch import KernelsUnavailableError
+from utils.checkpoint.best_weights import add_ema_flag, print_choice
 from utils.checkpoint.weights import load_weights, read_state_dict
 from utils.checkpoint.weights_file import CheckpointError, load_checkpoint
 from utils.config.command_line import Parser, at_least, report_user_errors
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     with report_user_errors((UserError, KernelsUnavailableError)):
         config = find_config(args.cfg, args.resume)
-        model = trained_model(config, args.resume)
+        model = trained_model(config, args.resume, ema=args.ema)
         size = args.size or config.DATA.IMG_SIZE
         images = torch.stack([to_tensor(config, image, size) for image in open_images(args, size)])  # (B, 3, H, W)
         with user_file(args.output, "written"):
@@ -55,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--resume", "--weights", required=True, help="checkpoint or weights; EMA weights are preferred")
+    parser.add_argument("--resume", "--weights", required=True, help="checkpoint or weights")
+    add_ema_flag(parser)
     parser.add_argument("--cfg", help="YAML file of the model; by default the configuration in the checkpoint")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--images", type=Path, nargs="+", help="image files")
@@ -94,9 +96,9 @@ def find_config(path: str | None, checkpoint: str) -> CfgNode:
     return load_config(content)
 
 
-def trained_model(config: CfgNode, checkpoint: str) -> nn.Module:
-    """Build the model in evaluation mode with the number of classes in the weights; EMA weights are preferred."""
-    weights = read_state_dict(checkpoint)
+def trained_model(config: CfgNode, checkpoint: str, *, ema: bool | None = None) -> nn.Module:
+    """Build the model in evaluation mode with the number of classes in the weights; for `ema` see read_state_dict."""
+    weights = read_state_dict(checkpoint, ema=ema, announce=print_choice)
     model = build_model(config, len(weights["head.bias"]) if "head.bias" in weights else None)
     load_weights(model, weights, checkpoint)
     return model.eval()

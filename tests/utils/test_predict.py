@@ -56,8 +56,9 @@ def test_folder_with_a_broken_file(
     args = [str(tmp_path / "images"), "--weights", str(checkpoint), "--batch-size", "4"]
     assert predict.main([*args, "--output", str(output), "--picture", str(plot)]) == 0
     out, err = capsys.readouterr()
-    assert err.count("\n") == 1
-    assert err.startswith(f"skipped {tmp_path}/images/cat2.5.jpg: ")
+    assert err.splitlines()[0] == f"{checkpoint}: EMA weights"
+    assert err.count("\n") == 2
+    assert err.splitlines()[1].startswith(f"skipped {tmp_path}/images/cat2.5.jpg: ")
     assert len(out.splitlines()) == 10
     items = json.loads(output.read_text())
     scores = expected_scores(checkpoint, image_folder)

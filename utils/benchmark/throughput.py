@@ -136,6 +136,8 @@ def step_rows(task: Task, config: CfgNode, process: Process, name: str, model: n
     """Measure a model's training step on the processes of `process`, all together."""
     derived = task.derive(config, num_processes=process.num_processes, num_train_images=NUM_TRAIN_IMAGES)
     ema = build_ema(config, model, derived)
+    if ema is not None:
+        ema.scores = {"model": 0.0, "EMA": 0.0}  # so that it is MESA's teacher, also in short runs
     optimizer = build_optimizer(config, task.parameter_groups(config, model))
     batch = task.synthetic_batch(config, model, process.device)
     precision = build_precision(config, process.device)

@@ -1,13 +1,14 @@
 """Weights by name: finding them in a file's content, and loading them into a model, every one of them."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
+from utils.checkpoint.best_weights import choose_weights, is_ema_better, scores_in
 from utils.checkpoint.weight_sets import EMA_KEYS, MODEL_KEYS, Weights, find_weight_sets
 from utils.checkpoint.weights_file import CheckpointError, load_checkpoint
 from utils.logs.logger import logger
@@ -20,11 +21,17 @@ FINAL_PART = re.compile(r"(norm\d*|head|fc|classifier)\.")  # fc and classifier 
 
 
 class FileWeights(NamedTuple):
-    """Weights in a file, of the model, of the EMA or of both, and the names of the classes if the file has them."""
+    """Weights in a file, of the model, of the EMA or of both; names of the classes and scores if it has them."""
 
     model: Weights | None
     ema: Weights | None
     classes: list[str] | None
+    scores: dict[str, float]
+
+    @property
+    def uses_ema(self) -> bool:
+        """Whether the EMA's weights are the better ones by the file's own scores, or the only ones."""
+        return self.ema is not None and (self.model is None or is_ema_better(self.scores))
 
 
 def read_weights(source: str | Path, *, tolerant: bool = False) -> FileWeights:
@@ -39,18 +46,21 @@ def read_weights(source: str | Path, *, tolerant: bool = False) -> FileWeights:
         DownloadError: the file of a URL cannot be downloaded.
     """
     content = load_checkpoint(source, tolerant=tolerant)
-    weights = FileWeights(*find_weight_sets(content), classes_in(content))
+    weights = FileWeights(*find_weight_sets(content), classes_in(content), scores_in(content))
     if weights.model is None and weights.ema is None:
         raise no_weights_error(str(source), content)
     return weights
 
 
-def read_state_dict(source: str | Path, *, ema: bool = True) -> Weights:
+def read_state_dict(
+    source: str | Path, *, ema: bool | None = None, announce: Callable[[str], None] = logger.info
+) -> Weights:
     """Read the weights of a classifier, a detector or a segmentor, skipping unknown objects beside them.
 
     Args:
         source: a path, a URL, or the name of released weights.
-        ema: prefer the EMA's weights where the file has both; False prefers the model's.
+        ema: True for the EMA's weights, False for the model's; None for the better ones by the file's own scores.
+        announce: called with a line that says which of them.
 
     Returns:
         Tensors by name, on the CPU, without rotary tables, which follow from the image size.
@@ -60,9 +70,10 @@ def read_state_dict(source: str | Path, *, ema: bool = True) -> Weights:
         DownloadError: the file of a URL cannot be downloaded.
     """
     content = load_checkpoint(source, tolerant=True)
-    sets = find_weight_sets(content)
-    weights = (sets.ema or sets.model) if ema else (sets.model or sets.ema)
+    weights, description = choose_weights(content, str(source), ema=ema)
     if weights is not None:
+        if description:
+            announce(f"{source}: {description}")
         return {name: value for name, value in weights.items() if not name.endswith(DERIVED_KEY_SUFFIX)}
     raise no_weights_error(str(source), content)
 
@@ -170,7 +181,7 @@ def is_within(name: str, modules: Collection[str]) -> bool:
 
 
 def load_pretrained(model: nn.Module, source: str | Path, classes: Sequence[str] | None = None) -> None:
-    """Initialize a model from a file's weights, the EMA's if it has them; the log says what is not from the file.
+    """Initialize a model from a file's weights, the EMA's if they are better; the log says what is not from the file.
 
     The classifier is re-initialized if the file has none, or one of another number of classes. A position table of
     another image size is resized bicubically. From a detector or segmentor the backbone is taken. Between a classifier
@@ -186,9 +197,9 @@ def load_pretrained(model: nn.Module, source: str | Path, classes: Sequence[str]
         DownloadError: the file of a URL cannot be downloaded.
     """
     file = read_weights(source, tolerant=True)
-    weights = file.ema or file.model or {}
+    weights = (file.ema if file.uses_ema else file.model) or {}
     own = model.state_dict()
-    logger.info("weights from %s%s", source, " (EMA)" if file.ema else "")
+    logger.info("weights from %s%s", source, " (EMA)" if file.uses_ema else "")
     if any(name.startswith("backbone.") for name in weights):
         weights = {n.removeprefix("backbone."): value for n, value in weights.items() if n.startswith("backbone.")}
         logger.info("the file has a detector or segmentor; its backbone is used")

@@ -39,6 +39,11 @@ class RunMetrics(NamedTuple):
     config: dict[str, Any]
 
     @property
+    def metric(self) -> str:
+        """Key of the score that tells which weights are better."""
+        return next((key for key in ("box_AP", "miou") if key in self.records[-1]), "acc1")
+
+    @property
     def planned_epochs(self) -> int | None:
         """Number of evaluations in the whole run, if its configuration is known."""
         if "TRAIN.EVAL_STEPS" in self.config:

@@ -6,6 +6,8 @@ from copy import deepcopy
 import torch
 from torch import nn
 
+REACH = 1.0  # points of accuracy, in percent
+
 
 class ModelEma:
     """Exponential moving average of a model: ema = decay * ema + (1 - decay) * model, after each step.
@@ -35,8 +37,18 @@ class ModelEma:
         self.ema_tensors = [ema for ema, _ in pairs if ema.is_floating_point()]
         self.sources = [source for _, source in pairs if source.is_floating_point()]
         self.counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self.scores: dict[str, float] = {}  # of "model" and "EMA" in the last evaluation
         # 1 - decay of the current step, a scalar on the device.
         self.weight = self.ema_tensors[0].new_full((), 1 - decay)
+
+    @property
+    def is_teacher(self) -> bool:
+        """Whether the EMA can teach the model, as MESA has it; changes at evaluations only.
+
+        In the official recipe it always does. With warm-up, which is for short runs, it must have been at most REACH
+        points worse than the model in the last evaluation.
+        """
+        return not self.warmup or (bool(self.scores) and self.scores["EMA"] >= self.scores["model"] - REACH)
 
     def set_step(self, step: int) -> None:
         """Set the decay of a step of the run, counted from 0. Does not wait for the device."""

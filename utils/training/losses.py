@@ -1,5 +1,7 @@
 """Training loss of a classifier: cross-entropy with soft targets, and MESA's second term."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,20 +36,28 @@ class ClassificationLoss:
         model: images (B, 3, H, W) to logits (B, classes).
         teacher: the EMA model, in evaluation mode; None without MESA.
         mesa_ratio: weight of MESA's term.
-        mesa_start_step: first step that uses the teacher.
+        mesa_start_step: first step that may use the teacher.
+        is_ready: whether the teacher may be used now; the same on all processes, without waiting for the device.
     """
 
     def __init__(
-        self, model: nn.Module, teacher: nn.Module | None = None, *, mesa_ratio: float = 0.0, mesa_start_step: int = 0
+        self,
+        model: nn.Module,
+        teacher: nn.Module | None = None,
+        *,
+        mesa_ratio: float = 0.0,
+        mesa_start_step: int = 0,
+        is_ready: Callable[[], bool] = lambda: True,
     ) -> None:
         self.model = model
         self.teacher = teacher if mesa_ratio else None
         self.mesa_ratio = mesa_ratio
         self.mesa_start_step = mesa_start_step
+        self.is_ready = is_ready
 
     def variant(self, step: int) -> bool:
         """Return whether a step uses the teacher; its work depends on nothing else but the batch."""
-        return self.teacher is not None and step >= self.mesa_start_step
+        return self.teacher is not None and step >= self.mesa_start_step and self.is_ready()
 
     def __call__(self, batch: tuple[Tensor, Tensor], step: int) -> dict[str, Tensor]:
         """Return the loss of (images (B, 3, H, W), targets (B, classes)) in step `step` of the run."""

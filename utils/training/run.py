@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
+from utils.checkpoint.best_weights import is_ema_better
 from utils.checkpoint.files import Progress, move_replaced_checkpoints
 from utils.checkpoint.same_run import check_same_run
 from utils.checkpoint.weights import check_classes, load_weights, read_weights
@@ -80,10 +81,14 @@ def run_evaluation(task: Task, config: CfgNode, process: Process) -> None:
         for weights in candidates.values():
             load_weights(run.model, weights, config.MODEL.RESUME)  # check both before evaluating either
     as_compiled = build_inference_model(task, config, process.device)
+    scores = {}
     for name, weights in candidates.items():
         load_weights(run.model, weights, config.MODEL.RESUME)
-        task.evaluate(run, as_compiled(run.model), name)
+        scores[name] = task.evaluate(run, as_compiled(run.model), name)[task.metric]
     if process.is_main:
+        best = name if len(scores) == 1 or is_ema_better(scores) else "model"
+        load_weights(run.model, candidates[best], config.MODEL.RESUME)
+        logger.info("predictions are drawn by the %s weights", best)
         task.draw_predictions(run, as_compiled(run.model))
 
 
@@ -228,9 +233,12 @@ class Training:
         """Log the best scores, and draw predictions if they are missing."""
         run, state, task = self.run, self.state, self.task
         if not any(run.folder.glob("predictions.*")):
-            task.draw_predictions(run, state.ema.on(run.process.device) if state.ema else state.model.eval())
+            model, description = state.better_model()
+            task.draw_predictions(run, model)
+            logger.info("predictions are drawn by the %s", description)
         ema = f", EMA {state.best_ema:.3f}" if state.ema else ""
-        logger.info("best %s: model %.3f%s", task.metric_label, state.best, ema)
+        file = f"max_{'ema_' if state.ema and state.best_ema >= state.best else ''}{task.best_name}.pth"
+        logger.info("best %s: model %.3f%s; the better weights are in %s", task.metric_label, state.best, ema, file)
         logger.info("results are in %s: metrics.jsonl, curves.png, predictions, checkpoints", run.folder)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from utils.checkpoint.best_weights import describe_choice, is_ema_better
 from utils.checkpoint.files import Progress, checkpoints_in, load_latest
 from utils.checkpoint.same_run import settings_of
 from utils.checkpoint.weights import Weights, check_classes, classes_in, load_weights, no_weights_error, weights_in
@@ -67,11 +68,20 @@ class TrainState:
             "images_per_step": self.global_batch_size,
             "max_accuracy": self.best,
             "max_accuracy_e": self.best_ema,
+            "scores": dict(self.ema.scores) if self.ema else None,
             "ranks": ranks,
             "origin": self.origin,
             "versions": VERSIONS,
             **metadata,
         }
+
+    def better_model(self) -> tuple[nn.Module, str]:
+        """Return the better of model and EMA in the last evaluation, in evaluation mode, and its description."""
+        if self.ema is None:
+            return self.model.eval(), describe_choice("model", {})
+        if is_ema_better(self.ema.scores):
+            return self.ema.on(self.process.device), describe_choice("EMA", self.ema.scores)
+        return self.model.eval(), describe_choice("model", self.ema.scores)
 
     def resume(
         self,
@@ -146,6 +156,8 @@ class TrainState:
         self.progress = Progress(content["epoch"] + 1, content.get("steps", 0))
         self.best = float(content.get("max_accuracy", 0.0))
         self.best_ema = float(content.get("max_accuracy_e", 0.0))
+        if self.ema is not None:
+            self.ema.scores = dict(content.get("scores") or {})
         self.origin = content.get("origin")
         self.check_global_batch_size(content.get("images_per_step", self.global_batch_size), source)
         ranks, process = content.get("ranks", []), self.process

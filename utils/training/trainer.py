@@ -277,6 +277,7 @@ class Trainer:
         if state.ema is not None:
             ema_scores = self.evaluate(state.ema.on(process.device), "EMA")
             metrics |= {f"ema_{name}": value for name, value in ema_scores.items()}
+            state.ema.scores = {"model": float(scores[config.metric]), "EMA": float(ema_scores[config.metric])}
         speed = {
             "epoch": epoch,
             "steps": steps,  # of this process, where the epoch was interrupted and resumed
@@ -310,7 +311,9 @@ class Trainer:
         image = None
         try:
             if self.draw_predictions is not None:
-                image = self.draw_predictions(state.ema.on(self.process.device) if state.ema else state.model.eval())
+                model, description = state.better_model()
+                image = self.draw_predictions(model)
+                logger.info("predictions are drawn by the %s", description)
         except (OSError, RuntimeError, ValueError) as error:  # such as out of memory: an image must not end a run
             logger.error("predictions could not be drawn (%s)", " ".join(str(error).split()))
         self.recorder.add_details(epoch, weight_samples(state.model), image)

@@ -240,6 +240,9 @@ def test_state_dicts_of_detectors(tmp_path: Path) -> None:
     assert read_state_dict(path) == {"backbone.a": torch.tensor(1.0)}
     torch.save({**content, "ema_state_dict": ema}, path)
     assert read_state_dict(path) == ema
+    torch.save({**content, "ema_state_dict": ema, "scores": {"model": 3.0, "EMA": 2.0}}, path)
+    assert read_state_dict(path, ema=True) == ema
+    assert read_state_dict(path) == {"backbone.a": torch.tensor(1.0)}
     assert read_state_dict(path, ema=False) == {"backbone.a": torch.tensor(1.0)}
     torch.save({"meta": 1}, path)
     with pytest.raises(CheckpointError, match="found meta"):

@@ -166,7 +166,11 @@ def test_training_learns_and_saves_state_and_metadata(run: FakeRun) -> None:
     last_scores = dict(run.calls("evaluate")[2:])
     assert (content["max_accuracy"], content["max_accuracy_e"]) == (last_scores["model"], last_scores["EMA"])
     assert {"max_score.pth", "max_ema_score.pth"} <= {path.name for path in run.folder.iterdir()}
-    assert run.calls("draw") == [[last_scores["EMA"], False]]
+    assert content["scores"] == last_scores
+    assert last_scores["model"] > last_scores["EMA"]
+    assert run.calls("draw") == [[last_scores["model"], False]]  # the better one
+    assert "predictions are drawn by the model weights (score of the model" in run.log
+    assert "the better weights are in max_score.pth" in run.log
 
 
 def test_a_complete_run_is_left_as_it_is(run: FakeRun) -> None:
@@ -256,7 +260,7 @@ def test_evaluation_loads_model_and_ema_one_after_the_other(run: FakeRun) -> Non
     assert run(EVAL_MODE=True, MODEL__RESUME=str(run.folder / "ckpt_epoch_1.pth")) == 0
     assert run.calls("evaluate") == expected
     assert run.calls("batches") == []
-    assert run.calls("draw") == [[expected[1][1], False]]
+    assert run.calls("draw") == [[max(score for _, score in expected), False]]
     assert predictions.exists()
 
 

@@ -39,6 +39,7 @@ def stepped(state: TrainState) -> TrainState:
     assert state.ema is not None
     state.ema.update()
     state.progress, state.best, state.best_ema, state.sums = Progress(5, 3), 61.0, 62.0, {"loss": 1 / 3}
+    state.ema.scores = {"model": 60.0, "EMA": 55.5}
     return state
 
 
@@ -48,6 +49,11 @@ def test_everything_comes_back() -> None:
     fresh.restore(content, "file.pth")
     assert fresh.scaler.get_scale() == state.scaler.get_scale() == 2.0**15
     assert (fresh.progress, fresh.best, fresh.best_ema, fresh.sums) == ((5, 3), 61.0, 62.0, {"loss": 1 / 3})
+    assert fresh.ema is not None
+    assert fresh.ema.scores == {"model": 60.0, "EMA": 55.5}
+    model, description = fresh.better_model()
+    assert model is fresh.model
+    assert description == "model weights (score of the model 60.00, of the EMA 55.50)"
     again = fresh.capture(config="text")
     assert str(again) == str(content)
 

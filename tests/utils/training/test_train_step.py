@@ -161,6 +161,22 @@ def test_mesa_asks_the_ema_model_from_its_first_step_on() -> None:
     assert with_mesa > plain
 
 
+def test_mesa_waits_for_a_good_teacher_where_the_ema_warms_up() -> None:
+    """It is asked while the last evaluation has it within a point; without warm-up, as in the official code, always."""
+    model, train_step = small_step(ema_warmup=True)
+    ema = train_step.ema
+    assert ema is not None
+    loss = ClassificationLoss(model, ema.module, mesa_ratio=2.0, mesa_start_step=1, is_ready=lambda: ema.is_teacher)
+    assert not loss.variant(1)  # no evaluation yet
+    for scores, is_asked in (((90.0, 20.0), False), ((90.0, 88.9), False), ((90.0, 89.0), True), ((90.0, 91.0), True)):
+        ema.scores = dict(zip(("model", "EMA"), scores, strict=True))
+        assert loss.variant(1) == is_asked
+        assert not loss.variant(0)
+    official = ModelEma(model, 0.9)
+    official.scores = {"model": 90.0, "EMA": 20.0}
+    assert official.is_teacher
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_changes_nothing(dtype: str, value: float) -> None:

@@ -1,0 +1,70 @@
+"""Which of two sets of weights to use, the model's or its EMA's: the rule of all commands."""
+
+import sys
+from argparse import BooleanOptionalAction
+from collections.abc import Mapping
+from typing import Any
+
+from utils.checkpoint.weight_sets import Weights, find_weight_sets
+from utils.checkpoint.weights_file import CheckpointError
+from utils.config.command_line import Parser
+
+
+def is_ema_better(scores: Mapping[str, float]) -> bool:
+    """Return whether to use the EMA's weights, by the scores of "model" and "EMA"; also with equal or no scores."""
+    return scores.get("EMA", 0.0) >= scores.get("model", 0.0)
+
+
+def scores_in(content: Mapping[str, Any]) -> dict[str, float]:
+    """Return the scores by "model" and "EMA" of a checkpoint's last evaluation, {} if it has none.
+
+    Files without them, such as the official code's, have the best scores up to then, which stand in.
+    """
+    scores = content.get("scores") or {"model": content.get("max_accuracy"), "EMA": content.get("max_accuracy_e")}
+    is_complete = isinstance(scores, dict) and all(isinstance(scores.get(k), int | float) for k in ("model", "EMA"))
+    return {name: float(scores[name]) for name in ("model", "EMA")} if is_complete else {}
+
+
+def describe_choice(name: str, scores: Mapping[str, float]) -> str:
+    """Return for example "EMA weights (score of the model 91.20, of the EMA 92.50)"."""
+    values = f" (score of the model {scores['model']:.2f}, of the EMA {scores['EMA']:.2f})" if scores else ""
+    return f"{name} weights{values}"
+
+
+def choose_weights(content: Mapping[str, Any], source: str, *, ema: bool | None = None) -> tuple[Weights | None, str]:
+    """Return the better of the model's and the EMA's weights in a file's content, and a line that says which.
+
+    Without weights they are None. The line is empty where there is no choice.
+
+    Args:
+        content: of the file.
+        source: its name, for messages.
+        ema: True for the EMA's, False for the model's; None for the better ones by the file's own scores.
+
+    Raises:
+        CheckpointError: the file lacks the weights that `ema` asks for.
+    """
+    sets, scores = find_weight_sets(content), scores_in(content)
+    if sets.model is None or sets.ema is None:
+        wanted = {True: sets.ema, False: sets.model, None: sets.ema or sets.model}[ema]
+        if wanted is None and sets != (None, None):
+            flag, kind = ("--ema", "EMA") if ema else ("--no-ema", "model")
+            raise CheckpointError(f"{source}: has no {kind} weights; leave out {flag}")
+        return wanted, ""
+    takes_ema = is_ema_better(scores) if ema is None else ema
+    return (sets.ema if takes_ema else sets.model), describe_choice("EMA" if takes_ema else "model", scores)
+
+
+def print_choice(text: str) -> None:
+    """Print which weights a command uses, if there was a choice, on standard error."""
+    if text:
+        print(text, file=sys.stderr)
+
+
+def add_ema_flag(parser: Parser) -> None:
+    """Add --ema and --no-ema; `ema` is None if neither is typed."""
+    parser.add_argument(
+        "--ema",
+        action=BooleanOptionalAction,
+        help="use the EMA's weights, or with --no-ema the model's; by default the better by the file's own scores",
+    )
