@@ -6,7 +6,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from utils.logs.output_dir import output_errors, unused_name
 
 KEEP = 3  # newest checkpoints of whole epochs
 INDEX = "latest.json"
+OWN_KEYS = {"steps", "images_per_step", "ranks", "scaler"}  # in every checkpoint of this project, in no official one
+OFFICIAL_KEYS = {"model", "state_dict_ema", "optimizer", "epoch"}
 NAME = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
 
 
@@ -33,6 +35,18 @@ class Progress(NamedTuple):
     def checkpoint_name(self) -> str:
         """ckpt_epoch_N.pth at the end of epoch N, ckpt_epoch_N_step_S.pth after S steps of it; N counts from 0."""
         return f"ckpt_epoch_{self.epochs}_step_{self.steps}.pth" if self.steps else f"ckpt_epoch_{self.epochs - 1}.pth"
+
+
+def progress_in(content: Mapping[str, Any]) -> Progress:
+    """Return the progress stored in a checkpoint.
+
+    "epoch" is the index of the last complete epoch; in files of the official code it is the number of complete epochs.
+
+    Raises:
+        KeyError, TypeError: there is no number.
+    """
+    is_official = content.keys() >= OFFICIAL_KEYS and not OWN_KEYS & content.keys()
+    return Progress(content["epoch"] + (0 if is_official else 1), content.get("steps", 0))
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -121,25 +135,35 @@ def delete_old_checkpoints(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def move_replaced_checkpoints(folder: Path, progress: Progress, *, continues: bool) -> None:
+def move_replaced_checkpoints(folder: Path, progress: Progress, *, continues: bool, source: str = "") -> None:
     """Move checkpoints that this run will write again, or that cannot be read, to a folder replaced_<n>.
+
+    The official ckpt_epoch_N.pth holds N complete epochs, ours N + 1. If the run resumes from such a file in the
+    folder, all are moved, and that one stays under the name that it has here.
 
     Args:
         folder: the output folder.
         progress: where this run starts; later checkpoints are moved.
         continues: False if the folder's run is replaced by another; its best checkpoints are then linked there too.
+        source: file that this run resumes from, if any.
 
     Raises:
         OutputError: they cannot be moved.
     """
-    later = [path for other, path in checkpoints_in(folder) if other > progress]
+    checkpoints = checkpoints_in(folder)
+    official_number = Progress(progress.epochs + 1) if progress.epochs else None
+    renumbered = [p for other, p in checkpoints if other == official_number and p.resolve() == Path(source).resolve()]
+    later = [path for other, path in checkpoints if (renumbered or other > progress) and path not in renumbered]
     best = [] if continues else list(folder.glob("max_*.pth"))
-    if not later and not best:
+    if not (later or best or renumbered):
         return
     target = unused_name(folder, "replaced_{}")
     with output_errors(folder):
         target.mkdir()
         for path in later:
+            path.rename(target / path.name)
+        for path in renumbered:  # at every moment one name is there to resume from
+            link_checkpoint(path, folder / progress.checkpoint_name)
             path.rename(target / path.name)
         for path in best:
             link_checkpoint(path, target / path.name)

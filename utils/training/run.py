@@ -169,7 +169,8 @@ class Training:
         self.tracker: WandbLogger | None = None
         if process.is_main and not self.is_complete:
             save_config(run.folder, config.dump())
-            move_replaced_checkpoints(run.folder, self.state.progress, continues=continues)
+            source = self.state.source
+            move_replaced_checkpoints(run.folder, self.state.progress, continues=continues, source=source)
             record_environment(run.folder, process, epoch=self.state.progress.epochs)
             self.tracker = build_tracker(config, run.folder, continues=continues)
             self.log_start()

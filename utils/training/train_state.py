@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from utils.checkpoint.best_weights import describe_choice, is_ema_better
-from utils.checkpoint.files import Progress, checkpoints_in, load_latest
+from utils.checkpoint.files import Progress, checkpoints_in, load_latest, progress_in
 from utils.checkpoint.same_run import settings_of
 from utils.checkpoint.weights import Weights, check_classes, classes_in, load_weights, no_weights_error, weights_in
 from utils.checkpoint.weights_file import CheckpointError, load_checkpoint
@@ -63,7 +63,7 @@ class TrainState:
             "state_dict_ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "epoch": self.progress.epochs - 1,  # the last completed one, as in official checkpoints
+            "epoch": self.progress.epochs - 1,  # index of the last completed one
             "steps": self.progress.steps,
             "images_per_step": self.global_batch_size,
             "max_accuracy": self.best,
@@ -153,7 +153,7 @@ class TrainState:
         self.restore_optimizer(content["optimizer"], weights, source)
         if content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])
-        self.progress = Progress(content["epoch"] + 1, content.get("steps", 0))
+        self.progress = progress_in(content)
         self.best = float(content.get("max_accuracy", 0.0))
         self.best_ema = float(content.get("max_accuracy_e", 0.0))
         if self.ema is not None:

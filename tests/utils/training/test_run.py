@@ -199,6 +199,50 @@ def test_a_stopped_run_resumes_at_the_next_micro_batch(run: FakeRun, tmp_path: P
     assert (run.folder / "metrics.jsonl").read_bytes() == (whole.folder / "metrics.jsonl").read_bytes()
 
 
+def make_official(path: Path, epochs: int) -> None:
+    """Turn a checkpoint into one of the official code, which counts complete epochs."""
+    content = load_checkpoint(path)
+    names = ("model", "state_dict_ema", "optimizer", "max_accuracy", "max_accuracy_e")
+    content = {name: content[name] for name in names} | {"lr_scheduler": {}, "epoch": epochs, "config": CfgNode()}
+    path.unlink()
+    torch.save(content, path.with_name(f"ckpt_epoch_{epochs}.pth"))
+
+
+def steps_taken(folder: Path, name: str) -> set[float]:
+    return {entry["step"].item() for entry in load_checkpoint(folder / name)["optimizer"]["state"].values()}
+
+
+def test_an_official_file_resumes_at_the_epoch_after_its_last(run: FakeRun, tmp_path: Path) -> None:
+    first = FakeRun(tmp_path / "first")
+    assert first() == 0
+    make_official(first.folder / "ckpt_epoch_1.pth", 2)
+    assert run(MODEL__RESUME=str(first.folder / "ckpt_epoch_2.pth"), TRAIN__EPOCHS=3) == 0
+    assert run.calls("batches") == [[2, 0]]
+    assert steps_taken(run.folder, "ckpt_epoch_2.pth") == {12}  # four per epoch
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_run_goes_on_in_an_official_output_folder(run: FakeRun, is_named: bool) -> None:
+    """Its ckpt_epoch_2.pth holds what is ckpt_epoch_1.pth here; a stop within the next epoch must find its own file."""
+    assert run() == 0
+    (run.folder / "latest.json").unlink()
+    for epochs in (2, 1):
+        make_official(run.folder / f"ckpt_epoch_{epochs - 1}.pth", epochs)
+    official = {path.name: path.read_bytes() for path in run.folder.glob("ckpt_*.pth")}
+    assert set(official) == {"ckpt_epoch_1.pth", "ckpt_epoch_2.pth"}
+    run.task.signal_at = 9
+    named = {"MODEL__RESUME": str(run.folder / "ckpt_epoch_2.pth")} if is_named else {}
+    assert run(TRAIN__EPOCHS=4, **named) == 0
+    assert run.calls("batches") == [[2, 0]]
+    assert {path.name for path in run.folder.glob("ckpt_*.pth")} == {"ckpt_epoch_1.pth", "ckpt_epoch_2_step_2.pth"}
+    run.task.signal_at = None
+    assert run(TRAIN__EPOCHS=4) == 0
+    assert run.calls("batches") == [[2, 2], [3, 0]]
+    assert steps_taken(run.folder, "ckpt_epoch_3.pth") == {16}
+    assert {path.name: path.read_bytes() for path in (run.folder / "replaced_1").glob("ckpt_*.pth")} == official
+    assert not (run.folder / "replaced_2").exists()
+
+
 def test_training_starts_from_pretrained_weights_and_from_start_epoch(run: FakeRun) -> None:
     rates = {f"TRAIN__{name}": 1e-9 for name in ("BASE_LR", "WARMUP_LR", "MIN_LR")}
     assert run(MODEL__PRETRAINED="w.pth", TRAIN__START_EPOCH=1, **rates) == 0

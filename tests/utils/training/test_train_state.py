@@ -141,9 +141,10 @@ def test_the_optimizer_of_a_model_with_its_parameters_in_another_order(caplog: p
         group["weight_decay"] = group["lr"] = 9.0
     for name in ("ranks", "scaler", "steps", "images_per_step", "origin", "versions"):
         del content[name]
-    resumed.restore({**content, "lr_scheduler": {}, "config": {}}, "official.pth")
+    content["state_dict_ema"] = content["model"]
+    resumed.restore({**content, "epoch": 2, "lr_scheduler": {}, "config": {}}, "official.pth")
     assert "official.pth contains no states of random number generators" in caplog.text
-    assert resumed.progress == (0, 0)
+    assert resumed.progress == (2, 0)
     assert resumed.optimizer.param_groups[0]["weight_decay"] == 0.05
     for _ in range(2):
         step(saved)
