@@ -74,7 +74,7 @@ def test_training_beats_chance(finished_run: Path) -> None:
 def test_checkpoint_holds_everything_and_loads_safely(finished_run: Path) -> None:
     content = load_checkpoint(finished_run / "ckpt_epoch_1.pth")
     expected = {"model", "state_dict_ema", "optimizer", "scaler", "epoch", "max_accuracy", "max_accuracy_e"}
-    expected |= {"steps", "images_per_step", "ranks", "origin"}
+    expected |= {"steps", "images_per_step", "ranks", "origin", "num_train_images", "scores"}
     assert expected | {"config", "classes", "versions"} == set(content)
     assert content["epoch"] == 1
     assert len(content["ranks"]) == 2
