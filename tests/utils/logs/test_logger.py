@@ -56,16 +56,10 @@ def test_windows_contain_neither_the_first_steps_nor_what_comes_between_windows(
     ("rate", "step_seconds", "expected"),
     [(None, None, "lr 1.000e-03  ? img/s  eta ?"), (3700.4, 2.5, "lr 1.000e-03  3700 img/s  eta 0:01:15")],
 )
-def test_report(
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-    rate: float | None,
-    step_seconds: float | None,
-    expected: str,
-) -> None:
+def test_report(monkeypatch: pytest.MonkeyPatch, rate: float | None, step_seconds: float | None, expected: str) -> None:
     """After 10 of 20 steps in the second of three epochs, 30 steps remain."""
-    monkeypatch.setattr(logger, "propagate", True)
-    caplog.set_level("INFO", logger="mlla")
+    said: list[str] = []
+    monkeypatch.setattr(logger, "info", lambda text, *args, **_: said.append(text % args))
     with ProgressBar(1, 3, 20, done=4, is_main=True) as bar:
         bar.report(10, terms={"loss": 1.0}, grad_norm=2.0, lr=1e-3, rate=rate, step_seconds=step_seconds)
-    assert caplog.messages == [f"epoch 2/3 step 10/20  loss 1.0000  grad_norm 2.000  {expected}"]
+    assert said == [f"epoch 2/3 step 10/20  loss 1.0000  grad_norm 2.000  {expected}"]
