@@ -28,7 +28,7 @@ from utils.distributed.process import Process
 from utils.logs.logger import logger
 from utils.logs.plots import CLASSIFIER_PANELS, plot_predictions
 from utils.speed.flops import profile, profile_table
-from utils.training.build import model_uses
+from utils.training.build import model_uses, trains
 from utils.training.derived import Derived
 from utils.training.ema import REACH, ModelEma
 from utils.training.losses import ClassificationLoss
@@ -54,8 +54,7 @@ def check_batch_size(config: CfgNode, model: nn.Module) -> None:
     Raises:
         ConfigError: DATA.BATCH_SIZE is 1, and DATA.IMG_SIZE is not above the stride of the last stage.
     """
-    trains = config.BENCHMARK.TRAIN if config.THROUGHPUT_MODE else not config.EVAL_MODE
-    if not trains or config.TRAIN.FREEZE or config.DATA.BATCH_SIZE > 1:
+    if not trains(config) or config.TRAIN.FREEZE or config.DATA.BATCH_SIZE > 1:
         return
     size, stride = config.DATA.IMG_SIZE, 4 * 2 ** (len(model.layers) - 1)  # type: ignore[arg-type]
     if size <= stride and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):

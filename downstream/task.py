@@ -13,6 +13,7 @@ from models.kernels.dispatch import KernelsUnavailableError
 from models.kernels.self_test import run_self_test
 from utils.checkpoint.weights import load_pretrained
 from utils.config.errors import UserError
+from utils.config.schema import with_setting
 from utils.distributed.process import Process
 from utils.training.build import model_uses
 from utils.training.derived import Derived
@@ -72,10 +73,7 @@ class DenseTask(Task):
 
     def baseline_model(self, config: CfgNode, process: Process, name: str) -> nn.Module:
         """Return the same model on another backbone, timm:NAME."""
-        other = config.clone()
-        other.defrost()
-        other.MODEL.TYPE = name
-        return prepare_model(self, other, process, None)
+        return prepare_model(self, with_setting(config, "MODEL.TYPE", name), process, None)
 
     def memory_request(self, config: CfgNode) -> tuple[str, int]:
         return ("evaluation", 1) if config.EVAL_MODE else super().memory_request(config)

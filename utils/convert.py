@@ -18,7 +18,8 @@ from torch import Tensor
 
 from models.rope import rotary_tables
 from utils.checkpoint.best_weights import scores_in
-from utils.checkpoint.weights import DERIVED_KEY_SUFFIX, Weights, classes_in, no_weights_error, weights_in
+from utils.checkpoint.weight_sets import Weights, find_weight_sets
+from utils.checkpoint.weights import DERIVED_KEY_SUFFIX, classes_in, no_weights_error
 from utils.checkpoint.weights_file import load_checkpoint
 from utils.config.command_line import Parser, report_user_errors
 from utils.config.errors import UserError
@@ -56,7 +57,7 @@ def convert(
         UserFileError: the target cannot be written.
     """
     content = load_checkpoint(source)
-    model, ema_weights = weights_in(content, "model"), weights_in(content, "state_dict_ema")
+    model, ema_weights = find_weight_sets(content)
     if model is None and ema_weights is None:
         raise no_weights_error(source, content)
     if ema and ema_weights is None:

@@ -85,12 +85,6 @@ def no_weights_error(source: str, content: dict[str, Any]) -> CheckpointError:
     return CheckpointError(f"{source}: no weights under {keys}, and not a bare state_dict; found {present}")
 
 
-def weights_in(content: dict[str, Any], kind: str) -> Weights | None:
-    """Return the weights in a file's content, of the model ("model") or of the EMA ("state_dict_ema"), or None."""
-    sets = find_weight_sets(content)
-    return sets.model if kind == "model" else sets.ema
-
-
 def classes_in(content: dict[str, Any]) -> list[str] | None:
     """Return the names of a file's classes in the order of the outputs, or None if it has none."""
     classes = content.get("classes")

@@ -238,7 +238,8 @@ class Training:
             task.draw_predictions(run, model)
             logger.info("predictions are drawn by the %s", description)
         ema = f", EMA {state.best_ema:.3f}" if state.ema else ""
-        file = f"max_{'ema_' if state.ema and state.best_ema >= state.best else ''}{task.best_name}.pth"
+        is_ema = state.ema is not None and is_ema_better({"model": state.best, "EMA": state.best_ema})
+        file = f"max_{'ema_' if is_ema else ''}{task.best_name}.pth"
         logger.info("best %s: model %.3f%s; the better weights are in %s", task.metric_label, state.best, ema, file)
         logger.info("results are in %s: metrics.jsonl, curves.png, predictions, checkpoints", run.folder)
 

@@ -14,7 +14,8 @@ from torch import nn
 from utils.checkpoint.best_weights import describe_choice, is_ema_better
 from utils.checkpoint.files import Progress, checkpoints_in, load_latest, progress_in
 from utils.checkpoint.same_run import settings_of
-from utils.checkpoint.weights import Weights, check_classes, classes_in, load_weights, no_weights_error, weights_in
+from utils.checkpoint.weight_sets import Weights, find_weight_sets
+from utils.checkpoint.weights import check_classes, classes_in, load_weights, no_weights_error
 from utils.checkpoint.weights_file import CheckpointError, load_checkpoint
 from utils.distributed.process import Process, gather_objects
 from utils.logs.logger import logger
@@ -129,17 +130,18 @@ class TrainState:
         Raises:
             CheckpointError: there are no weights, or they or the optimizer's state do not fit.
         """
-        weights = weights_in(content, "model") or weights_in(content, "state_dict_ema")
+        sets = find_weight_sets(content)
+        weights = sets.model or sets.ema
         if weights is None:
             raise no_weights_error(source, content)
         self.source, self.pretrained = source, settings_of(content).get("MODEL.PRETRAINED", "")
-        if weights_in(content, "model") is None:
+        if sets.model is None:
             logger.warning("%s has no weights but the EMA's: the model starts from them", source)
         if self.classes is not None:
             check_classes(classes_in(content), self.classes, source)
         load_weights(self.model, weights, source)
         if self.ema is not None:
-            load_weights(self.ema.module, weights_in(content, "state_dict_ema") or weights, source)
+            load_weights(self.ema.module, sets.ema or weights, source)
         if "optimizer" not in content:
             logger.info("%s contains weights only: optimizer and epoch are re-initialized", source)
             return

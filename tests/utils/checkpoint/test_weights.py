@@ -16,13 +16,13 @@ from yacs.config import CfgNode
 from downstream.backbone import MLLABackbone
 from models import MLLA
 from tests.helpers import MICRO, random_values
+from utils.checkpoint.weight_sets import find_weight_sets
 from utils.checkpoint.weights import (
     check_classes,
     load_pretrained,
     load_weights,
     read_state_dict,
     read_weights,
-    weights_in,
 )
 from utils.checkpoint.weights_file import CheckpointError
 from utils.logs.logger import logger
@@ -97,10 +97,10 @@ def test_weights_in_every_format(tmp_path: Path) -> None:
 
 def test_content_without_weights(tmp_path: Path) -> None:
     for odd in ([torch.zeros(3)], {1: torch.zeros(3)}, {"a": 1}, "text", {}):
-        assert weights_in({"model": odd}, "model") is None
+        assert find_weight_sets({"model": odd}).model is None
     weights = {"a": torch.tensor(1.0), "module.b": torch.tensor(2.0)}
-    assert weights_in(weights, "model") == weights  # not every name has the prefix
-    assert weights_in({"model": weights}, "state_dict_ema") is None
+    assert find_weight_sets(weights).model == weights  # not every name has the prefix
+    assert find_weight_sets({"model": weights}).ema is None
     torch.save({"epoch": 3}, tmp_path / "none.pth")
     with pytest.raises(CheckpointError, match=r"no weights under model, state_dict, .*; found epoch"):
         read_weights(tmp_path / "none.pth")

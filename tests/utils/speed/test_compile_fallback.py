@@ -27,6 +27,26 @@ class Halving(Doubling):
         return values / 2
 
 
+class FailingBackend:
+    """A compiler that raises an error in its n-th call."""
+
+    def __init__(self, failing_call: int, error: Exception) -> None:
+        self.calls, self.failing_call, self.error = 0, failing_call, error
+
+    def __call__(self, _: torch.fx.GraphModule) -> None:
+        self.calls += 1
+        if self.calls == self.failing_call:
+            raise self.error
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The warnings of the log."""
+    lines: list[str] = []
+    monkeypatch.setattr(compile_fallback.logger, "warning", lambda line, *args: lines.append(line % args))
+    return lines
+
+
 def compiled_regions(monkeypatch: pytest.MonkeyPatch, backend: Callable[..., Any]) -> nn.Sequential:
     """Return two Doubling and one Halving module, whose compiler calls the given one first."""
     torch._dynamo.reset()
@@ -46,17 +66,15 @@ def compiled_regions(monkeypatch: pytest.MonkeyPatch, backend: Callable[..., Any
     return model
 
 
-def test_regions_that_cannot_be_compiled_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_regions_that_cannot_be_compiled_run_eagerly(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
     """The line names the class and the reason, once per class; other classes are compiled."""
     calls: list[str] = []
-    said: list[str] = []
 
     def backend(graph: torch.fx.GraphModule) -> None:
         calls.append("mul" if "mul" in graph.code else "div")
         if calls[-1] == "mul":
             raise TypeError("cannot determine truth value")
 
-    monkeypatch.setattr(compile_fallback.logger, "warning", lambda line, *args: said.append(line % args))
     model = compiled_regions(monkeypatch, backend)
     for _ in range(3):
         assert model(torch.ones(2)).tolist() == [2, 2]
@@ -66,38 +84,22 @@ def test_regions_that_cannot_be_compiled_run_eagerly(monkeypatch: pytest.MonkeyP
     assert "TypeError: cannot determine truth value" in said[0]
 
 
-def test_regions_are_compiled_again_without_workers_that_died(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = 0
-    said: list[str] = []
-
-    def backend(_: torch.fx.GraphModule) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 1:
-            raise BrokenProcessPool("terminated abruptly")
-
-    monkeypatch.setattr(compile_fallback.logger, "warning", lambda line, *args: said.append(line % args))
+def test_regions_are_compiled_again_without_workers_that_died(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
+    backend = FailingBackend(1, BrokenProcessPool("terminated abruptly"))
     with torch._inductor.config.patch(compile_threads=2):
         assert compiled_regions(monkeypatch, backend)(torch.ones(2)).tolist() == [2, 2]
         assert torch._inductor.config.compile_threads == 1
-    assert calls == 4  # and once for each region
+    assert backend.calls == 4  # and once for each region
     assert said == ["a process of torch.compile has died, from lack of memory perhaps; compiling without it"]
 
 
 @pytest.mark.skipif(
     not hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"), reason="needs a newer torch"
 )
-def test_regions_whose_backward_pass_cannot_be_compiled_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    calls = 0
-
-    def backend(_: torch.fx.GraphModule) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise TypeError("out of resources")
-
-    monkeypatch.setattr(compile_fallback.logger, "warning", lambda line, *args: said.append(line % args))
+def test_regions_whose_backward_pass_cannot_be_compiled_run_eagerly(
+    monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    backend = FailingBackend(2, TypeError("out of resources"))
     values = torch.ones(2, requires_grad=True)
     compiled_regions(monkeypatch, backend)[0](values).sum().backward()
     assert values.grad is not None
