@@ -171,7 +171,7 @@ def compare(
     )
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=24)
@@ -179,7 +179,7 @@ def main() -> int:
     parser.add_argument("--signal", nargs="+", default=["KILL", "TERM"])
     parser.add_argument("--gpu", action="store_true", help="train on GPUs, as many as processes")
     parser.add_argument("--seed", type=int, default=0, help="of the random delays before the signals")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     failed = False
     for processes in args.processes:
         for name in args.signal:

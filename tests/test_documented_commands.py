@@ -59,7 +59,7 @@ def entry_of(words: list[str]) -> tuple[str, list[str]]:
         return name.removesuffix(".py"), rest if is_torchrun else ["--local-rank=0", *rest]
     assert words[0] == "python"
     name, rest = (words[2], words[3:]) if words[1] == "-m" else (words[1].removesuffix(".py"), words[2:])
-    name = name.removeprefix("mlla.")  # the name of the installed package
+    name = name.removeprefix("mlla.").replace("/", ".")  # mlla is the name of the installed package
     assert (ROOT / name.replace(".", "/")).with_suffix(".py").is_file(), f"there is no {name}"
     return name, rest
 
@@ -186,6 +186,7 @@ RULES = [
     Rule(r"torchrun --max-restarts 3", lambda words: helps([*words, "main.py"])),
     Rule(r"python -m (utils|mlla)\.\w+", helps),
     Rule(r"python -m models\.\w+", parses),
+    Rule(r"python tests/soak\.py --gpu", parses),
     Rule(r"python -m [\w.]+\.benchmark .*", parses),
     Rule(r"python -m utils\.convert IN OUT --to .*", converts),
     Rule(r"python -m data\.verify PATH( \[--zip\])?", both),
