@@ -4,7 +4,6 @@ IN is a path, a URL, or mlla-t, mlla-s, mlla-b. OUT holds the same weights, bit 
 configuration if IN has them, but no optimizer or other training state.
 """
 
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -12,15 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from safetensors.torch import save_file
-from torch import Tensor
 
 from models.rope import rotary_tables
-from utils.checkpoint.best_weights import scores_in
 from utils.checkpoint.weight_sets import Weights, find_weight_sets
-from utils.checkpoint.weights import DERIVED_KEY_SUFFIX, classes_in, no_weights_error
-from utils.checkpoint.weights_file import load_checkpoint
+from utils.checkpoint.weights import DERIVED_KEY_SUFFIX, metadata_in, no_weights_error
+from utils.checkpoint.weights_file import load_checkpoint, write_safetensors
 from utils.config.command_line import Parser, report_user_errors
 from utils.config.errors import UserError
 from utils.logs.atomic_write import write_atomic
@@ -75,29 +70,6 @@ def convert(
     return f"{target}: {' and '.join(written)}, {num_tensors} tensors each, format {file_format!r}{suffix}"
 
 
-def metadata_in(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the class names, the configuration as YAML and the last scores, as far as a file has them."""
-    metadata: dict[str, Any] = {}
-    if classes := classes_in(content):
-        metadata["classes"] = classes
-    if isinstance(config := content.get("config"), dict):
-        metadata["config"] = yaml.safe_dump(builtin_types(config))
-    elif isinstance(config, str):
-        metadata["config"] = config
-    if "scores" in content:  # they decide between the model's weights and the EMA's
-        metadata["scores"] = scores_in(content)
-    return metadata
-
-
-def builtin_types(value: Any) -> Any:
-    """Convert nested settings to built-in types; values of other types become text."""
-    if isinstance(value, dict):
-        return {str(key): builtin_types(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [builtin_types(item) for item in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
 def size_in(content: dict[str, Any], kinds: list[Weights]) -> tuple[int, int]:
     """Return height and width in pixels from a file's rotary tables or configuration, else the default."""
     table = kinds[0].get(f"layers.0.blocks.0.{DERIVED_KEY_SUFFIX}")
@@ -149,16 +121,14 @@ def write_timm(target: Path, kinds: dict[str, Weights], metadata: dict[str, Any]
     return write_ours(target, renamed, metadata)
 
 
-def write_safetensors(target: Path, kinds: dict[str, Weights], metadata: dict[str, Any]) -> list[str]:
-    """Write one set of weights, the model's if there is one, with the metadata as text in the header."""
+def write_one_set(target: Path, kinds: dict[str, Weights], metadata: dict[str, Any]) -> list[str]:
+    """Write one set of weights, the model's if there is one, as a safetensors file with the metadata."""
     key, weights = next(iter(kinds.items()))
-    tensors: dict[str, Tensor] = {name: value.contiguous().clone() for name, value in weights.items()}
-    header = {"format": "pt", **{k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}}
-    write_atomic(target, lambda path: save_file(tensors, path, header))
+    write_atomic(target, lambda path: write_safetensors(path, weights, metadata))
     return [key]
 
 
-FORMATS = {"official": write_ours, "ours": write_ours, "safetensors": write_safetensors, "timm": write_timm}
+FORMATS = {"official": write_ours, "ours": write_ours, "safetensors": write_one_set, "timm": write_timm}
 
 
 def check_target(target: Path, file_format: str, *, force: bool) -> None:

@@ -192,7 +192,8 @@ def export(args: Any) -> None:
     model = build_part(config, args.resume, args.part, ema=args.ema)
     channels = 3 if config.MODEL.TYPE.startswith("timm:") else input_channels(config)
     classes = read_weights(args.resume, tolerant=True).classes
-    metadata = {"classes": classes, "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    metadata = {"classes": classes, "config": config.dump()}
+    metadata |= {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     report = ""
 
     def write_verified(path: Path) -> None:

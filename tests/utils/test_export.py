@@ -15,6 +15,7 @@ from downstream.backbone import MLLABackbone, TimmBackbone
 from models import build_model
 from tests.helpers import ROOT, exit_code, fill_weights, random_values
 from utils import export
+from utils.checkpoint.weights_file import load_checkpoint
 from utils.tools import export_formats
 from utils.tools.onnx_export import OLDEST_TORCH, check_standard, has_exporter, onnx_runner, write_reduced
 
@@ -193,6 +194,9 @@ def test_other_formats(tmp_path: Path, weights: Path, model: Any, form: str, nam
         with safetensors.safe_open(target, "pt") as file:
             assert set(file.keys()) == set(model.state_dict())
             assert file.get_tensor("head.bias").equal(model.head.bias)
+        content = load_checkpoint(target)  # predict needs no other file
+        assert content["classes"] == CLASSES
+        assert load_config(content["config"]).MODEL.MLLA.DEPTHS == [1, 1, 1, 1]
         return
     if form == "torchscript":
         images = random_values(1, 4, 3, 32, 64)

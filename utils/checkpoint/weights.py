@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
@@ -90,6 +91,29 @@ def classes_in(content: dict[str, Any]) -> list[str] | None:
     classes = content.get("classes")
     is_list = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     return classes if is_list and classes else None
+
+
+def metadata_in(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the class names, the configuration as YAML and the last scores, as far as a file has them."""
+    metadata: dict[str, Any] = {}
+    if classes := classes_in(content):
+        metadata["classes"] = classes
+    if isinstance(config := content.get("config"), dict):
+        metadata["config"] = yaml.safe_dump(builtin_types(config))
+    elif isinstance(config, str):
+        metadata["config"] = config
+    if "scores" in content:  # they decide between the model's weights and the EMA's
+        metadata["scores"] = scores_in(content)
+    return metadata
+
+
+def builtin_types(value: Any) -> Any:
+    """Convert nested settings to built-in types; values of other types become text."""
+    if isinstance(value, dict):
+        return {str(key): builtin_types(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [builtin_types(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def check_classes(stored: Sequence[str] | None, classes: Sequence[str], source: str | Path) -> None:

@@ -2,11 +2,14 @@
 
 import json
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from utils.checkpoint.download import local_file
 from utils.checkpoint.unpickler import RefusedObjectError, pickle_module
@@ -76,6 +79,15 @@ def read_safetensors(path: Path) -> dict[str, Any]:
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as a safetensors file: {error}") from error
     return {**content, **({"config": metadata["config"]} if "config" in metadata else {})}
+
+
+def write_safetensors(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write weights as a safetensors file, with metadata such as `classes` and `config` in its header.
+
+    Text is stored as it is, other values as JSON; None is left out.
+    """
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items() if v is not None}
+    save_file({name: value.contiguous().clone() for name, value in weights.items()}, path, {"format": "pt", **texts})
 
 
 def read_pickled(path: Path, file: BinaryIO, *, tolerant: bool) -> Any:

@@ -8,7 +8,8 @@ from pathlib import Path
 def write_atomic(target: Path, write: Callable[[Path], object]) -> None:
     """Let `write` write to a temporary file in the target's folder, flush it to the disk, and rename it to the target.
 
-    A process that is killed leaves the temporary file, <name>.<pid>.tmp, and the target as it was.
+    The file's mode follows the umask, also where `write` makes a file that its owner alone may read. A process that is
+    killed leaves the temporary file, <name>.<pid>.tmp, and the target as it was.
 
     Raises:
         OSError: the file cannot be written; the temporary file is deleted.
@@ -16,8 +17,12 @@ def write_atomic(target: Path, write: Callable[[Path], object]) -> None:
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()  # raises an OSError where libraries raise errors of their own
+        mode = temporary.stat().st_mode
         temporary.unlink()
         write(temporary)
+        written = temporary.stat()
+        if written.st_mode != mode and written.st_nlink == 1:  # a link's other name keeps its mode
+            temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(target)

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim
 
-from utils.checkpoint.weights_file import load_checkpoint
+from utils.checkpoint.weights_file import load_checkpoint, write_safetensors
 from utils.config.errors import UserError
 from utils.tools.onnx_export import onnx_runner, write_onnx
 
@@ -72,10 +71,10 @@ def export_program(model: nn.Module, images: Tensor, size: Size) -> torch.export
 def write(
     file_format: str, model: nn.Module, target: Path, *, size: Size, channels: int, names: list[str], metadata: Any
 ) -> str:
-    """Write a file in float32 and return what to report about it."""
+    """Write a file in float32, ONNX and safetensors with metadata, and return what to report about it."""
     images = torch.randn(2, channels, size.height, size.width)
     if file_format == "safetensors":
-        save_file({name: value.contiguous() for name, value in unwrapped(model).state_dict().items()}, target)
+        write_safetensors(target, unwrapped(model).state_dict(), metadata)
         return ""
     if file_format == "torchscript":
         torch.jit.trace(model, images, check_trace=False).save(str(target))
