@@ -83,7 +83,13 @@ _C.MODEL.RESUME = Key("", help="checkpoint to resume from, or weights to evaluat
 _C.MODEL.PRETRAINED = Key(
     "", help="weights to start from: path, URL or mlla-t, -s, -b; a head for other classes is re-initialized"
 )
-_C.MODEL.NUM_CLASSES = Key(None, at_least(1), type=int, optional=True, help="null: as many as the dataset, else 1000")
+_C.MODEL.NUM_CLASSES = Key(
+    None,
+    at_least(1),
+    type=int,
+    optional=True,
+    help="null: as many as the dataset, else 1000; evaluation accepts more than the dataset has",
+)
 _C.MODEL.DROP_RATE = Key(0.0, FRACTION, help="dropout after the stem and in the MLPs")
 _C.MODEL.DROP_PATH_RATE = Key(0.1, FRACTION, help="stochastic depth of the last block, rising linearly from 0")
 _C.MODEL.LABEL_SMOOTHING = Key(0.1, FRACTION, help="share of the label spread over all classes")

@@ -82,7 +82,7 @@ class Classification(Task):
         return build_data(config, rank=process.rank, num_processes=process.num_processes, device=process.device)
 
     def build_model(self, config: CfgNode, process: Process, num_classes: int | None) -> nn.Module:  # noqa: ARG002
-        model = build_model(config, num_classes)
+        model = build_model(config, config.MODEL.NUM_CLASSES or num_classes)
         check_batch_size(config, model)
         return model
 
@@ -136,11 +136,13 @@ class Classification(Task):
 
     def draw_predictions(self, run: Run, model: nn.Module) -> Path:
         """Write predictions.png: validation images with their true and predicted classes."""
-        device, classes, path = run.process.device, run.data.classes, run.folder / "predictions.png"
+        device, path = run.process.device, run.folder / "predictions.png"
         images, labels = run.data.preview(count=NUM_PREVIEWS)
         with torch.no_grad(), run.precision.autocast():
             probabilities = model(images.to(device)).float().softmax(dim=1).cpu()  # (N, classes)
         confidences, predictions = probabilities.max(dim=1)
+        num_classes, num_outputs = len(run.data.classes), probabilities.shape[1]
+        classes = [*run.data.classes, *(f"output {i}" for i in range(num_classes, num_outputs))]
         plot_predictions(
             denormalize(images).permute(0, 2, 3, 1).numpy(),
             labels=[classes[label] for label in labels],

@@ -79,11 +79,7 @@ def build_data(config: CfgNode, *, rank: int = 0, num_processes: int = 1, device
         )
     if train_source is not None:
         check_training_classes(config, classes, train_source.labels)
-    if config.MODEL.NUM_CLASSES not in (None, len(classes)):
-        raise DataError(
-            f"MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES}: the dataset has {len(classes)} classes; "
-            "leave the key out, or name the right dataset with --data-path"
-        )
+    check_num_classes(config, len(classes))
     archives: list[ZipFolder] = [source for source in (train_source, val_source) if isinstance(source, ZipFolder)]
     if archives and config.DATA.CACHE_MODE != "no":
         cache_archives(archives, config.DATA.CACHE_MODE, rank, num_processes)
@@ -92,6 +88,27 @@ def build_data(config: CfgNode, *, rank: int = 0, num_processes: int = 1, device
     if train_source is not None:
         train = train_loader(config, train_source, rank, num_processes, device)
     return Data(train, eval_loader(config, val_source, rank, num_processes, device), classes)
+
+
+def check_num_classes(config: CfgNode, num_classes: int) -> None:
+    """Compare MODEL.NUM_CLASSES with the dataset; in evaluation the model may have more outputs, which is a warning.
+
+    Raises:
+        DataError: they differ.
+    """
+    asked = config.MODEL.NUM_CLASSES
+    if asked in (None, num_classes):
+        return
+    if not config.EVAL_MODE or asked < num_classes:
+        raise DataError(
+            f"MODEL.NUM_CLASSES {asked}: the dataset has {num_classes} classes; "
+            "leave the key out, or name the right dataset with --data-path"
+        )
+    logger.warning(
+        "MODEL.NUM_CLASSES %d: the dataset has %d classes, which stand for the first outputs in the order of their "
+        "names; predictions of the other outputs count as wrong",
+        *(asked, num_classes),
+    )
 
 
 def number_same_classes(*splits: ImageSource) -> None:

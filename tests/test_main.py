@@ -292,6 +292,26 @@ def test_pretrained_weights_with_another_head(run_main: RunMain, tmp_path: Path)
     assert "re-initialized: head" in out
 
 
+def test_outputs_beyond_the_classes_are_evaluated_by_index(
+    image_folder: Path, run_main: RunMain, tmp_path: Path
+) -> None:
+    """Of 1000 outputs 1 is the highest for every image, followed by 999 to 996; the folder has classes 0 and 1."""
+    weights = MLLA(img_size=32, num_classes=1000, embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1)).state_dict()
+    weights["head.weight"].zero_()
+    weights["head.bias"].copy_(torch.arange(1000.0) + 2000 * (torch.arange(1000) == 1))
+    torch.save(weights, tmp_path / "w.pth")
+    args = ["--cfg", "cfgs/mlla_t.yaml", "--data-path", image_folder, "--output", tmp_path, "--batch-size", "4"]
+    opts = ["--opts", *SMALL, "MODEL.MLLA.DEPTHS", "[1, 1, 1, 1]", "DATA.IMG_SIZE", "32", "DATA.NUM_WORKERS", "0"]
+    args += ["--eval", "--resume", tmp_path / "w.pth", *opts]
+    message = mistake(run_main, *args)
+    assert "2 of another shape: head.weight (1000, 64) where the model has (2, 64)" in message
+    assert "Set MODEL.NUM_CLASSES 1000 to evaluate it" in message
+    code, out, _ = run_main(*args, "MODEL.NUM_CLASSES", "1000")
+    assert code == 0
+    assert SCORES.findall(out) == [("50.000", "50.000")]
+    assert (tmp_path / "mlla_tiny" / "default" / "predictions.png").exists()
+
+
 @pytest.mark.parametrize("launcher", ["torch.distributed.launch", "torch.distributed.run"])
 def test_official_commands(launcher: str, image_folder: Path, tmp_path: Path) -> None:
     """Training, then evaluation of released-style weights, as the official README has them."""

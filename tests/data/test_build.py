@@ -67,6 +67,14 @@ def test_evaluation_needs_no_training_images(tmp_path: Path) -> None:
     assert data.num_val_images == 4
 
 
+def test_evaluation_accepts_more_outputs_than_classes(image_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = build_data(folder_config(image_folder, "EVAL_MODE", "True", "MODEL.NUM_CLASSES", "1000"))
+    assert data.classes == ["cat", "dog"]
+    assert "the dataset has 2 classes, which stand for the first outputs" in caplog.text
+    with pytest.raises(DataError, match=r"MODEL\.NUM_CLASSES 1: the dataset has 2 classes"):
+        build_data(folder_config(image_folder, "EVAL_MODE", "True", "MODEL.NUM_CLASSES", "1"))
+
+
 def test_user_errors_in_folders_and_classes(tmp_path: Path) -> None:
     def complaint(*opts: str, kind: type[UserError] = MissingFileError) -> str:
         with pytest.raises(kind) as caught:

@@ -116,20 +116,28 @@ def builtin_types(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def check_classes(stored: Sequence[str] | None, classes: Sequence[str], source: str | Path) -> None:
+def check_classes(
+    stored: Sequence[str] | None, classes: Sequence[str], source: str | Path, *, num_outputs: int | None = None
+) -> None:
     """Compare a file's classes with the data's; different names are a warning.
+
+    Args:
+        stored: names of the file's classes, if it has them.
+        classes: names of the data's classes.
+        source: the file's name, for messages.
+        num_outputs: outputs of the model, of which the data's classes may be the first; by default one per class.
 
     Raises:
         CheckpointError: the numbers of classes differ.
     """
     if stored is None:
         return
-    if len(stored) != len(classes):
+    if len(stored) not in (len(classes), num_outputs):
         raise CheckpointError(
             f"{source}: was trained on {len(stored)} classes ({listed(stored, MAX_CLASSES_SHOWN)}), the data has "
             f"{len(classes)} ({listed(classes, MAX_CLASSES_SHOWN)}); use its own data, or --pretrained to fine-tune"
         )
-    if changed := [f"{i} was {a}, is {b}" for i, (a, b) in enumerate(zip(stored, classes, strict=True)) if a != b]:
+    if changed := [f"{i} was {a}, is {b}" for i, (a, b) in enumerate(zip(stored, classes, strict=False)) if a != b]:
         logger.warning(
             "%s: was trained on other classes than the data has, %d of %d differ: %s",
             *(source, len(changed), len(classes), listed(changed, MAX_CLASSES_SHOWN)),
@@ -181,6 +189,9 @@ def load_weights(
     if any(problems.values()):
         counts = "; ".join(f"{len(p)} {what}: {listed(p, MAX_KEYS_SHOWN)}" for what, p in problems.items() if p)
         remedy = "Use the --cfg that it was trained with"
+        only_head = sum(map(len, problems.values())) == 2 and misshapen == ["head.weight", "head.bias"]
+        if only_head and (num_outputs := len(weights["head.bias"])) > len(own["head.bias"]):
+            remedy = f"Set MODEL.NUM_CLASSES {num_outputs} to evaluate it, or use --pretrained to fine-tune it"
         if prefixes := prefixes_of(weights, own):
             remedy = f"Its names have the prefix {' or '.join(map(repr, prefixes))}; save the weights of one without it"
         raise CheckpointError(f"{source}: does not fit the model. {counts}. {remedy}")

@@ -75,7 +75,8 @@ def run_evaluation(task: Task, config: CfgNode, process: Process) -> None:
         folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
         run = open_run(task, config, process, folder)
         weights_file = read_weights(config.MODEL.RESUME, tolerant=True)
-        check_classes(weights_file.classes, run.data.classes, config.MODEL.RESUME)
+        num_outputs = config.MODEL.get("NUM_CLASSES")
+        check_classes(weights_file.classes, run.data.classes, config.MODEL.RESUME, num_outputs=num_outputs)
         both = {"model": weights_file.model, "EMA": weights_file.ema}
         candidates = {name: weights for name, weights in both.items() if weights is not None}
         for weights in candidates.values():

@@ -260,3 +260,10 @@ def test_classes(caplog: pytest.LogCaptureFixture) -> None:
         CheckpointError, match=re.escape("trained on 2 classes (a, b), the data has 1000 (0, 1, 2, ...")
     ):
         check_classes(["a", "b"], many, "w.pth")
+    with pytest.raises(CheckpointError):
+        check_classes(many, ["a", "b"], "w.pth", num_outputs=3)
+    caplog.clear()
+    check_classes(many, ["0", "1"], "w.pth", num_outputs=1000)
+    assert not caplog.text
+    check_classes(many, ["0", "b"], "w.pth", num_outputs=1000)
+    assert "1 of 2 differ: 1 was 1, is b" in caplog.text
