@@ -1,4 +1,5 @@
 # make demo               train and evaluate a small MLLA on handwritten digits, on this machine
+# make fashion            train MLLA on Fashion-MNIST, whose files it finds or explains how to get; FASHION=<folder> names another
 # make demo-detection     train and evaluate a small Mask R-CNN on rendered shapes, on this machine
 # make demo-segmentation  render shapes, train and evaluate a small UperNet on them
 # make finetune           train on five digits, then on all ten at another size, from those weights and from scratch
@@ -18,7 +19,7 @@ DEMO_RUN := $(DEMO_OUTPUT)/mlla_digits/default
 # One process per GPU, at most two; two on a CPU.
 COUNT_PROCESSES := import torch; print(min(2, torch.cuda.device_count() or 2))
 
-.PHONY: demo demo-detection demo-segmentation finetune ablation test test-fast test-kernels test-oldest lint soak bench-data clean
+.PHONY: demo fashion demo-detection demo-segmentation finetune ablation test test-fast test-kernels test-oldest lint soak bench-data clean
 
 demo: .venv/installed
 	processes=$$($(BIN)/python -c '$(COUNT_PROCESSES)') && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
@@ -26,6 +27,11 @@ demo: .venv/installed
 	$(BIN)/torchrun --standalone --nproc_per_node=$$processes main.py --cfg cfgs/digits.yaml --amp --output $(DEMO_OUTPUT) \
 		--eval --resume $(DEMO_RUN)/max_ema_acc.pth
 	@echo "Results: $(DEMO_RUN) (curves.png, predictions.png, metrics.jsonl, log_rank0.txt, checkpoints)"
+
+fashion: .venv/installed
+	suffix=$$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "_cpu")') && \
+	$(BIN)/python main.py --cfg cfgs/fashion_mnist$${suffix}.yaml --amp --output $(DEMO_OUTPUT) $(if $(FASHION),--data-path $(FASHION)) && \
+	echo "Results: $(DEMO_OUTPUT)/mlla_fashion_mnist$$suffix/default (curves.png, predictions.png, metrics.jsonl, log_rank0.txt, checkpoints)"
 
 SEGMENTATION := -m downstream.segmentation.main --cfg downstream/segmentation/cfgs/shapes.yaml \
 	--data-path $(DEMO_OUTPUT)/segmentation_shapes --amp --output $(DEMO_OUTPUT)

@@ -29,8 +29,8 @@ from utils.config.schema import (
 
 COMPILE_MODE = one_of("auto", "off", "default", "reduce-overhead", "max-autotune")
 DATASET = Rule(
-    "imagenet, folder, digits, hfds/<folder or name> or wds/<folder>",
-    lambda value: value in ("imagenet", "folder", "digits") or value.startswith(("hfds/", "wds/")),
+    "imagenet, folder, digits, idx, idx/<folder>, hfds/<folder or name> or wds/<folder>",
+    lambda value: value in ("imagenet", "folder", "digits", "idx") or value.startswith(("idx/", "hfds/", "wds/")),
 )
 POLICY = Rule(
     "none, rand-..., augmix-..., original, v0 or 3a",

@@ -18,6 +18,7 @@ from data.prefetch import DeviceLoader, Normalizer
 from data.samplers import EvalSampler, SampleKey, TrainSampler
 from data.sources.digits import Digits
 from data.sources.hugging_face import HuggingFaceImages
+from data.sources.idx import IdxImages
 from data.sources.image_folder import ImageFolder
 from data.sources.webdataset_shards import WebDatasetShards
 from data.sources.zip_folder import ZipFolder, cache_archives
@@ -146,6 +147,8 @@ def open_split(config: CfgNode, split: str) -> ImageSource:
     kind, _, name = data.DATASET.partition("/")
     if kind == "hfds":
         return HuggingFaceImages(name, data.DATA_PATH, split)
+    if kind == "idx":
+        return IdxImages(str(Path(data.DATA_PATH) / name), split)
     if kind == "wds":
         return WebDatasetShards(str(Path(data.DATA_PATH) / name), split)
     if data.ZIP_MODE:

@@ -28,7 +28,7 @@ CASES = [
     *(
         ("main", ["--cfg", "cfgs/mlla_t.yaml", "--output", "OUT", "--data-path", folder, *flags], folder)
         for folder in ("FILE", "EMPTY", "OUT", LONG)
-        for flags in ([], ["--zip"], ["--opts", "DATA.DATASET", "wds/"])
+        for flags in ([], ["--zip"], *(["--opts", "DATA.DATASET", name] for name in ("wds/", "idx")))
     ),
     *(
         (command, [*args, "--output", "OUT", "--data-path", folder], folder)

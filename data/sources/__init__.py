@@ -1,1 +1,1 @@
-"""Sources of images and labels: folders, zip archives, WebDataset shards, Hugging Face datasets, digits."""
+"""Sources of images and labels: folders, zip archives, WebDataset shards, Hugging Face datasets, IDX files, digits."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from data.errors import DataError
 from utils.config.errors import file_errors
 
+CLASS_FILE = "classes.txt"
 MAX_CLASSES = 1_000_000  # larger labels are mistakes, and lists of that many names would fill the memory
 
 
@@ -30,3 +31,13 @@ def check_label(label: int, where: str) -> int:
     if not 0 <= label < MAX_CLASSES:
         raise DataError(f"{where}: label {label} is not the number of a class; labels count from 0")
     return label
+
+
+def class_names(folder: Path, count: int) -> list[str]:
+    """Return the lines of classes.txt if it exists, except blank ones, else the numbers below `count`."""
+    if (path := folder / CLASS_FILE).is_file():
+        names = [line.strip() for line in read_lines(path) if line.strip()]
+        if len(names) < count:
+            raise DataError(f"{path}: {len(names)} names for {count} classes; it needs a line for each class")
+        return names
+    return [str(label) for label in range(count)]

@@ -15,11 +15,10 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from data.errors import BrokenImageError, DataError, as_data_error
-from data.sources.labels import check_label, read_lines
+from data.sources.labels import check_label, class_names
 from data.sources.string_table import StringTable
 from utils.config.errors import MissingFileError
 
-CLASS_FILE = "classes.txt"
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm")
 SPLITS = {"train": ("train",), "val": ("val", "validation")}
 
@@ -127,13 +126,3 @@ def complete_sample(shard: Path, key: str, image: tuple[int, int] | None, label:
         if label is None:
             raise DataError(f"{shard}: {key} has no label; it needs {key}.cls, or {key}.json with a label")
         yield Sample(key, *image, check_label(label, f"{shard}: {key}"))
-
-
-def class_names(folder: Path, count: int) -> list[str]:
-    """Return the lines of classes.txt if it exists, except blank ones, else the numbers below `count`."""
-    if (path := folder / CLASS_FILE).is_file():
-        names = [line.strip() for line in read_lines(path) if line.strip()]
-        if len(names) < count:
-            raise DataError(f"{path}: {len(names)} names for {count} classes; it needs a line for each class")
-        return names
-    return [str(label) for label in range(count)]
