@@ -63,7 +63,11 @@ _C.DATA.CLASSES = Key(
     None, type=str, optional=True, is_list=True, help="digits only: classes to keep, such as ['0', '1']; null: all"
 )
 _C.DATA.IMG_SIZE = Key(224, at_least(8), help="side of the images, pixels")
-_C.DATA.INTERPOLATION = Key("bicubic", one_of("bicubic", "bilinear", "random"), help="resizing filter")
+_C.DATA.INTERPOLATION = Key(
+    "bicubic",
+    one_of("bicubic", "bilinear", "random"),
+    help="resizing filter; random: one of the two, in evaluation bilinear",
+)
 _C.DATA.ZIP_MODE = Key(False, help="read train.zip and val.zip with their maps, rather than folders")
 _C.DATA.CACHE_MODE = Key(
     "part",
@@ -138,7 +142,7 @@ _C.TRAIN = Section()
 _C.TRAIN.START_EPOCH = Key(0, at_least(0), help="first epoch, unless a checkpoint is resumed")
 _C.TRAIN.EPOCHS = Key(300, at_least(1), help="epochs of the schedule, warm-up included")
 _C.TRAIN.WARMUP_EPOCHS = Key(20, at_least(0), help="epochs of linear warm-up; below EPOCHS")
-_C.TRAIN.COOLDOWN_EPOCHS = Key(0, at_least(0), help="epochs after the schedule, at its last learning rate")
+_C.TRAIN.COOLDOWN_EPOCHS = Key(0, at_least(0), help="epochs after the schedule, at its last rate; step decays on")
 _C.TRAIN.WEIGHT_DECAY = Key(0.05, at_least(0), help="on tensors of two or more dimensions")
 _C.TRAIN.BASE_LR = Key(5e-4, above(0), help="learning rate after warm-up, for a global batch size of 512")
 _C.TRAIN.WARMUP_LR = Key(5e-7, at_least(0), help="learning rate of the first step, likewise for 512")

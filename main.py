@@ -39,7 +39,7 @@ from utils.training.run import run_task
 from utils.training.task import Run, Task
 
 NUM_PREVIEWS = 40
-MESA_START = 0.25  # share of TRAIN.EPOCHS
+MESA_START = 0.25  # share of the run's epochs, cool-down included
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,7 +124,7 @@ class Classification(Task):
             network,
             ema.module if ema else None,
             mesa_ratio=config.AUG.MESA,
-            mesa_start_step=mesa_start_epoch(config) * derived.steps_per_epoch,
+            mesa_start_step=mesa_start_epoch(derived) * derived.steps_per_epoch,
             is_ready=lambda: ema is not None and ema.is_teacher,
         )
 
@@ -172,7 +172,7 @@ class Classification(Task):
         if not is_on:
             return ", MESA off"
         condition = f" on, while the EMA is within {REACH:g} point of the model" if derived.ema_warmup else ""
-        return f", MESA {config.AUG.MESA} from epoch {mesa_start_epoch(config) + 1}{condition}"
+        return f", MESA {config.AUG.MESA} from epoch {mesa_start_epoch(derived) + 1}{condition}"
 
     def image_size(self, config: CfgNode, *, training: bool) -> tuple[int, int]:  # noqa: ARG002
         return config.DATA.IMG_SIZE, config.DATA.IMG_SIZE
@@ -193,9 +193,9 @@ class Classification(Task):
         return timm_baseline(name, config.DATA.IMG_SIZE, config.MODEL.DROP_PATH_RATE, process.device)
 
 
-def mesa_start_epoch(config: CfgNode) -> int:
+def mesa_start_epoch(derived: Derived) -> int:
     """Return the first epoch, from 0, that trains with MESA's teacher."""
-    return int(MESA_START * config.TRAIN.EPOCHS)
+    return int(MESA_START * derived.total_epochs)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ class EvalTransform:
     def __init__(self, size: int, *, crop: bool, interpolation: str) -> None:
         self.size = size
         self.crop = crop
-        self.mode = InterpolationMode("bicubic" if interpolation == "random" else interpolation)
+        self.mode = InterpolationMode("bilinear" if interpolation == "random" else interpolation)
         self.reference = (
             transforms.Compose([transforms.Resize(short_side(size), self.mode), transforms.CenterCrop(size)])
             if crop

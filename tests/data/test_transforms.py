@@ -168,6 +168,12 @@ def test_evaluation_has_the_official_bits_at_sizes_other_than_224(size: int, wid
     assert difference.mean() < 0.1
 
 
+def test_random_interpolation_evaluates_bilinearly() -> None:
+    image = photo(97, 64)
+    pixels = EvalTransform(48, crop=False, interpolation="random")(image)[0]
+    assert np.array_equal(pixels, np.asarray(image.resize((48, 48), Image.Resampling.BILINEAR)))
+
+
 def test_denormalize_by_hand() -> None:
     normalized = torch.tensor([(1.0 - 0.485) / 0.229, (0.5 - 0.456) / 0.224, (0.0 - 0.406) / 0.225]).reshape(1, 3, 1, 1)
     torch.testing.assert_close(denormalize(normalized).flatten(), torch.tensor([1.0, 0.5, 0.0]))

@@ -15,7 +15,7 @@ class ClassificationSchedule:
         name: "cosine", "linear" or "step".
         base_lr, warmup_lr, min_lr: rates after warm-up, at step 0, and at the end of cosine.
         warmup_steps: steps of warm-up.
-        total_steps: steps of the whole schedule; later steps keep its last rate.
+        total_steps: steps of the whole schedule; in later ones, cosine and linear keep their last rate, step decays on.
         decay_steps, decay_rate: the step schedule multiplies by decay_rate every decay_steps.
     """
 
@@ -37,7 +37,7 @@ class ClassificationSchedule:
         if t < self.warmup_steps:
             return self.warmup_lr + (self.base_lr - self.warmup_lr) * t / self.warmup_steps
         if self.name == "step":
-            return self.base_lr * self.decay_rate ** (min(t, self.total_steps) // self.decay_steps)
+            return self.base_lr * self.decay_rate ** (t // self.decay_steps)
         if self.name == "linear":
             progress = min((t - self.warmup_steps) / (self.total_steps - self.warmup_steps), 1.0)
             return self.base_lr * (1 - (1 - LINEAR_END) * progress)

@@ -17,6 +17,7 @@ def derived_of(*opts: str, processes: int = 8, images: int = 1_281_167) -> tuple
 
 def test_values_of_the_papers_run() -> None:
     derived, schedule = derived_of(processes=32)
+    assert mesa_start_epoch(derived) == 75
     assert derived.global_batch_size == 4096
     assert schedule.base_lr == pytest.approx(4e-3)
     assert schedule.warmup_lr == pytest.approx(4e-6)
@@ -26,7 +27,6 @@ def test_values_of_the_papers_run() -> None:
     assert schedule.warmup_steps == 20 * 312
     assert schedule.total_steps == 300 * 312
     assert derived.ema_decay == pytest.approx(0.9996)
-    assert mesa_start_epoch(load_config("cfgs/mlla_t.yaml")) == 75
 
 
 def test_values_scale_with_processes_and_accumulation() -> None:
@@ -36,6 +36,7 @@ def test_values_scale_with_processes_and_accumulation() -> None:
     assert derived.ema_decay == pytest.approx(0.9996 ** (1 / 16))
     assert derived.steps_per_epoch == 5004
     assert (derived.total_epochs, schedule.total_steps) == (310, 300 * 5004)
+    assert mesa_start_epoch(derived) == 77  # a quarter of all epochs
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 import math
+from typing import Any
 
 import pytest
 import torch
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, StepLRScheduler
 
 from utils.training.lr_schedule import ClassificationSchedule, DenseSchedule
 
@@ -19,14 +20,20 @@ def test_cosine_by_hand() -> None:
     assert rates == pytest.approx([0.1, 0.1, 0.4, 0.7, *cosine, 0.01, 0.01])
 
 
-def test_cosine_is_timms() -> None:
+@pytest.mark.parametrize("name", ["cosine", "step"])
+def test_cosine_and_step_are_timms(name: str) -> None:
+    """During cool-down, too."""
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
-    scheduler = CosineLRScheduler(
-        optimizer, t_initial=10, lr_min=0.01, warmup_t=3, warmup_lr_init=0.1, cycle_limit=1, t_in_epochs=False
-    )
-    for step in range(14):
-        assert schedule().lr_at(step) == pytest.approx(optimizer.param_groups[0]["lr"])
+    shared = {"warmup_t": 3, "warmup_lr_init": 0.1, "t_in_epochs": False}
+    scheduler: Any
+    if name == "cosine":
+        scheduler = CosineLRScheduler(optimizer, t_initial=10, lr_min=0.01, cycle_limit=1, **shared)
+    else:
+        scheduler = StepLRScheduler(optimizer, decay_t=4, decay_rate=0.5, warmup_prefix=False, **shared)
+    for step in range(20):
+        rate = schedule(name, decay_steps=4, decay_rate=0.5).lr_at(step)
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"])
         scheduler.step_update(step)
 
 
@@ -38,7 +45,7 @@ def test_linear_ends_at_one_percent() -> None:
 
 def test_step_by_hand() -> None:
     rates = [schedule("step", decay_steps=4, decay_rate=0.5).rate_at(t) for t in (2, 3, 4, 7, 8, 12, 20)]
-    assert rates == pytest.approx([0.7, 1.0, 0.5, 0.5, 0.25, 0.25, 0.25])
+    assert rates == pytest.approx([0.7, 1.0, 0.5, 0.5, 0.25, 0.125, 0.03125])
 
 
 def test_no_warmup() -> None:
