@@ -20,6 +20,7 @@ from utils.logs.output_dir import output_errors, unused_name
 
 KEEP = 3  # newest checkpoints of whole epochs
 INDEX = "latest.json"
+DELETABLE = "deletable"  # in the index: names of files that this run wrote and deletes when newer ones are there
 OWN_KEYS = {"steps", "images_per_step", "ranks", "scaler"}  # in every checkpoint of this project, in no official one
 OFFICIAL_KEYS = {"model", "state_dict_ema", "optimizer", "epoch"}
 NAME = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
@@ -111,28 +112,45 @@ def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def save_under_names(folder: Path, progress: Progress, names: Sequence[str], state: dict[str, Any]) -> None:
-    """Write a checkpoint once under several names, note it in the index, then delete old checkpoints."""
+def save_under_names(
+    folder: Path, progress: Progress, names: Sequence[str], state: dict[str, Any], *, keep_all: bool = False
+) -> None:
+    """Write a checkpoint once under several names, note it in the index, then delete this run's old checkpoints.
+
+    Of whole epochs the newest KEEP are kept, or with `keep_all` all; of those within an epoch only the newest of all.
+    max_*.pth and files that this run did not write are not touched.
+    """
     save_checkpoint(folder / names[0], state)
     for name in names[1:]:
         link_checkpoint(folder / names[0], folder / name)
-    if progress.checkpoint_name in names:
-        index = {"checkpoint": progress.checkpoint_name, "epochs": progress.epochs, "steps": progress.steps}
-        write_atomic(folder / INDEX, lambda path: path.write_text(json.dumps(index) + "\n"))
+    old = update_index(folder, progress, keep_all=keep_all) if progress.checkpoint_name in names else []
     flush_names(folder)  # before older ones are deleted
-    delete_old_checkpoints(folder)
-
-
-def delete_old_checkpoints(folder: Path) -> None:
-    """Keep the newest KEEP checkpoints of whole epochs, and of those within an epoch only the newest of all.
-
-    max_*.pth are not touched.
-    """
-    checkpoints = checkpoints_in(folder)
-    ends = [path for progress, path in checkpoints if not progress.steps]
-    within = [path for progress, path in checkpoints[1:] if progress.steps]
-    for path in ends[KEEP:] + within:
+    for path in old:
         path.unlink(missing_ok=True)
+
+
+def update_index(folder: Path, progress: Progress, *, keep_all: bool) -> list[Path]:
+    """Note the newest checkpoint in the index, and return those that are to be deleted now."""
+    name = progress.checkpoint_name
+    deletable = {*read_index(folder).get(DELETABLE, []), *([] if keep_all and not progress.steps else [name])}
+    checkpoints = [(other, path) for other, path in checkpoints_in(folder) if path.name in deletable]
+    ends = [path for other, path in checkpoints if not other.steps]
+    within = [path for other, path in checkpoints if other.steps and other != progress]
+    old = ends[KEEP:] + within
+    index = {"checkpoint": name, "epochs": progress.epochs, "steps": progress.steps}
+    if kept := [path.name for _, path in checkpoints if path not in old]:
+        index[DELETABLE] = kept
+    write_atomic(folder / INDEX, lambda path: path.write_text(json.dumps(index) + "\n"))
+    return old
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Return the content of the index, empty if there is none or it is damaged."""
+    try:
+        index = json.loads((folder / INDEX).read_text())
+    except (OSError, ValueError):
+        return {}
+    return index if isinstance(index, dict) else {}
 
 
 def move_replaced_checkpoints(folder: Path, progress: Progress, *, continues: bool, source: str = "") -> None:
@@ -150,6 +168,9 @@ def move_replaced_checkpoints(folder: Path, progress: Progress, *, continues: bo
     Raises:
         OutputError: they cannot be moved.
     """
+    if not continues:
+        with output_errors(folder):
+            (folder / INDEX).unlink(missing_ok=True)  # its checkpoints are another run's
     checkpoints = checkpoints_in(folder)
     official_number = Progress(progress.epochs + 1) if progress.epochs else None
     renumbered = [p for other, p in checkpoints if other == official_number and p.resolve() == Path(source).resolve()]
@@ -191,11 +212,13 @@ class CheckpointWriter:
     Args:
         folder: the run's output folder.
         in_background: False to wait for the disk.
+        keep_all: keep the checkpoints of all epochs that are written, not only the newest.
     """
 
-    def __init__(self, folder: Path, *, in_background: bool) -> None:
+    def __init__(self, folder: Path, *, in_background: bool, keep_all: bool = False) -> None:
         self.folder = folder
         self.in_background = in_background
+        self.keep_all = keep_all
         self.thread: threading.Thread | None = None
         self.has_failed = False
 
@@ -220,7 +243,7 @@ class CheckpointWriter:
     def save(self, progress: Progress, names: Sequence[str], state: dict[str, Any]) -> None:
         start = time.perf_counter()
         try:
-            save_under_names(self.folder, progress, names, state)
+            save_under_names(self.folder, progress, names, state, keep_all=self.keep_all)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeErrors of its own for a full disk
             self.has_failed = True
             newest = next((path.name for _, path in checkpoints_in(self.folder)), "none")

@@ -39,7 +39,7 @@ class TrainerConfig:
         metric: name of the metric whose highest value marks the best checkpoint.
         best_name: names the best checkpoints: max_<best_name>.pth, max_ema_<best_name>.pth.
         panels: plots in curves.png.
-        save_freq: epochs between checkpoints.
+        save_freq: epochs between checkpoints; above 1 all of them are kept.
         save_steps: steps between checkpoints within epochs; 0: none.
         print_freq: steps between log lines.
         stop_on_save_error: end the run when a checkpoint cannot be written.
@@ -136,7 +136,7 @@ class Trainer:
         self.tracker = tracker
         self.last_image_time = time.monotonic()
         self.folder = folder
-        self.writer = CheckpointWriter(folder, in_background=config.save_in_background)
+        self.writer = CheckpointWriter(folder, in_background=config.save_in_background, keep_all=config.save_freq > 1)
         self.recorder: RunRecorder | None = None
         self.timer = StepTimer()
         self.stop = StopRequest(on_timeout=self.end_at_once)

@@ -14,6 +14,7 @@ from utils.checkpoint.files import (
     checkpoints_in,
     link_checkpoint,
     load_latest,
+    move_replaced_checkpoints,
     save_checkpoint,
     save_under_names,
 )
@@ -75,6 +76,42 @@ def test_the_newest_three_and_the_best_are_kept(tmp_path: Path) -> None:
         "max_acc.pth",
     ]
     assert load_checkpoint(tmp_path / "max_acc.pth") == {"epoch": 1}
+
+
+def save_epochs(folder: Path, *epochs: int, keep_all: bool = False) -> None:
+    """Save as a run does at the ends of epochs, whose numbers count from 0."""
+    for epoch in epochs:
+        save_under_names(folder, Progress(epoch + 1), [f"ckpt_epoch_{epoch}.pth"], {"epoch": epoch}, keep_all=keep_all)
+
+
+def checkpoints(folder: Path) -> set[str]:
+    return {path.name.removeprefix("ckpt_epoch_").removesuffix(".pth") for path in folder.glob("ckpt_*.pth")}
+
+
+@pytest.mark.parametrize("index", [None, "", "[]", '{"checkpoint": "ckpt_epoch_3.pth", "epochs": 4, "steps": 0}'])
+def test_files_that_the_run_did_not_write_are_never_deleted(tmp_path: Path, index: str | None) -> None:
+    for name in ("1", "2", "3", "3_step_7"):
+        save_checkpoint(tmp_path / f"ckpt_epoch_{name}.pth", {"epoch": "foreign"})
+    if index is not None:
+        (tmp_path / "latest.json").write_text(index)
+    save_epochs(tmp_path, *range(4, 9))
+    assert checkpoints(tmp_path) == {"1", "2", "3", "3_step_7", "6", "7", "8"}
+
+
+def test_another_run_in_the_folder_deletes_nothing_of_the_first(tmp_path: Path) -> None:
+    save_epochs(tmp_path, 0, 1, 2)
+    move_replaced_checkpoints(tmp_path, Progress(3), continues=True)
+    save_epochs(tmp_path, 3)
+    assert checkpoints(tmp_path) == {"1", "2", "3"}
+    move_replaced_checkpoints(tmp_path, Progress(4), continues=False)
+    save_epochs(tmp_path, *range(4, 9))
+    assert checkpoints(tmp_path) == {"1", "2", "3", "6", "7", "8"}
+
+
+def test_checkpoints_of_a_higher_save_freq_stay_when_it_is_lowered(tmp_path: Path) -> None:
+    save_epochs(tmp_path, 1, 3, 5, keep_all=True)
+    save_epochs(tmp_path, *range(6, 10))
+    assert checkpoints(tmp_path) == {"1", "3", "5", "7", "8", "9"}
 
 
 def test_copies_where_links_do_not_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

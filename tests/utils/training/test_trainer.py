@@ -264,6 +264,13 @@ def test_checkpoints_of_epochs_and_steps(tmp_path: Path, settings: dict[str, int
     assert run.saved == expected
 
 
+@pytest.mark.parametrize(("save_freq", "kept"), [(1, [4, 5, 6]), (2, [1, 3, 5, 6]), (3, [2, 5, 6])])
+def test_only_checkpoints_of_every_epoch_are_deleted(tmp_path: Path, save_freq: int, kept: list[int]) -> None:
+    run = FakeRun(tmp_path / "run", scores=(-1.0,) * 7, total_epochs=7, save_freq=save_freq, save_steps=3)
+    assert run.trainer.run()
+    assert {path.name for path in run.folder.glob("*.pth")} == {f"ckpt_epoch_{epoch}.pth" for epoch in kept}
+
+
 def test_the_best_of_model_and_ema_are_kept_by_the_metric(tmp_path: Path) -> None:
     run = FakeRun(
         tmp_path / "run",
@@ -350,11 +357,11 @@ class Disk:
         self.save = files.save_under_names
         monkeypatch.setattr(files, "save_under_names", self.save_if_possible)
 
-    def save_if_possible(self, *args: Any) -> None:
+    def save_if_possible(self, *args: Any, **options: Any) -> None:
         time.sleep(self.seconds)
         if self.is_full:
             raise OSError(28, "No space left on device")
-        self.save(*args)
+        self.save(*args, **options)
 
 
 def test_a_failed_save_that_is_noticed_later_is_not_repeated(tmp_path: Path) -> None:
