@@ -6,13 +6,14 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from utils.checkpoint.run_content import check_run_content
 from utils.checkpoint.weights_file import CheckpointError, load_checkpoint
 from utils.logs.atomic_write import write_atomic
 from utils.logs.logger import logger
@@ -42,12 +43,13 @@ def progress_in(content: Mapping[str, Any]) -> Progress:
     """Return the progress stored in a checkpoint.
 
     "epoch" is the index of the last complete epoch; in files of the official code it is the number of complete epochs.
-
-    Raises:
-        KeyError, TypeError: there is no number.
     """
-    is_official = content.keys() >= OFFICIAL_KEYS and not OWN_KEYS & content.keys()
-    return Progress(content["epoch"] + (0 if is_official else 1), content.get("steps", 0))
+    return Progress(content["epoch"] + (0 if is_official(content) else 1), content.get("steps", 0))
+
+
+def is_official(content: Mapping[str, Any]) -> bool:
+    """Return whether the official code wrote a run's checkpoint."""
+    return content.keys() >= OFFICIAL_KEYS and not OWN_KEYS & content.keys()
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -99,17 +101,20 @@ def checkpoints_in(folder: Path) -> list[tuple[Progress, Path]]:
     return sorted(checkpoints, reverse=True)
 
 
-def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Read the newest checkpoint that is readable, or return None; unreadable ones are skipped with a warning."""
-    for _, path in checkpoints_in(folder):
+def readable_checkpoints(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield (path, content) of a folder's checkpoints, the newest first; damaged ones are skipped with a warning."""
+    for named, path in checkpoints_in(folder):
         try:
             content = load_checkpoint(path)
-            if not {"model", "optimizer", "epoch"} <= content.keys():
-                raise CheckpointError(f"{path}: not a checkpoint of a training run")
-            return path, content
+            check_run_content(content, path)
+            # The official ckpt_epoch_N.pth holds N complete epochs, ours N + 1.
+            possible = (named, Progress(named.epochs - 1)) if is_official(content) else (named,)
+            if (stored := progress_in(content)) not in possible:
+                raise CheckpointError(f"{path}: contains {stored.checkpoint_name}, another than its name says")
         except CheckpointError as error:
             logger.warning("skipped a checkpoint: %s", error)
-    return None
+        else:
+            yield path, content
 
 
 def save_under_names(

@@ -9,9 +9,14 @@ from collections import defaultdict
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 Weights = dict[str, Tensor]
+
+# Types of numbers that convert into each other without losing a part of the value or its meaning.
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+NUMBERS = FLOATS | {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 # Keys of a file's content; each may hold weights, or a dictionary with such keys again.
 MODEL_KEYS = ("model", "state_dict", "model_state_dict")

@@ -5,12 +5,13 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import yaml
 from timm.layers import resample_abs_pos_embed
-from torch import nn
+from torch import Tensor, nn
 
 from utils.checkpoint.best_weights import choose_weights, is_ema_better, scores_in
-from utils.checkpoint.weight_sets import EMA_KEYS, MODEL_KEYS, Weights, find_weight_sets
+from utils.checkpoint.weight_sets import EMA_KEYS, FLOATS, MODEL_KEYS, NUMBERS, Weights, find_weight_sets
 from utils.checkpoint.weights_file import CheckpointError, load_checkpoint
 from utils.logs.logger import logger
 
@@ -156,7 +157,19 @@ def load_weights(
     reinitialized: Collection[str] = (),
     unused: Collection[str] = (),
 ) -> None:
-    """Load weights into a model, every one of them; rotary tables, which are derived data, are skipped.
+    """Load weights into a model; see `fitting_weights`."""
+    model.load_state_dict(fitting_weights(model, weights, source, reinitialized=reinitialized, unused=unused))
+
+
+def fitting_weights(
+    model: nn.Module,
+    weights: Weights,
+    source: str | Path,
+    *,
+    reinitialized: Collection[str] = (),
+    unused: Collection[str] = (),
+) -> Weights:
+    """Return weights that fit a model, every one of them; rotary tables, which are derived data, are skipped.
 
     Args:
         model: the network.
@@ -166,7 +179,7 @@ def load_weights(
         unused: modules in the file that the model may lack.
 
     Raises:
-        CheckpointError: names or shapes do not fit; gives their number, and the first ten.
+        CheckpointError: names, shapes or types do not fit; gives their number, and the first ten.
     """
     own = model.state_dict()
     weights = {
@@ -178,12 +191,18 @@ def load_weights(
         fits = name in weights and weights[name].shape == own[name].shape
         if is_within(name, reinitialized) and not fits:
             weights[name] = own[name]
-    misshapen = [name for name in own if name in weights and weights[name].shape != own[name].shape]
+    shared = [name for name in own if name in weights]
+    misshapen = [name for name in shared if weights[name].shape != own[name].shape]
     problems = {
         "missing": [name for name in own if name not in weights],
         "not in the model": [name for name in weights if name not in own],
         "of another shape": [
             f"{name} {tuple(weights[name].shape)} where the model has {tuple(own[name].shape)}" for name in misshapen
+        ],
+        "of another type": [
+            f"{name} {described_type(weights[name])} where the model has {described_type(own[name])}"
+            for name in shared
+            if not is_convertible(weights[name], own[name])
         ],
     }
     if any(problems.values()):
@@ -195,7 +214,24 @@ def load_weights(
         if prefixes := prefixes_of(weights, own):
             remedy = f"Its names have the prefix {' or '.join(map(repr, prefixes))}; save the weights of one without it"
         raise CheckpointError(f"{source}: does not fit the model. {counts}. {remedy}")
-    model.load_state_dict(weights)
+    return weights
+
+
+def is_convertible(value: Tensor, own: Tensor) -> bool:
+    """Return whether a file's tensor holds numbers that a model's tensor can take: of its type, or floats as floats.
+
+    Whole numbers, such as batch norm's counters, may come from any type of numbers, since tools that halve a file's
+    weights halve these too.
+    """
+    if value.layout is not torch.strided or value.is_meta or value.is_quantized:
+        return False
+    return value.dtype is own.dtype or value.dtype in (FLOATS if own.dtype in FLOATS else NUMBERS)
+
+
+def described_type(value: Tensor) -> str:
+    """Return a tensor's type of numbers, and its layout or device where these are unusual."""
+    unusual = [str(value.layout).removeprefix("torch.")] * (value.layout is not torch.strided)
+    return " ".join([str(value.dtype).removeprefix("torch."), *unusual, *(["meta"] if value.is_meta else [])])
 
 
 def prefixes_of(weights: Weights, own: Weights) -> list[str]:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from utils.checkpoint.download import local_file
+from utils.checkpoint.plain_content import ContentError, plain_content
 from utils.checkpoint.unpickler import RefusedObjectError, pickle_module
 from utils.config.errors import UserError
 
@@ -54,7 +55,10 @@ def load_checkpoint(source: str | Path, *, tolerant: bool = False) -> dict[str, 
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not weights by name")
-    return content
+    try:
+        return dict(plain_content(content))
+    except ContentError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def read_any(path: Path, file: BinaryIO, *, tolerant: bool) -> Any:

@@ -62,7 +62,8 @@ def matched_state(
         optimizer: the optimizer that will load the state, with groups made by the same rule.
 
     Raises:
-        ValueError: groups of other sizes, or state of another shape than its parameter.
+        ValueError: groups of other sizes, as other settings give.
+        MomentError: a moment is missing, or has another shape than its parameter.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     positions = {name: position for position, name in enumerate(weights)}
@@ -77,18 +78,45 @@ def matched_state(
         saved_ids = dict(zip(sorted(own, key=positions.__getitem__), saved_group["params"], strict=True))
         for i, (name, parameter) in enumerate(zip(own, group["params"], strict=True), start=first):
             entry = saved["state"].get(saved_ids[name])
-            if entry is None:  # never updated
+            if not entry or all(value is None for value in entry.values()):  # never updated
                 continue
-            for key, value in entry.items():
-                if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
-                    raise ValueError(f"{key} of {name} is {tuple(value.shape)}, the weight {tuple(parameter.shape)}")
-            state[i] = dict(entry)
-            if "step" in entry:  # a plain number before torch 1.12
-                state[i]["step"] = torch.as_tensor(entry["step"], dtype=torch.float32)
+            moments = {key: moment(entry, key, name, parameter) for key in moment_names(optimizer)}
+            if "exp_avg" not in moments:
+                state[i] = moments
+            elif "step" in entry:  # a plain number before torch 1.12
+                state[i] = {"step": torch.as_tensor(entry["step"], dtype=torch.float32).reshape(()), **moments}
+            else:
+                raise MomentError(f"no step of {name}")
         settings = {key: value for key, value in group.items() if key != "params"}
         groups.append({**settings, "params": list(range(first, first + len(own)))})
         first += len(own)
     return {"state": state, "param_groups": groups}
+
+
+class MomentError(ValueError):
+    """A saved optimizer lacks a moment of a parameter, or has one of another shape."""
+
+
+def moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Return the names of what an optimizer of `make_optimizer` keeps per weight."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        return "exp_avg", "exp_avg_sq"
+    return ("momentum_buffer",) if optimizer.param_groups[0]["momentum"] else ()
+
+
+def moment(entry: dict[str, Any], key: str, name: str, parameter: Tensor) -> Tensor:
+    """Return a saved moment with the parameter's memory layout: fused optimizers read the memory as it lies.
+
+    Raises:
+        MomentError: it is missing, or of another shape than the parameter.
+    """
+    value = entry.get(key)
+    if not isinstance(value, Tensor):
+        raise MomentError(f"no {key} of {name}")
+    if value.shape != parameter.shape or not value.is_floating_point():
+        kind = f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+        raise MomentError(f"{key} of {name} is {kind}, the weight {tuple(parameter.shape)}")
+    return torch.empty_like(parameter).copy_(value)
 
 
 def make_optimizer(

@@ -146,6 +146,8 @@ class Training:
             run.precision.scaler,
             process,
             global_batch_size=self.derived.global_batch_size,
+            num_train_images=run.data.num_train_images,
+            steps_per_epoch=self.derived.steps_per_epoch,
         )
         self.state.progress, self.state.classes = Progress(config.TRAIN.START_EPOCH), run.data.classes
         continues = self.state.resume(
@@ -192,11 +194,7 @@ class Training:
             folder=run.folder,
             batches=lambda epoch, first: task.batches(run, epoch, first),
             evaluate=lambda model, name: task.evaluate(run, as_compiled(model), name),
-            metadata={
-                "config": run.config.dump(),
-                "classes": run.data.classes,
-                "num_train_images": run.data.num_train_images,
-            },
+            metadata={"config": run.config.dump(), "classes": run.data.classes},
             draw_predictions=lambda model: task.draw_predictions(run, as_compiled(model)),
             tracker=self.tracker,
         )

@@ -12,15 +12,17 @@ import torch
 from torch import nn
 
 from utils.checkpoint.best_weights import describe_choice, is_ema_better
-from utils.checkpoint.files import Progress, checkpoints_in, load_latest, progress_in
+from utils.checkpoint.files import Progress, checkpoints_in, progress_in, readable_checkpoints
+from utils.checkpoint.rng import restore_rng_state, rng_state
+from utils.checkpoint.run_content import DamagedCheckpointError, check_run_content
 from utils.checkpoint.same_run import settings_of
-from utils.checkpoint.weight_sets import Weights, find_weight_sets
-from utils.checkpoint.weights import check_classes, classes_in, load_weights, no_weights_error
+from utils.checkpoint.weight_sets import MODEL_KEYS, Weights, find_weight_sets
+from utils.checkpoint.weights import check_classes, classes_in, fitting_weights, no_weights_error
 from utils.checkpoint.weights_file import CheckpointError, load_checkpoint
 from utils.distributed.process import Process, gather_objects
 from utils.logs.logger import logger
 from utils.training.ema import ModelEma
-from utils.training.optimizer import matched_state
+from utils.training.optimizer import MomentError, matched_state
 
 START = Progress(0)
 VERSIONS = {"torch": str(torch.__version__), "numpy": np.__version__, "python": platform.python_version()}
@@ -33,6 +35,7 @@ class TrainState:
     Attributes:
         model: the model.
         global_batch_size: images per optimizer step, over all processes.
+        num_train_images, steps_per_epoch: of the data, to compare with a checkpoint's; 0: not compared.
         progress: completed epochs, and completed steps of the next one.
         best, best_ema: best value so far of the task's metric, of the model and of its EMA.
         sums: this process's sums over the completed steps of the unfinished epoch, by name.
@@ -47,6 +50,8 @@ class TrainState:
     scaler: torch.amp.GradScaler
     process: Process
     global_batch_size: int = 1
+    num_train_images: int = 0
+    steps_per_epoch: int = 0
     progress: Progress = START
     best: float = 0.0
     best_ema: float = 0.0
@@ -67,6 +72,7 @@ class TrainState:
             "epoch": self.progress.epochs - 1,  # index of the last completed one
             "steps": self.progress.steps,
             "images_per_step": self.global_batch_size,
+            **({"num_train_images": self.num_train_images} if self.num_train_images else {}),
             "max_accuracy": self.best,
             "max_accuracy_e": self.best_ema,
             "scores": dict(self.ema.scores) if self.ema else None,
@@ -103,14 +109,10 @@ class TrainState:
         Raises:
             CheckpointError: the checkpoint does not fit, a run would be overwritten, or processes see different files.
         """
-        continues = False
         origin = fingerprint(explicit) if explicit else None
-        latest = load_latest(folder) if auto else None
-        if latest is not None and (origin is None or latest[1].get("origin") == origin):
-            check(latest[1], latest[0])
-            self.restore(latest[1], str(latest[0]))
-            logger.info("resumed from %s%s", latest[0], f", a run that began from {explicit}" if explicit else "")
-            continues = True
+        continues = auto and self.resume_folder(folder, origin, check)
+        if continues:
+            logger.info("resumed from %s%s", self.source, f", a run that began from {explicit}" if explicit else "")
         elif explicit:
             self.restore(load_checkpoint(explicit), explicit)
             self.origin = origin
@@ -124,35 +126,61 @@ class TrainState:
             raise CheckpointError(f"{folder}: processes see different checkpoints there, at (epochs, steps) {points}")
         return continues
 
+    def resume_folder(
+        self, folder: Path, origin: dict[str, Any] | None, check: Callable[[Mapping[str, Any], Path], None]
+    ) -> bool:
+        """Resume from a folder's newest checkpoint that is whole, if its run has this origin; skip damaged ones."""
+        for path, content in readable_checkpoints(folder):
+            if origin is not None and content.get("origin") != origin:
+                return False
+            try:
+                check(content, path)
+                self.restore(content, str(path))
+            except DamagedCheckpointError as error:
+                logger.warning("skipped a checkpoint: %s", error)
+            else:
+                return True
+        return False
+
     def restore(self, content: dict[str, Any], source: str) -> None:
         """Restore a checkpoint's content, or only the weights of a file that has nothing else.
 
+        Nothing is changed before all of it is known to fit.
+
         Raises:
-            CheckpointError: there are no weights, or they or the optimizer's state do not fit.
+            DamagedCheckpointError: the content is not that of a run's checkpoint.
+            CheckpointError: there are no weights, or they or the optimizer's state do not fit this run.
         """
         sets = find_weight_sets(content)
         weights = sets.model or sets.ema
         if weights is None:
             raise no_weights_error(source, content)
-        self.source, self.pretrained = source, settings_of(content).get("MODEL.PRETRAINED", "")
-        if sets.model is None:
+        has_run = "optimizer" in content
+        if has_run:
+            check_run_content(content, source)
+        elif sets.model is None:
+            if empty := [key for key in MODEL_KEYS if key in content]:
+                raise CheckpointError(f"{source}: has no weights under {empty[0]}, only the EMA's; see --pretrained")
             logger.warning("%s has no weights but the EMA's: the model starts from them", source)
         if self.classes is not None:
             check_classes(classes_in(content), self.classes, source)
-        load_weights(self.model, weights, source)
+        fitting = fitting_weights(self.model, weights, source)
+        fitting_ema = fitting_weights(self.ema.module, sets.ema or weights, source) if self.ema is not None else {}
+        optimizer_state = self.fitting_optimizer_state(content["optimizer"], weights, source) if has_run else {}
+        if has_run:
+            self.check_same_steps(content, source)
+        self.source, self.pretrained = source, settings_of(content).get("MODEL.PRETRAINED", "")
+        self.model.load_state_dict(fitting)
         if self.ema is not None:
-            load_weights(self.ema.module, sets.ema or weights, source)
-        if "optimizer" not in content:
+            self.ema.module.load_state_dict(fitting_ema)
+        if not has_run:
             logger.info("%s contains weights only: optimizer and epoch are re-initialized", source)
             return
-        try:
-            self.restore_progress(content, weights, source)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{source}: not a complete checkpoint of a run ({error})") from error
+        self.optimizer.load_state_dict(optimizer_state)
+        self.restore_progress(content, source)
 
-    def restore_progress(self, content: dict[str, Any], weights: Weights, source: str) -> None:
-        """Restore everything but the weights, whose order gives the order of the optimizer's state."""
-        self.restore_optimizer(content["optimizer"], weights, source)
+    def restore_progress(self, content: dict[str, Any], source: str) -> None:
+        """Restore everything but weights and optimizer."""
         if content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])
         self.progress = progress_in(content)
@@ -161,8 +189,23 @@ class TrainState:
         if self.ema is not None:
             self.ema.scores = dict(content.get("scores") or {})
         self.origin = content.get("origin")
-        self.check_global_batch_size(content.get("images_per_step", self.global_batch_size), source)
-        ranks, process = content.get("ranks", []), self.process
+        self.restore_ranks(content.get("ranks", []), source)
+        versions = content.get("versions", VERSIONS)
+        if changed := [
+            f"{name} {versions.get(name)} -> {VERSIONS[name]}"
+            for name in VERSIONS
+            if versions.get(name) != VERSIONS[name]
+        ]:
+            logger.warning(
+                "%s was written with other versions, results may differ in the last bits: %s",
+                source,
+                ", ".join(changed),
+            )
+
+    def restore_ranks(self, ranks: list[dict[str, Any]], source: str) -> None:
+        """Restore this process's sums and random number generators."""
+        process = self.process
+        self.sums = {}
         if len(ranks) == process.num_processes:
             self.sums = ranks[process.rank]["sums"]
             restore_rng_state(ranks[process.rank]["rng"], process.device)
@@ -177,44 +220,51 @@ class TrainState:
                 "dropout, drop path and mixup draw other random numbers, and sums are rounded differently",
                 *(source, len(ranks), process.num_processes),
             )
-        versions = content.get("versions", VERSIONS)
-        if changed := [
-            f"{name} {versions.get(name)} -> {VERSIONS[name]}"
-            for name in VERSIONS
-            if versions.get(name) != VERSIONS[name]
-        ]:
-            logger.warning(
-                "%s was written with other versions, results may differ in the last bits: %s",
-                source,
-                ", ".join(changed),
-            )
 
-    def check_global_batch_size(self, saved: int, source: str) -> None:
-        """Compare the global batch size: another one moves the schedule, and within an epoch repeats or loses images.
+    def check_same_steps(self, content: Mapping[str, Any], source: str) -> None:
+        """Compare the size of a step and of an epoch; others move the schedule, and repeat or lose an epoch's images.
 
         Raises:
             CheckpointError: the checkpoint is from within an epoch.
         """
-        if saved == self.global_batch_size:
-            return
-        if self.progress.steps:
-            raise CheckpointError(
-                f"{source}: was saved within an epoch with global batch size {saved}, now it is "
-                f"{self.global_batch_size}; set DATA.BATCH_SIZE or TRAIN.ACCUMULATION_STEPS for {saved} again, or "
-                f"--resume the end of an epoch"
+        steps = progress_in(content).steps
+        compared = {
+            "global batch size": (
+                *(content.get("images_per_step"), self.global_batch_size),
+                "set DATA.BATCH_SIZE or TRAIN.ACCUMULATION_STEPS",
+            ),
+            "number of training images": (
+                *(content.get("num_train_images"), self.num_train_images),
+                "restore the training images",
+            ),
+        }
+        for name, (saved, current, remedy) in compared.items():
+            if not saved or not current or saved == current:
+                continue
+            if steps:
+                raise CheckpointError(
+                    f"{source}: was saved within an epoch with {name} {saved}, now it is {current}; {remedy} for "
+                    f"{saved} again, or --resume the end of an epoch"
+                )
+            logger.warning(
+                "%s: %s changed from %d to %d; learning rates and steps per epoch change",
+                *(source, name, saved, current),
             )
-        logger.warning(
-            "%s: global batch size changed from %d to %d; learning rates and steps per epoch change",
-            *(source, saved, self.global_batch_size),
-        )
+        if self.steps_per_epoch and steps > self.steps_per_epoch:
+            raise CheckpointError(
+                f"{source}: was saved after step {steps} of an epoch, which now has {self.steps_per_epoch} steps; "
+                f"restore the settings and the training images that it was saved with, or --resume the end of an epoch"
+            )
 
-    def restore_optimizer(self, saved: dict[str, Any], weights: Weights, source: str) -> None:
-        """Restore the optimizer's moments; its settings stay as configured."""
+    def fitting_optimizer_state(self, saved: dict[str, Any], weights: Weights, source: str) -> dict[str, Any]:
+        """Return a saved optimizer's moments with this optimizer's settings, which stay as configured."""
         kind = {"betas", "momentum"} & set(self.optimizer.param_groups[0])
         if kind != {"betas", "momentum"} & set(saved["param_groups"][0]):
             raise CheckpointError(f"{source}: was trained with another TRAIN.OPTIMIZER.NAME; set the same one")
         try:
-            self.optimizer.load_state_dict(matched_state(saved, weights, self.model, self.optimizer))
+            return matched_state(saved, weights, self.model, self.optimizer)
+        except MomentError as error:
+            raise DamagedCheckpointError(f"{source}: not a complete checkpoint of a run ({error})") from error
         except ValueError as error:
             raise CheckpointError(
                 f"{source}: its optimizer state does not fit: {error}; set TRAIN.FREEZE and MODEL.LAYER_DECAY as before"
@@ -237,26 +287,3 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def rng_state(device: torch.device) -> dict[str, Any]:
-    """Return the states of this process's random number generators, in types that load safely."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "python": [version, list(words), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
-    }
-
-
-def restore_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Restore this process's random number generators from `rng_state`'s result."""
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

@@ -3,6 +3,7 @@ import os
 import random
 import resource
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,21 +14,32 @@ from utils.checkpoint.files import (
     Progress,
     checkpoints_in,
     link_checkpoint,
-    load_latest,
     move_replaced_checkpoints,
+    readable_checkpoints,
     save_checkpoint,
     save_under_names,
 )
+from utils.checkpoint.rng import restore_rng_state, rng_state
 from utils.checkpoint.weights_file import load_checkpoint
 from utils.logs.logger import logger
-from utils.training.train_state import restore_rng_state, rng_state
 
 CPU = torch.device("cpu")
 
 
+def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    return next(readable_checkpoints(folder), None)
+
+
+def run_content(epochs: int, steps: int = 0, **entries: Any) -> dict[str, Any]:
+    """Return the least that a run's checkpoint must have."""
+    optimizer = {"state": {}, "param_groups": [{"params": [0]}]}
+    content = {"model": {"w": torch.ones(2)}, "optimizer": optimizer, "epoch": epochs - 1, "steps": steps}
+    return {**content, **entries}
+
+
 def test_checkpoints_are_sorted_by_number(tmp_path: Path) -> None:
     for epoch in (9, 10, 2):
-        save_checkpoint(tmp_path / f"ckpt_epoch_{epoch}.pth", {"epoch": epoch, "model": {}, "optimizer": {}})
+        save_checkpoint(tmp_path / f"ckpt_epoch_{epoch}.pth", run_content(epoch + 1))
     save_checkpoint(tmp_path / "max_acc.pth", {"epoch": 99})
     save_checkpoint(tmp_path / "ckpt_epoch_11_step_7.pth", {})
     save_checkpoint(tmp_path / "ckpt_epoch_10_step_70.pth", {})
@@ -39,8 +51,7 @@ def test_checkpoints_are_sorted_by_number(tmp_path: Path) -> None:
 
 def test_unreadable_checkpoints_are_skipped(tmp_path: Path) -> None:
     for epoch in (3, 4):
-        content = {"epoch": epoch, "optimizer": {}, "model": {"w": torch.zeros(999)}}
-        save_checkpoint(tmp_path / f"ckpt_epoch_{epoch}.pth", content)
+        save_checkpoint(tmp_path / f"ckpt_epoch_{epoch}.pth", run_content(epoch + 1))
     save_checkpoint(tmp_path / "ckpt_epoch_5.pth", {"model": {}})
     newest = tmp_path / "ckpt_epoch_4.pth"
     newest.write_bytes(newest.read_bytes()[:1000])
@@ -48,6 +59,22 @@ def test_unreadable_checkpoints_are_skipped(tmp_path: Path) -> None:
     assert latest is not None
     assert latest[0].name == "ckpt_epoch_3.pth"
     assert load_latest(tmp_path / "empty") is None
+
+
+def test_a_checkpoint_under_another_name_than_its_own_is_skipped(tmp_path: Path) -> None:
+    """Except an official one, whose name counts complete epochs."""
+    save_checkpoint(tmp_path / "ckpt_epoch_2.pth", run_content(3))
+    save_checkpoint(tmp_path / "ckpt_epoch_3_step_7.pth", run_content(3, 700))
+    save_checkpoint(tmp_path / "ckpt_epoch_3.pth", run_content(300))
+    latest = load_latest(tmp_path)
+    assert latest is not None
+    assert latest[0].name == "ckpt_epoch_2.pth"
+    official = {**run_content(1), "state_dict_ema": None, "epoch": 5}
+    del official["steps"]
+    save_checkpoint(tmp_path / "ckpt_epoch_5.pth", official)
+    latest = load_latest(tmp_path)
+    assert latest is not None
+    assert latest[0].name == "ckpt_epoch_5.pth"
 
 
 def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +163,7 @@ def written(folder: Path, epochs: int, size: int, *, in_background: bool = True)
     """Return a writer that has written the checkpoint of an epoch's end, with `size` numbers in it."""
     writer = CheckpointWriter(folder, in_background=in_background)
     progress, weights = Progress(epochs), torch.full((size,), 1.0)
-    writer.write(progress, [progress.checkpoint_name], {"model": {"w": weights}, "optimizer": {}, "epoch": epochs - 1})
+    writer.write(progress, [progress.checkpoint_name], run_content(epochs, model={"w": weights}))
     weights.fill_(2.0)  # training continues at once, and does not change the copy
     writer.wait()
     return writer

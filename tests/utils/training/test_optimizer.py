@@ -110,7 +110,7 @@ def test_a_saved_state_that_does_not_fit() -> None:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     saved.step()
-    with pytest.raises(ValueError, match=r"exp_avg of head.weight is \(7, 256\), the weight \(10, 256\)"):
+    with pytest.raises(ValueError, match=r"exp_avg of head.weight is \(7, 256\) float32, the weight \(10, 256\)"):
         matched_state(saved.state_dict(), model.state_dict(), model, optimizer)
     layer_wise = make_optimizer("adamw", parameter_groups(model, 0.05, layer_decay=0.5))
     with pytest.raises(ValueError, match=r"groups of \[65, \d+\] parameters where this run has \[5, 10, 13"):

@@ -1,11 +1,15 @@
+import math
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from utils.checkpoint.files import Progress
+from utils.checkpoint.run_content import DamagedCheckpointError
 from utils.checkpoint.weights_file import CheckpointError
 from utils.distributed.process import Process
 from utils.logs.logger import logger
@@ -15,6 +19,14 @@ from utils.training.optimizer import make_optimizer, parameter_groups
 from utils.training.train_state import TrainState
 
 CPU = torch.device("cpu")
+
+
+WHOLE: dict[str, Any] = {}  # a checkpoint's content
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _content() -> None:
+    WHOLE.update(deepcopy(stepped(make_state()).capture()))
 
 
 @pytest.fixture(autouse=True)
@@ -72,14 +84,137 @@ def test_what_does_not_fit() -> None:
         make_state(width=5).restore(content, "file.pth")
     with pytest.raises(CheckpointError, match=r"another TRAIN.OPTIMIZER.NAME"):
         make_state("sgd").restore(content, "file.pth")
-    del content["epoch"]
-    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
-        make_state().restore(content, "file.pth")
-    for part in ({"optimizer": None}, {"ranks": None}, {"ranks": [{}]}, {"epoch": "5"}, {"max_accuracy": None}):
-        with pytest.raises(CheckpointError, match="not a complete checkpoint"):
-            make_state().restore({**content, "epoch": 5, **part}, "file.pth")
     with pytest.raises(CheckpointError, match="found epoch, lr"):
         make_state().restore({"epoch": 1, "lr": 2}, "file.pth")
+
+
+def put(value: Any, *path: Any) -> Callable[[dict[str, Any]], None]:
+    """Return a function that replaces an entry of nested dictionaries and lists."""
+
+    def apply(content: dict[str, Any]) -> None:
+        place: Any = content
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+
+    return apply
+
+
+MOMENT = ("optimizer", "state", 0, "exp_avg")
+RNG = ("ranks", 0, "rng")
+DAMAGE = {
+    **{f"no {key}": (lambda content, key=key: content.pop(key)) for key in ("epoch", "model")},
+    **{f"model {value}": put(value, "model") for value in (None, {}, [])},
+    "meta model": put({"weight": torch.zeros(4, 3, device="meta"), "bias": torch.zeros(4)}, "model"),
+    "EMA list": put([1], "state_dict_ema"),
+    "EMA meta": put(torch.zeros(4, 3, device="meta"), "state_dict_ema", "weight"),
+    **{f"optimizer {value}": put(value, "optimizer") for value in (None, {}, "x")},
+    "no groups": put([], "optimizer", "param_groups"),
+    "group twice": put([0], "optimizer", "param_groups", 1, "params"),
+    "0-d moment": put(torch.tensor(0.0), *MOMENT),
+    "small moment": put(torch.zeros(1), *MOMENT),
+    "turned moment": put(torch.zeros(3, 4), *MOMENT),
+    "whole moment": put(torch.zeros(4, 3, dtype=torch.int64), *MOMENT),
+    "complex moment": put(torch.zeros(4, 3, dtype=torch.complex64), *MOMENT),
+    "meta moment": put(torch.zeros(4, 3, device="meta"), *MOMENT),
+    "sparse moment": put(torch.zeros(4, 3).to_sparse(), *MOMENT),
+    "list as moment": put([0.0], *MOMENT),
+    "no second moment": put({"step": torch.tensor(1.0), "exp_avg": torch.zeros(4, 3)}, *MOMENT[:-1]),
+    "no step": put({"exp_avg": torch.zeros(4, 3), "exp_avg_sq": torch.zeros(4, 3)}, *MOMENT[:-1]),
+    **{f"step {value}": put(value, *MOMENT[:-1], "step") for value in (-1.0, math.inf, "x", torch.tensor(math.nan))},
+    **{f"epoch {v}": put(v, "epoch") for v in (0.5, math.nan, -7, 1e30, 10**30, "5", True, torch.tensor(1))},
+    **{f"steps {value}": put(value, "steps") for value in ("3", -1, 2.0, None)},
+    **{f"images {value}": put(value, "images_per_step") for value in (0, "8", 1.5)},
+    "training images": put(-3, "num_train_images"),
+    **{f"best {value}": put(value, "max_accuracy") for value in (None, "x", math.nan, [1.0])},
+    **{f"scores {value}": put(value, "scores") for value in ([1], {"model": 1.0}, {"model": "x", "EMA": 1.0})},
+    "scaler": put("x", "scaler"),
+    **{f"scale {value}": put(value, "scaler", "scale") for value in (math.nan, 0.0, -1.0, "x")},
+    **{f"ranks {value}": put(value, "ranks") for value in (None, [{}], 3)},
+    **{f"sums {value}": put(value, "ranks", 0, "sums") for value in ({"loss": "x"}, {"loss": math.nan}, {3: 1.0}, 4)},
+    "rng": put(None, *RNG),
+    "short torch state": put(torch.zeros(7, dtype=torch.uint8), *RNG, "torch"),
+    "empty torch state": put(torch.zeros(5056, dtype=torch.uint8), *RNG, "torch"),
+    "CUDA state": put(torch.zeros(3), *RNG, "cuda"),
+    "Python state": put([3, [1, 2], None], *RNG, "python"),
+    "Python position": put(10**6, *RNG, "python", 1, 624),
+    "Python normal": put("x", *RNG, "python", 2),
+    **{f"NumPy position {value}": put(value, *RNG, "numpy", 2) for value in (-1, 10**6, "x")},
+    "NumPy words": put(torch.zeros(624), *RNG, "numpy", 1),
+    "NumPy large words": put(torch.full((624,), 2**40), *RNG, "numpy", 1),
+    "NumPy few words": put(torch.zeros(5, dtype=torch.int64), *RNG, "numpy", 1),
+    "NumPy name": put("PCG64", *RNG, "numpy", 0),
+    "origin": put({"source": [1]}, "origin"),
+    "versions": put("2.6", "versions"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=list(DAMAGE))
+def test_no_part_of_a_checkpoint_is_trusted(damage: Callable[[dict[str, Any]], object]) -> None:
+    """A misfit is one line, before anything is restored, and not a crash of the fused optimizer at the next step."""
+    content = deepcopy(WHOLE)
+    damage(content)
+    state = make_state()
+    before = str(state.capture())
+    with pytest.raises(DamagedCheckpointError, match=r"file\.pth: not a complete checkpoint of a run") as caught:
+        state.restore(content, "file.pth")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+    assert str(state.capture()) == before
+
+
+def test_moments_get_memory_of_their_own() -> None:
+    """As the parameter's lies: fused AdamW goes through the memory of one value with stride 0 as if it were all."""
+    content = deepcopy(WHOLE)
+    put(torch.full((1,), 0.25).expand(4, 3), *MOMENT)(content)
+    put(torch.arange(12.0).reshape(3, 4).T, *MOMENT[:-1], "exp_avg_sq")(content)
+    state = make_state()
+    state.restore(content, "file.pth")
+    entry = state.optimizer.state[state.model.weight]  # type: ignore[index]
+    assert entry["exp_avg"].stride() == entry["exp_avg_sq"].stride() == (3, 1)
+    assert entry["exp_avg"].equal(torch.full((4, 3), 0.25))
+    assert entry["exp_avg_sq"][0].tolist() == [0, 4, 8]
+    entry["exp_avg"][0, 0] = 1
+    assert entry["exp_avg"][0, 1] == 0.25
+
+
+@pytest.mark.parametrize("damage", [put(torch.tensor(0.0), *MOMENT), put("x", "steps"), put(-7, "epoch")])
+def test_a_damaged_checkpoint_is_skipped_for_an_older_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[dict[str, Any]], object]
+) -> None:
+    older = {**deepcopy(WHOLE), "epoch": 1, "steps": 0}
+    newer = deepcopy(WHOLE)
+    damage(newer)
+    torch.save(older, tmp_path / "ckpt_epoch_1.pth")
+    torch.save(newer, tmp_path / "ckpt_epoch_5_step_3.pth")
+    state = make_state()
+    assert state.resume(tmp_path, explicit="", auto=True)
+    assert state.progress == (2, 0)
+    assert "skipped a checkpoint" in caplog.text
+    with pytest.raises(DamagedCheckpointError):
+        make_state().resume(tmp_path, explicit=str(tmp_path / "ckpt_epoch_5_step_3.pth"), auto=True)
+    (tmp_path / "ckpt_epoch_1.pth").unlink()
+    fresh = make_state()
+    assert not fresh.resume(tmp_path, explicit="", auto=True)
+    assert fresh.progress == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.complex64, torch.bool, torch.int32, torch.uint16, torch.float8_e4m3fn], ids=str
+)
+def test_numbers_of_another_type_are_refused(dtype: torch.dtype) -> None:
+    weights = {"weight": torch.ones(4, 3).to(dtype), "bias": torch.ones(4)}
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(CheckpointError, match=f"1 of another type: weight {name} where the model has float32"):
+        make_state().restore({"model": weights}, "file.pth")
+    make_state().restore({"model": {**weights, "weight": torch.ones(4, 3, dtype=torch.float16)}}, "file.pth")
+
+
+@pytest.mark.parametrize("value", [None, {}, []])
+def test_the_emas_weights_do_not_replace_missing_ones(value: Any) -> None:
+    ema = make_state().model.state_dict()
+    with pytest.raises(CheckpointError, match=r"has no weights under model, only the EMA's"):
+        make_state().restore({"model": value, "state_dict_ema": ema}, "file.pth")
 
 
 def test_classes_are_compared(caplog: pytest.LogCaptureFixture) -> None:
@@ -153,13 +288,30 @@ def test_the_optimizer_of_a_model_with_its_parameters_in_another_order(caplog: p
         torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=1e-6, atol=1e-7)
 
 
-def test_other_images_a_step_are_refused_within_an_epoch() -> None:
-    content = stepped(make_state()).capture()
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"global_batch_size": 7}, r"with global batch size 1, now it is 7; set DATA\.BATCH_SIZE"),
+        ({"num_train_images": 49}, r"with number of training images 50, now it is 49; restore the training images"),
+        ({"steps_per_epoch": 2}, r"after step 3 of an epoch, which now has 2 steps"),
+    ],
+)
+def test_other_images_are_refused_within_an_epoch(
+    changed: dict[str, int], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = {**stepped(make_state()).capture(), "num_train_images": 50}
     fresh = make_state()
-    fresh.global_batch_size = 7
-    with pytest.raises(CheckpointError, match=r"with global batch size 1, now it is 7; set DATA\.BATCH_SIZE"):
+    for name, value in changed.items():
+        setattr(fresh, name, value)
+    with pytest.raises(CheckpointError, match=message) as caught:
         fresh.restore(content, "file.pth")
+    assert not isinstance(caught.value, DamagedCheckpointError)  # or an older checkpoint would be taken
     fresh.restore({**content, "steps": 0}, "file.pth")  # at the end of an epoch it is possible
+    assert ("changed from" in caplog.text) == ("steps_per_epoch" not in changed)
+    for name in ("num_train_images", "images_per_step"):  # of an older version, or another program
+        content.pop(name)
+    fresh.steps_per_epoch = 3
+    fresh.restore(content, "file.pth")
 
 
 def test_shares_of_other_processes_are_added_up() -> None:
