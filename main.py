@@ -71,6 +71,7 @@ class Classification(Task):
     metric = "acc1"
     metric_label = "top-1"
     best_name = "acc"
+    best_label = "accuracy"
     panels = CLASSIFIER_PANELS
     lr_batch_size = 512
     ema_batch_size = 4096
@@ -132,6 +133,8 @@ class Classification(Task):
         scores = evaluate(model, run.data.val, run.process, run.precision)
         logger.info("%s on %d images, loss %.4f:", name, scores.num_images, scores.loss)
         logger.info(" * Acc@1 %.3f Acc@5 %.3f", scores.acc1, scores.acc5)
+        network = "network" if name == "model" else f"{name} network"
+        logger.info("Accuracy of the %s on the %d test images: %.3f%%", network, scores.num_images, scores.acc1)
         return {"acc1": scores.acc1, "acc5": scores.acc5, "loss": scores.loss}
 
     def draw_predictions(self, run: Run, model: nn.Module) -> Path:

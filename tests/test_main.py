@@ -64,7 +64,9 @@ def test_files_of_a_run(finished_run: Path) -> None:
     index = json.loads((finished_run / "latest.json").read_text())
     assert index == {"checkpoint": "ckpt_epoch_1.pth", "epochs": 2, "steps": 0}
     assert [(record["epoch"], record["step"]) for record in records] == [(0, 44), (1, 88)]
-    assert "step 44/44" in (finished_run / "log_rank0.txt").read_text()
+    log = (finished_run / "log_rank0.txt").read_text()
+    assert "Train: [1/2][44/44]  loss" in log
+    assert f"Max accuracy: {max(record['acc1'] for record in records):.3f}%" in log
 
 
 def test_training_beats_chance(finished_run: Path) -> None:
@@ -96,7 +98,8 @@ def test_evaluation_repeats_the_metrics_of_training(
     assert float(acc5) == pytest.approx(record["acc5"], abs=1e-3)
     assert float(ema_acc1) == pytest.approx(record["ema_acc1"], abs=1e-3)
     assert float(ema_acc5) == pytest.approx(record["ema_acc5"], abs=1e-3)
-    assert "on 360 images" in out
+    assert f"Accuracy of the network on the 360 test images: {acc1}%" in out
+    assert f"Accuracy of the EMA network on the 360 test images: {ema_acc1}%" in out
 
 
 def test_repeating_a_complete_run_changes_no_file(finished_run: Path, run_main: RunMain) -> None:
@@ -472,8 +475,8 @@ def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
     text = transcript.decode()
     assert status == 0, text
     assert re.search(r"epoch 1/1: 100%.* loss \d\.\d+, \d+ img/s, run ends in 0:00:00", text)
-    assert "step 11/11  loss" not in text
-    assert "step 11/11  loss" in (tmp_path / "mlla_digits" / "default" / "log_rank0.txt").read_text()
+    assert "[11/11]  loss" not in text
+    assert "[11/11]  loss" in (tmp_path / "mlla_digits" / "default" / "log_rank0.txt").read_text()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

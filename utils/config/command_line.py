@@ -44,19 +44,27 @@ FLAGS = {
     "--find-unused-params": "TRAIN.FIND_UNUSED_PARAMS",
     "--model-ema": "EMA.ENABLED",
     "--model-ema-force-cpu": "EMA.FORCE_CPU",
+    "--accumulation-steps": "TRAIN.ACCUMULATION_STEPS",  # this one and the next are Swin's
+    "--optim": "TRAIN.OPTIMIZER.NAME",
 }
 ALIASES = {
     "--resume": ["--weights"],  # as utils.predict and the tasks' predict call it, which know both names too
     "--local-rank": ["--local_rank"],  # as launchers before torch 2.0 write it
 }
+FUSED = "leave it out: MODEL.KERNELS auto, the default, uses fused kernels wherever they are supported"
+REFUSED = {  # flags of Swin's main.py, and what to do instead
+    "--fused_window_process": f"MLLA has no windows; {FUSED}",
+    "--fused_layernorm": FUSED,
+}
+AMP_LEVELS = {"O0": False, "O1": True, "O2": True}  # Apex's, in Swin's flag
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser with one-line errors that suggest the nearest flag; flags cannot be abbreviated."""
+    """An ArgumentParser with one-line errors that suggest the nearest flag; unique abbreviations of flags work."""
 
     def __init__(self, description: str | None, *, prog: str | None = None) -> None:
         keep_lines = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog, description=description, formatter_class=keep_lines, allow_abbrev=False)
+        super().__init__(prog, description=description, formatter_class=keep_lines)
         self.argv: list[str] = []
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
@@ -74,6 +82,14 @@ class Parser(argparse.ArgumentParser):
         hint = f"; did you mean {near[0]}?" if near else "; see --help"
         print(f"error: {message}{hint}", file=sys.stderr)
         sys.exit(2)
+
+
+class Refuse(argparse.Action):
+    """Ends the command at a flag of another program, and says what to use instead."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: object, __: object, name: str | None = None) -> NoReturn:
+        print(f"error: {name}: {self.const}", file=sys.stderr)
+        parser.exit(2)
 
 
 def escape_what_cannot_be_printed() -> None:
@@ -98,6 +114,13 @@ def at_least(low: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def amp_of_level(level: str) -> bool:
+    """Return whether a level of --amp-opt-level means mixed precision."""
+    if level not in AMP_LEVELS:
+        raise argparse.ArgumentTypeError(f"{level}: must be one of {', '.join(AMP_LEVELS)}")
+    return AMP_LEVELS[level]
 
 
 @contextmanager
@@ -148,6 +171,19 @@ def parse_command_line(
         else:
             metavar = "TEXT" if schema[key].type is str else "NUMBER"
             parser.add_argument(*names, dest=key, type=schema[key].type, metavar=metavar, help=about)
+    if "AMP" in schema:
+        parser.add_argument("--disable_amp", dest="AMP", action="store_const", const=False, help="as --no-amp")
+        parser.add_argument(
+            "--amp-opt-level",
+            dest="AMP",
+            type=amp_of_level,
+            metavar="LEVEL",
+            help="O0: as --no-amp, O1 and O2: as --amp",
+        )
+    for flag, reason in REFUSED.items():
+        parser.add_argument(
+            flag, dest=flag, action=Refuse, nargs=0, const=reason, help=argparse.SUPPRESS, default=argparse.SUPPRESS
+        )
     args = vars(parser.parse_args(argv))
     path, opts = args.pop("cfg"), args.pop("opts")
     return path, opts, {key: value for key, value in args.items() if value is not None}

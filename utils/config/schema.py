@@ -244,7 +244,10 @@ def checked(schema: Schema, name: str, value: Any, origin: str) -> Any:
 
 
 def coerced(name: str, value: Any, key: Key, origin: str) -> Any:
-    """Return the value as a bool, int, float or str; YAML reads 5e-4 as text, so text is tried as a number."""
+    """Return the value as a bool, int, float or str.
+
+    YAML reads 5e-4 as text, so text is tried as a number. Names of a fixed set may be in capitals.
+    """
     if key.type is float and isinstance(value, int | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
             value = float(value)
@@ -252,6 +255,8 @@ def coerced(name: str, value: Any, key: Key, origin: str) -> Any:
         value = "off" if key.rule.holds("off") else "no"
     if key.type is str and value is True and key.rule.holds("on") and not key.rule.holds("yes"):
         value = "on"
+    if key.type is str and isinstance(value, str) and not key.rule.holds(value) and key.rule.holds(value.lower()):
+        value = value.lower()  # such as AdamW
     if isinstance(value, str) and "\0" in value:  # the system refuses it in names of files
         raise ConfigError(f"{name} {value!r} (in {origin}): must not hold a NUL character", key=name)
     if type(value) is not key.type or value in (math.inf, -math.inf) or value != value:

@@ -97,6 +97,7 @@ class ProgressBar:
 
     def __init__(self, epoch: int, total_epochs: int, steps: int, *, done: int, is_main: bool) -> None:
         self.title = f"epoch {epoch + 1}/{total_epochs}"
+        self.log_title = f"Train: [{epoch}/{total_epochs}]"  # as in the official code, for scripts that parse it
         self.remaining_epochs = total_epochs - epoch - 1
         self.steps = steps
         self.bar = tqdm(
@@ -147,7 +148,7 @@ class ProgressBar:
         losses = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
         self.bar.set_postfix_str(f"loss {terms['loss']:.4f}, {images}, run ends in {eta}")
         logger.info(
-            "%s step %d/%d  %s  grad_norm %.3f  lr %.3e  %s  eta %s",
-            *(self.title, step, self.steps, losses, grad_norm, lr, images, eta),
+            "%s[%d/%d]  %s  grad_norm %.3f  lr %.3e  %s  eta %s",
+            *(self.log_title, step, self.steps, losses, grad_norm, lr, images, eta),
             extra={"is_step": True},
         )

@@ -141,6 +141,7 @@ def build_trainer_config(task: Task, config: CfgNode, derived: Derived, schedule
         lr_at=schedule.lr_at,
         metric=task.metric,
         best_name=task.best_name,
+        best_label=task.best_label,
         panels=task.panels,
         accumulation_steps=config.TRAIN.ACCUMULATION_STEPS,
         save_freq=config.SAVE_FREQ,

@@ -71,6 +71,7 @@ class Task(ABC):
         metric: key of `evaluate`'s result whose highest value marks the best checkpoint.
         metric_label: the metric's name in log lines.
         best_name: names the best checkpoint: max_<best_name>.pth.
+        best_label: an epoch's log line "Max <best_label>: X%" has the best value so far; "": no such line.
         panels: plots in curves.png.
         lr_batch_size: global batch size that TRAIN.BASE_LR is given for.
         ema_batch_size: global batch size that EMA.DECAY is given for.
@@ -85,6 +86,7 @@ class Task(ABC):
     metric: str
     metric_label: str
     best_name: str
+    best_label = ""
     panels: Sequence[Panel]
     lr_batch_size: int
     ema_batch_size: int

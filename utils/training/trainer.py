@@ -38,6 +38,7 @@ class TrainerConfig:
         lr_at: learning rate by optimizer step, from 0.
         metric: name of the metric whose highest value marks the best checkpoint.
         best_name: names the best checkpoints: max_<best_name>.pth, max_ema_<best_name>.pth.
+        best_label: names the metric in the line with its best value so far, which the official code logs; "": none.
         panels: plots in curves.png.
         save_freq: epochs between checkpoints; above 1 all of them are kept.
         save_steps: steps between checkpoints within epochs; 0: none.
@@ -53,6 +54,7 @@ class TrainerConfig:
     metric: str
     panels: Sequence[Panel]
     best_name: str = "acc"
+    best_label: str = ""
     accumulation_steps: int = 1
     save_freq: int = 1
     save_steps: int = 0
@@ -330,6 +332,10 @@ class Trainer:
         if ema_scores and ema_scores[config.metric] >= state.best_ema:
             state.best_ema = ema_scores[config.metric]
             names.append(f"max_ema_{config.best_name}.pth")
+        if config.best_label:
+            logger.info("Max %s: %.3f%%", config.best_label, state.best)
+            if ema_scores:
+                logger.info("Max EMA %s: %.3f%%", config.best_label, state.best_ema)
         return names
 
     def save_within_epoch(self, step: int) -> None:

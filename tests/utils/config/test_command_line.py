@@ -3,6 +3,7 @@
 import importlib
 import re
 import time
+from typing import Any
 
 import pytest
 
@@ -107,6 +108,42 @@ def test_flags_set_keys_that_exist() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ("--accumulation-steps 4", {"TRAIN.ACCUMULATION_STEPS": 4}),
+        ("--optim AdamW", {"TRAIN.OPTIMIZER.NAME": "AdamW"}),
+        ("--disable_amp", {"AMP": False}),
+        ("--amp-opt-level O0", {"AMP": False}),
+        ("--amp-opt-level O1", {"AMP": True}),
+        ("--amp --amp-opt-level=O0", {"AMP": False}),
+        (
+            "--resum w.pth --data x --use-check",
+            {"MODEL.RESUME": "w.pth", "DATA.DATA_PATH": "x", "TRAIN.USE_CHECKPOINT": True},
+        ),
+    ],
+)
+def test_flags_of_swin_and_abbreviations(args: str, expected: dict[str, Any]) -> None:
+    for schema in (SCHEMA, segmentation.SCHEMA):
+        assert parse_command_line("", ["--cfg", "x.yaml", *args.split()], schema=schema) == ("x.yaml", [], expected)
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        ("--amp-opt-level O9", "argument --amp-opt-level: O9: must be one of O0, O1, O2; see --help"),
+        ("--fused_window_process", "--fused_window_process: MLLA has no windows; leave it out: MODEL.KERNELS auto"),
+        ("--fused_layer", "--fused_layernorm: leave it out: MODEL.KERNELS auto"),
+    ],
+)
+def test_refused_flags_of_swin(args: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_command_line("", ["--cfg", "x.yaml", *args.split()], schema=SCHEMA)
+    error = capsys.readouterr().err
+    assert (stop.value.code, error.count("\n")) == (2, 1)
+    assert error.startswith(f"error: {line}")
+
+
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_every_command_suggests_the_nearest_flag(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(importlib.import_module(name).main, ["--hepl"]) == 2
@@ -131,7 +168,7 @@ def test_resume_and_weights_are_one_flag(name: str, capsys: pytest.CaptureFixtur
         (["x", "--image-sise", "3"], "unrecognized arguments: --image-sise 3; did you mean --image-size?"),
         (["x", "--image-sise=3"], "unrecognized arguments: --image-sise=3; did you mean --image-size?"),
         (["x", "-image-size", "3"], "unrecognized arguments: -image-size 3; did you mean --image-size?"),
-        (["x", "--image", "3"], "unrecognized arguments: --image 3; did you mean --image-size?"),
+        (["x", "--i", "3"], "ambiguous option: --i could match --image-size, --images; see --help"),
         (["x", "--zzz"], "unrecognized arguments: --zzz; see --help"),
         (["x", "y"], "unrecognized arguments: y; see --help"),
         (["x", "--image-size", "big"], "argument --image-size: big: must be a whole number, at least 8; see --help"),
@@ -144,7 +181,9 @@ def test_error_line_of_a_wrong_command_line(args: list[str], line: str, capsys: 
     parser = Parser("A command.", prog="command")
     parser.add_argument("path")
     parser.add_argument("--image-size", type=at_least(8))
+    parser.add_argument("--images")
     assert parser.parse_args(["x", "--image-size", "8"]).image_size == 8
+    assert parser.parse_args(["x", "--image-s", "8"]).image_size == 8
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(args)
     assert stop.value.code == 2

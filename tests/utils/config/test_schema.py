@@ -1,6 +1,7 @@
 import pytest
 
-from utils.config.schema import ANY, YES_NO, Key, Section, at_least
+from utils.config.errors import ConfigError
+from utils.config.schema import ANY, YES_NO, Key, Section, at_least, checked, one_of
 
 
 @pytest.fixture
@@ -48,3 +49,11 @@ def test_subset(tree: Section) -> None:
 def test_a_value_needs_a_key_that_exists(tree: Section) -> None:
     with pytest.raises(AttributeError, match="no key or section NAMES; there are NAME, HEAD"):
         tree.MODEL.NAMES = "x"
+
+
+def test_names_of_a_fixed_set_may_be_in_capitals() -> None:
+    schema = {"NAME": Key("sgd", one_of("sgd", "adamw"), help="name"), "PATH": Key("", help="path")}
+    assert checked(schema, "NAME", "AdamW", "x") == "adamw"
+    assert checked(schema, "PATH", "Data", "x") == "Data"
+    with pytest.raises(ConfigError, match=r"NAME 'Adam' .*: must be one of sgd, adamw"):
+        checked(schema, "NAME", "Adam", "x")

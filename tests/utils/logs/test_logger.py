@@ -62,4 +62,4 @@ def test_report(monkeypatch: pytest.MonkeyPatch, rate: float | None, step_second
     monkeypatch.setattr(logger, "info", lambda text, *args, **_: said.append(text % args))
     with ProgressBar(1, 3, 20, done=4, is_main=True) as bar:
         bar.report(10, terms={"loss": 1.0}, grad_norm=2.0, lr=1e-3, rate=rate, step_seconds=step_seconds)
-    assert said == [f"epoch 2/3 step 10/20  loss 1.0000  grad_norm 2.000  {expected}"]
+    assert said == [f"Train: [1/3][10/20]  loss 1.0000  grad_norm 2.000  {expected}"]

@@ -220,7 +220,7 @@ def test_progress_is_logged_every_print_freq_steps_and_at_the_end(
     assert FakeRun(tmp_path / "run", print_freq=frequency).trainer.run()
     lines = [record.args for record in caplog.records if getattr(record, "is_step", False)]
     assert [args[:3] for args in lines if isinstance(args, tuple)] == [
-        (f"epoch {epoch}/2", step, STEPS) for epoch in (1, 2) for step in expected
+        (f"Train: [{epoch}/2]", step, STEPS) for epoch in (0, 1) for step in expected
     ]
 
 
@@ -271,7 +271,7 @@ def test_only_checkpoints_of_every_epoch_are_deleted(tmp_path: Path, save_freq: 
     assert {path.name for path in run.folder.glob("*.pth")} == {f"ckpt_epoch_{epoch}.pth" for epoch in kept}
 
 
-def test_the_best_of_model_and_ema_are_kept_by_the_metric(tmp_path: Path) -> None:
+def test_the_best_of_model_and_ema_are_kept_by_the_metric(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = FakeRun(
         tmp_path / "run",
         scores=(10.0, 9.0, 10.0, 30.0),
@@ -279,8 +279,12 @@ def test_the_best_of_model_and_ema_are_kept_by_the_metric(tmp_path: Path) -> Non
         total_epochs=4,
         save_freq=9,
         best_name="miou",
+        best_label="mIoU",
     )
     assert run.trainer.run()
+    bests = [message for message in caplog.messages if message.startswith("Max ")]
+    assert bests[:2] == ["Max mIoU: 10.000%", "Max EMA mIoU: 5.000%"]
+    assert bests[-2:] == ["Max mIoU: 30.000%", "Max EMA mIoU: 6.000%"]
     both = ["max_miou.pth", "max_ema_miou.pth"]
     assert run.saved == [both, both[1:], both[:1], ["ckpt_epoch_3.pth", "max_miou.pth"]]  # of equals the later
     assert (run.state.best, run.state.best_ema) == (30.0, 6.0)
