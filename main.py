@@ -5,11 +5,13 @@ torchrun --nproc_per_node=8 main.py --cfg cfgs/mlla_t.yaml --data-path imagenet 
 python main.py --cfg cfgs/mlla_t.yaml --data-path imagenet --eval --resume mlla_t.pth
 """
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
@@ -25,8 +27,9 @@ from utils.benchmark.throughput import run_throughput, timm_baseline
 from utils.config.command_line import parse_command_line, report_user_errors
 from utils.config.errors import ConfigError, UserError
 from utils.distributed.process import Process
+from utils.logs.contact_sheet import save_captioned
 from utils.logs.logger import logger
-from utils.logs.plots import CLASSIFIER_PANELS, plot_predictions
+from utils.logs.plots import CLASSIFIER_PANELS
 from utils.speed.flops import profile, profile_table
 from utils.training.build import model_uses, trains
 from utils.training.derived import Derived
@@ -38,7 +41,9 @@ from utils.training.optimizer import parameter_groups
 from utils.training.run import run_task
 from utils.training.task import Run, Task
 
-NUM_PREVIEWS = 40
+NUM_PREVIEWS = 40  # on a sheet of predictions
+NUM_MISTAKES = 24  # on such a sheet, if there are so many, so that right predictions can be seen too
+NUM_CANDIDATES = 400  # validation images among which mistakes are looked for
 MESA_START = 0.25  # share of the run's epochs, cool-down included
 
 
@@ -137,21 +142,21 @@ class Classification(Task):
         logger.info("Accuracy of the %s on the %d test images: %.3f%%", network, scores.num_images, scores.acc1)
         return {"acc1": scores.acc1, "acc5": scores.acc5, "loss": scores.loss}
 
-    def draw_predictions(self, run: Run, model: nn.Module) -> Path:
-        """Write predictions.png: validation images with their true and predicted classes."""
-        device, path = run.process.device, run.folder / "predictions.png"
-        images, labels = run.data.preview(count=NUM_PREVIEWS)
-        with torch.no_grad(), run.precision.autocast():
-            probabilities = model(images.to(device)).float().softmax(dim=1).cpu()  # (N, classes)
-        confidences, predictions = probabilities.max(dim=1)
-        num_classes, num_outputs = len(run.data.classes), probabilities.shape[1]
-        classes = [*run.data.classes, *(f"output {i}" for i in range(num_classes, num_outputs))]
-        plot_predictions(
-            denormalize(images).permute(0, 2, 3, 1).numpy(),
-            labels=[classes[label] for label in labels],
-            predictions=[classes[label] for label in predictions.tolist()],
-            confidences=confidences.tolist(),
-            path=path,
+    def draw_predictions(self, run: Run, model: nn.Module, title: str) -> Path:
+        """Write predictions.png: validation images with their true and predicted classes, mistakes first."""
+        path, names = run.folder / "predictions.png", dict(enumerate(run.data.classes))
+        previews, counts = choose_previews(run, model)
+        captions = [
+            f"true {names[preview.label]}\n"
+            f"pred. {names.get(preview.prediction, f'output {preview.prediction}')} ({preview.confidence:.0%})"
+            for preview in previews
+        ]
+        save_captioned(
+            [preview.image for preview in previews],
+            captions,
+            path,
+            colors=["black" if preview.is_right else "red" for preview in previews],
+            title=f"{title}; {counts}",
         )
         return path
 
@@ -194,6 +199,41 @@ class Classification(Task):
 
     def baseline_model(self, config: CfgNode, process: Process, name: str) -> nn.Module:
         return timm_baseline(name, config.DATA.IMG_SIZE, config.MODEL.DROP_PATH_RATE, process.device)
+
+
+class Preview(NamedTuple):
+    """A validation image (H, W, 3) uint8, its true and predicted class, and the probability of that."""
+
+    image: np.ndarray
+    label: int
+    prediction: int
+    confidence: float
+
+    @property
+    def is_right(self) -> bool:
+        return self.label == self.prediction
+
+
+@torch.no_grad()
+def choose_previews(run: Run, model: nn.Module) -> tuple[list[Preview], str]:
+    """Return validation images to show, mistakes first and of these the most confident, and a line that counts them."""
+    shown: dict[bool, list[Preview]] = {False: [], True: []}  # by Preview.is_right
+    counts = {False: 0, True: 0}
+    for images, labels in run.data.previews(NUM_CANDIDATES, batch_size=NUM_PREVIEWS):
+        with run.precision.autocast():
+            probabilities = model(images.to(run.process.device)).float().softmax(dim=1).cpu()  # (N, classes)
+        confidences, predictions = probabilities.max(dim=1)
+        pixels = (255 * denormalize(images).permute(0, 2, 3, 1)).round().byte().numpy()  # (N, H, W, 3)
+        parts = pixels, labels, predictions.tolist(), confidences.tolist()
+        for preview in itertools.starmap(Preview, zip(*parts, strict=True)):
+            shown[preview.is_right].append(preview)
+            counts[preview.is_right] += 1
+        shown[False].sort(key=lambda preview: -preview.confidence)
+        shown = {is_right: previews[:NUM_PREVIEWS] for is_right, previews in shown.items()}
+    num_mistakes = max(NUM_MISTAKES, NUM_PREVIEWS - counts[True])
+    order = " (first, the most confident leading)" if counts[False] else ""
+    line = f"{counts[False]} of {sum(counts.values())} images are wrong{order}"
+    return (shown[False][:num_mistakes] + shown[True])[:NUM_PREVIEWS], line
 
 
 def mesa_start_epoch(derived: Derived) -> int:

@@ -1,7 +1,7 @@
 """Build loaders, class names and training targets from a configuration."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,9 +49,15 @@ class Data:
 
     def preview(self, count: int) -> tuple[Tensor, list[int]]:
         """Return up to `count` evenly spaced validation images (N, 3, H, W), normalized, on the CPU, and labels."""
+        return next(self.previews(count, batch_size=count))
+
+    def previews(self, count: int, *, batch_size: int) -> Iterator[tuple[Tensor, list[int]]]:
+        """Yield the images of `preview` in batches, each of which is evenly spaced itself."""
         indices = np.linspace(0, self.num_val_images - 1, min(count, self.num_val_images)).astype(int)
-        batch = self.val.dataset.__getitems__([SampleKey(0, int(index)) for index in indices])
-        return Normalizer()(batch.images.permute(0, 3, 1, 2)), batch.labels.tolist()
+        num_batches = -(-len(indices) // batch_size)
+        for first in range(num_batches):
+            batch = self.val.dataset.__getitems__([SampleKey(0, int(i)) for i in indices[first::num_batches]])
+            yield Normalizer()(batch.images.permute(0, 3, 1, 2)), batch.labels.tolist()
 
 
 def build_data(config: CfgNode, *, rank: int = 0, num_processes: int = 1, device: torch.device | str = "cpu") -> Data:

@@ -7,18 +7,22 @@ import re
 import shlex
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from config import load_config
+from main import NUM_CANDIDATES, NUM_MISTAKES, NUM_PREVIEWS, choose_previews
 from models import MLLA, build_model
 from tests.helpers import MICRO, ROOT, make_image_folder, run_python
 from utils.checkpoint.weights_file import load_checkpoint
 from utils.training import losses
+from utils.training.amp import make_precision
 from utils.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
@@ -313,6 +317,43 @@ def test_outputs_beyond_the_classes_are_evaluated_by_index(
     assert code == 0
     assert SCORES.findall(out) == [("50.000", "50.000")]
     assert (tmp_path / "mlla_tiny" / "default" / "predictions.png").exists()
+
+
+class FakeData:
+    """Images with their number in the first pixel, in batches of five."""
+
+    def __init__(self, labels: list[int]) -> None:
+        self.labels = labels
+
+    def previews(self, count: int, *, batch_size: int) -> Iterator[tuple[Tensor, list[int]]]:
+        assert (count, batch_size) == (NUM_CANDIDATES, NUM_PREVIEWS)
+        for start in range(0, len(self.labels), 5):
+            labels = self.labels[start : start + 5]
+            images = torch.zeros(len(labels), 3, 2, 2)
+            images[:, 0, 0, 0] = torch.tensor(range(start, start + len(labels)))
+            yield images, labels
+
+
+@pytest.mark.parametrize(
+    ("num_right", "num_wrong", "wrong_shown"),
+    [(7, 2, 2), (50, 2, 2), (50, 60, NUM_MISTAKES), (5, 60, NUM_PREVIEWS - 5), (0, 60, NUM_PREVIEWS), (7, 0, 0)],
+)
+def test_mistakes_are_shown_first(num_right: int, num_wrong: int, wrong_shown: int) -> None:
+    labels = [0] * num_right + [1] * num_wrong
+
+    def model(images: Tensor) -> Tensor:
+        """Predict class 0, the later the image the more confident."""
+        return torch.stack((1 + images[:, 0, 0, 0], torch.zeros(len(images))), dim=1)
+
+    device = torch.device("cpu")
+    precision = make_precision(device, amp=False, dtype="auto")
+    run: Any = SimpleNamespace(data=FakeData(labels), process=SimpleNamespace(device=device), precision=precision)
+    shown, line = choose_previews(run, cast(nn.Module, model))
+    assert line.startswith(f"{num_wrong} of {num_right + num_wrong} images are wrong")
+    assert [preview.is_right for preview in shown] == [False] * wrong_shown + [True] * (len(shown) - wrong_shown)
+    assert len(shown) == min(NUM_PREVIEWS, len(labels))
+    confidences = [preview.confidence for preview in shown if not preview.is_right]
+    assert confidences == sorted(confidences, reverse=True)
 
 
 @pytest.mark.parametrize("launcher", ["torch.distributed.launch", "torch.distributed.run"])

@@ -34,7 +34,7 @@ from utils.checkpoint.weights_file import load_checkpoint
 from utils.config.command_line import Parser, at_least, report_user_errors
 from utils.config.errors import UserError
 from utils.logs.atomic_write import write_atomic
-from utils.logs.plots import plot_grid
+from utils.logs.contact_sheet import save_captioned
 from utils.tools.user_files import check_output, user_file
 
 MAX_DRAWN_IMAGES = 64
@@ -234,7 +234,7 @@ def draw_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
         images.append(np.asarray(image))
         name = prediction.classes[0].split(",")[0]
         captions.append(f"{name[:20]}\n{100 * prediction.probabilities[0]:.1f}%")
-    plot_grid(images, captions, path=path)
+    save_captioned(images, captions, path)
 
 
 def run(args: Any) -> None:

@@ -106,8 +106,8 @@ class Detection(DenseTask):
                 yield coco_results(item, image_id=image_id, size=frame.original, category_ids=images.category_ids)
         model.train(was_training)
 
-    def draw_predictions(self, run: Run, model: nn.Module) -> Path:
-        """Write predictions.jpg: validation images, ground truth on the left and detections on the right."""
+    def draw_predictions(self, run: Run, model: nn.Module, title: str) -> Path:
+        """Write predictions.jpg: evenly spaced validation images, ground truth, and predictions."""
         images = run.data.val_images
         indices = np.linspace(0, len(images) - 1, min(NUM_PREVIEWS, len(images))).astype(int)
         batches = (collate([run.data.val.dataset[SampleKey(0, int(index))]]) for index in indices)
@@ -122,7 +122,7 @@ class Detection(DenseTask):
                 )
             )
         path = run.folder / "predictions.jpg"
-        save_comparison(pairs, path)
+        save_comparison(pairs, path, title=title)
         return path
 
     def profile(self, config: CfgNode) -> str:

@@ -1,23 +1,20 @@
-"""Masks as palette PNGs, overlays, and plots of predictions next to the ground truth."""
+"""Masks as palette PNGs, overlays, and sheets of predictions next to the ground truth."""
 
 import colorsys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import cv2
-import matplotlib
 import numpy as np
 from PIL import Image
 
 from downstream.segmentation.model.losses import IGNORED
-from utils.logs.plots import drawable
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.patches import Patch
+from utils.logs.contact_sheet import Example, Tile, resized, save_sheet
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
-LEGEND_CLASSES = 20  # more do not fit below a plot
+LEGEND_CLASSES = 40  # of the classes that are there, the first ones
+ROW_HEIGHT = 190  # of the images on a sheet
 
 
 def class_colors(num_classes: int) -> np.ndarray:
@@ -75,34 +72,27 @@ def overlay(image: np.ndarray, classes: np.ndarray, num_classes: int, *, opacity
     return mixed.round().astype(np.uint8)
 
 
-def plot_segmentations(
-    images: Sequence[np.ndarray],
-    truths: Sequence[np.ndarray],
-    predictions: Sequence[np.ndarray],
-    *,
-    classes: Sequence[str],
-    picture: Path,
+def save_comparison(
+    rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], path: Path, *, classes: Sequence[str], title: str = ""
 ) -> None:
-    """Plot images (H, W, 3) with overlays of their true and predicted classes (H, W), two images per row.
+    """Write a sheet of images with overlays of ground truth and prediction.
 
-    The title of a prediction is the share of labeled pixels that are right.
+    The caption of a prediction has the share of labeled pixels that are right.
+
+    Args:
+        rows: (image (H, W, 3) uint8, true classes (H, W), predicted classes (H, W)) of each example.
+        path: file of the sheet.
+        classes: names.
+        title: of the sheet.
     """
-    rows = -(-len(images) // 2)
-    figure, axes = plt.subplots(rows, 6, figsize=(13, 2.35 * rows + 0.4), squeeze=False, layout="constrained")
-    for axis in axes.flat:
-        axis.axis("off")
-    for i, (image, truth, prediction) in enumerate(zip(images, truths, predictions, strict=True)):
+    examples = []
+    for image, truth, prediction in rows:
         labeled = truth != IGNORED
-        right = (prediction == truth)[labeled].mean() if labeled.any() else np.nan
-        panels = {"image": image, "truth": overlay(image, truth, len(classes))}
-        panels[f"predicted, {right:.1%} right"] = overlay(image, prediction, len(classes))
-        for axis, (title, shown) in zip(axes[i // 2, i % 2 * 3 :], panels.items(), strict=False):
-            axis.imshow(shown)
-            axis.set_title(title, fontsize=9)
-    present = [i for i in np.unique(np.concatenate([x.ravel() for x in [*truths, *predictions]])) if i < len(classes)]
-    if len(present) <= LEGEND_CLASSES:
-        colors = class_colors(len(classes)) / 255
-        patches = [Patch(color=colors[i], label=drawable(classes[i]).replace("$", r"\$")) for i in present]
-        figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 8), frameon=False)
-    figure.savefig(picture, dpi=75, bbox_inches="tight")
-    plt.close(figure)
+        right = f", {(prediction == truth)[labeled].mean():.1%} right" if labeled.any() else ""
+        panels = {"image": image, "ground truth": overlay(image, truth, len(classes))}
+        panels[f"prediction{right}"] = overlay(image, prediction, len(classes))
+        tiles = [Tile(heading, partial(resized, panel)) for heading, panel in panels.items()]
+        examples.append(Example((image.shape[1], image.shape[0]), tiles))
+    present = sorted({i for row in rows for masks in row[1:] for i in np.unique(masks).tolist() if i < len(classes)})
+    legend = [(classes[i], tuple(class_colors(len(classes))[i].tolist())) for i in present[:LEGEND_CLASSES]]
+    save_sheet(examples, path, row_height=ROW_HEIGHT, title=title, legend=legend)

@@ -21,7 +21,7 @@ from downstream.segmentation.data.transforms import EvalTransform
 from downstream.segmentation.metrics import ConfusionMatrix, SegmentationScores, scores_table
 from downstream.segmentation.model.inference import Inference
 from downstream.segmentation.model.losses import segmentation_loss
-from downstream.segmentation.pictures import plot_segmentations, save_prediction
+from downstream.segmentation.pictures import save_comparison, save_prediction
 from downstream.task import DenseTask
 from utils.benchmark.measure import synthetic_images
 from utils.config.errors import ConfigError
@@ -103,21 +103,20 @@ class Segmentation(DenseTask):
             "pixel_accuracy": scores.pixel_accuracy,
         }
 
-    def draw_predictions(self, run: Run, model: nn.Module) -> Path:
+    def draw_predictions(self, run: Run, model: nn.Module, title: str) -> Path:
         """Write predictions.png: evenly spaced validation images, ground truth, and predictions."""
         images = run.data.val_images
         chosen = np.linspace(0, len(images) - 1, min(NUM_PREVIEWS, len(images))).astype(int)
         transform = EvalTransform(tuple(run.config.DATA.SCALE))
-        shown: tuple[list[np.ndarray], ...] = ([], [], [])
+        rows = []
         model.eval()
         for index in chosen:
             image, truth = images.read(int(index))
             inputs = [x.to(run.process.device) for x in transform(image)]
             classes = Inference().predict(model, inputs, truth.shape, run.precision)
-            for kept, item in zip(shown, (image, truth, classes.cpu().numpy()), strict=True):
-                kept.append(item)
+            rows.append((image, truth, classes.cpu().numpy()))
         path = run.folder / "predictions.png"
-        plot_segmentations(*shown, classes=run.data.classes, picture=path)
+        save_comparison(rows, path, classes=run.data.classes, title=title)
         return path
 
     def profile(self, config: CfgNode) -> str:

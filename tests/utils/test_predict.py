@@ -122,7 +122,7 @@ def test_sixteen_bit_images_keep_their_upper_eight_bits(
     assert image is not None
     assert image.float().mean().item() == pytest.approx(127.5, abs=1)
     drawn: list[np.ndarray] = []
-    monkeypatch.setattr(predict, "plot_grid", lambda images, *_, **__: drawn.extend(images))
+    monkeypatch.setattr(predict, "save_captioned", lambda images, *_, **__: drawn.extend(images))
     args = [str(tmp_path / name), "--weights", str(checkpoint), "--picture", str(tmp_path / "p.png")]
     assert predict.main(args) == 0
     assert drawn[0].mean() == pytest.approx(127.5, abs=1)

@@ -26,9 +26,10 @@ def scores_in(content: Mapping[str, Any]) -> dict[str, float]:
 
 
 def describe_choice(name: str, scores: Mapping[str, float]) -> str:
-    """Return for example "EMA weights (score of the model 91.20, of the EMA 92.50)"."""
-    values = f" (score of the model {scores['model']:.2f}, of the EMA {scores['EMA']:.2f})" if scores else ""
-    return f"{name} weights{values}"
+    """Return for example "EMA weights (score of the model 91.20, of the EMA 92.50)", or with one score its value."""
+    if len(scores) == 2:
+        return f"{name} weights (score of the model {scores['model']:.2f}, of the EMA {scores['EMA']:.2f})"
+    return f"{name} weights" + "".join(f" (score {score:.2f})" for score in scores.values())
 
 
 def choose_weights(content: Mapping[str, Any], source: str, *, ema: bool | None = None) -> tuple[Weights | None, str]:

@@ -1,4 +1,4 @@
-"""Plots of a run: its curves, and its predictions."""
+"""Plots of a run: its curves, and its speed."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -123,59 +123,6 @@ def comparison_plot(
     figure.savefig(buffer, format=form, dpi=110, bbox_inches="tight", metadata=metadata)
     plt.close(figure)
     return buffer.getvalue()
-
-
-def plot_predictions(
-    images: Sequence[np.ndarray] | np.ndarray,
-    *,
-    labels: list[str],
-    predictions: list[str],
-    confidences: list[float],
-    path: Path,
-) -> None:
-    """Plot images with their true and predicted classes; wrong ones in red.
-
-    Args:
-        images: (H, W, 3) each, values from 0 to 1.
-        labels, predictions: class names, N each.
-        confidences: probabilities of the predicted classes, N.
-        path: file to write.
-    """
-    captions = [
-        f"true {label}\npred. {prediction} ({confidence:.0%})"
-        for label, prediction, confidence in zip(labels, predictions, confidences, strict=True)
-    ]
-    colors = ["black" if label == prediction else "red" for label, prediction in zip(labels, predictions, strict=True)]
-    plot_grid(images, captions, colors=colors, path=path)
-
-
-def drawable(text: str) -> str:
-    """Return a text that fonts can draw: bytes of names that are not UTF-8 become question marks."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def plot_grid(
-    images: Sequence[np.ndarray] | np.ndarray,
-    captions: Sequence[str],
-    *,
-    path: Path,
-    colors: Sequence[str] | None = None,
-) -> None:
-    """Plot images (H, W, 3) of any sizes in rows of eight, each below its caption."""
-    columns = min(8, len(images))
-    rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.5 * columns, 1.85 * rows), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, caption, color in zip(
-        axes.flat, images, captions, colors or ["black"] * len(images), strict=False
-    ):
-        axis.imshow(image)
-        axis.set_title(drawable(caption), fontsize=8, color=color, parse_math=False)  # a class may be called $
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
 
 
 def plot_bars(

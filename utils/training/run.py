@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from utils.checkpoint.best_weights import is_ema_better
+from utils.checkpoint.best_weights import describe_choice, is_ema_better
 from utils.checkpoint.files import Progress, move_replaced_checkpoints
 from utils.checkpoint.same_run import check_same_run
 from utils.checkpoint.weights import check_classes, load_weights, read_weights
@@ -89,8 +89,7 @@ def run_evaluation(task: Task, config: CfgNode, process: Process) -> None:
     if process.is_main:
         best = name if len(scores) == 1 or is_ema_better(scores) else "model"
         load_weights(run.model, candidates[best], config.MODEL.RESUME)
-        logger.info("predictions are drawn by the %s weights", best)
-        task.draw_predictions(run, as_compiled(run.model))
+        draw_predictions(task, run, as_compiled(run.model), describe_choice(best, scores))
 
 
 def run_training(task: Task, config: CfgNode, process: Process) -> None:
@@ -108,6 +107,13 @@ def run_training(task: Task, config: CfgNode, process: Process) -> None:
             return  # asked to stop
         if process.is_main:
             training.log_results()
+
+
+def draw_predictions(task: Task, run: Run, model: nn.Module, weights: str) -> Path:
+    """Draw a model's predictions for validation images into the output folder; `weights` describes the model's."""
+    path = task.draw_predictions(run, model, f"{run.config.MODEL.NAME}: {weights}")
+    logger.info("predictions are drawn by the %s", weights)
+    return path
 
 
 def open_run(task: Task, config: CfgNode, process: Process, folder: Path) -> Run:
@@ -195,7 +201,7 @@ class Training:
             batches=lambda epoch, first: task.batches(run, epoch, first),
             evaluate=lambda model, name: task.evaluate(run, as_compiled(model), name),
             metadata={"config": run.config.dump(), "classes": run.data.classes},
-            draw_predictions=lambda model: task.draw_predictions(run, as_compiled(model)),
+            draw_predictions=lambda model, weights: draw_predictions(task, run, as_compiled(model), weights),
             tracker=self.tracker,
         )
 
@@ -233,9 +239,7 @@ class Training:
         """Log the best scores, and draw predictions if they are missing."""
         run, state, task = self.run, self.state, self.task
         if not any(run.folder.glob("predictions.*")):
-            model, description = state.better_model()
-            task.draw_predictions(run, model)
-            logger.info("predictions are drawn by the %s", description)
+            draw_predictions(task, run, *state.better_model())
         ema = f", EMA {state.best_ema:.3f}" if state.ema else ""
         is_ema = state.ema is not None and is_ema_better({"model": state.best, "EMA": state.best_ema})
         file = f"max_{'ema_' if is_ema else ''}{task.best_name}.pth"

@@ -159,8 +159,11 @@ class Task(ABC):
         """Return metrics of a model over the validation set, the same on all processes; logs them under `name`."""
 
     @abstractmethod
-    def draw_predictions(self, run: Run, model: nn.Module) -> Path:
-        """Draw predictions for validation images into the output folder; called on the first process."""
+    def draw_predictions(self, run: Run, model: nn.Module, title: str) -> Path:
+        """Draw predictions for validation images into the output folder, under a title, and return the file.
+
+        Called on the first process.
+        """
 
     @abstractmethod
     def profile(self, config: CfgNode) -> str:

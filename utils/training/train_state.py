@@ -82,10 +82,13 @@ class TrainState:
             **metadata,
         }
 
-    def better_model(self) -> tuple[nn.Module, str]:
-        """Return the better of model and EMA in the last evaluation, in evaluation mode, and its description."""
+    def better_model(self, score: float | None = None) -> tuple[nn.Module, str]:
+        """Return the better of model and EMA in the last evaluation, in evaluation mode, and its description.
+
+        Without an EMA there is no record of that evaluation: `score` is the model's, if it is known.
+        """
         if self.ema is None:
-            return self.model.eval(), describe_choice("model", {})
+            return self.model.eval(), describe_choice("model", {} if score is None else {"model": score})
         if is_ema_better(self.ema.scores):
             return self.ema.on(self.process.device), describe_choice("EMA", self.ema.scores)
         return self.model.eval(), describe_choice("model", self.ema.scores)

@@ -110,7 +110,8 @@ class Trainer:
             ready for `train_step`; their content depends on seed, epoch and number only.
         evaluate: (model, "model" or "EMA") to metrics by name, the same on all processes; logs them.
         metadata: saved in checkpoints beside the state, such as the configuration's text and the class names.
-        draw_predictions: draws a model's predictions into the folder and returns the file; called on the first process.
+        draw_predictions: (model, description of its weights) to the file of its predictions, which it draws; called on
+            the first process.
         tracker: an experiment tracker that also gets the metrics; on the first process.
     """
 
@@ -124,7 +125,7 @@ class Trainer:
         batches: Callable[[int, int], Iterator[Any]],
         evaluate: Callable[[nn.Module, str], Mapping[str, float]],
         metadata: Mapping[str, Any],
-        draw_predictions: Callable[[nn.Module], Path] | None = None,
+        draw_predictions: Callable[[nn.Module, str], Path] | None = None,
         tracker: WandbLogger | None = None,
     ) -> None:
         self.config = config
@@ -295,12 +296,13 @@ class Trainer:
             self.recorder.add(metrics, speed)
         self.save(self.checkpoint_names(scores, ema_scores))
         if self.recorder is not None:
-            self.add_details(epoch)
+            self.add_details(epoch, float(scores[config.metric]))
             self.recorder.draw_curves(is_last=epoch + 1 == config.total_epochs)
 
-    def add_details(self, epoch: int) -> None:
+    def add_details(self, epoch: int, score: float) -> None:
         """Record an image of predictions and histograms of weights, every few epochs and at the end.
 
+        `score` is the model's in this epoch's evaluation.
         Between, epochs shorter than MIN_IMAGE_SECONDS are left out: drawing would take a noticeable share of them.
         """
         assert self.recorder is not None
@@ -313,9 +315,7 @@ class Trainer:
         image = None
         try:
             if self.draw_predictions is not None:
-                model, description = state.better_model()
-                image = self.draw_predictions(model)
-                logger.info("predictions are drawn by the %s", description)
+                image = self.draw_predictions(*state.better_model(score))
         except (OSError, RuntimeError, ValueError) as error:  # such as out of memory: an image must not end a run
             logger.error("predictions could not be drawn (%s)", " ".join(str(error).split()))
         self.recorder.add_details(epoch, weight_samples(state.model), image)

@@ -11,7 +11,7 @@ from PIL import Image
 from downstream.segmentation import benchmark, make_shapes, predict
 from downstream.segmentation.build import build_model
 from downstream.segmentation.data.masked_images import MaskedImages, read_mask
-from downstream.segmentation.pictures import class_colors, overlay, plot_segmentations, save_mask
+from downstream.segmentation.pictures import class_colors, overlay, save_comparison, save_mask
 from tests.downstream.segmentation.segmentation_worker import CONFIG, small_config
 from tests.helpers import exit_code
 
@@ -169,9 +169,12 @@ def test_overlay_by_hand() -> None:
     assert (shown[1, 3] == 255).all()
 
 
-def test_plot_of_predictions(tmp_path: Path) -> None:
-    images = [np.zeros((20, 30, 3), dtype=np.uint8)] * 3
+def test_sheet_of_predictions(tmp_path: Path) -> None:
+    image = np.zeros((20, 30, 3), dtype=np.uint8)
     masks = [np.full((20, 30), value, dtype=np.uint8) for value in (0, 1, 255)]
-    plot_segmentations(images, masks, masks[:2] + masks[:1], classes=["$a", "caf\udce9"], picture=tmp_path / "p.png")
+    rows = [(image, masks[0], masks[0]), (image, masks[1], masks[1]), (image, masks[2], masks[0])]
+    save_comparison(rows, tmp_path / "p.png", classes=["$a", "caf\udce9"], title="a model")
     with Image.open(tmp_path / "p.png") as picture:
-        assert picture.width > 600
+        assert picture.width == 1200
+        colors = {color for _, color in picture.getcolors(10**6)}  # type: ignore[union-attr]
+    assert {tuple(color) for color in class_colors(2)[:2].tolist()} <= colors  # in the legend

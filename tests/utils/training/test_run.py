@@ -90,8 +90,8 @@ class FakeTask(Task):
         self.calls.append(("evaluate", name, weight_of(model)))
         return {"score": weight_of(model)}
 
-    def draw_predictions(self, run: Run, model: nn.Module) -> Path:
-        self.calls.append(("draw", weight_of(model), model.training))
+    def draw_predictions(self, run: Run, model: nn.Module, title: str) -> Path:
+        self.calls.append(("draw", weight_of(model), model.training, title))
         path = run.folder / "predictions.png"
         Image.new("RGB", (2, 2)).save(path)
         return path
@@ -168,8 +168,9 @@ def test_training_learns_and_saves_state_and_metadata(run: FakeRun) -> None:
     assert {"max_score.pth", "max_ema_score.pth"} <= {path.name for path in run.folder.iterdir()}
     assert content["scores"] == last_scores
     assert last_scores["model"] > last_scores["EMA"]
-    assert run.calls("draw") == [[last_scores["model"], False]]  # the better one
-    assert "predictions are drawn by the model weights (score of the model" in run.log
+    weights = "model weights (score of the model {model:.2f}, of the EMA {EMA:.2f})".format(**last_scores)
+    assert run.calls("draw") == [[last_scores["model"], False, f"mlla_digits: {weights}"]]  # the better one
+    assert f"predictions are drawn by the {weights}" in run.log
     assert "the better weights are in max_score.pth" in run.log
 
 
@@ -304,7 +305,9 @@ def test_evaluation_loads_model_and_ema_one_after_the_other(run: FakeRun) -> Non
     assert run(EVAL_MODE=True, MODEL__RESUME=str(run.folder / "ckpt_epoch_1.pth")) == 0
     assert run.calls("evaluate") == expected
     assert run.calls("batches") == []
-    assert run.calls("draw") == [[max(score for _, score in expected), False]]
+    (drawn,) = run.calls("draw")
+    assert drawn[:2] == [max(score for _, score in expected), False]
+    assert "model weights (score of the model" in drawn[2]
     assert predictions.exists()
 
 

@@ -85,7 +85,7 @@ class FakeRun:
         ema_scores: Sequence[float] = (),
         before_step: Callable[["FakeRun", int], None] = lambda *_: None,
         bad_step: int | None = None,
-        draw: Callable[[nn.Module], Path] | None = None,
+        draw: Callable[[nn.Module, str], Path] | None = None,
         **settings: Any,
     ) -> None:
         model = nn.Sequential(nn.Linear(1, 1))
@@ -451,7 +451,7 @@ def test_predictions_and_histograms_are_recorded_when_due(
     monkeypatch.setattr("utils.training.trainer.MIN_IMAGE_SECONDS", seconds)
     image = tmp_path / "predictions.png"
     Image.new("RGB", (4, 2)).save(image)
-    run = FakeRun(tmp_path / "run", total_epochs=5, image_epochs=every, draw=lambda _: image)
+    run = FakeRun(tmp_path / "run", total_epochs=5, image_epochs=every, draw=lambda *_: image)
     assert run.trainer.run()
     events = EventAccumulator(str(run.folder), size_guidance={"images": 0, "histograms": 0})
     events.Reload()
@@ -462,8 +462,8 @@ def test_predictions_and_histograms_are_recorded_when_due(
 def test_the_emas_predictions_are_drawn(tmp_path: Path) -> None:
     drawn = []
 
-    def draw(model: nn.Module) -> Path:
-        drawn.append((model, model.training))
+    def draw(model: nn.Module, weights: str) -> Path:
+        drawn.append((model, model.training, weights))
         raise OSError("not needed")
 
     run = FakeRun(tmp_path / "ema", ema_scores=(1.0,), total_epochs=1, draw=draw)
@@ -471,14 +471,15 @@ def test_the_emas_predictions_are_drawn(tmp_path: Path) -> None:
     assert run.state.ema is not None
     without = FakeRun(tmp_path / "model", total_epochs=1, draw=draw)
     assert without.trainer.run()
-    assert drawn == [(run.state.ema.module, False), (without.state.model, False)]
+    scores = "EMA weights (score of the model 1.00, of the EMA 1.00)", "model weights (score 1.00)"
+    assert drawn == [(run.state.ema.module, False, scores[0]), (without.state.model, False, scores[1])]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, OSError, ValueError])
 def test_an_image_that_fails_does_not_end_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
-    def fail(_: nn.Module) -> Path:
+    def fail(*_: object) -> Path:
         raise error("no\nmemory")
 
     details: list[tuple[int, Path | None]] = []
@@ -493,7 +494,7 @@ def test_other_errors_of_drawing_end_the_run_with_its_records_closed(
 ) -> None:
     closed = []
     monkeypatch.setattr(RunRecorder, "close", lambda recorder: closed.append(recorder))
-    run = FakeRun(tmp_path / "run", draw=lambda _: {}["missing"])
+    run = FakeRun(tmp_path / "run", draw=lambda *_: {}["missing"])
     with pytest.raises(KeyError):
         run.trainer.run()
     assert closed == [run.trainer.recorder]

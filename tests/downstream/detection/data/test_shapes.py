@@ -7,7 +7,6 @@ import pytest
 from downstream.detection.data.coco import CocoImages, decode_mask
 from downstream.detection.data.shapes import CATEGORIES, coverage, draw_image, outline_of, run_lengths
 from downstream.detection.make_shapes import main
-from downstream.detection.pictures import LabeledObjects, draw_objects, objects_of_results, save_comparison
 
 
 @pytest.fixture(scope="module")
@@ -73,34 +72,3 @@ def test_rendering_is_deterministic_and_overwrites_nothing(shapes: Path, capsys:
     assert stop.value.code == 2
     assert "holds other files already" in capsys.readouterr().err
     assert (shapes / "train.json").read_bytes() == before[0]
-
-
-def test_drawings_show_the_objects(tmp_path: Path) -> None:
-    image = np.full((50, 80, 3), 100, dtype=np.uint8)
-    mask = np.zeros((1, 50, 80), dtype=bool)
-    mask[0, 10:30, 20:60] = True
-    objects = LabeledObjects(np.array([[20, 10, 60, 30]], dtype=np.float32), mask, np.array([2]), ["star $0.9"])
-    drawing = draw_objects(image, objects)
-    assert drawing.shape == (300, 480, 3)  # sixfold
-    changed = (drawing != 100).any(axis=2)
-    assert changed[75:165, 150:330].all()
-    assert not changed[225:].any()
-    nothing = objects_of_results([], [{"id": 1, "name": "cat"}])
-    assert (draw_objects(image, nothing) == 100).all()
-    save_comparison([(image, objects, nothing)] * 4, tmp_path / "grid.png")
-    assert (tmp_path / "grid.png").stat().st_size > 1000
-
-
-def test_results_below_the_threshold_are_not_drawn() -> None:
-    mask = {"size": [50, 80], "counts": [500, 100, 3400]}
-    from faster_coco_eval import mask as rle
-
-    code = rle.frPyObjects(mask, 50, 80)
-    results = [
-        {"category_id": 7, "score": score, "bbox": [10.0, 0.0, 2.0, 50.0], "segmentation": code} for score in (0.4, 0.6)
-    ]
-    objects = objects_of_results(results, [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}])
-    assert objects.captions == ["dog 0.60"]
-    assert objects.labels.tolist() == [1]
-    assert objects.boxes.tolist() == [[10, 0, 12, 50]]
-    assert objects.masks.sum() == 100
