@@ -104,9 +104,9 @@ _C.MODEL.LAYER_DECAY = Key(1.0, ABOVE_0_TO_1, help="learning rate of each block 
 _C.MODEL.MLLA = Section()
 _C.MODEL.MLLA.PATCH_SIZE = Key(4, one_of(4), help="stride of the stem")
 _C.MODEL.MLLA.IN_CHANS = Key(3, at_least(1), help="image channels")
-_C.MODEL.MLLA.EMBED_DIM = Key(64, at_least(4), help="token width of the first stage; it doubles with each stage")
-_C.MODEL.MLLA.DEPTHS = Key([2, 4, 8, 4], at_least(1), help="blocks per stage")
-_C.MODEL.MLLA.NUM_HEADS = Key([2, 4, 8, 16], at_least(1), help="heads per stage; must divide its width")
+_C.MODEL.MLLA.EMBED_DIM = Key(96, at_least(4), help="token width of the first stage; it doubles with each stage")
+_C.MODEL.MLLA.DEPTHS = Key([2, 2, 6, 2], at_least(1), help="blocks per stage")
+_C.MODEL.MLLA.NUM_HEADS = Key([3, 6, 12, 24], at_least(1), help="heads per stage; must divide its width")
 _C.MODEL.MLLA.MLP_RATIO = Key(4.0, above(0), help="hidden width of the MLP over its input width")
 _C.MODEL.MLLA.QKV_BIAS = Key(True, help="bias in the projection to q and k")
 _C.MODEL.MLLA.APE = Key(False, help="add a learned absolute position embedding")
@@ -215,7 +215,7 @@ _C.AUG.CUTMIX_MINMAX = Key(
 _C.AUG.MIXUP_PROB = Key(1.0, FRACTION, help="probability of mixup or cutmix")
 _C.AUG.MIXUP_SWITCH_PROB = Key(0.5, FRACTION, help="probability of cutmix if both are on")
 _C.AUG.MIXUP_MODE = Key("batch", one_of("batch", "pair", "elem"), help="what shares one mixing ratio")
-_C.AUG.MESA = Key(0.0, at_least(0), help="loss weight of the EMA model's output as a second target; 0: off")
+_C.AUG.MESA = Key(1.0, at_least(0), help="loss weight of the EMA model's output as a second target; 0: off")
 
 # ---------------------------------------------------------------------------
 # Testing settings
@@ -232,7 +232,7 @@ _C.AMP_DTYPE = Key("auto", one_of("auto", "float16", "bfloat16"), help="auto: bf
 _C.OUTPUT = Key("output", NOT_EMPTY, help="results go to OUTPUT/MODEL.NAME/TAG")
 _C.TAG = Key("default", NOT_EMPTY, help="tells runs of one model apart")
 _C.SAVE_FREQ = Key(1, at_least(1), help="epochs between checkpoints; 1 keeps the newest three, more keep all")
-_C.PRINT_FREQ = Key(10, at_least(1), help="steps between log lines")
+_C.PRINT_FREQ = Key(100, at_least(1), help="steps between log lines")
 
 _C.LOG = Section()
 _C.LOG.PICTURE_EPOCHS = Key(

@@ -66,6 +66,9 @@ _C.DATA.NUM_WORKERS = 4
 # Model settings
 _C.MODEL.TYPE = Key("mlla", BACKBONE, help="backbone: MODEL.MLLA, or a pyramid of timm such as timm:convnext_tiny")
 _C.MODEL.NAME = ""
+_C.MODEL.MLLA.EMBED_DIM = 64  # MLLA-T's sizes
+_C.MODEL.MLLA.DEPTHS = [2, 4, 8, 4]
+_C.MODEL.MLLA.NUM_HEADS = [2, 4, 8, 16]
 _C.MODEL.RESUME = Key("", help="checkpoint to resume from, or weights to evaluate: path or URL")
 _C.MODEL.PRETRAINED = Key("", help="weights of an ImageNet classifier for the backbone: path, URL or mlla-t, -s, -b")
 
@@ -78,6 +81,7 @@ _C.TRAIN.CLIP_GRAD = 0.0
 _C.EMA.ENABLED = False
 _C.EMA.DECAY = Key(0.9998, FRACTION, help="EMA decay per 16 images; a step uses DECAY ^ (global batch size / 16)")
 _C.EMA.FORCE_CPU = Key(False, help="keep the EMA on the CPU")
+_C.PRINT_FREQ = 10
 
 
 def check_dense(values: Mapping[str, Any], typed: Set[str]) -> None:

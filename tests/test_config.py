@@ -67,6 +67,40 @@ def test_shipped_values() -> None:
     assert all(c.TRAIN.EPOCHS == 300 and c.TRAIN.WARMUP_EPOCHS == 20 and c.EMA.ENABLED for c in (t, s, b))
 
 
+OFFICIAL_DEFAULTS = {
+    "MODEL": {"NUM_CLASSES": 1000, "LABEL_SMOOTHING": 0.1, "DROP_RATE": 0.0},
+    "MODEL.MLLA": {"PATCH_SIZE": 4, "IN_CHANS": 3, "EMBED_DIM": 96, "DEPTHS": [2, 2, 6, 2], "NUM_HEADS": [3, 6, 12, 24]}
+    | {"MLP_RATIO": 4.0, "QKV_BIAS": True, "APE": False},
+    "DATA": {"DATA_PATH": "", "IMG_SIZE": 224, "INTERPOLATION": "bicubic"},
+    "TRAIN": {"EPOCHS": 300, "WARMUP_EPOCHS": 20, "WEIGHT_DECAY": 0.05, "CLIP_GRAD": 5.0, "USE_CHECKPOINT": False}
+    | {"BASE_LR": 5e-4, "WARMUP_LR": 5e-7, "MIN_LR": 5e-6, "AUTO_RESUME": True},
+    "TRAIN.LR_SCHEDULER": {"NAME": "cosine"},
+    "TRAIN.OPTIMIZER": {"NAME": "adamw", "EPS": 1e-8, "BETAS": [0.9, 0.999]},
+    "AUG": {"COLOR_JITTER": 0.4, "AUTO_AUGMENT": "rand-m9-mstd0.5-inc1", "REPROB": 0.25, "REMODE": "pixel"}
+    | {"RECOUNT": 1, "MIXUP": 0.8, "CUTMIX": 1.0, "CUTMIX_MINMAX": None, "MIXUP_PROB": 1.0, "MIXUP_SWITCH_PROB": 0.5}
+    | {"MIXUP_MODE": "batch", "MESA": 1.0},
+    "TEST": {"CROP": True},
+    "": {"OUTPUT": "", "PRINT_FREQ": 100},
+}
+
+
+def test_defaults_are_the_official_ones_or_listed() -> None:
+    defaults = {
+        f"{section}.{name}".strip("."): value
+        for section, values in OFFICIAL_DEFAULTS.items()
+        for name, value in values.items()
+    }
+    different = {
+        (name, repr(SCHEMA[name].default), repr(value))
+        for name, value in defaults.items()
+        if SCHEMA[name].default != value
+    }
+    listed = re.findall(
+        r"^- `([A-Z_.]+)` is `(.+?)`, officially `(.+?)`:", Path("cfgs/README.md").read_text(), re.MULTILINE
+    )
+    assert set(listed) == different
+
+
 def test_frozen() -> None:
     config = load_config("cfgs/mlla_t.yaml")
     with pytest.raises(AttributeError):

@@ -264,9 +264,9 @@ def test_checkpoints_of_epochs_and_steps(tmp_path: Path, settings: dict[str, int
     assert run.saved == expected
 
 
-@pytest.mark.parametrize(("save_freq", "kept"), [(1, [4, 5, 6]), (2, [1, 3, 5, 6]), (3, [2, 5, 6])])
+@pytest.mark.parametrize(("save_freq", "kept"), [(1, [7, 8, 9]), (2, [1, 3, 5, 7, 9]), (3, [2, 5, 8, 9])])
 def test_only_checkpoints_of_every_epoch_are_deleted(tmp_path: Path, save_freq: int, kept: list[int]) -> None:
-    run = FakeRun(tmp_path / "run", scores=(-1.0,) * 7, total_epochs=7, save_freq=save_freq, save_steps=3)
+    run = FakeRun(tmp_path / "run", scores=(-1.0,) * 10, total_epochs=10, save_freq=save_freq, save_steps=3)
     assert run.trainer.run()
     assert {path.name for path in run.folder.glob("*.pth")} == {f"ckpt_epoch_{epoch}.pth" for epoch in kept}
 
