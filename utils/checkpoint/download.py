@@ -6,7 +6,7 @@ import re
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
@@ -24,6 +24,7 @@ from utils.logs.logger import logger
 RELEASED = {"mlla-t": "mlla_tiny", "mlla-s": "mlla_small", "mlla-b": "mlla_base"}
 
 CHUNK_BYTES = 1 << 20
+MAX_REASON = 200  # characters of a server's message
 TIMEOUT_SECONDS = 30.0  # without an answer from the server
 SHA256 = re.compile(r"sha256=([0-9a-f]{8,64})")
 
@@ -32,22 +33,26 @@ class DownloadError(UserError):
     """A file cannot be downloaded, or has another checksum: names the URL, the cause and the remedy."""
 
 
-def local_file(source: str | Path) -> Path:
+def local_file(
+    source: str | Path, *, check: Callable[[Path], object] = lambda _: None, is_suspect: bool = False
+) -> Path:
     """Return the local file of a path, a URL or a name of released weights, downloading it if it is not cached.
 
     Args:
         source: a path; a URL (http, https, file), optionally with `#sha256=` and the first 8 or more hexadecimal
             digits of the file's checksum; or a key of `RELEASED`, also as mlla_tiny and the like.
+        check: reads a file, and raises a UserError if that is not possible; called before a download gets its name.
+        is_suspect: also check a cached file, and download it again if it cannot be read.
 
     Returns:
         A path, which exists unless `source` was a path that does not.
 
     Raises:
-        DownloadError: the URL cannot be downloaded, or the checksum differs.
+        DownloadError: the URL cannot be downloaded, the checksum differs, or the file cannot be read.
     """
     name = released_name(str(source))
     if name and not Path(source).is_file():
-        return cached(released_url(name), sha256="", stem=name)
+        return cached(released_url(name), sha256="", check=check, is_suspect=is_suspect, stem=name)
     try:
         parts = urlsplit(str(source))
     except ValueError as error:
@@ -67,7 +72,7 @@ def local_file(source: str | Path) -> Path:
         if not actual.startswith(sha256):
             raise DownloadError(f"{path}: its sha256 is {actual}, not {sha256}: another or a damaged file")
         return path
-    return cached(parts._replace(fragment="").geturl(), sha256=sha256)
+    return cached(parts._replace(fragment="").geturl(), sha256=sha256, check=check, is_suspect=is_suspect)
 
 
 def released_name(source: str) -> str:
@@ -112,27 +117,39 @@ def cache_path(url: str, stem: str = "") -> Path:
     return cache_folder() / f"{stem or name.stem[:80]}_{digits}{name.suffix or '.pth'}"
 
 
-def cached(url: str, *, sha256: str, stem: str = "") -> Path:
+def cached(url: str, *, sha256: str, check: Callable[[Path], object], is_suspect: bool, stem: str = "") -> Path:
     """Return the cached file of a URL. Of several processes on a machine one downloads it, the others wait.
 
     Raises:
-        DownloadError: it cannot be downloaded or stored, or its checksum differs.
+        DownloadError: it cannot be downloaded or stored, its checksum differs, or it cannot be read.
     """
     path = cache_path(url, stem)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(path.name + ".lock"), url):
+            if path.exists() and (reason := fault(path, sha256, check if is_suspect else None)):
+                logger.warning("%s: %s; it is deleted and downloaded again", path, reason)
+                path.unlink()
             if not path.exists():
                 for leftover in path.parent.glob(f"{path.name}.*.tmp"):  # of a process that was killed
                     leftover.unlink()
-                download(url, path)
-            if sha256 and not (actual := checksum(path)).startswith(sha256):
-                path.unlink()
-                raise DownloadError(f"{url}: sha256 is {actual}, not {sha256}; the file was deleted: {path}")
+                download(url, path, sha256=sha256, check=check)
     except OSError as error:
-        reason = error.strerror or error
+        reason = error.strerror or str(error)
         raise DownloadError(f"{url}: cannot be stored as {path} ({reason}); make room, or set TORCH_HOME") from error
     return path
+
+
+def fault(path: Path, sha256: str, check: Callable[[Path], object] | None) -> str:
+    """Return what is wrong with a downloaded file: another checksum, or that it cannot be read; "" if nothing is."""
+    if sha256 and not (actual := checksum(path)).startswith(sha256):
+        return f"its sha256 is {actual}, not {sha256}"
+    try:
+        if check is not None:
+            check(path)
+    except UserError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return ""
 
 
 @contextlib.contextmanager
@@ -150,30 +167,47 @@ def locked(path: Path, url: str) -> Iterator[None]:
         lock.release()
 
 
-def download(url: str, path: Path) -> None:
-    """Download a URL to a file, which is complete or absent.
+def download(url: str, path: Path, *, sha256: str = "", check: Callable[[Path], object] = lambda _: None) -> None:
+    """Download a URL to a file, which is there whole and readable, or not at all.
 
     Raises:
-        DownloadError: no answer, a web page in place of a file, or fewer bytes than the server announced.
+        DownloadError: no answer, a web page in place of a file, fewer bytes than the server announced, another
+            checksum, or a file that cannot be read.
         OSError: the file cannot be written.
     """
     remedy = "; or download it by other means and name the file"
     logger.info("downloading %s to %s", url, path)
     request = urllib.request.Request(url, headers={"User-Agent": "mlla"})
+
+    def write(temporary: Path) -> None:
+        receive(answer, temporary, title=path.name)
+        if reason := fault(temporary, sha256, check):
+            raise DownloadError(
+                f"{url}: the server sent a file of {temporary.stat().st_size:,} bytes: {reason}{remedy}"
+            )
+
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
             if answer.headers.get_content_type() == "text/html":
                 raise DownloadError(f"{url}: leads to a web page, not to a file{remedy}")
-            write_atomic(path, lambda temporary: receive(answer, temporary, title=path.name))
+            if answer.status not in (200, None):  # None: of a protocol without
+                raise DownloadError(f"{url}: the server says {answer.status} {answer.reason}, not 200 OK{remedy}")
+            write_atomic(path, write)
     except urllib.error.HTTPError as error:
-        raise DownloadError(f"{url}: the server says {error.code} {error.reason}{remedy}") from error
+        raise DownloadError(f"{url}: the server says {error.code} {one_line(error.reason)}{remedy}") from error
     except (urllib.error.URLError, HTTPException, ConnectionError, TimeoutError) as error:
-        raise DownloadError(f"{url}: download failed ({getattr(error, 'reason', error)}); try again{remedy}") from error
+        reason = one_line(getattr(error, "reason", error)) or type(error).__name__
+        raise DownloadError(f"{url}: download failed ({reason}); try again{remedy}") from error
+
+
+def one_line(reason: object) -> str:
+    return " ".join(str(reason).split())[:MAX_REASON]
 
 
 def receive(answer: HTTPResponse, path: Path, *, title: str) -> None:
     """Write a server's answer to a file, with a progress bar on a terminal."""
-    announced = int(answer.headers.get("Content-Length", 0))
+    length = answer.headers.get("Content-Length", "")
+    announced = int(length) if length.isdecimal() else 0
     bar = tqdm(total=announced or None, desc=title, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
     with bar, path.open("wb") as file:
         while chunk := answer.read(CHUNK_BYTES):

@@ -111,3 +111,20 @@ def without_wrappers(weights: Weights) -> Weights:
         for name in weights
     }
     return {names[name]: value for name, value in weights.items()}
+
+
+def is_convertible(value: Tensor, own: Tensor) -> bool:
+    """Return whether a file's tensor holds numbers that a model's tensor can take: of its type, or floats as floats.
+
+    Whole numbers, such as batch norm's counters, may come from any type of numbers, since tools that halve a file's
+    weights halve these too.
+    """
+    if value.layout is not torch.strided or value.is_meta or value.is_quantized:
+        return False
+    return value.dtype is own.dtype or value.dtype in (FLOATS if own.dtype in FLOATS else NUMBERS)
+
+
+def described_type(value: Tensor) -> str:
+    """Return a tensor's type of numbers, and its layout or device where these are unusual."""
+    unusual = [str(value.layout).removeprefix("torch.")] * (value.layout is not torch.strided)
+    return " ".join([str(value.dtype).removeprefix("torch."), *unusual, *(["meta"] if value.is_meta else [])])

@@ -5,13 +5,19 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import yaml
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor, nn
+from torch import nn
 
 from utils.checkpoint.best_weights import choose_weights, is_ema_better, scores_in
-from utils.checkpoint.weight_sets import EMA_KEYS, FLOATS, MODEL_KEYS, NUMBERS, Weights, find_weight_sets
+from utils.checkpoint.weight_sets import (
+    EMA_KEYS,
+    MODEL_KEYS,
+    Weights,
+    described_type,
+    find_weight_sets,
+    is_convertible,
+)
 from utils.checkpoint.weights_file import CheckpointError, load_checkpoint
 from utils.logs.logger import logger
 
@@ -215,23 +221,6 @@ def fitting_weights(
             remedy = f"Its names have the prefix {' or '.join(map(repr, prefixes))}; save the weights of one without it"
         raise CheckpointError(f"{source}: does not fit the model. {counts}. {remedy}")
     return weights
-
-
-def is_convertible(value: Tensor, own: Tensor) -> bool:
-    """Return whether a file's tensor holds numbers that a model's tensor can take: of its type, or floats as floats.
-
-    Whole numbers, such as batch norm's counters, may come from any type of numbers, since tools that halve a file's
-    weights halve these too.
-    """
-    if value.layout is not torch.strided or value.is_meta or value.is_quantized:
-        return False
-    return value.dtype is own.dtype or value.dtype in (FLOATS if own.dtype in FLOATS else NUMBERS)
-
-
-def described_type(value: Tensor) -> str:
-    """Return a tensor's type of numbers, and its layout or device where these are unusual."""
-    unusual = [str(value.layout).removeprefix("torch.")] * (value.layout is not torch.strided)
-    return " ".join([str(value.dtype).removeprefix("torch."), *unusual, *(["meta"] if value.is_meta else [])])
 
 
 def prefixes_of(weights: Weights, own: Weights) -> list[str]:
