@@ -42,7 +42,9 @@ class Detection(DenseTask):
     panels = (
         Panel("training loss", {"train_loss": "all terms", **{f"train_{name}": name[5:] for name in LOSSES}}),
         Panel(
-            "validation AP, %", {f"{who}{kind}_AP": f"{who}{kind}" for who in ("", "ema_") for kind in ("box", "mask")}
+            "validation AP, %",
+            {"box_AP": "box", "mask_AP": "mask", "ema_box_AP": "EMA, box", "ema_mask_AP": "EMA, mask"},
+            is_score=True,
         ),
         *STEP_PANELS,
     )

@@ -49,8 +49,8 @@ class Segmentation(DenseTask):
     best_name = "miou"
     panels = (
         Panel("training loss", {"train_loss": "both heads", "train_decode": "head", "train_auxiliary": "auxiliary"}),
-        Panel("validation mean IoU, %", {"miou": "model", "ema_miou": "EMA"}),
-        Panel("validation accuracy, %", {"pixel_accuracy": "of pixels", "mean_accuracy": "mean of classes"}),
+        Panel("validation mean IoU, %", {"miou": "model", "ema_miou": "EMA"}, is_score=True),
+        Panel("validation accuracy, %", {"pixel_accuracy": "pixels", "mean_accuracy": "class mean"}, is_score=True),
         *STEP_PANELS,
     )
     has_one_image_size = True  # crops have one size

@@ -11,14 +11,20 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+NEAR_100 = 90.0  # best scores from here on, in percent, get an axis of their own range
+HIDDEN_SHARE = 0.2  # of the values that such an axis leaves out
 BRIGHT = ("#6cb6ff", "#ffb066", "#7ee787", "#ff8f8f", "#d2a8ff", "#e0b08a", "#ffa6d8", "#c0c0c0")  # on dark pages
 
 
 class Panel(NamedTuple):
-    """Title of a plot, and the label of each curve by its name in metrics.jsonl."""
+    """Title of a plot, and the label of each curve by its name in metrics.jsonl.
+
+    The curves of scores in percent, the higher the better, have their best epoch marked.
+    """
 
     title: str
     curves: Mapping[str, str]
+    is_score: bool = False
 
 
 STEP_PANELS = (
@@ -27,7 +33,7 @@ STEP_PANELS = (
 )
 CLASSIFIER_PANELS = (
     Panel("loss", {"train_loss": "training, all terms", "loss": "validation"}),
-    Panel("validation top-1 accuracy, %", {"acc1": "model", "ema_acc1": "EMA"}),
+    Panel("validation top-1 accuracy, %", {"acc1": "model", "ema_acc1": "EMA"}, is_score=True),
     *STEP_PANELS,
 )
 
@@ -37,10 +43,16 @@ def plot_curves(records: list[dict[str, Any]], panels: Sequence[Panel], path: Pa
     figure, axes = grid_of(len(panels), height=3.5)
     for axis, panel in zip(axes, panels, strict=True):
         axis.set_title(panel.title)
-        if draw_panel(axis, records, panel) and len(panel.curves) > 1:
-            axis.legend()
+        draw_alone(axis, records, panel)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
+
+
+def draw_alone(axis: Any, records: Sequence[Mapping[str, Any]], panel: Panel) -> None:
+    """Draw a panel of one run, with a legend where there is more than one curve or a best value to name."""
+    if draw_panel(axis, records, panel) and (len(panel.curves) > 1 or panel.is_score):
+        axis.legend()
+    zoom_near_100(axis, panel)
 
 
 def grid_of(count: int, *, height: float) -> tuple[Any, list[Any]]:
@@ -62,11 +74,34 @@ def draw_panel(
         values = [np.nan if record.get(name) is None else record[name] for record in records]
         if not np.all(np.isnan(values)):
             style = {"label": label, "marker": "o" if len(epochs) < 3 else None, **(styles[i] if styles else {})}
-            lines += axis.plot(epochs, values, **style)
+            (line,) = axis.plot(epochs, values, **style)
+            lines.append(line)
+            if panel.is_score:
+                mark_best(axis, line)
     axis.set_xlabel("epoch")
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axis.grid(alpha=0.3)
     return lines
+
+
+def mark_best(axis: Any, line: Any) -> None:
+    """Mark the highest value of a curve, of equal ones the last as in max_*.pth, and name it in the curve's label."""
+    epochs, values = line.get_data()
+    best = len(values) - 1 - int(np.nanargmax(values[::-1]))
+    axis.plot(epochs[best], values[best], "*", color=line.get_color(), markersize=10, markeredgecolor="black", zorder=3)
+    line.set_label(f"{line.get_label()}: best {values[best]:.2f}, epoch {epochs[best]}")
+
+
+def zoom_near_100(axis: Any, panel: Panel) -> None:
+    """Cut the lowest values, of the first epochs, off an axis of scores near 100%, to tell the others apart."""
+    if not panel.is_score or not axis.lines:
+        return
+    values = np.concatenate([line.get_ydata() for line in axis.lines])
+    lowest, start, best = np.nanmin(values), np.nanquantile(values, HIDDEN_SHARE), np.nanmax(values)
+    if best >= NEAR_100 and best - lowest > 3 * (best - start) > 0:
+        margin = 0.08 * (best - start)
+        axis.set_ylim(start - margin, best + margin)
+        axis.set_ylabel(f"lower values, from {lowest:.1f}, are not shown", fontsize=8)
 
 
 def panel_svg(records: Sequence[Mapping[str, Any]], panel: Panel, *, dark: bool) -> bytes:
@@ -83,8 +118,7 @@ def panel_svg(records: Sequence[Mapping[str, Any]], panel: Panel, *, dark: bool)
     }
     with plt.rc_context(settings | dict.fromkeys(parts, ink)):
         figure, axis = plt.subplots(figsize=(5.2, 3), layout="constrained")
-        if draw_panel(axis, records, panel) and len(panel.curves) > 1:
-            axis.legend()
+        draw_alone(axis, records, panel)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
         plt.close(figure)
@@ -111,6 +145,7 @@ def comparison_plot(
             for line in draw_panel(axis, records, panel, styles)[:1]:
                 handles[name] = line
     for axis, panel in zip(axes, panels, strict=True):
+        zoom_near_100(axis, panel)
         labels = list(panel.curves.values())
         axis.set_title(panel.title + (f" ({labels[0]}; dashed: {labels[1]})" if len(labels) > 1 else ""), fontsize=11)
     columns = max(1, 120 // (max(map(len, handles), default=0) + 6))

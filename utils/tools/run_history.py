@@ -110,7 +110,8 @@ def select_panels(names: Sequence[str], keys: Sequence[str] = ()) -> list[Panel]
     for key in keys or METRIC_TITLES:
         curves = {name: label for name, label in ((key, "model"), (f"ema_{key}", "EMA")) if name in names}
         if curves:
-            panels.append(Panel(METRIC_TITLES.get(key, key), curves))
+            title = METRIC_TITLES.get(key, key)
+            panels.append(Panel(title, curves, is_score=title.endswith("%")))
     return panels
 
 
