@@ -31,11 +31,11 @@ from utils.logs.contact_sheet import save_captioned
 from utils.logs.logger import logger
 from utils.logs.plots import CLASSIFIER_PANELS
 from utils.speed.flops import profile, profile_table
-from utils.training.build import model_uses, trains
+from utils.training.build import build_classification_schedule, model_uses, trains
 from utils.training.derived import Derived
 from utils.training.ema import REACH, ModelEma
 from utils.training.losses import ClassificationLoss
-from utils.training.lr_schedule import ClassificationSchedule
+from utils.training.lr_schedule import CLASSIFICATION_BATCH_SIZE, ClassificationSchedule
 from utils.training.metrics import evaluate
 from utils.training.optimizer import parameter_groups
 from utils.training.run import run_task
@@ -78,7 +78,7 @@ class Classification(Task):
     best_name = "acc"
     best_label = "accuracy"
     panels = CLASSIFIER_PANELS
-    lr_batch_size = 512
+    lr_batch_size = CLASSIFICATION_BATCH_SIZE
     ema_batch_size = 4096
     has_one_image_size = True
     smaller_images = "lower DATA.IMG_SIZE"
@@ -107,17 +107,7 @@ class Classification(Task):
         return epochs + config.TRAIN.COOLDOWN_EPOCHS, steps_per_epoch
 
     def schedule(self, config: CfgNode, derived: Derived) -> ClassificationSchedule:
-        train = config.TRAIN
-        return ClassificationSchedule(
-            name=train.LR_SCHEDULER.NAME,
-            base_lr=train.BASE_LR * derived.lr_scale,
-            warmup_lr=train.WARMUP_LR * derived.lr_scale,
-            min_lr=train.MIN_LR * derived.lr_scale,
-            warmup_steps=train.WARMUP_EPOCHS * derived.steps_per_epoch,
-            total_steps=train.EPOCHS * derived.steps_per_epoch,
-            decay_steps=train.LR_SCHEDULER.DECAY_EPOCHS * derived.steps_per_epoch,
-            decay_rate=train.LR_SCHEDULER.DECAY_RATE,
-        )
+        return build_classification_schedule(config, steps_per_epoch=derived.steps_per_epoch, lr_scale=derived.lr_scale)
 
     def batches(self, run: Run, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         loader = run.data.train

@@ -1,7 +1,7 @@
-"""Convert weights: python -m utils.convert IN OUT --to {official,ours,safetensors,timm} [--ema] [--size H W] [--force]
+"""Convert weights: python -m utils.convert IN OUT --to {official,ours,safetensors,timm} [options]
 
 IN is a path, a URL, or mlla-t, mlla-s, mlla-b. OUT holds the same weights, bit for bit, and the class names and the
-configuration if IN has them, but no optimizer or other training state.
+configuration if IN has them. Optimizer and other training state are left out, but with --to official --training-state.
 """
 
 import re
@@ -11,17 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
+from config import load_config
 from models.rope import rotary_tables
+from utils.checkpoint.files import is_official
+from utils.checkpoint.run_content import check_run_content
 from utils.checkpoint.weight_sets import Weights, find_weight_sets
 from utils.checkpoint.weights import DERIVED_KEY_SUFFIX, metadata_in, no_weights_error
 from utils.checkpoint.weights_file import load_checkpoint, write_safetensors
 from utils.config.command_line import Parser, report_user_errors
 from utils.config.errors import UserError
 from utils.logs.atomic_write import write_atomic
+from utils.tools.official_state import official_state
 from utils.tools.user_files import UserFileError, check_output, user_file
+from utils.training.build import build_classification_schedule
+from utils.training.lr_schedule import CLASSIFICATION_BATCH_SIZE
 
 TOTAL_STRIDE = 32  # of the official classifier, which needs image sides that are multiples of it
+OFFICIAL_STATE = ("optimizer", "lr_scheduler", "max_accuracy", "max_accuracy_e", "epoch")
 DEFAULT_SIZE = (224, 224)
 ATTENTION = re.compile(r"layers\.(\d+)\.blocks\.\d+\.attn\.qk\.weight")
 
@@ -31,7 +39,13 @@ class ConversionError(UserError):
 
 
 def convert(
-    source: str, target: Path, *, file_format: str, ema: bool = False, size: tuple[int, int] | None = None
+    source: str,
+    target: Path,
+    *,
+    file_format: str,
+    ema: bool = False,
+    size: tuple[int, int] | None = None,
+    training_state: bool = False,
 ) -> str:
     """Read weights in any known format and write them in another one, atomically.
 
@@ -42,12 +56,14 @@ def convert(
         ema: write only the EMA weights, as the model's weights.
         size: height and width in pixels for the rotary tables of the official format. Default: the size of the tables
             in the file, else DATA.IMG_SIZE of its configuration, else 224x224.
+        training_state: write the official format with all that the official main.py needs to continue the run.
 
     Returns:
         One line that describes the file.
 
     Raises:
         ConversionError: the file has no EMA weights, or the official format does not support the size.
+        UserError: the training state is missing, or the official code cannot continue from it.
         CheckpointError, DownloadError: the source cannot be read.
         UserFileError: the target cannot be written.
     """
@@ -64,10 +80,40 @@ def convert(
         size = size or size_in(content, [weights for weights in (model, ema_weights) if weights is not None])
         kinds = {key: {**weights, **official_tables(weights, size, source)} for key, weights in kinds.items()}
         suffix = f", for images of {size[0]}x{size[1]}"
+    metadata = metadata_in(content)
+    if training_state:
+        metadata |= state_for_official(content, source)
+        kinds.setdefault("state_dict_ema", kinds["model"])  # the official code always has an EMA
+        suffix += f", after {metadata['epoch']} epochs"
     with user_file(target, "written"):
-        written = FORMATS[file_format](target, kinds, metadata_in(content))
+        written = FORMATS[file_format](target, kinds, metadata)
     num_tensors = len(next(iter(kinds.values())))
     return f"{target}: {' and '.join(written)}, {num_tensors} tensors each, format {file_format!r}{suffix}"
+
+
+def state_for_official(content: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return the training state and the configuration of a run's checkpoint, as the official code stores them.
+
+    Raises:
+        UserError: there is none, or the official code cannot continue from it.
+    """
+    check_run_content(content, source)
+    config = yaml.safe_load(metadata_in(content).get("config", "{}"))
+    if is_official(content):
+        return {**{key: content[key] for key in OFFICIAL_STATE if key in content}, "config": config}
+    images, images_per_step = (content.get(key) for key in ("num_train_images", "images_per_step"))
+    if not (config and images and images_per_step):
+        raise ConversionError(
+            f"{source}: does not say how many training images there are, as checkpoints of version 1.0.0; "
+            "resume it here for an epoch first, or leave out --training-state"
+        )
+    settings = load_config(content["config"])
+    if settings.TRAIN.FREEZE:
+        raise ConversionError(f"{source}: TRAIN.FREEZE True: the official code trains all parameters")
+    steps_per_epoch = images // images_per_step
+    lr_scale = images_per_step / CLASSIFICATION_BATCH_SIZE
+    schedule = build_classification_schedule(settings, steps_per_epoch=steps_per_epoch, lr_scale=lr_scale)
+    return {**official_state(content, source, schedule, steps_per_epoch), "config": config}
 
 
 def size_in(content: dict[str, Any], kinds: list[Weights]) -> tuple[int, int]:
@@ -145,14 +191,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", required=True, choices=sorted(FORMATS), dest="file_format")
     parser.add_argument("--ema", action="store_true", help="write only the EMA weights")
     parser.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="image size, for --to official")
+    parser.add_argument(
+        "--training-state",
+        action="store_true",
+        help="with --to official: also optimizer, schedule, epoch and best accuracies, to continue a run there",
+    )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     args = parser.parse_args(argv)
     with report_user_errors():
         check_target(args.target, args.file_format, force=args.force)
         if args.size and args.file_format != "official":
             raise ConversionError("--size works with --to official, which stores tables for one image size")
+        if args.training_state and (args.ema or args.file_format != "official"):
+            raise ConversionError("--training-state works with --to official and without --ema: it needs both weights")
         size = (args.size[0], args.size[1]) if args.size else None
-        print(convert(args.source, args.target, file_format=args.file_format, ema=args.ema, size=size))
+        options = {"file_format": args.file_format, "ema": args.ema, "size": size}
+        print(convert(args.source, args.target, **options, training_state=args.training_state))
     return 0
 
 

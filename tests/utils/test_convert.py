@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,27 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import yaml
+from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
 from yacs.config import CfgNode
 
 from models import MLLA, mlla_tiny
 from models.mlla import DERIVED_KEY_SUFFIX
-from tests.helpers import MICRO, exit_code, run_python
+from tests.helpers import GOLDEN, MICRO, exit_code, run_python
+from tests.utils.training.test_train_step import GoldenRun
+from utils.checkpoint.files import Progress, progress_in
+from utils.checkpoint.weights import read_weights
 from utils.checkpoint.weights_file import load_checkpoint
 from utils.convert import main
+from utils.distributed.process import Process
+from utils.training.train_state import TrainState
 
 SMALL = {**MICRO, "img_size": 64, "num_classes": 3}
 THIN: dict[str, Any] = {"num_classes": 3, "embed_dim": 8, "num_heads": (1, 1, 1, 1)}
 Content = dict[str, Any]
+OFFICIAL_STATE = {"optimizer", "lr_scheduler", "max_accuracy", "max_accuracy_e", "epoch", "config"}
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +236,9 @@ def test_a_failed_write_keeps_the_previous_file(
         (["out.safetensors", "--to", "ours"], r"must end in \.safetensors"),
         (["none/out.pth", "--to", "ours"], "there is no folder"),
         (["out.pth", "--to", "ours", "--size", "64", "64"], "--size works with --to official"),
+        (["out.pth", "--to", "ours", "--training-state"], "--training-state works with --to official"),
+        (["out.pth", "--to", "official", "--ema", "--training-state"], "without --ema"),
+        (["out.pth", "--to", "official", "--training-state"], "not a complete checkpoint of a run"),
         (
             ["out.pth", "--to", "official", "--size", "64", "70"],
             "64x70 pixels: the official classifier needs multiples",
@@ -261,3 +273,55 @@ def test_mistakes_in_the_file(ours: Path, tmp_path: Path, capsys: pytest.Capture
         assert exit_code(main, [str(tmp_path / args[0]), str(tmp_path / args[1]), *args[2:]]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out.pth").exists()
+
+
+@pytest.fixture
+def _float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("_float64")
+def test_the_official_code_continues_a_run(tmp_path: Path) -> None:
+    """One epoch here, then one as the official code resumes and trains: with torch's AdamW and timm's scheduler.
+
+    Losses, gradient norms and rates are those that were recorded of the official code's whole run.
+    """
+    golden, run = np.load(GOLDEN / "mlla_micro_64_trajectory.npz"), GoldenRun()
+    for step in range(2):
+        run.take(step)
+    state = TrainState(run.model, run.ema, run.optimizer, run.precision.scaler, Process(0, 1, torch.device("cpu")))
+    state.progress, state.global_batch_size, state.best, state.best_ema = Progress(1), 8, 50.0, 40.0
+    metadata = {"config": run.config.dump(), "classes": list("abcdefghij"), "num_train_images": 16}
+    torch.save(state.capture(**metadata), tmp_path / "ckpt_epoch_0.pth")
+    official = convert(tmp_path / "ckpt_epoch_0.pth", tmp_path / "w.pth", "official", "--training-state")
+    assert set(official) == OFFICIAL_STATE | {"model", "state_dict_ema", "classes", "scores"}
+    assert (official["epoch"], official["max_accuracy"], official["max_accuracy_e"]) == (1, 50.0, 40.0)
+    assert official["config"]["TRAIN"]["EPOCHS"] == 12
+    assert progress_in(official) == state.progress
+    assert read_weights(tmp_path / "w.pth").ema is not None
+
+    model = MLLA(**MICRO, num_classes=10).train()
+    parameters = list(model.parameters())
+    groups = [{"params": [p for p in parameters if p.ndim > 1]}, {"params": [p for p in parameters if p.ndim < 2]}]
+    optimizer = torch.optim.AdamW([groups[0], {**groups[1], "weight_decay": 0.0}], lr=1e-3, weight_decay=0.05)
+    scheduler = CosineLRScheduler(
+        optimizer, t_initial=24, lr_min=1e-5, warmup_t=4, warmup_lr_init=1e-6, t_in_epochs=False
+    )
+    assert set(official["lr_scheduler"]) == set(scheduler.state_dict())
+    assert {key: pytest.approx(value) for key, value in scheduler.state_dict().items()} == official["lr_scheduler"]
+    model.load_state_dict(official["model"])
+    optimizer.load_state_dict(official["optimizer"])
+    scheduler.load_state_dict(official["lr_scheduler"])
+    for step in range(2 * official["epoch"], 4):
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(golden["lrs"][step])
+        images, targets = run.batch(step)
+        loss = F.cross_entropy(model(images), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, 5.0)
+        optimizer.step()
+        scheduler.step_update(step)
+        assert loss.item() == pytest.approx(golden["losses"][step])
+        assert norm.item() == pytest.approx(golden["grad_norms"][step])

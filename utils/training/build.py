@@ -20,6 +20,7 @@ from utils.training.ema import ModelEma
 from utils.training.fused_update_support import make_fused_update
 from utils.training.graphed_step import GraphedTrainStep, graph_unsupported_reason
 from utils.training.inference import InferenceModel
+from utils.training.lr_schedule import ClassificationSchedule
 from utils.training.optimizer import make_optimizer
 from utils.training.task import Schedule, Task
 from utils.training.train_step import TrainStep
@@ -40,6 +41,20 @@ def build_ema(config: CfgNode, model: nn.Module, derived: Derived) -> ModelEma |
     if not config.EMA.ENABLED:
         return None
     return ModelEma(model, derived.ema_decay, config.EMA.FORCE_CPU, warmup=derived.ema_warmup)
+
+
+def build_classification_schedule(config: CfgNode, *, steps_per_epoch: int, lr_scale: float) -> ClassificationSchedule:
+    train = config.TRAIN
+    return ClassificationSchedule(
+        name=train.LR_SCHEDULER.NAME,
+        base_lr=train.BASE_LR * lr_scale,
+        warmup_lr=train.WARMUP_LR * lr_scale,
+        min_lr=train.MIN_LR * lr_scale,
+        warmup_steps=train.WARMUP_EPOCHS * steps_per_epoch,
+        total_steps=train.EPOCHS * steps_per_epoch,
+        decay_steps=train.LR_SCHEDULER.DECAY_EPOCHS * steps_per_epoch,
+        decay_rate=train.LR_SCHEDULER.DECAY_RATE,
+    )
 
 
 def trains(config: CfgNode) -> bool:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+CLASSIFICATION_BATCH_SIZE = 512  # global batch size that the learning rates of classification are given for
 LINEAR_END = 0.01  # share of the base rate at which the linear schedule ends
 
 

@@ -21,7 +21,7 @@ from utils.training.ema import ModelEma
 from utils.training.losses import ClassificationLoss
 from utils.training.metrics import evaluate
 from utils.training.optimizer import make_optimizer, parameter_groups
-from utils.training.train_step import TrainStep
+from utils.training.train_step import StepResult, TrainStep
 
 CPU = torch.device("cpu")
 ALONE = Process(0, 1, CPU)
@@ -34,52 +34,66 @@ def _float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
+class GoldenRun:
+    """The run behind the golden trajectory, 24 steps in 12 epochs; torch's default dtype must be float64."""
+
+    def __init__(self) -> None:
+        opts = {
+            "DATA.BATCH_SIZE": 8,
+            "TRAIN.EPOCHS": 12,
+            "TRAIN.WARMUP_EPOCHS": 2,
+            "TRAIN.BASE_LR": 1e-3 * 64,  # the rates are for 512 images a step, these steps have 8
+            "TRAIN.WARMUP_LR": 1e-6 * 64,
+            "TRAIN.MIN_LR": 1e-5 * 64,
+            "EMA.DECAY": 0.9**512,
+            "EMA.WARMUP": "off",  # as in the official code, and here in its runs of ImageNet's length
+            "AUG.MESA": 1.0,
+        }
+        self.config = load_config("cfgs/mlla_t.yaml", flags=opts)
+        task = Classification()
+        derived = task.derive(self.config, num_processes=1, num_train_images=16)
+        self.model = MLLA(**MICRO, num_classes=10).train()
+        fill_weights(self.model)
+        ema = build_ema(self.config, self.model, derived)
+        assert ema is not None
+        self.ema = ema
+        self.optimizer = build_optimizer(self.config, task.parameter_groups(self.config, self.model))
+        self.schedule = task.schedule(self.config, derived)
+        self.precision = make_precision(CPU, amp=False, dtype="auto")
+        parts = (self.config, self.model, ALONE, self.optimizer, ema, self.precision, derived)
+        self.train_step = build_train_step(task, *parts, num_steps=24)
+        self.train_step.compute_losses.mesa_start_step = 8  # type: ignore[attr-defined]  # where the recording has it
+
+    @staticmethod
+    def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return images (8, 3, 64, 64) and soft targets (8, 10)."""
+        images = random_values(1000 + step % 4, 8, 3, 64, 64).double()
+        return images, (3 * random_values(2000 + step % 4, 8, 10).double()).softmax(1)
+
+    def take(self, step: int) -> StepResult:
+        return self.train_step([self.batch(step)], step=step, learning_rate=self.schedule.lr_at(step))
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("_float64")
 def test_golden_trajectory() -> None:
     """24 steps of the recipe in float64: schedule, clipping, AdamW, EMA and, from step 8 on, MESA."""
-    golden = np.load(GOLDEN / "mlla_micro_64_trajectory.npz")
-    opts = {
-        "DATA.BATCH_SIZE": 8,
-        "TRAIN.EPOCHS": 12,
-        "TRAIN.WARMUP_EPOCHS": 2,
-        "TRAIN.BASE_LR": 1e-3 * 64,  # the rates are for 512 images a step, these steps have 8
-        "TRAIN.WARMUP_LR": 1e-6 * 64,
-        "TRAIN.MIN_LR": 1e-5 * 64,
-        "EMA.DECAY": 0.9**512,
-        "EMA.WARMUP": "off",  # as in the official code, and here in its runs of ImageNet's length
-        "AUG.MESA": 1.0,
-    }
-    config = load_config("cfgs/mlla_t.yaml", flags=opts)
-    task = Classification()
-    derived = task.derive(config, num_processes=1, num_train_images=16)
-    model = MLLA(**MICRO, num_classes=10).train()
-    fill_weights(model)
-    ema = build_ema(config, model, derived)
-    assert ema is not None
-    optimizer = build_optimizer(config, task.parameter_groups(config, model))
-    schedule = task.schedule(config, derived)
-    precision = make_precision(CPU, amp=False, dtype="auto")
-    train_step = build_train_step(task, config, model, ALONE, optimizer, ema, precision, derived, num_steps=24)
-    train_step.compute_losses.mesa_start_step = 8  # type: ignore[attr-defined]  # where the recording has it
+    golden, run = np.load(GOLDEN / "mlla_micro_64_trajectory.npz"), GoldenRun()
     losses, norms, rates = [], [], []
     for step in range(24):
-        images = random_values(1000 + step % 4, 8, 3, 64, 64).double()
-        targets = (3 * random_values(2000 + step % 4, 8, 10).double()).softmax(1)
-        rate = schedule.lr_at(step)
-        result = train_step([(images, targets)], step=step, learning_rate=rate)
+        result = run.take(step)
         losses.append(result.loss.item())
         norms.append(result.grad_norm.item())
-        rates.append([group["lr"] for group in optimizer.param_groups])
-    assert train_step.check_finite(99) is None
+        rates.append([group["lr"] for group in run.optimizer.param_groups])
+    assert run.train_step.check_finite(99) is None
     np.testing.assert_allclose(rates, golden["lrs"], rtol=1e-6)
     np.testing.assert_allclose(losses, golden["losses"], rtol=1e-6)
     np.testing.assert_allclose(norms, golden["grad_norms"], rtol=1e-6)
-    assert [len(group["params"]) for group in optimizer.param_groups] == golden["n_decay"].tolist()
+    assert [len(group["params"]) for group in run.optimizer.param_groups] == golden["n_decay"].tolist()
     probe = random_values(7, 4, 3, 64, 64).double()
     with torch.no_grad():
-        np.testing.assert_allclose(model.eval()(probe), golden["logits"], rtol=1e-6, atol=1e-7)
-        np.testing.assert_allclose(ema.module(probe), golden["ema_logits"], rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(run.model.eval()(probe), golden["logits"], rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(run.ema.module(probe), golden["ema_logits"], rtol=1e-6, atol=1e-7)
 
 
 def small_step(
