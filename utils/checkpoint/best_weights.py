@@ -1,5 +1,6 @@
 """Which of two sets of weights to use, the model's or its EMA's: the rule of all commands."""
 
+import math
 import sys
 from argparse import BooleanOptionalAction
 from collections.abc import Mapping
@@ -11,8 +12,12 @@ from utils.config.command_line import Parser
 
 
 def is_ema_better(scores: Mapping[str, float]) -> bool:
-    """Return whether to use the EMA's weights, by the scores of "model" and "EMA"; also with equal or no scores."""
-    return scores.get("EMA", 0.0) >= scores.get("model", 0.0)
+    """Return whether to use the EMA's weights, by the scores of "model" and "EMA"; also with equal or no scores.
+
+    NaN, the score of weights that have diverged, is the worst.
+    """
+    model, ema = ((-math.inf if math.isnan(s) else s) for s in (scores.get("model", 0.0), scores.get("EMA", 0.0)))
+    return ema >= model
 
 
 def scores_in(content: Mapping[str, Any]) -> dict[str, float]:

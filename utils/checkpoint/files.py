@@ -208,6 +208,15 @@ def copy_to_cpu(content: Any) -> Any:
     return content
 
 
+def version_of(path: Path) -> tuple[int, int] | None:
+    """Return what tells one version of a file from another, None if there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns
+
+
 class CheckpointWriter:
     """Writes a run's checkpoints: copies the state at once, and writes it in a thread while training continues.
 
@@ -247,14 +256,19 @@ class CheckpointWriter:
 
     def save(self, progress: Progress, names: Sequence[str], state: dict[str, Any]) -> None:
         start = time.perf_counter()
+        before = version_of(self.folder / names[0])
         try:
             save_under_names(self.folder, progress, names, state, keep_all=self.keep_all)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeErrors of its own for a full disk
             self.has_failed = True
             newest = next((path.name for _, path in checkpoints_in(self.folder)), "none")
+            others = ", ".join([*names[1:], INDEX])  # links, and a note
+            problem = "could not be saved"
+            if version_of(self.folder / names[0]) != before:
+                problem = f"was saved, but {others} could not be written"
             logger.error(
-                "%s could not be saved (%s); the newest checkpoint is %s. Make room in %s, or make it writable",
-                *(names[0], getattr(error, "strerror", None) or error, newest, self.folder),
+                "%s %s (%s); the newest checkpoint is %s. Make room in %s, or make it writable",
+                *(names[0], problem, getattr(error, "strerror", None) or error, newest, self.folder),
             )
         else:
             if self.has_failed:

@@ -8,9 +8,19 @@ import yaml
 
 from utils.config.errors import ConfigError, file_errors
 
+MAX_NODES = 100_000  # of a file, with aliases written out
+
 
 class StrictLoader(yaml.SafeLoader):
-    """A SafeLoader that refuses a key that stands twice in one section, where the first would be lost silently."""
+    """A SafeLoader that refuses two kinds of text.
+
+    A key that stands twice in one section, where the first would be lost silently; and aliases that contain themselves,
+    or that refer to each other so often that written out they would fill the memory.
+    """
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        count_nodes(node, {})
+        return super().construct_document(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
@@ -18,6 +28,25 @@ class StrictLoader(yaml.SafeLoader):
             if names.count(name) > 1:
                 raise yaml.YAMLError(f"{name} stands twice in one section, near line {node.start_mark.line + 1}")
         return super().construct_mapping(node, deep)
+
+
+def count_nodes(node: yaml.Node, counts: dict[int, int]) -> int:
+    """Return the number of nodes from this one on, counting a shared one as often as it is referred to.
+
+    Raises:
+        yaml.YAMLError: a node contains itself, or the number is above MAX_NODES.
+    """
+    line = node.start_mark.line + 1
+    if id(node) not in counts:
+        counts[id(node)] = 0  # until it is known
+        items = [] if isinstance(node, yaml.ScalarNode) else node.value
+        children = [child for pair in items for child in (pair if isinstance(pair, tuple) else (pair,))]
+        counts[id(node)] = 1 + sum(count_nodes(child, counts) for child in children)
+    if not counts[id(node)]:
+        raise yaml.YAMLError(f"what begins in line {line} contains itself by an alias")
+    if counts[id(node)] > MAX_NODES:
+        raise yaml.YAMLError(f"what begins in line {line} has, with its aliases written out, over {MAX_NODES:,} values")
+    return counts[id(node)]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

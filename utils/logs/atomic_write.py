@@ -1,8 +1,11 @@
 """Files that are either complete or absent."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+
+LEFTOVER = re.compile(r".+\.\d+\.tmp")  # name of a file that a killed process was writing
 
 
 def write_atomic(target: Path, write: Callable[[Path], object]) -> None:

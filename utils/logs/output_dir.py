@@ -5,12 +5,13 @@ import socket
 from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
+from types import TracebackType
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from utils.config.errors import UserError, file_errors
 from utils.config.yaml_file import read_yaml
-from utils.logs.atomic_write import write_atomic
+from utils.logs.atomic_write import LEFTOVER, write_atomic
 from utils.logs.logger import logger, start_logging
 
 LOCK_SECONDS = 10.0  # how long to wait for a run that is about to end
@@ -40,8 +41,52 @@ def open_output_dir(output: str, name: str, tag: str, *, rank: int) -> Path:
     return folder
 
 
-def lock_output_dir(folder: Path) -> AbstractContextManager[object]:
-    """Lock an output folder against a second run. The lock ends with the process, however that ends.
+class OutputLock:
+    """Lock of this process on an output folder, held until its context ends, or the process however that ends.
+
+    Args:
+        folder: the output folder.
+        lock: on run.lock in it, held.
+    """
+
+    def __init__(self, folder: Path, lock: BaseFileLock) -> None:
+        self.folder = folder
+        self.path = Path(lock.lock_file)
+        self.lock = lock
+        self.identity = self.identity_of_file()
+
+    def __enter__(self) -> "OutputLock":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.lock.release()
+
+    def identity_of_file(self) -> tuple[int, int] | None:
+        """Return what identifies the file at the lock's path, which changes with a new file; None without one."""
+        try:
+            stat = self.path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return stat.st_dev, stat.st_ino
+
+    def check(self) -> None:
+        """Check that the file is the one that is locked: of another or none another run may hold the lock.
+
+        Raises:
+            OutputError: it was deleted or replaced, or the folder was moved away.
+        """
+        with output_errors(self.folder):
+            if self.identity_of_file() != self.identity:
+                raise OutputError(
+                    f"{self.path}: was deleted or moved away while this run held it, so another run may write there "
+                    f"now; this run ends without writing. Its checkpoints are where the folder is now"
+                )
+
+
+def lock_output_dir(folder: Path) -> OutputLock:
+    """Lock an output folder against a second run, and delete what a killed run left unfinished in it.
 
     The holder is named in a file of its own, since filelock may truncate run.lock when another process tries to lock.
 
@@ -54,14 +99,15 @@ def lock_output_dir(folder: Path) -> AbstractContextManager[object]:
     holder = folder / "run_holder.txt"
     with output_errors(folder):
         try:
-            lock = FileLock(folder / "run.lock").acquire(LOCK_SECONDS, 0.2)
+            lock = FileLock(folder / "run.lock").acquire(LOCK_SECONDS, 0.2).lock
         except Timeout as error:
             name = holder.read_text().strip() if holder.is_file() else "another process"
             raise OutputError(f"{folder}: a run writes here already, {name}; stop it, or use another --tag") from error
         holder.write_text(f"pid {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
-        for leftover in folder.glob("*.tmp"):  # of a run that was killed while it wrote
-            leftover.unlink()
-    return lock
+        for leftover in folder.glob("*.tmp"):
+            if LEFTOVER.fullmatch(leftover.name) and leftover.is_file():
+                leftover.unlink()
+    return OutputLock(folder, lock)
 
 
 def save_config(folder: Path, text: str) -> None:

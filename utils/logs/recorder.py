@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -116,7 +117,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and "epoch" in record]
+    return [record for record in records if isinstance(record, dict) and type(record.get("epoch")) is int]
 
 
 def append_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -127,7 +128,9 @@ def append_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def json_line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record) + "\n"
+    """Return a line of JSON, which has no NaN and no infinity: those become null."""
+    is_lost = {name: isinstance(value, float) and not math.isfinite(value) for name, value in record.items()}
+    return json.dumps({name: None if is_lost[name] else value for name, value in record.items()}) + "\n"
 
 
 def weight_samples(model: nn.Module) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.config.errors import UserError
 from utils.distributed.process import Process, sum_over_processes
 from utils.training.amp import Precision
 
@@ -18,6 +19,10 @@ class Scores(NamedTuple):
     acc5: float
     loss: float
     num_images: int
+
+
+class NoImagesError(UserError):
+    """No image of the validation set can be read."""
 
 
 class ClassificationMeter:
@@ -36,8 +41,14 @@ class ClassificationMeter:
         self.sums += torch.stack((correct[:, 0].sum(), correct.sum(), loss, count)).double()
 
     def compute(self) -> Scores:
-        """Return the scores over all batches of all processes, the same on each process."""
+        """Return the scores over all batches of all processes, the same on each process.
+
+        Raises:
+            NoImagesError: there was no image.
+        """
         correct1, correct5, loss, count = sum_over_processes(self.sums.clone()).tolist()
+        if not count:
+            raise NoImagesError("no validation image could be used, see the log; mend the images, or DATA.DATA_PATH")
         return Scores(100 * correct1 / count, 100 * correct5 / count, loss / count, int(count))
 
 

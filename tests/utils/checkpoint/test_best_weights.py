@@ -1,5 +1,6 @@
 """Which of the model's and the EMA's weights the commands use."""
 
+import math
 from typing import Any
 
 import pytest
@@ -29,6 +30,8 @@ BOTH = {"model": MODEL, "state_dict_ema": EMA}
             MODEL,
             "model weights (score of the model 97.00, of the EMA 20.00)",
         ),
+        ({"scores": {"model": math.nan, "EMA": 1.0}}, EMA, "EMA weights (score of the model nan, of the EMA 1.00)"),
+        ({"scores": {"model": 1.0, "EMA": math.nan}}, MODEL, "model weights (score of the model 1.00, of the EMA nan)"),
         ({}, EMA, "EMA weights"),
         ({"scores": None}, EMA, "EMA weights"),
     ],

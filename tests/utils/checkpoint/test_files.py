@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from utils.checkpoint import files
 from utils.checkpoint.files import (
     CheckpointWriter,
     Progress,
@@ -191,6 +192,24 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     assert latest is not None
     assert latest[1]["epoch"] == 0
     assert torch.all(latest[1]["model"]["w"] == 1) or not in_background
+
+
+def test_a_failed_link_is_not_a_failed_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(files, "link_checkpoint", fail)
+    writer = written(tmp_path, 1, 10)
+    writer.write(Progress(2), ["ckpt_epoch_1.pth", "max_acc.pth"], run_content(2))
+    writer.wait()
+    assert writer.has_failed
+    assert (
+        "ckpt_epoch_1.pth was saved, but max_acc.pth, latest.json could not be written (No space left on device); the "
+        "newest checkpoint is ckpt_epoch_1.pth" in caplog.text
+    )
 
 
 def test_a_missing_folder_is_reported(

@@ -7,6 +7,7 @@ import os
 import pathlib
 import pickle
 import pickletools
+import resource
 import runpy
 import subprocess
 import zipfile
@@ -313,3 +314,20 @@ def test_forged_pickles_are_what_they_claim() -> None:
     for name, data in FORGED.items():
         if name != "dots lead nowhere":
             assert list(pickletools.genops(data)), name
+
+
+def test_a_large_memo_index_takes_no_memory(tmp_path: Path) -> None:
+    """One instruction in which a pickle names the place of its last object, of up to 2^32."""
+    torch.save({"config": CfgNode({"A": 1}), "model": {"a": torch.zeros(1)}}, tmp_path / "w.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "w.pth") as source,
+        zipfile.ZipFile(tmp_path / "v.pth", "w") as target,
+    ):
+        for name in source.namelist():
+            content = source.read(name)
+            if name.endswith("data.pkl"):
+                content = content[:-1] + pickle.LONG_BINPUT + (2**32 - 1).to_bytes(4, "little") + pickle.STOP
+            target.writestr(name, content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert load_checkpoint(tmp_path / "v.pth")["config"] == {"A": 1}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB

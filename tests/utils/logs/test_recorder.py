@@ -1,4 +1,6 @@
 import io
+import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,25 @@ def test_weight_samples_are_limited_and_finite() -> None:
     assert samples["0"].tolist() == model["0"].bias.tolist()
     many = nn.ModuleDict({"a": nn.ModuleDict({str(i): nn.Linear(50, 50) for i in range(30)})})
     assert 0.9 * MAX_VALUES < len(weight_samples(many)["a"]) <= MAX_VALUES
+
+
+def test_metrics_are_json_whatever_the_run_does(tmp_path: Path) -> None:
+    """JSON has no NaN; and lines of others are no records."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"epoch": 0, "loss": 1.5}\n{"epoch": "x"}\n{"epoch": 1, "loss": NaN}\n[1]\n{"epoch": 2')
+    recorder = RunRecorder(tmp_path, 2, CLASSIFIER_PANELS)
+    recorder.add({"epoch": 2, "loss": math.nan, "lr": math.inf, "acc1": 1.0}, {"epoch": 2, "steps": None})
+    recorder.draw_curves(is_last=True)
+    recorder.close()
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    assert [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()] == [
+        {"epoch": 0, "loss": 1.5},
+        {"epoch": 1, "loss": None},
+        {"epoch": 2, "loss": None, "lr": None, "acc1": 1.0},
+    ]
 
 
 def test_metrics_that_cannot_be_written_do_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

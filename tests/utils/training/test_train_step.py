@@ -19,7 +19,7 @@ from utils.training.amp import make_precision
 from utils.training.build import build_ema, build_optimizer, build_train_step
 from utils.training.ema import ModelEma
 from utils.training.losses import ClassificationLoss
-from utils.training.metrics import evaluate
+from utils.training.metrics import NoImagesError, evaluate
 from utils.training.optimizer import make_optimizer, parameter_groups
 from utils.training.train_step import StepResult, TrainStep
 
@@ -289,6 +289,8 @@ def test_evaluation_counts_by_hand() -> None:
     expected = sum(-logits.log_softmax(0)[label].item() for label in (0, 4, 5)) / 3
     assert scores.loss == pytest.approx(expected)
     assert scores.num_images == 3
+    with pytest.raises(NoImagesError, match="no validation image could be used"):
+        evaluate(Reader(), [], ALONE, make_precision(CPU, amp=False, dtype="auto"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
