@@ -165,17 +165,10 @@ def open_split(config: CfgNode, split: str) -> ImageSource:
 def train_loader(
     config: CfgNode, source: ImageSource, rank: int, num_processes: int, device: torch.device
 ) -> DeviceLoader:
-    transform = TrainTransform(
-        config.DATA.IMG_SIZE,
-        interpolation=config.DATA.INTERPOLATION,
-        scale=tuple(config.AUG.SCALE),
-        ratio=tuple(config.AUG.RATIO),
-        hflip=config.AUG.HFLIP,
-        auto_augment=config.AUG.AUTO_AUGMENT,
-        color_jitter=config.AUG.COLOR_JITTER,
-        erase_prob=config.AUG.REPROB,
-        erase_count=config.AUG.RECOUNT,
-    )
+    on_device = config.DATA.AUGMENT_ON == "gpu"
+    if on_device and device.type != "cuda":
+        raise DataError(f"DATA.AUGMENT_ON gpu: this process trains on {device.type}; set it to cpu")
+    transform = train_transform(config, on_device=on_device)
     sampler = TrainSampler(
         len(source),
         rank=rank,
@@ -185,6 +178,21 @@ def train_loader(
     )
     dataset = ImageDataset(source, transform, config.SEED, replacements=sampler.order, max_failures=config.DATA.MAX_BAD)
     return make_loader(config, dataset, sampler, device, drop_last=True)
+
+
+def train_transform(config: CfgNode, *, on_device: bool) -> TrainTransform:
+    return TrainTransform(
+        config.DATA.IMG_SIZE,
+        interpolation=config.DATA.INTERPOLATION,
+        scale=tuple(config.AUG.SCALE),
+        ratio=tuple(config.AUG.RATIO),
+        hflip=config.AUG.HFLIP,
+        auto_augment=config.AUG.AUTO_AUGMENT,
+        color_jitter=config.AUG.COLOR_JITTER,
+        erase_prob=config.AUG.REPROB,
+        erase_count=config.AUG.RECOUNT,
+        on_device=on_device,
+    )
 
 
 def eval_loader(

@@ -50,6 +50,7 @@ class Batch(NamedTuple):
 
     images: Tensor  # (B, H, W, 3) uint8
     labels: Tensor  # (B,) int64
+    operations: Tensor  # (O, 10) float64: image, place in its order, and fields of each operation to apply
     erasures: Tensor  # (E, 6) int64: image, top, left, height, width and seed of each box to erase
     failures: list[Failure]
 
@@ -59,7 +60,7 @@ class ImageDataset(Dataset[Batch]):
 
     Args:
         source: images and labels.
-        transform: makes pixels (H, W, 3) and boxes to erase from a decoded image.
+        transform: makes a sample from a decoded image.
         seed: seed of all random draws.
         is_exact: decode with Pillow and give the transform an image; else decode faster and give it a tensor.
         replacements: function that returns the order of an epoch, in which the next good image replaces a broken one;
@@ -90,6 +91,7 @@ class ImageDataset(Dataset[Batch]):
     def __getitems__(self, keys: Sequence[SampleKey]) -> Batch:
         pixels: list[Tensor] = []
         labels: list[int] = []
+        operations: list[tuple[float, ...]] = []
         erasures: list[tuple[int, ...]] = []
         failures: list[Failure] = []
         for key in keys:
@@ -100,15 +102,17 @@ class ImageDataset(Dataset[Batch]):
                     failures.append(Failure(self.source.name(index), str(error)))
                     continue
                 with seeded(self.seed, key.epoch, key.position):
-                    transformed, boxes = self.transform(image)
-                erasures += [(len(pixels), *box) for box in boxes]
-                pixels.append(transformed)
+                    sample = self.transform(image)
+                operations += [(len(pixels), place, *op) for place, op in enumerate(sample.operations)]
+                erasures += [(len(pixels), *box) for box in sample.erasures]
+                pixels.append(sample.pixels)
                 labels.append(int(self.source.labels[index]))
                 break
         images = default_collate(pixels) if pixels else torch.empty(0, 1, 1, 3, dtype=torch.uint8)  # (B, H, W, 3)
         return Batch(
             images,
             torch.tensor(labels, dtype=torch.int64),
+            torch.tensor(operations, dtype=torch.float64).reshape(-1, 10),
             torch.tensor(erasures, dtype=torch.int64).reshape(-1, 6),
             failures,
         )

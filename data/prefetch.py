@@ -1,4 +1,4 @@
-"""Prefetching of batches to the device, with normalization and random erasing there."""
+"""Prefetching of batches to the device, with augmentation, normalization and random erasing there."""
 
 import logging
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from data.batch_augmentation import augment
 from data.dataset import Batch, ImageDataset
 from data.errors import BrokenImageError
 from data.samplers import TrainSampler
@@ -106,8 +107,8 @@ class DeviceLoader:
                 raise BrokenImageError(f"{batch.failures[0].name}: no image can replace it, all are broken")
 
     def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Copy a batch to the device, normalize and erase it, on the current stream and without waiting for it."""
-        images = batch.images.to(self.device, non_blocking=True)
+        """Copy a batch to the device and finish it there, on the current stream and without waiting for it."""
+        images = augment(batch.images.to(self.device, non_blocking=True), batch.operations)
         normalized = self.normalizer(images.permute(0, 3, 1, 2))  # (B, 3, H, W)
         for index, top, left, height, width, seed in batch.erasures.tolist():
             self.erase(normalized[index, :, top : top + height, left : left + width], seed)

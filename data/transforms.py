@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from data.augmentation import fast_policy
+from data.batch_augmentation import Operation, RecordedPolicy, unsupported_reason
 from data.errors import DataError
 
 ERASED_AREA = (0.02, 1 / 3)  # fraction of the image; both ranges as in timm's RandomErasing
@@ -33,7 +34,15 @@ class Erasure(NamedTuple):
     seed: int
 
 
-Transform = Callable[[Any], tuple[Tensor, list[Erasure]]]
+class Sample(NamedTuple):
+    """A transformed image, and what remains to be done on the device, in this order."""
+
+    pixels: Tensor  # (size, size, 3) uint8
+    operations: Sequence[Operation] = ()
+    erasures: Sequence[Erasure] = ()
+
+
+Transform = Callable[[Any], Sample]
 
 
 class TrainTransform:
@@ -42,8 +51,20 @@ class TrainTransform:
     Random draws are timm's, in the same order. The crop is cut first and then resized by torch, whose uint8 kernels
     differ from Pillow's by rounding.
 
+    Args:
+        size: height and width of the result in pixels.
+        interpolation: "bicubic", "bilinear" or "random".
+        scale: range of the crop's share of the image.
+        ratio: range of the crop's width over its height.
+        hflip: probability of a flip.
+        auto_augment: timm's name of the augmentation policy, or "none".
+        color_jitter: strength of the color jitter, which takes the place of a policy that is "none".
+        erase_prob: probability of random erasing.
+        erase_count: boxes to erase at most.
+        on_device: leave the operations of the policy to the device.
+
     Raises:
-        DataError: timm does not understand the augmentation policy.
+        DataError: timm does not understand the augmentation policy, or the device does not support it.
     """
 
     def __init__(
@@ -58,6 +79,7 @@ class TrainTransform:
         color_jitter: float,
         erase_prob: float,
         erase_count: int,
+        on_device: bool = False,
     ) -> None:
         try:
             geometry, colors, _ = create_transform(
@@ -76,13 +98,20 @@ class TrainTransform:
         self.size = size
         self.crop: RandomResizedCropAndInterpolation = geometry.transforms[0]
         self.hflip = hflip
-        self.policy = fast_policy(colors.transforms)
+        self.recorded_policy = None
+        if on_device:
+            if reason := unsupported_reason(colors.transforms):
+                raise DataError(f"DATA.AUGMENT_ON gpu: {reason} there; set it to cpu, or change AUG.AUTO_AUGMENT")
+            self.recorded_policy = RecordedPolicy(colors.transforms)
+        self.policy = fast_policy([] if on_device else colors.transforms)
         self.erase_prob = erase_prob
         self.erase_count = erase_count
 
-    def __call__(self, pixels: Tensor) -> tuple[Tensor, list[Erasure]]:
-        """Transform pixels (H, W, 3), uint8, to (size, size, 3), and draw boxes to erase."""
-        return self.policy(self.flip(self.resized_crop(pixels))), self.draw_erasures()
+    def __call__(self, pixels: Tensor) -> Sample:
+        """Transform pixels (H, W, 3), uint8, to (size, size, 3), and draw what the device is to do."""
+        pixels = self.policy(self.flip(self.resized_crop(pixels)))
+        operations = [] if self.recorded_policy is None else self.recorded_policy(self.size, self.size)
+        return Sample(pixels, operations, self.draw_erasures())
 
     def resized_crop(self, pixels: Tensor) -> Tensor:
         """Cut a random crop of the pixels (H, W, 3) and resize it to (size, size, 3)."""
@@ -128,14 +157,10 @@ class EvalTransform:
             else transforms.Resize((size, size), self.mode)
         )
 
-    def __call__(self, image: Image.Image | Tensor) -> tuple[Tensor, list[Erasure]]:
-        """Transform a Pillow image exactly, or pixels (H, W, 3), uint8, faster.
-
-        Returns:
-            Pixels (size, size, 3), uint8, and no boxes to erase.
-        """
+    def __call__(self, image: Image.Image | Tensor) -> Sample:
+        """Transform a Pillow image exactly, or pixels (H, W, 3), uint8, faster."""
         if isinstance(image, Image.Image):
-            return torch.from_numpy(np.array(self.reference(image))), []  # (size, size, 3)
+            return Sample(torch.from_numpy(np.array(self.reference(image))))
         height, width = image.shape[:2]
         if self.crop:
             # As torchvision's Resize and CenterCrop: the long side rounded down, offsets rounded half to even.
@@ -145,7 +170,7 @@ class EvalTransform:
             height = width = self.size
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
         resized = resize(image, height, width, self.mode)
-        return resized[top : top + self.size, left : left + self.size], []  # (size, size, 3)
+        return Sample(resized[top : top + self.size, left : left + self.size])
 
 
 def short_side(size: int) -> int:

@@ -67,8 +67,7 @@ class ImageFiles(Dataset):
     def __getitem__(self, index: int) -> tuple[Path, Tensor | None, str]:
         path = self.paths[index]
         try:
-            pixels, _ = self.transform(decode_pillow(path.read_bytes()))
-            return path, pixels, ""
+            return path, self.transform(decode_pillow(path.read_bytes())).pixels, ""
         except OSError as error:
             return path, None, " ".join(str(error).split())
 

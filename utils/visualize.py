@@ -132,7 +132,7 @@ def read_image(path: Path) -> Image.Image:
 
 def to_tensor(config: CfgNode, image: Image.Image, size: int) -> Tensor:
     transform = EvalTransform(size, crop=config.TEST.CROP, interpolation=config.DATA.INTERPOLATION)
-    pixels, _ = transform(image)  # (size, size, 3)
+    pixels = transform(image).pixels  # (size, size, 3)
     return Normalizer()(pixels.permute(2, 0, 1)[None])[0]  # (3, size, size)
 
 

@@ -274,6 +274,11 @@ def test_every_policy_runs_at_its_highest_magnitude(image_folder: Path, policy: 
             assert torch.isfinite(images).all()
 
 
+def test_augmentation_on_a_gpu_needs_one(image_folder: Path) -> None:
+    with pytest.raises(DataError, match=r"^DATA\.AUGMENT_ON gpu: this process trains on cpu; set it to cpu"):
+        build_data(folder_config(image_folder, "DATA.AUGMENT_ON", "gpu"))
+
+
 def test_an_unknown_augmentation_policy(image_folder: Path) -> None:
     with pytest.raises(DataError, match="timm cannot read this policy"):
         build_data(folder_config(image_folder, "AUG.AUTO_AUGMENT", "rand-x9"))

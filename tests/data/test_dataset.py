@@ -9,10 +9,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from data.batch_augmentation import IDENTITY, Kind, Operation
 from data.dataset import Batch, ImageDataset, keep_batch, seeded
 from data.errors import BrokenImageError
 from data.samplers import EvalSampler, SampleKey, TrainSampler
-from data.transforms import Erasure, EvalTransform
+from data.transforms import Erasure, EvalTransform, Sample
 from tests.helpers import encoded, photo
 
 
@@ -38,11 +39,12 @@ class NumberedImages:
         return data[:40] if index in self.broken else data
 
 
-def first_value(image: Tensor) -> tuple[Tensor, list[Erasure]]:
-    """The image's index, a draw from each generator, and an erasure with such a draw as its seed."""
+def first_value(image: Tensor) -> Sample:
+    """The image's index, a draw from each generator, an operation and an erasure with such draws."""
     draws = [random.random(), float(np.random.rand()), torch.rand(1).item()]
     erased = [Erasure(0, 0, 1, 1, random.getrandbits(62))] if draws[0] < 0.5 else []
-    return torch.tensor([[[float(image[0, 0, 0]), *draws]]]), erased
+    operations = [Operation(Kind.BRIGHTNESS, random.random(), *IDENTITY)] if draws[1] < 0.5 else []
+    return Sample(torch.tensor([[[float(image[0, 0, 0]), *draws]]]), operations, erased)
 
 
 def dataset(count: int = 40, broken: tuple[int, ...] = (), **settings: object) -> ImageDataset:
@@ -54,7 +56,7 @@ def batches(data: ImageDataset, sampler: TrainSampler | EvalSampler, workers: in
 
 
 def same(one: Batch, other: Batch) -> bool:
-    return all(a.equal(b) for a, b in zip(one[:3], other[:3], strict=True)) and one.failures == other.failures
+    return all(a.equal(b) for a, b in zip(one[:4], other[:4], strict=True)) and one.failures == other.failures
 
 
 def images_of(batch: Batch) -> list[int]:
@@ -87,9 +89,10 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
     together = data.__getitems__(keys)
     reverse = data.__getitems__(keys[::-1])
     assert together.images.equal(reverse.images.flip(0))
-    seeds = {int(row[0]): row[1:].tolist() for row in together.erasures}
-    assert seeds == {11 - int(row[0]): row[1:].tolist() for row in reverse.erasures}
-    assert 0 < len(seeds) < 12
+    for name in ("operations", "erasures"):
+        draws = {int(row[0]): row[1:].tolist() for row in getattr(together, name)}
+        assert draws == {11 - int(row[0]): row[1:].tolist() for row in getattr(reverse, name)}
+        assert 0 < len(draws) < 12
     other_epoch = data.__getitems__([SampleKey(4, slot, slot) for slot in range(12)])
     assert (together.images[..., 1:] != other_epoch.images[..., 1:]).all()
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torchvision import transforms
 
+from data.batch_augmentation import IDENTITY, Kind
 from data.dataset import Batch, Failure
 from data.decoding import image_to_tensor
 from data.errors import BrokenImageError
@@ -43,7 +44,8 @@ def batch(*erasures: tuple[int, ...], count: int = 3, failures: tuple[str, ...] 
         else (torch.empty(0, 1, 1, 3, dtype=torch.uint8))
     )
     parts = torch.tensor(erasures, dtype=torch.int64).reshape(-1, 6)
-    return Batch(images, torch.arange(count), parts, [Failure(name, "is broken") for name in failures])
+    operations = torch.empty(0, 10, dtype=torch.float64)
+    return Batch(images, torch.arange(count), operations, parts, [Failure(name, "is broken") for name in failures])
 
 
 def loader(*batches: Batch, device: torch.device = CPU, **settings: object) -> DeviceLoader:
@@ -63,6 +65,15 @@ def test_images_are_normalized_as_torchvision_does(device: torch.device) -> None
     assert labels.tolist() == [0, 1, 2]
     assert host.images.dtype == torch.uint8
     torch.testing.assert_close(denormalize(images.cpu()), host.images.permute(0, 3, 1, 2) / 255)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_operations_are_applied_before_normalization(device: torch.device) -> None:
+    host = batch()
+    ((expected, _),) = loader(host._replace(images=255 - host.images), device=device)
+    rows = torch.tensor([(index, 0, Kind.INVERT, 0.0, *IDENTITY) for index in range(3)], dtype=torch.float64)
+    ((images, _),) = loader(host._replace(operations=rows), device=device)
+    assert images.equal(expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)

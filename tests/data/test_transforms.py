@@ -11,7 +11,9 @@ from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 
 from data.augmentation import posterize
+from data.batch_augmentation import augment
 from data.decoding import image_to_tensor
+from data.errors import DataError
 from data.prefetch import Normalizer
 from data.transforms import EvalTransform, TrainTransform, denormalize
 from tests.helpers import photo
@@ -42,11 +44,11 @@ def test_crop_resize_and_flip_match_timm(size: int, interpolation: str) -> None:
         seed_all(seed)
         expected = np.asarray(theirs(image)).astype(int)
         seed_all(seed)
-        pixels, erasures = ours(image_to_tensor(image))
+        pixels, _, erasures = ours(image_to_tensor(image))
         difference = np.abs(pixels.numpy().astype(int) - expected)
         assert difference.max() <= 2  # rounding of two passes
         assert (difference > 1).mean() < 0.001
-        assert erasures == []
+        assert not erasures
 
 
 def test_the_whole_pipeline_matches_timm_at_the_same_draws() -> None:
@@ -63,11 +65,37 @@ def test_the_whole_pipeline_matches_timm_at_the_same_draws() -> None:
         expected = np.asarray(theirs[1](theirs[0](image))).astype(int)
         following = random.random()
         seed_all(seed)
-        pixels, erasures = ours(image_to_tensor(image))
+        pixels, _, erasures = ours(image_to_tensor(image))
         assert pixels.shape == (96, 96, 3)
         assert pixels.is_contiguous()
         assert np.abs(pixels.numpy().astype(int) - expected).mean() < 1.0
         assert bool(erasures) == (following <= 0.25)
+
+
+def test_operations_left_to_the_device_are_the_same_draws() -> None:
+    settings = {"auto_augment": "rand-m9-mstd0.5-inc1", "erase_prob": 0.5}
+    host, device = make_transform(64, **settings), make_transform(64, **settings, on_device=True)
+    pixels = image_to_tensor(photo(90, 70))
+    num_operations = 0
+    for seed in range(60):
+        seed_all(seed)
+        expected = host(pixels)
+        seed_all(seed)
+        sample = device(pixels)
+        assert [erasure[:4] for erasure in sample.erasures] == [erasure[:4] for erasure in expected.erasures]
+        rows = torch.tensor([(0, place, *op) for place, op in enumerate(sample.operations)], dtype=torch.float64)
+        result = augment(sample.pixels[None].clone(), rows.reshape(-1, 10))[0]
+        assert ((result.int() - expected.pixels.int()).abs() > 1).float().mean() < 0.01
+        num_operations += len(sample.operations)
+    assert 30 < num_operations < 90  # two per image with probability 0.5
+
+
+def test_a_policy_that_the_device_does_not_support_is_named() -> None:
+    cases = [("augmix-m3-w3", 0.0, "AugMixAugment"), ("none", 0.4, "ColorJitter"), ("rand-m9-t3a", 0.0, "GaussianBlur")]
+    for policy, jitter, name in cases:
+        with pytest.raises(DataError, match=f"^DATA.AUGMENT_ON gpu: {name} is not supported there; set it to cpu"):
+            make_transform(32, auto_augment=policy, color_jitter=jitter, on_device=True)
+    assert make_transform(32, on_device=True)
 
 
 class Recorder(torch.Tensor):

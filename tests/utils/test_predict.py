@@ -13,6 +13,7 @@ from torch import nn
 
 from config import load_config
 from data import build_data
+from data.transforms import Sample
 from models import build_model
 from tests.helpers import ROOT, deep_gray, exit_code, fill_weights, run_python
 from utils import predict
@@ -118,7 +119,7 @@ def test_sixteen_bit_images_keep_their_upper_eight_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, name: str
 ) -> None:
     deep_gray().save(tmp_path / name)
-    _, image, _ = predict.ImageFiles([tmp_path / name], lambda image: (torch.tensor(np.asarray(image)), []))[0]
+    _, image, _ = predict.ImageFiles([tmp_path / name], lambda image: Sample(torch.tensor(np.asarray(image))))[0]
     assert image is not None
     assert image.float().mean().item() == pytest.approx(127.5, abs=1)
     drawn: list[np.ndarray] = []
