@@ -21,7 +21,8 @@ from downstream.detection.pictures import LabeledObjects, objects_of_results, sa
 from downstream.detection.synthetic import NUM_CLASSES, sharpen_until_busy, synthetic_inputs
 from downstream.task import DenseTask
 from utils.distributed.process import Process, gather_objects
-from utils.logs.logger import logger
+from utils.logs.logger import errors_logged, logger
+from utils.logs.output_dir import output_errors
 from utils.logs.plots import STEP_PANELS, Panel
 from utils.speed.flops import profile_table
 from utils.training.build import build_precision
@@ -86,7 +87,10 @@ class Detection(DenseTask):
         if run.process.is_main:
             if self.evaluator is None:
                 self.evaluator = CocoEvaluator(run.data.val_images.annotations)
-            write_results(results, run.folder / f"results_{name.lower()}.json")
+            path = run.folder / f"results_{name.lower()}.json"
+            is_result = run.config.EVAL_MODE  # which must be written; in training it is a record beside the metrics
+            with output_errors(run.folder) if is_result else errors_logged(f"{path}: could not be written"):
+                write_results(results, path)
             metrics = self.evaluator.compute(results, per_class=run.config.TEST.PER_CLASS)
             logger.info("%s on %d images, %d detections:", name, run.data.num_val_images, len(results))
             for line in metrics_table(metrics):

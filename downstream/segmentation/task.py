@@ -27,7 +27,7 @@ from utils.benchmark.measure import synthetic_images
 from utils.config.errors import ConfigError
 from utils.distributed.process import Process, gather_objects
 from utils.logs.logger import logger
-from utils.logs.output_dir import unused_name
+from utils.logs.output_dir import output_errors, unused_name
 from utils.logs.plots import STEP_PANELS, Panel
 from utils.logs.recorder import append_records
 from utils.speed.flops import profile, profile_table
@@ -96,7 +96,8 @@ class Segmentation(DenseTask):
         scores = evaluate(run, model, folder)
         log_scores(scores, run, name)
         if run.config.EVAL_MODE and run.process.is_main:
-            append_records(run.folder / "evaluations.jsonl", [evaluation_record(scores, run, name)])
+            with output_errors(run.folder):
+                append_records(run.folder / "evaluations.jsonl", [evaluation_record(scores, run, name)])
         return {
             "miou": scores.mean_iou,
             "mean_accuracy": scores.mean_accuracy,

@@ -5,7 +5,6 @@ Light, for commands of every kind: imports neither torch nor anything else that 
 
 import argparse
 import difflib
-import io
 import os
 import sys
 import time
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from utils.config.errors import UserError
+from utils.config.standard_streams import flush_standard_streams, prepare_standard_streams, print_error
 
 if TYPE_CHECKING:
     from utils.config.schema import Schema
@@ -69,7 +69,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         self.argv = list(sys.argv[1:] if args is None else args)
-        escape_what_cannot_be_printed()
+        prepare_standard_streams()
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -80,25 +80,14 @@ class Parser(argparse.ArgumentParser):
         first = message.removeprefix("unrecognized arguments: ").split()[0]
         near = difflib.get_close_matches(first.split("=")[0], flags, n=1) if first.startswith("-") else []
         hint = f"; did you mean {near[0]}?" if near else "; see --help"
-        print(f"error: {message}{hint}", file=sys.stderr)
-        sys.exit(2)
+        end_with_error(f"{message}{hint}")
 
 
 class Refuse(argparse.Action):
     """Ends the command at a flag of another program, and says what to use instead."""
 
-    def __call__(self, parser: argparse.ArgumentParser, _: object, __: object, name: str | None = None) -> NoReturn:
-        print(f"error: {name}: {self.const}", file=sys.stderr)
-        parser.exit(2)
-
-
-def escape_what_cannot_be_printed() -> None:
-    """Let standard output print every name: characters that its encoding lacks become escapes, not errors.
-
-    Names of files that are not UTF-8 hold such characters. Standard error escapes them already.
-    """
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")
+    def __call__(self, parser: argparse.ArgumentParser, _: object, __: object, name: str | None = None) -> NoReturn:  # noqa: ARG002
+        end_with_error(f"{name}: {self.const}")
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -134,8 +123,14 @@ def report_user_errors(kinds: tuple[type[Exception], ...] = (UserError,)) -> Ite
     except kinds as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(SECONDARY_RANK_DELAY_SECONDS)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        end_with_error(" ".join(str(error).split()))
+
+
+def end_with_error(line: str) -> NoReturn:
+    """Print a user's mistake and exit with code 2."""
+    print_error(f"error: {line}")
+    flush_standard_streams()
+    sys.exit(2)
 
 
 def parse_command_line(

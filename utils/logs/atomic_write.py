@@ -1,5 +1,6 @@
-"""Files that are either complete or absent."""
+"""Files that are either complete or absent, and additions to files likewise."""
 
+import contextlib
 import os
 import re
 from collections.abc import Callable
@@ -31,3 +32,19 @@ def write_atomic(target: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def append_atomic(path: Path, content: bytes) -> None:
+    """Append to a file, which is made if it is missing, either the whole content or, on a full disk, nothing.
+
+    Raises:
+        OSError: the file cannot be written; it is as it was.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("ab") as file:
+            file.write(content)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        raise

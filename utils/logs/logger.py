@@ -1,17 +1,21 @@
 """The log and the progress bar."""
 
+import contextlib
 import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
 from types import TracebackType
+from typing import Any
 
 from termcolor import colored
 from tqdm import tqdm
+
+from utils.config.standard_streams import print_error
 
 COLORS = {logging.WARNING: "yellow", logging.ERROR: "red"}
 
@@ -19,14 +23,24 @@ logger = logging.getLogger("mlla")
 
 
 class TerminalHandler(logging.Handler):
-    """Writes to standard output, above a progress bar; where there is a bar, lines about steps are skipped."""
+    """Writes to standard output, above a progress bar; where there is a bar, lines about steps are skipped.
+
+    Write errors, such as a full disk or a pipe without a reader, do not end the run; the log file has the first.
+    """
+
+    has_failed = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        if getattr(record, "is_step", False) and sys.stdout.isatty():
-            return
-        clock, _, message = self.format(record).partition(" | ")
-        tqdm.write(f"{colored(clock, 'green')} {colored(message, COLORS.get(record.levelno))}", file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            if getattr(record, "is_step", False) and sys.stdout.isatty():
+                return
+            clock, _, message = self.format(record).partition(" | ")
+            tqdm.write(f"{colored(clock, 'green')} {colored(message, COLORS.get(record.levelno))}", file=sys.stdout)
+            sys.stdout.flush()
+        except (AttributeError, OSError, ValueError) as error:  # AttributeError: None, for a closed stream
+            if not self.has_failed:
+                self.has_failed = True
+                logger.error("standard output cannot be written (%s); this file has the whole log", error)
 
 
 class LogFile(logging.FileHandler):
@@ -37,7 +51,7 @@ class LogFile(logging.FileHandler):
     def handleError(self, _: logging.LogRecord) -> None:  # noqa: N802, logging's name
         if not self.has_failed:
             self.has_failed = True
-            print(f"{self.baseFilename}: the log cannot be written ({sys.exc_info()[1]})", file=sys.stderr)
+            print_error(f"{self.baseFilename}: the log cannot be written ({sys.exc_info()[1]})")
 
 
 def start_logging(folder: Path, rank: int) -> None:
@@ -51,6 +65,19 @@ def start_logging(folder: Path, rank: int) -> None:
     file = LogFile(folder / f"log_rank{rank}.txt", delay=rank > 0, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(file)
+
+
+@contextlib.contextmanager
+def errors_logged(failure: str) -> Iterator[None]:
+    """Log an exception of any kind as an error, "<failure> (<reason>)", and go on.
+
+    For records and plots of a run, which it does not depend on: they must not end it.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())
+        logger.error("%s (%s)", failure, reason)
 
 
 class StepTimer:
@@ -92,6 +119,32 @@ class StepTimer:
         return median(self.last_windows) if self.last_windows else None
 
 
+class ErrorsIgnored:
+    """Stream for progress bars whose write errors are ignored: a terminal may be gone, or busy.
+
+    tqdm would keep its lock after an error, and the next log line would wait for that forever.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def __eq__(self, other: object) -> bool:  # by which tqdm knows the bars that a log line must not cut through
+        return other is self or other is self.stream
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+
 class ProgressBar:
     """Progress of an epoch: a bar on a terminal, and a line in the log per report."""
 
@@ -101,6 +154,7 @@ class ProgressBar:
         self.remaining_epochs = total_epochs - epoch - 1
         self.steps = steps
         self.bar = tqdm(
+            file=ErrorsIgnored(sys.stderr),
             total=steps,
             initial=done,
             desc=self.title,

@@ -4,7 +4,8 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from utils.logs.atomic_write import write_atomic
-from utils.logs.logger import logger
+from utils.logs.atomic_write import append_atomic, write_atomic
+from utils.logs.logger import errors_logged
 from utils.logs.output_dir import output_errors
 from utils.logs.plots import Panel, plot_curves
+from utils.logs.tensorboard import EventFile
 from utils.logs.wandb_logger import WandbLogger
 
 CURVES_SECONDS = 60.0
 IMAGE_SIDE = 1024  # pixels
-HISTOGRAM_BINS = 64
 MAX_PARTS = 12  # of a model, that have a histogram
 MAX_VALUES = 10_000  # per part
 
@@ -30,8 +31,8 @@ class RunRecorder:
     """Records a run's metrics by epoch.
 
     metrics.jsonl holds what the configuration determines, to the last bit, however often the run was interrupted;
-    speed.jsonl what depends on the machine; TensorBoard both. A file that cannot be written is an error in the log,
-    and training continues.
+    speed.jsonl what depends on the machine; TensorBoard both. Whatever fails is an error in the log, and training
+    continues.
 
     Args:
         folder: the run's output folder.
@@ -46,14 +47,12 @@ class RunRecorder:
     def __init__(
         self, folder: Path, start_epoch: int, panels: Sequence[Panel], wandb: WandbLogger | None = None
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes a second, and only the first process writes
-
         self.path = folder / "metrics.jsonl"
         self.panels = panels
         self.wandb = wandb
         with output_errors(folder):
             self.drop_from(start_epoch)
-            self.tensorboard = SummaryWriter(str(folder), purge_step=start_epoch)
+            self.tensorboard = EventFile(folder, purge_step=start_epoch)
         self.last_drawn = 0.0
 
     def drop_from(self, start_epoch: int) -> None:
@@ -68,11 +67,11 @@ class RunRecorder:
         """Record an epoch's metrics; both dictionaries have its number as "epoch"."""
         with self.errors_logged():
             append_records(self.path, [metrics])
+        with self.errors_logged():
             append_records(self.path.with_name("speed.jsonl"), [speed])
             for name, value in {**metrics, **speed}.items():
                 if name != "epoch" and value is not None:
                     self.tensorboard.add_scalar(name, value, metrics["epoch"])
-            self.tensorboard.flush()
         if self.wandb is not None:
             self.wandb.add({**metrics, **speed})
 
@@ -80,13 +79,12 @@ class RunRecorder:
         """Record histograms of weights by part, and the image file of predictions, at most IMAGE_SIDE pixels wide."""
         with self.errors_logged():
             for name, values in weights.items():
-                self.tensorboard.add_histogram(f"weights/{name}", values, epoch, bins=HISTOGRAM_BINS)
+                self.tensorboard.add_histogram(f"weights/{name}", values, epoch)
             if predictions is not None:
                 with Image.open(predictions) as image:
                     small = image.convert("RGB")
                 small.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
-                self.tensorboard.add_image("predictions", np.asarray(small), epoch, dataformats="HWC")
-            self.tensorboard.flush()
+                self.tensorboard.add_image("predictions", np.asarray(small), epoch)
         if self.wandb is not None and predictions is not None:
             self.wandb.add_image("predictions", predictions, epoch)
 
@@ -97,16 +95,10 @@ class RunRecorder:
             with self.errors_logged():
                 plot_curves(read_records(self.path), self.panels, self.path.with_name("curves.png"))
 
-    @contextlib.contextmanager
-    def errors_logged(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            logger.error("%s: metrics could not be written (%s)", self.path.parent, error.strerror or error)
+    def errors_logged(self) -> AbstractContextManager[None]:
+        return errors_logged(f"{self.path.parent}: metrics could not be written")
 
     def close(self) -> None:
-        with self.errors_logged():
-            self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.close()
 
@@ -123,8 +115,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def append_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Append a line of JSON per record; without records no file is made."""
     if records:
-        with path.open("a") as file:
-            file.writelines(map(json_line, records))
+        append_atomic(path, "".join(map(json_line, records)).encode())
 
 
 def json_line(record: Mapping[str, Any]) -> str:

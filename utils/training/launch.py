@@ -1,7 +1,6 @@
 """Start and end of a process: errors become one clear line, or a traceback, and an exit code."""
 
 import os
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ import torch
 
 from utils.config.command_line import SECONDARY_RANK_DELAY_SECONDS, report_user_errors
 from utils.config.errors import UserError
+from utils.config.standard_streams import flush_standard_streams
 from utils.distributed.process import Process, start_process, stop_process
 from utils.logs.logger import logger
 from utils.speed.compile_fallback import MISSING_C_COMPILER, MISSING_CPP_COMPILER
@@ -98,10 +98,9 @@ class LaunchedProcess:
             self.exit_code = 2 if isinstance(error, self.user_errors) else 1
         elif error is not None:  # SystemExit
             return False
+        flush_standard_streams()
         if self.exit_code and self.process.num_processes > 1:
             # Other processes may wait for this one forever, and so would an orderly exit: the launcher ends them.
-            sys.stdout.flush()
-            sys.stderr.flush()
             os._exit(self.exit_code)
         stop_process(self.process)
         return True

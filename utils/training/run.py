@@ -18,8 +18,8 @@ from utils.config.schema import with_setting
 from utils.config.yaml_file import flatten
 from utils.distributed.process import Process
 from utils.logs.environment import record_environment
-from utils.logs.logger import logger
-from utils.logs.output_dir import lock_output_dir, open_output_dir, save_config
+from utils.logs.logger import errors_logged, logger
+from utils.logs.output_dir import lock_output_dir, open_output_dir, output_errors, save_config
 from utils.logs.wandb_logger import WandbLogger
 from utils.training.build import (
     build_ema,
@@ -89,7 +89,8 @@ def run_evaluation(task: Task, config: CfgNode, process: Process) -> None:
     if process.is_main:
         best = name if len(scores) == 1 or is_ema_better(scores) else "model"
         load_weights(run.model, candidates[best], config.MODEL.RESUME)
-        draw_predictions(task, run, as_compiled(run.model), describe_choice(best, scores))
+        with output_errors(run.folder):
+            draw_predictions(task, run, as_compiled(run.model), describe_choice(best, scores))
 
 
 def run_training(task: Task, config: CfgNode, process: Process) -> None:
@@ -239,7 +240,8 @@ class Training:
         """Log the best scores, and draw predictions if they are missing."""
         run, state, task = self.run, self.state, self.task
         if not any(run.folder.glob("predictions.*")):
-            draw_predictions(task, run, *state.better_model())
+            with errors_logged("predictions could not be drawn"):
+                draw_predictions(task, run, *state.better_model())
         ema = f", EMA {state.best_ema:.3f}" if state.ema else ""
         is_ema = state.ema is not None and is_ema_better({"model": state.best, "EMA": state.best_ema})
         file = f"max_{'ema_' if is_ema else ''}{task.best_name}.pth"

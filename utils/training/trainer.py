@@ -1,7 +1,6 @@
 """The training loop that all tasks share: steps, evaluation, metrics and checkpoints."""
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ from torch import nn
 
 from utils.checkpoint.files import CheckpointWriter, Progress, checkpoints_in
 from utils.config.errors import UserError
+from utils.config.standard_streams import flush_standard_streams
 from utils.distributed.process import Process, sum_over_processes
 from utils.distributed.stop_signal import Cause, StopRequest
-from utils.logs.logger import ProgressBar, StepTimer, logger
+from utils.logs.logger import ProgressBar, StepTimer, errors_logged, logger
 from utils.logs.plots import Panel
 from utils.logs.recorder import RunRecorder, weight_samples
 from utils.logs.wandb_logger import WandbLogger
@@ -224,7 +224,7 @@ class Trainer:
             "%s: stopped while compiling or evaluating; %s; run the same command to resume",
             *(self.stop.asked.text, f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"),
         )
-        sys.stdout.flush()
+        flush_standard_streams()
         os._exit(0)
 
     def next_batches(self, batches: Iterator[Any], count: int) -> list[Any]:
@@ -313,12 +313,11 @@ class Trainer:
             return
         self.last_image_time = time.monotonic()
         image = None
-        try:
-            if self.draw_predictions is not None:
+        if self.draw_predictions is not None:
+            with errors_logged("predictions could not be drawn"):
                 image = self.draw_predictions(*state.better_model(score))
-        except (OSError, RuntimeError, ValueError) as error:  # such as out of memory: an image must not end a run
-            logger.error("predictions could not be drawn (%s)", " ".join(str(error).split()))
-        self.recorder.add_details(epoch, weight_samples(state.model), image)
+        with errors_logged("weights could not be sampled"):
+            self.recorder.add_details(epoch, weight_samples(state.model), image)
 
     def checkpoint_names(self, scores: Mapping[str, float], ema_scores: Mapping[str, float]) -> list[str]:
         """Return the names under which an epoch's checkpoint is saved, none for not at all; updates the best scores."""

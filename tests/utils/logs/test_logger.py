@@ -1,8 +1,95 @@
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tqdm import tqdm
 
-from utils.logs.logger import LogFile, ProgressBar, StepTimer, logger
+from utils.logs.logger import LogFile, ProgressBar, StepTimer, errors_logged, logger, start_logging
+
+
+def closed_stream() -> io.TextIOWrapper:
+    with Path(os.devnull).open("w") as stream:
+        return stream
+
+
+def pipe_without_reader() -> io.TextIOWrapper:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+UNWRITABLE = {
+    "none": lambda: None,
+    "closed": closed_stream,
+    "pipe without reader": pipe_without_reader,
+    "ASCII": lambda: io.TextIOWrapper(io.BytesIO(), "ascii"),
+    **({"full": lambda: os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")} if Path("/dev/full").exists() else {}),
+}
+
+
+@pytest.fixture(params=UNWRITABLE)
+def unwritable(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Give a stream that cannot be written, or not with every character; None as where it was closed."""
+    stream = UNWRITABLE[request.param]()
+    yield stream
+    if stream is not None:
+        with contextlib.suppress(OSError, ValueError):  # it writes what is left, and closes the stream all the same
+            stream.close()
+
+
+def test_standard_output_that_cannot_be_written_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unwritable: Any
+) -> None:
+    monkeypatch.setattr(sys, "stdout", unwritable)
+    start_logging(tmp_path, rank=0)
+    for _ in range(3):
+        logger.info("a line with é", extra={"is_step": True})
+    log = (tmp_path / "log_rank0.txt").read_text(encoding="utf-8")
+    assert log.count("ERROR standard output cannot be written (") == 1
+    assert log.count("INFO a line with é") == 3
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, _: str) -> int:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with ProgressBar(0, 1, 3, done=0, is_main=True) as bar:
+        for step in range(3):
+            bar.bar.last_print_t = 0  # as if a second had passed
+            bar.advance()
+            bar.report(step + 1, terms={"loss": 1.0}, grad_norm=1.0, lr=1.0, rate=None, step_seconds=None)
+    assert bar.bar.fp in (sys.stdout, sys.stderr)  # so tqdm.write clears the bar
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(tqdm_lock_is_free).result()  # else the next line of another thread waits forever
+
+
+def tqdm_lock_is_free() -> bool:
+    for lock in tqdm.get_lock().locks:
+        if not lock.acquire(False):
+            return False
+        lock.release()
+    return True
+
+
+def test_errors_of_observers_are_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start_logging(tmp_path, rank=0)
+    for error in (OSError(28, "No space left on device"), TypeError("a defect")):
+        with errors_logged("no picture"):
+            raise error
+    said = capsys.readouterr().out
+    assert "no picture (No space left on device)" in said
+    assert "no picture (TypeError: a defect)" in said
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")

@@ -14,7 +14,7 @@ from models import MLLA
 from tests.helpers import MICRO
 from utils.logs.logger import start_logging
 from utils.logs.plots import CLASSIFIER_PANELS
-from utils.logs.recorder import IMAGE_SIDE, MAX_PARTS, MAX_VALUES, RunRecorder, weight_samples
+from utils.logs.recorder import IMAGE_SIDE, MAX_PARTS, MAX_VALUES, RunRecorder, read_records, weight_samples
 
 
 def test_weight_samples_by_part() -> None:
@@ -82,6 +82,23 @@ def test_metrics_that_cannot_be_written_do_not_end_the_run(tmp_path: Path, capsy
     recorder.draw_curves(is_last=True)
     recorder.close()
     assert "gone: metrics could not be written (No such file or directory)" in capsys.readouterr().out
+
+
+def test_whatever_fails_in_a_record_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a defect of matplotlib")
+
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": "first"}\n{"epoch": 0}\n[]\n')
+    start_logging(tmp_path, rank=0)
+    monkeypatch.setattr("utils.logs.recorder.plot_curves", fail)
+    recorder = RunRecorder(tmp_path, 1, CLASSIFIER_PANELS)
+    recorder.draw_curves(is_last=True)
+    recorder.add({"epoch": 1, "loss": "text"}, {"epoch": 1})
+    said = capsys.readouterr().out
+    assert "metrics could not be written (RuntimeError: a defect of matplotlib)" in said
+    assert read_records(recorder.path) == [{"epoch": 0}, {"epoch": 1, "loss": "text"}]
 
 
 def test_large_images_are_resized(tmp_path: Path) -> None:
