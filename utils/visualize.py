@@ -196,7 +196,6 @@ def draw_attention(
             title=f"{config.MODEL.NAME}: attention weights of the marked token, x N{without}",
             picture=written[-1],
             mark=query,
-            is_signed=True,
         )
     return written
 

@@ -238,19 +238,20 @@ def pixels(row: Throughput) -> str:
 def draw_bars(rows: Sequence[Throughput], path: Path) -> None:
     """Draw the images per second of each row, and of the official code where it is known, as a bar chart."""
     first = rows[0]
-    bars: list[tuple[str, float, bool]] = []
+    bars: list[tuple[str, float, str]] = []
     for row in rows:
         gpus = f", {row.processes} processes" if row.processes > 1 else ""
         work = f"{row.work}, batch {row.batch}, {pixels(row)}{gpus}"
-        bars.append((f"{row.model}, {work}", row.images_per_second, row.model == first.model))
+        color = "tab:blue" if row.model == first.model else "tab:gray"
+        bars.append((f"{row.model}, {work}", row.images_per_second, color))
         speed = official(row)
         if speed is not None:
-            bars.append((f"official code, {work}", speed, False))
-    labels, values, highlighted = zip(*bars, strict=True)
+            bars.append((f"official code (float16), {work}", speed, "tab:orange"))
+    labels, values, colors = zip(*bars, strict=True)
     plot_bars(
         labels,
         values,
-        highlighted=highlighted,
+        colors=colors,
         axis_label="images per second",
         title=f"{first.chip}, torch {first.torch}, {first.precision}, {first.layout}, compile {first.compile}",
         path=path,

@@ -164,19 +164,19 @@ def plot_bars(
     labels: Sequence[str],
     values: Sequence[float],
     *,
-    highlighted: Sequence[bool],
+    colors: Sequence[str],
     axis_label: str,
     title: str,
     path: Path,
 ) -> None:
     """Plot a horizontal bar per value, from the top down, with the value at its end."""
     figure, axis = plt.subplots(figsize=(9, 1.4 + 0.36 * len(values)), layout="constrained")
-    bars = axis.barh(range(len(values)), values, color=["tab:blue" if h else "tab:gray" for h in highlighted])
+    bars = axis.barh(range(len(values)), values, color=colors)
     axis.bar_label(bars, labels=[f"{value:,.0f}" for value in values], padding=3)
     axis.set_yticks(range(len(values)), labels)
     axis.invert_yaxis()
     axis.margins(x=0.14)
     axis.set_xlabel(axis_label)
-    axis.set_title(title, fontsize=10)
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)

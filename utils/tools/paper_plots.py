@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import ScalarFormatter
 
 
 def plot_ablation(
@@ -53,16 +55,14 @@ def plot_maps(
     title: str,
     picture: Path,
     mark: tuple[float, float] | None = None,
-    is_signed: bool = False,
 ) -> None:
-    """Plot one image per row with its maps beside it, each map with its own color bar.
+    """Plot one image per row with its maps beside it, each map with a color bar of its own range.
 
     Args:
         images: (B, H, W, 3), from 0 to 1.
         columns: name and maps (B, h, w) of each column; any h and w.
         title: of the whole figure.
         mark: position to mark in every panel, (down, right) as fractions of the image.
-        is_signed: diverging colors, red above zero and blue below, instead of dark to light.
     """
     rows, count = len(images), len(columns) + 1
     figure, axes = plt.subplots(
@@ -71,21 +71,34 @@ def plot_maps(
     for i, image in enumerate(images):
         axes[i, 0].imshow(image, extent=(0, 1, 1, 0))
         for axis, (_, maps) in zip(axes[i, 1:], columns, strict=True):
-            limit = float(np.abs(maps[i]).max()) or 1.0
-            colors: dict[str, object] = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit} if is_signed else {}
-            shown = axis.imshow(maps[i], extent=(0, 1, 1, 0), interpolation="nearest", **colors)
-            figure.colorbar(shown, ax=axis, shrink=0.85)
+            draw_map(figure, axis, maps[i])
         for axis, shape in zip(axes[i], [image.shape, *(maps[i].shape for _, maps in columns)], strict=True):
             axis.set_xticks([])
             axis.set_yticks([])
             if mark is not None:  # the center of the cell that contains it
                 down, right = ((min(int(m * n), n - 1) + 0.5) / n for m, n in zip(mark, shape, strict=False))
-                axis.plot(right, down, "x", color="lime", markersize=7, markeredgewidth=2)
+                axis.plot(right, down, "x", color="black", markersize=9, markeredgewidth=4)
+                axis.plot(right, down, "x", color="white", markersize=8, markeredgewidth=2)
     for axis, name in zip(axes[0], ["image", *(name for name, _ in columns)], strict=True):
         axis.set_title(name, fontsize=9)
     figure.suptitle(title)
     figure.savefig(picture, dpi=100, bbox_inches="tight")
     plt.close(figure)
+
+
+def draw_map(figure: Any, axis: Any, values: np.ndarray) -> None:
+    """Draw values (h, w) in colors, with a bar of their range: dark to light, or if some are negative blue to red.
+
+    Blue to red has white at zero, so the scale goes as far below as above it; the bar shows the part that is in use.
+    """
+    low, high = float(values.min()), float(values.max())
+    if low == high:  # one token, or equal ones: any range around them
+        low, high = low - 0.5, high + 0.5
+    limit = max(-low, high)
+    colors = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit} if values.min() < 0 else {"vmin": low, "vmax": high}
+    shown = axis.imshow(values, extent=(0, 1, 1, 0), interpolation="nearest", **colors)
+    bar = figure.colorbar(shown, ax=axis, shrink=0.85, format=ScalarFormatter(useOffset=False))
+    bar.ax.set_ylim(low, high)
 
 
 def plot_by_depth(

@@ -3,12 +3,13 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.helpers import run_python
 from utils.benchmark.measure import Throughput
-from utils.benchmark.throughput import throughput_table
+from utils.benchmark.throughput import draw_bars, throughput_table
 
 ROW = Throughput(
     *("mlla_tiny", "training", "NVIDIA H200", "2.11.0", "bfloat16", "channels_last", "reduce-overhead"),
@@ -32,6 +33,18 @@ def test_the_official_code_stands_beside_the_same_work() -> None:
     for other in (replace(ROW, chip="NVIDIA A100"), replace(ROW, size=384), replace(ROW, batch=64)):
         assert "official code" not in cells([other])[0]  # a column without values is left out
     assert "scaling" not in cells([ROW])[0]
+
+
+def test_the_chart_has_a_bar_of_the_official_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr("utils.benchmark.throughput.plot_bars", lambda *bars, **rest: drawn.update(rest, bars=bars))
+    draw_bars([ROW, replace(ROW, model="timm:resnet50"), replace(ROW, batch=64)], tmp_path / "chart.png")
+    labels, values = drawn["bars"]
+    assert [label.split(",")[0] for label in labels] == [
+        *("mlla_tiny", "official code (float16)", "timm:resnet50", "mlla_tiny"),
+    ]
+    assert list(values) == [4700, 672, 4700, 4700]
+    assert len(set(drawn["colors"][:3])) == 3
 
 
 @pytest.mark.slow
