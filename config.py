@@ -231,7 +231,9 @@ _C.TEST.COMPILE = Key("auto", COMPILE_MODE, help="as TRAIN.COMPILE, for evaluati
 # Misc
 # ---------------------------------------------------------------------------
 _C.AMP = Key(False, help="mixed precision (AMP)")
-_C.AMP_DTYPE = Key("auto", one_of("auto", "float16", "bfloat16"), help="auto: bfloat16 if the device has it")
+_C.AMP_DTYPE = Key(
+    "auto", one_of("auto", "float16", "bfloat16"), help="auto: bfloat16 if the device has it, with --eval float32"
+)
 _C.OUTPUT = Key("output", NOT_EMPTY, help="results go to OUTPUT/MODEL.NAME/TAG")
 _C.TAG = Key("default", NOT_EMPTY, help="tells runs of one model apart")
 _C.SAVE_FREQ = Key(1, at_least(1), help="epochs between checkpoints; 1 keeps the newest three, more keep all")

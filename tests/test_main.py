@@ -30,6 +30,7 @@ pytestmark = pytest.mark.slow
 RunMain = Callable[..., tuple[int, str, str]]
 SMALL = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.NUM_HEADS", "[1, 1, 1, 1]", "TRAIN.WARMUP_EPOCHS", "0"]
 SCORES = re.compile(r" \* Acc@1 (\d+\.\d{3}) Acc@5 (\d+\.\d{3})")
+AS_TRAINED = ["--opts", "AMP_DTYPE", "bfloat16"]  # --eval alone is in float32
 
 
 def records_of(folder: Path) -> list[dict[str, float]]:
@@ -93,7 +94,9 @@ def test_evaluation_repeats_the_metrics_of_training(
     finished_run: Path, run_main: RunMain, tmp_path: Path, name: str
 ) -> None:
     config = finished_run / "config.yaml"
-    code, out, _ = run_main("--cfg", config, "--output", tmp_path, "--eval", "--resume", finished_run / name)
+    code, out, _ = run_main(
+        "--cfg", config, "--output", tmp_path, "--eval", "--resume", finished_run / name, *AS_TRAINED
+    )
     assert code == 0
     best = max(records_of(finished_run), key=lambda record: record["acc1"])
     record = records_of(finished_run)[-1] if name.startswith("ckpt") else best

@@ -91,7 +91,7 @@ def describe_out_of_memory(task: Task, config: CfgNode, error: torch.OutOfMemory
         work=work,
         batch_size=batch_size,
         accumulation_steps=config.TRAIN.ACCUMULATION_STEPS if trains(config) else None,
-        amp=config.AMP,
+        amp=config.AMP or config.EVAL_MODE,  # --eval does not use it
         can_checkpoint=not config.TRAIN.USE_CHECKPOINT and not config.MODEL.TYPE.startswith("timm:"),
         smaller=task.smaller_images,
     )

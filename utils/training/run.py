@@ -73,7 +73,9 @@ def run_evaluation(task: Task, config: CfgNode, process: Process) -> None:
             message = "MODEL.RESUME is empty: evaluation needs weights, name them with --resume FILE"
             raise ConfigError(message, key="MODEL.RESUME")
         folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
+        config = choose_evaluation_precision(config)
         run = open_run(task, config, process, folder)
+        logger.info("Evaluation in %s", run.precision.name)
         weights_file = read_weights(config.MODEL.RESUME, tolerant=True)
         num_outputs = config.MODEL.get("NUM_CLASSES")
         check_classes(weights_file.classes, run.data.classes, config.MODEL.RESUME, num_outputs=num_outputs)
@@ -91,6 +93,14 @@ def run_evaluation(task: Task, config: CfgNode, process: Process) -> None:
         load_weights(run.model, candidates[best], config.MODEL.RESUME)
         with output_errors(run.folder):
             draw_predictions(task, run, as_compiled(run.model), describe_choice(best, scores))
+
+
+def choose_evaluation_precision(config: CfgNode) -> CfgNode:
+    """Return the configuration for evaluation in float32, as published results are, unless AMP_DTYPE names a dtype."""
+    if not config.AMP or config.AMP_DTYPE != "auto":
+        return config
+    logger.info("--eval does not use --amp; add --opts AMP_DTYPE bfloat16 (or float16) to evaluate in mixed precision")
+    return with_setting(config, "AMP", False)
 
 
 def run_training(task: Task, config: CfgNode, process: Process) -> None:

@@ -253,7 +253,7 @@ def test_main_trains_resumes_evaluates_and_measures(
         assert run_main(*args, "--use-checkpoint", "--opts", "TRAIN.EPOCHS", epochs)[0] == 0
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in records] == [0, 1]
-    code, out, _ = run_main(*args, "--eval", "--resume", folder / "max_acc.pth")
+    code, out, _ = run_main(*args, "--eval", "--resume", folder / "max_acc.pth", "--opts", "AMP_DTYPE", "bfloat16")
     assert code == 0
     assert f"Acc@1 {max(record['acc1'] for record in records):.3f}" in out
     code, out, _ = run_main("--cfg", config, "--output", tmp_path, "--throughput", "--batch-size", "2")

@@ -311,6 +311,25 @@ def test_evaluation_loads_model_and_ema_one_after_the_other(run: FakeRun) -> Non
     assert predictions.exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"AMP": True}, torch.float32),
+        ({"AMP": True, "AMP_DTYPE": "bfloat16"}, torch.bfloat16),
+        ({"AMP_DTYPE": "bfloat16"}, torch.float32),
+    ],
+)
+def test_evaluation_is_in_float32_unless_asked(run: FakeRun, settings: dict[str, Any], dtype: torch.dtype) -> None:
+    weights = run.output / "weights.pth"
+    torch.save(nn.Linear(1, 1).state_dict(), weights)
+    assert run(EVAL_MODE=True, MODEL__RESUME=str(weights), **settings) == 0
+    assert run.calls("kernels") == [[dtype]]
+    assert f"Evaluation in {str(dtype).removeprefix('torch.')}\n" in run.log
+    is_ignored = settings == {"AMP": True}
+    assert ("--eval does not use --amp; add --opts AMP_DTYPE bfloat16" in run.log) == is_ignored
+
+
 def test_evaluation_needs_weights(run: FakeRun, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(EVAL_MODE=True) == 2
     assert "MODEL.RESUME" in capsys.readouterr().err
