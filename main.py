@@ -28,7 +28,7 @@ from utils.config.command_line import parse_command_line, report_user_errors
 from utils.config.errors import ConfigError, UserError
 from utils.distributed.process import Process
 from utils.logs.contact_sheet import save_captioned
-from utils.logs.logger import logger
+from utils.logs.logger import logger, with_bar
 from utils.logs.plots import CLASSIFIER_PANELS
 from utils.speed.flops import profile, profile_table
 from utils.training.build import build_classification_schedule, model_uses, trains
@@ -77,6 +77,9 @@ class Classification(Task):
     metric_label = "top-1"
     best_name = "acc"
     best_label = "accuracy"
+    predict_module = "utils.predict"
+    predicts_into_folder = False
+    exported_part = "classifier"
     panels = CLASSIFIER_PANELS
     lr_batch_size = CLASSIFICATION_BATCH_SIZE
     ema_batch_size = 4096
@@ -125,9 +128,11 @@ class Classification(Task):
         )
 
     def evaluate(self, run: Run, model: nn.Module, name: str) -> dict[str, float]:
-        scores = evaluate(model, run.data.val, run.process, run.precision)
+        batches = with_bar(run.data.val, name, is_main=run.process.is_main)
+        scores = evaluate(model, batches, run.process, run.precision)
         logger.info("%s on %d images, loss %.4f:", name, scores.num_images, scores.loss)
-        logger.info(" * Acc@1 %.3f Acc@5 %.3f", scores.acc1, scores.acc5)
+        acc5 = f" Acc@5 {scores.acc5:.3f}" if len(run.data.classes) > 5 else ""  # which is 100 for five classes
+        logger.info(" * Acc@1 %.3f%s", scores.acc1, acc5)
         network = "network" if name == "model" else f"{name} network"
         logger.info("Accuracy of the %s on the %d test images: %.3f%%", network, scores.num_images, scores.acc1)
         return {"acc1": scores.acc1, "acc5": scores.acc5, "loss": scores.loss}

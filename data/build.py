@@ -47,6 +47,12 @@ class Data:
     def num_val_images(self) -> int:
         return self.val.num_images
 
+    @property
+    def example_image(self) -> Path | None:
+        """Path of a validation image, or None if the images are no files."""
+        path = Path(self.val.dataset.source.name(0))
+        return path if path.is_file() else None
+
     def preview(self, count: int) -> tuple[Tensor, list[int]]:
         """Return up to `count` evenly spaced validation images (N, 3, H, W), normalized, on the CPU, and labels."""
         return next(self.previews(count, batch_size=count))

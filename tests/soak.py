@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parent.parent
-STEPS = re.compile(r" step \d+/\d+ ")  # in the log, every five steps
+STEPS = re.compile(r" Train: \[\d+/\d+\]\[\d+/\d+\] ")  # in the log, every five steps
 MAX_LINES = 4  # of steps, between a signal and the end of all processes
 SMALL = ("MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.NUM_HEADS", "[1, 1, 1, 1]", "MODEL.DROP_RATE", "0.1")  # for a CPU
 ON_GPU = ("TRAIN.DETERMINISTIC", "True", "TRAIN.COMPILE", "reduce-overhead")

@@ -81,7 +81,7 @@ def test_training_beats_chance(finished_run: Path) -> None:
 def test_checkpoint_holds_everything_and_loads_safely(finished_run: Path) -> None:
     content = load_checkpoint(finished_run / "ckpt_epoch_1.pth")
     expected = {"model", "state_dict_ema", "optimizer", "scaler", "epoch", "max_accuracy", "max_accuracy_e"}
-    expected |= {"steps", "images_per_step", "ranks", "origin", "num_train_images", "scores"}
+    expected |= {"steps", "images_per_step", "ranks", "origin", "num_train_images", "scores", "best_epochs"}
     assert expected | {"config", "classes", "versions"} == set(content)
     assert content["epoch"] == 1
     assert len(content["ranks"]) == 2
@@ -502,7 +502,7 @@ def test_exit_code_of_the_process() -> None:
 
 
 def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
-    """A pseudo-terminal sees a bar with loss, rate and end; step lines go to the file only."""
+    """A pseudo-terminal of 80 columns sees bars, with rate and end, and a line per epoch; the rest is in the log."""
     pty = pytest.importorskip("pty")
     transcript = bytearray()
 
@@ -511,16 +511,22 @@ def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
         return data
 
     command = shlex.join([sys.executable, "main.py", *digits(tmp_path, epochs=1)])
-    args = ["sh", "-c", f"stty rows 24 cols 130; exec {command}"]
+    args = ["sh", "-c", f"stty rows 24 cols 80; exec {command}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         status = pty.spawn(args, read)
     text = transcript.decode()
     assert status == 0, text
-    assert re.search(r"epoch 1/1: 100%.* loss \d\.\d+, \d+ img/s, run ends in 0:00:00", text)
-    assert "[11/11]  loss" not in text
-    assert "[11/11]  loss" in (tmp_path / "mlla_digits" / "default" / "log_rank0.txt").read_text()
+    bars = [state for state in re.split(r"[\r\n]+", text) if state.startswith(("epoch 1/1 ", "evaluating"))]
+    assert max(map(len, bars)) <= 80
+    assert any(re.fullmatch(r"epoch 1/1 10/11 \|.+\| loss \d\.\d{4}  \d+ img/s  ETA 00:\d\d", bar) for bar in bars)
+    assert any(bar.startswith("evaluating model 0/3 |") for bar in bars)
+    assert re.search(r"epoch 1/1: loss \d\.\d+, top-1 \d+\.\d+, EMA \d+\.\d+, 00:\d\d, best \d+\.\d+ \(epoch 1\)", text)
+    log = (tmp_path / "mlla_digits" / "default" / "log_rank0.txt").read_text()
+    for detail in ("[11/11]  loss", "model on 360 images", "saved ckpt_epoch_0.pth"):
+        assert detail in log
+        assert detail not in text
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

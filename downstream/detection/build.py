@@ -41,6 +41,11 @@ class DetectionData:
     def num_val_images(self) -> int:
         return len(self.val_images)
 
+    @property
+    def example_image(self) -> Path:
+        """Path of a validation image."""
+        return self.val_images.folder / self.val_images[0].file_name
+
 
 def build_detector(config: CfgNode, num_classes: int) -> MaskRCNN:
     """Return the detector that MODEL.* describes, newly initialized."""

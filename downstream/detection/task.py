@@ -21,7 +21,7 @@ from downstream.detection.pictures import LabeledObjects, objects_of_results, sa
 from downstream.detection.synthetic import NUM_CLASSES, sharpen_until_busy, synthetic_inputs
 from downstream.task import DenseTask
 from utils.distributed.process import Process, gather_objects
-from utils.logs.logger import errors_logged, logger
+from utils.logs.logger import errors_logged, logger, with_bar
 from utils.logs.output_dir import output_errors
 from utils.logs.plots import STEP_PANELS, Panel
 from utils.speed.flops import profile_table
@@ -40,6 +40,7 @@ class Detection(DenseTask):
     metric = "box_AP"
     metric_label = "box AP"
     best_name = "box_ap"
+    predict_module = "downstream.detection.predict"
     panels = (
         Panel("training loss", {"train_loss": "all terms", **{f"train_{name}": name[5:] for name in LOSSES}}),
         Panel(
@@ -81,7 +82,8 @@ class Detection(DenseTask):
 
     def evaluate(self, run: Run, model: nn.Module, name: str) -> dict[str, float]:
         """Return COCO's 24 metrics over all processes' images; write the results to results_<name>.json."""
-        local = [result for results in self.detect(run, model, run.data.val) for result in results]
+        batches = with_bar(run.data.val, name, is_main=run.process.is_main)
+        local = [result for results in self.detect(run, model, batches) for result in results]
         results = sorted((r for part in gather_objects(local) for r in part), key=lambda result: result["image_id"])
         metrics: dict[str, float] = {}
         if run.process.is_main:

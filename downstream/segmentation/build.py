@@ -1,6 +1,7 @@
 """Build the segmentor and its data from a configuration."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -34,6 +35,11 @@ class SegmentationData:
     classes: list[str]
     num_train_images: int
     num_val_images: int
+
+    @property
+    def example_image(self) -> Path:
+        """Path of a validation image."""
+        return self.val_images.image_paths[0]
 
 
 def build_data(config: CfgNode, process: Process) -> SegmentationData:

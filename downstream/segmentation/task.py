@@ -26,7 +26,7 @@ from downstream.task import DenseTask
 from utils.benchmark.measure import synthetic_images
 from utils.config.errors import ConfigError
 from utils.distributed.process import Process, gather_objects
-from utils.logs.logger import logger
+from utils.logs.logger import logger, with_bar
 from utils.logs.output_dir import output_errors, unused_name
 from utils.logs.plots import STEP_PANELS, Panel
 from utils.logs.recorder import append_records
@@ -47,6 +47,7 @@ class Segmentation(DenseTask):
     metric = "miou"
     metric_label = "mIoU"
     best_name = "miou"
+    predict_module = "downstream.segmentation.predict"
     panels = (
         Panel("training loss", {"train_loss": "both heads", "train_decode": "head", "train_auxiliary": "auxiliary"}),
         Panel("validation mean IoU, %", {"miou": "model", "ema_miou": "EMA"}, is_score=True),
@@ -93,7 +94,7 @@ class Segmentation(DenseTask):
     def evaluate(self, run: Run, model: nn.Module, name: str) -> dict[str, float]:
         saves = run.config.TEST.SAVE_PREDICTIONS and run.config.EVAL_MODE
         folder = prediction_folder(run, name) if saves else None
-        scores = evaluate(run, model, folder)
+        scores = evaluate(run, model, name, folder)
         log_scores(scores, run, name)
         if run.config.EVAL_MODE and run.process.is_main:
             with output_errors(run.folder):
@@ -151,12 +152,13 @@ class Segmentation(DenseTask):
         return lambda: model(images).argmax(dim=1)
 
 
-def evaluate(run: Run, model: nn.Module, folder: Path | None = None) -> SegmentationScores:
+def evaluate(run: Run, model: nn.Module, name: str, folder: Path | None = None) -> SegmentationScores:
     """Return the scores of a model over the validation set, exact for any number of processes.
 
     Args:
         run: the run; all its processes call together.
         model: the segmentor.
+        name: its name for the progress bar.
         folder: where predictions are written; None: nowhere.
     """
     inference, device = build_inference(run.config), run.process.device
@@ -164,7 +166,7 @@ def evaluate(run: Run, model: nn.Module, folder: Path | None = None) -> Segmenta
     was_training, was_benchmarking = model.training, torch.backends.cudnn.benchmark
     model.eval()
     torch.backends.cudnn.benchmark = False  # it would time all algorithms for each image size
-    for sample in run.data.val:
+    for sample in with_bar(run.data.val, name, is_main=run.process.is_main):
         inputs = [x.to(device, non_blocking=True) for x in sample.inputs]
         labels = sample.labels.to(device, non_blocking=True)
         predicted = inference.predict(model, inputs, labels.shape, run.precision)

@@ -52,7 +52,7 @@ def test_table_and_plot(run_compare: Compare, tmp_path: Path) -> None:
         *("loss, last", "images/s, median"),
     ]
     assert first == ["a", "3 of 4", "30 (2)", "20", "7 (3)", "7", "2", "200"]
-    assert second == ["b", "4", "90 (2)", "90", "", "", "1.5", "250"]
+    assert second == ["b", "4", "90 (4)", "90", "", "", "1.5", "250"]
     assert rows[4:] == [["key", "a", "b"], rows[5], ["SEED", "1", "2"]]  # neither TAG nor equal settings
     assert "curves: comparison.png" in out
     with Image.open(tmp_path / "comparison.png") as plot:
@@ -138,6 +138,12 @@ def test_metrics_that_are_not_finite_or_missing(run_compare: Compare, tmp_path: 
     assert best_and_last(records, "lr") is None
     assert best_and_last(records, "images_per_second") == (None, None, 300)
     assert run_compare(run, "--keys", "lr")[0] == 0
+
+
+def test_of_equal_values_the_later_is_the_best(tmp_path: Path) -> None:
+    """As in max_acc.pth."""
+    records = read_run(make_run(tmp_path / "a", [1, 3, 3, 2], loss=[2, 1, 1, 4])).records
+    assert (best_and_last(records, "acc1"), best_and_last(records, "loss")) == ((3, 3, 2), (1, 3, 4))
 
 
 def test_metrics_of_dense_tasks() -> None:

@@ -1,4 +1,4 @@
-"""Which of two sets of weights to use, the model's or its EMA's: the rule of all commands."""
+"""Which weights are the best, of several epochs, and of the model and its EMA: the rules of all commands."""
 
 import math
 import sys
@@ -9,6 +9,11 @@ from typing import Any
 from utils.checkpoint.weight_sets import Weights, find_weight_sets
 from utils.checkpoint.weights_file import CheckpointError
 from utils.config.command_line import Parser
+
+
+def is_new_best(score: float, best: float) -> bool:
+    """Return whether a later epoch's score takes the place of the best so far: it does if they are equal."""
+    return score >= best
 
 
 def is_ema_better(scores: Mapping[str, float]) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from utils.checkpoint.run_content import check_run_content
 from utils.checkpoint.weights_file import CheckpointError, load_checkpoint
 from utils.logs.atomic_write import write_atomic
-from utils.logs.logger import logger
+from utils.logs.logger import DETAIL, logger
 from utils.logs.output_dir import output_errors, unused_name
 
 KEEP = 3  # newest checkpoints of whole epochs
@@ -37,6 +37,12 @@ class Progress(NamedTuple):
     def checkpoint_name(self) -> str:
         """ckpt_epoch_N.pth at the end of epoch N, ckpt_epoch_N_step_S.pth after S steps of it; N counts from 0."""
         return f"ckpt_epoch_{self.epochs}_step_{self.steps}.pth" if self.steps else f"ckpt_epoch_{self.epochs - 1}.pth"
+
+
+def describe(progress: Progress) -> str:
+    """Return the progress with epochs counted from 1, as in the log; the names of checkpoints count from 0."""
+    epochs, steps = progress
+    return f"after step {steps} of epoch {epochs + 1}" if steps else f"after epoch {epochs}"
 
 
 def progress_in(content: Mapping[str, Any]) -> Progress:
@@ -274,4 +280,5 @@ class CheckpointWriter:
             if self.has_failed:
                 logger.info("%s was saved; saving works again", names[0])
             self.has_failed = False
-            logger.info("saved %s in %.2f s", names[0], time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            logger.info("saved %s (%s) in %.2f s", names[0], describe(progress), seconds, extra=DETAIL)

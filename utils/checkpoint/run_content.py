@@ -131,6 +131,10 @@ ENTRIES: dict[str, tuple[str, Callable[[Any], object]]] = {
     "num_train_images": ("a number of images", lambda value: is_count(value, least=1)),
     "max_accuracy": ("a finite number", is_finite_scalar),
     "max_accuracy_e": ("a finite number", is_finite_scalar),
+    "best_epochs": (
+        "epochs of the model and the EMA",
+        lambda value: set(value) <= {"model", "EMA"} and all(is_count(number, least=1) for number in value.values()),
+    ),
     "scores": (
         "scores of the model and the EMA",
         lambda value: not value or (set(value) == {"model", "EMA"} and all(map(is_number, value.values()))),

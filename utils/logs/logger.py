@@ -1,16 +1,15 @@
-"""The log and the progress bar."""
+"""The log and the progress bars."""
 
 import contextlib
 import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from datetime import timedelta
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from termcolor import colored
 from tqdm import tqdm
@@ -19,28 +18,51 @@ from utils.config.standard_streams import print_error
 
 COLORS = {logging.WARNING: "yellow", logging.ERROR: "red"}
 
+# Passed as `extra`: on a terminal, details are left to the log file, and an epoch has no clock, to fit into 80 columns.
+DETAIL, EPOCH = {"is_detail": True}, {"is_epoch": True}
+
 logger = logging.getLogger("mlla")
+Batch = TypeVar("Batch")
 
 
 class TerminalHandler(logging.Handler):
-    """Writes to standard output, above a progress bar; where there is a bar, lines about steps are skipped.
+    """Writes to standard output, above a progress bar; details only where that is not a terminal.
 
     Write errors, such as a full disk or a pipe without a reader, do not end the run; the log file has the first.
     """
 
     has_failed = False
+    hides_information = False
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            if getattr(record, "is_step", False) and sys.stdout.isatty():
-                return
-            clock, _, message = self.format(record).partition(" | ")
-            tqdm.write(f"{colored(clock, 'green')} {colored(message, COLORS.get(record.levelno))}", file=sys.stdout)
-            sys.stdout.flush()
+            self.write(record)
         except (AttributeError, OSError, ValueError) as error:  # AttributeError: None, for a closed stream
             if not self.has_failed:
                 self.has_failed = True
                 logger.error("standard output cannot be written (%s); this file has the whole log", error)
+
+    def write(self, record: logging.LogRecord) -> None:
+        is_detail = getattr(record, "is_detail", False) or (self.hides_information and record.levelno <= logging.INFO)
+        if is_detail and sys.stdout.isatty():
+            return
+        clock, _, message = self.format(record).partition(" | ")
+        start = "" if getattr(record, "is_epoch", False) and sys.stdout.isatty() else f"{colored(clock, 'green')} "
+        tqdm.write(f"{start}{colored(message, COLORS.get(record.levelno))}", file=sys.stdout)
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def information_as_details() -> Iterator[None]:
+    """Log information of this block, such as tables of metrics, as details."""
+    handlers = [handler for handler in logger.handlers if isinstance(handler, TerminalHandler)]
+    for handler in handlers:
+        handler.hides_information = True
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.hides_information = False
 
 
 class LogFile(logging.FileHandler):
@@ -145,10 +167,24 @@ class ErrorsIgnored:
             self.stream.flush()
 
 
-class ProgressBar:
-    """Progress of an epoch: a bar on a terminal, and a line in the log per report."""
+def shows_bars(*, is_main: bool) -> bool:
+    """Return whether this process draws progress bars: the first one does, on a terminal."""
+    return is_main and sys.stderr.isatty()
 
-    def __init__(self, epoch: int, total_epochs: int, steps: int, *, done: int, is_main: bool) -> None:
+
+class ProgressBar:
+    """Progress of an epoch: a bar on a terminal, and a line in the log per report.
+
+    Args:
+        epoch: number of the epoch, from 0.
+        total_epochs: epochs of the run.
+        steps: steps of each epoch.
+        done: steps of this epoch that are done.
+        is_main: this is the first process.
+        text: of the previous epoch's bar, shown until the first report.
+    """
+
+    def __init__(self, epoch: int, total_epochs: int, steps: int, *, done: int, is_main: bool, text: str = "") -> None:
         self.title = f"epoch {epoch + 1}/{total_epochs}"
         self.log_title = f"Train: [{epoch}/{total_epochs}]"  # as in the official code, for scripts that parse it
         self.remaining_epochs = total_epochs - epoch - 1
@@ -158,11 +194,12 @@ class ProgressBar:
             total=steps,
             initial=done,
             desc=self.title,
-            unit="step",
+            bar_format=bar_format(text),
             leave=False,
             dynamic_ncols=True,
-            disable=not (is_main and sys.stderr.isatty()),
+            disable=not shows_bars(is_main=is_main),
         )
+        self.text = text
 
     def __enter__(self) -> "ProgressBar":
         return self
@@ -176,6 +213,12 @@ class ProgressBar:
         """Count a step that was started."""
         self.bar.update()
 
+    def show(self, text: str) -> None:
+        """Show the text right of the bar, which takes what is left of the line."""
+        self.text = text
+        self.bar.bar_format = bar_format(text)
+        self.bar.refresh()
+
     def report(
         self,
         step: int,
@@ -185,6 +228,7 @@ class ProgressBar:
         lr: float,
         rate: float | None,
         step_seconds: float | None,
+        evaluation_seconds: float = 0.0,
     ) -> None:
         """Log the state after `step` steps of the epoch.
 
@@ -195,14 +239,33 @@ class ProgressBar:
             lr: learning rate.
             rate: images per second since the last report; None before it is known.
             step_seconds: expected time per remaining step, from which the ETA follows; None before it is known.
+            evaluation_seconds: expected time per remaining epoch between its last step and the next epoch's first.
         """
-        remaining_steps = self.steps - step + self.remaining_epochs * self.steps
-        eta = "?" if step_seconds is None else str(timedelta(seconds=round(remaining_steps * step_seconds)))
-        images = "? img/s" if rate is None else f"{rate:.0f} img/s"
+        eta = "?"
+        if step_seconds is not None:
+            remaining_steps = self.steps - step + self.remaining_epochs * self.steps
+            eta = duration(remaining_steps * step_seconds + (self.remaining_epochs + 1) * evaluation_seconds)
+        images = "? img/s" if rate is None else f"{rate:.0f} img/s" if rate >= 10 else f"{rate:.2g} img/s"
         losses = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
-        self.bar.set_postfix_str(f"loss {terms['loss']:.4f}, {images}, run ends in {eta}")
+        self.show(f"loss {terms['loss']:.4f}  {images}  ETA {eta}")
         logger.info(
             "%s[%d/%d]  %s  grad_norm %.3f  lr %.3e  %s  eta %s",
             *(self.log_title, step, self.steps, losses, grad_norm, lr, images, eta),
-            extra={"is_step": True},
+            extra=DETAIL,
         )
+
+
+def bar_format(text: str) -> str:
+    return f"{{desc}} {{n_fmt}}/{{total_fmt}} |{{bar}}| {text}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as [hours:]minutes:seconds."""
+    return tqdm.format_interval(round(seconds))
+
+
+def with_bar(batches: Iterable[Batch], name: str, *, is_main: bool) -> Iterable[Batch]:
+    """Return the batches of an evaluation, of `name`, with a bar that shows how many are done."""
+    options: dict[str, Any] = {"leave": False, "dynamic_ncols": True, "disable": not shows_bars(is_main=is_main)}
+    options |= {"desc": f"evaluating {name}", "bar_format": bar_format("{remaining} left")}
+    return tqdm(batches, file=ErrorsIgnored(sys.stderr), **options)

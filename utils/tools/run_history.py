@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from utils.checkpoint.best_weights import is_new_best
 from utils.config.errors import UserError
 from utils.config.yaml_file import read_yaml
 from utils.logs.plots import Panel
@@ -54,7 +55,7 @@ class RunMetrics(NamedTuple):
 
 
 class BestAndLast(NamedTuple):
-    """A metric's best value, the first epoch (from 1) that reached it, and its last value.
+    """A metric's best value, the last epoch (from 1) that reached it, as in max_*.pth, and its last value.
 
     `best` and `best_epoch` are None for metrics without a best value, such as the learning rate.
     """
@@ -123,8 +124,11 @@ def best_and_last(records: Sequence[Mapping[str, Any]], name: str) -> BestAndLas
     last = values[-1][0]
     if name in WITHOUT_BEST or name.endswith("seconds"):
         return BestAndLast(None, None, last)
-    sign = 1 if is_loss(name) else -1
-    best, epoch = min(values, key=lambda pair: sign * pair[0])
+    sign = -1 if is_loss(name) else 1
+    best, epoch = values[0]
+    for value, number in values[1:]:
+        if is_new_best(sign * value, sign * best):
+            best, epoch = value, number
     return BestAndLast(best, epoch, last)
 
 

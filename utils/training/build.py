@@ -155,6 +155,7 @@ def build_trainer_config(task: Task, config: CfgNode, derived: Derived, schedule
         steps_per_epoch=derived.steps_per_epoch,
         lr_at=schedule.lr_at,
         metric=task.metric,
+        metric_label=task.metric_label,
         best_name=task.best_name,
         best_label=task.best_label,
         panels=task.panels,

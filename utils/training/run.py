@@ -18,7 +18,7 @@ from utils.config.schema import with_setting
 from utils.config.yaml_file import flatten
 from utils.distributed.process import Process
 from utils.logs.environment import record_environment
-from utils.logs.logger import errors_logged, logger
+from utils.logs.logger import logger
 from utils.logs.output_dir import lock_output_dir, open_output_dir, output_errors, save_config
 from utils.logs.wandb_logger import WandbLogger
 from utils.training.build import (
@@ -35,6 +35,7 @@ from utils.training.build import (
 from utils.training.derived import Derived
 from utils.training.determinism import use_deterministic_algorithms
 from utils.training.launch import LaunchedProcess, explain_missing_compiler
+from utils.training.results import draw_predictions, log_results
 from utils.training.task import Run, Schedule, Task
 from utils.training.train_state import TrainState, seed_everything
 from utils.training.train_step import TrainStep
@@ -117,14 +118,7 @@ def run_training(task: Task, config: CfgNode, process: Process) -> None:
         elif not training.make_trainer().run():
             return  # asked to stop
         if process.is_main:
-            training.log_results()
-
-
-def draw_predictions(task: Task, run: Run, model: nn.Module, weights: str) -> Path:
-    """Draw a model's predictions for validation images into the output folder; `weights` describes the model's."""
-    path = task.draw_predictions(run, model, f"{run.config.MODEL.NAME}: {weights}")
-    logger.info("predictions are drawn by the %s", weights)
-    return path
+            log_results(task, run, training.state)
 
 
 def open_run(task: Task, config: CfgNode, process: Process, folder: Path) -> Run:
@@ -245,18 +239,6 @@ class Training:
                 "at the end the EMA will still contain %.0f%% of the initial weights; set EMA.WARMUP auto",
                 100 * initial_share,
             )
-
-    def log_results(self) -> None:
-        """Log the best scores, and draw predictions if they are missing."""
-        run, state, task = self.run, self.state, self.task
-        if not any(run.folder.glob("predictions.*")):
-            with errors_logged("predictions could not be drawn"):
-                draw_predictions(task, run, *state.better_model())
-        ema = f", EMA {state.best_ema:.3f}" if state.ema else ""
-        is_ema = state.ema is not None and is_ema_better({"model": state.best, "EMA": state.best_ema})
-        file = f"max_{'ema_' if is_ema else ''}{task.best_name}.pth"
-        logger.info("best %s: model %.3f%s; the better weights are in %s", task.metric_label, state.best, ema, file)
-        logger.info("results are in %s: metrics.jsonl, curves.png, predictions, checkpoints", run.folder)
 
 
 def describe_ema(config: CfgNode, derived: Derived) -> str:

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,14 @@ START = Progress(0)
 VERSIONS = {"torch": str(torch.__version__), "numpy": np.__version__, "python": platform.python_version()}
 
 
+class Best(NamedTuple):
+    """The best score of a run so far, whether the EMA has it, and its epoch, from 1; 0 if that is not known."""
+
+    score: float
+    is_ema: bool
+    epoch: int
+
+
 @dataclass
 class TrainState:
     """Everything that the next step of a run depends on.
@@ -38,6 +46,7 @@ class TrainState:
         num_train_images, steps_per_epoch: of the data, to compare with a checkpoint's; 0: not compared.
         progress: completed epochs, and completed steps of the next one.
         best, best_ema: best value so far of the task's metric, of the model and of its EMA.
+        best_epochs: the epochs, from 1, of these values, by "model" and "EMA"; without those that are not known.
         sums: this process's sums over the completed steps of the unfinished epoch, by name.
         origin: fingerprint of the file that --resume named when the run began.
         classes: names of the data's classes by output; None: a checkpoint's class names are not compared.
@@ -55,6 +64,7 @@ class TrainState:
     progress: Progress = START
     best: float = 0.0
     best_ema: float = 0.0
+    best_epochs: dict[str, int] = field(default_factory=dict)
     sums: dict[str, float] = field(default_factory=dict)
     origin: dict[str, Any] | None = None
     classes: Sequence[str] | None = None
@@ -75,6 +85,7 @@ class TrainState:
             **({"num_train_images": self.num_train_images} if self.num_train_images else {}),
             "max_accuracy": self.best,
             "max_accuracy_e": self.best_ema,
+            "best_epochs": dict(self.best_epochs),
             "scores": dict(self.ema.scores) if self.ema else None,
             "ranks": ranks,
             "origin": self.origin,
@@ -92,6 +103,12 @@ class TrainState:
         if is_ema_better(self.ema.scores):
             return self.ema.on(self.process.device), describe_choice("EMA", self.ema.scores)
         return self.model.eval(), describe_choice("model", self.ema.scores)
+
+    def best_so_far(self) -> Best:
+        """Return the best score of all evaluations of the model and its EMA."""
+        is_ema = self.ema is not None and is_ema_better({"model": self.best, "EMA": self.best_ema})
+        score, name = (self.best_ema, "EMA") if is_ema else (self.best, "model")
+        return Best(score, is_ema, self.best_epochs.get(name, 0))
 
     def resume(
         self,
@@ -189,6 +206,7 @@ class TrainState:
         self.progress = progress_in(content)
         self.best = float(content.get("max_accuracy", 0.0))
         self.best_ema = float(content.get("max_accuracy_e", 0.0))
+        self.best_epochs = dict(content.get("best_epochs", {}))
         if self.ema is not None:
             self.ema.scores = dict(content.get("scores") or {})
         self.origin = content.get("origin")

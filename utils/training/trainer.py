@@ -7,19 +7,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from utils.checkpoint.best_weights import is_new_best
 from utils.checkpoint.files import CheckpointWriter, Progress, checkpoints_in
 from utils.config.errors import UserError
 from utils.config.standard_streams import flush_standard_streams
-from utils.distributed.process import Process, sum_over_processes
+from utils.distributed.process import Process
 from utils.distributed.stop_signal import Cause, StopRequest
-from utils.logs.logger import ProgressBar, StepTimer, errors_logged, logger
+from utils.logs.logger import (
+    DETAIL,
+    EPOCH,
+    ProgressBar,
+    StepTimer,
+    duration,
+    errors_logged,
+    information_as_details,
+    logger,
+)
 from utils.logs.plots import Panel
 from utils.logs.recorder import RunRecorder, weight_samples
 from utils.logs.wandb_logger import WandbLogger
 from utils.speed.memory import peak_memory_mib
+from utils.training.epoch_sums import EpochSums
 from utils.training.train_state import TrainState
 from utils.training.train_step import NonFiniteLossError, StepResult, TrainStep
 
@@ -37,6 +47,7 @@ class TrainerConfig:
         accumulation_steps: gradient accumulation steps, micro-batches per optimizer step.
         lr_at: learning rate by optimizer step, from 0.
         metric: name of the metric whose highest value marks the best checkpoint.
+        metric_label: its name in log lines.
         best_name: names the best checkpoints: max_<best_name>.pth, max_ema_<best_name>.pth.
         best_label: names the metric in the line with its best value so far, which the official code logs; "": none.
         panels: plots in curves.png.
@@ -53,6 +64,7 @@ class TrainerConfig:
     lr_at: Callable[[int], float]
     metric: str
     panels: Sequence[Panel]
+    metric_label: str = "score"
     best_name: str = "acc"
     best_label: str = ""
     accumulation_steps: int = 1
@@ -66,36 +78,6 @@ class TrainerConfig:
 
 class SaveError(UserError):
     """The last checkpoint of a run could not be saved."""
-
-
-class EpochSums:
-    """Sums over an epoch's steps, on the device: terms of the loss, and gradient norms where they were finite."""
-
-    def __init__(self, device: torch.device, start: Mapping[str, float]) -> None:
-        self.sums = {name: torch.tensor(v, dtype=torch.float64, device=device) for name, v in start.items()}
-
-    def add(self, result: StepResult) -> None:
-        is_finite = torch.isfinite(result.grad_norm)  # not when float16 overflowed and the scaler skipped the step
-        items = {**result.terms, "loss": result.loss}
-        items |= {"grad_norm": torch.where(is_finite, result.grad_norm, 0), "num_norms": is_finite}
-        self.sums = {name: self.sums.get(name, 0) + value.double() for name, value in items.items()}
-
-    def local(self) -> dict[str, float]:
-        """Return this process's sums. Waits for the device."""
-        return {name: value.item() for name, value in self.sums.items()}
-
-    def means(self, *, steps: int, num_processes: int) -> tuple[dict[str, float], float]:
-        """Return the means over steps and processes, the same on each process.
-
-        Returns:
-            The loss, followed by its terms where it has several; and the gradient norm.
-        """
-        totals = sum_over_processes(torch.stack(list(self.sums.values()))).tolist()
-        sums = dict(zip(self.sums, totals, strict=True))
-        grad_norm = sums.pop("grad_norm") / max(sums.pop("num_norms"), 1)
-        loss = sums.pop("loss")
-        terms = {"loss": loss, **(sums if len(sums) > 1 else {})}
-        return {name: value / steps / num_processes for name, value in terms.items()}, grad_norm
 
 
 class Trainer:
@@ -142,6 +124,7 @@ class Trainer:
         self.writer = CheckpointWriter(folder, in_background=config.save_in_background, keep_all=config.save_freq > 1)
         self.recorder: RunRecorder | None = None
         self.timer = StepTimer()
+        self.bar_text, self.evaluation_seconds = "", 0.0  # of the last epoch
         self.stop = StopRequest(on_timeout=self.end_at_once)
         self.saved = state.progress  # nothing to save before the first step
 
@@ -180,9 +163,8 @@ class Trainer:
         self.train_step.model.train()
         batches = self.batches(epoch, first * config.accumulation_steps)
         self.timer.start_window()
-        with ProgressBar(
-            epoch, config.total_epochs, config.steps_per_epoch, done=first, is_main=self.process.is_main
-        ) as bar:
+        lengths, is_main = (epoch, config.total_epochs, config.steps_per_epoch), self.process.is_main
+        with ProgressBar(*lengths, done=first, is_main=is_main, text=self.bar_text) as bar:
             for index in range(first, config.steps_per_epoch):
                 if self.should_stop():
                     break
@@ -251,7 +233,9 @@ class Trainer:
             lr=self.config.lr_at(step),
             rate=self.state.global_batch_size / step_seconds if step_seconds else None,
             step_seconds=self.timer.typical(),
+            evaluation_seconds=self.evaluation_seconds,
         )
+        self.bar_text = bar.text
 
     def check_finite(self, step: int) -> None:
         bad_step = self.train_step.check_finite(step)
@@ -274,19 +258,15 @@ class Trainer:
         metrics = {"epoch": epoch, "step": last_step + 1, "lr": config.lr_at(last_step), "grad_norm": grad_norm}
         metrics |= {f"train_{name}": value for name, value in terms.items()}
         start = time.perf_counter()
-        scores = self.evaluate(state.model, "model")
-        metrics |= scores
-        ema_scores: Mapping[str, float] = {}
-        if state.ema is not None:
-            ema_scores = self.evaluate(state.ema.on(process.device), "EMA")
-            metrics |= {f"ema_{name}": value for name, value in ema_scores.items()}
-            state.ema.scores = {"model": float(scores[config.metric]), "EMA": float(ema_scores[config.metric])}
+        scores, ema_scores = self.evaluate_both()
+        metrics |= {**scores, **{f"ema_{name}": value for name, value in ema_scores.items()}}
+        self.evaluation_seconds = time.perf_counter() - start
         speed = {
             "epoch": epoch,
             "steps": steps,  # of this process, where the epoch was interrupted and resumed
             "train_seconds": train_seconds,
             "data_wait_seconds": self.data_seconds,
-            "eval_seconds": time.perf_counter() - start,
+            "eval_seconds": self.evaluation_seconds,
             "images_per_second": steps * state.global_batch_size / train_seconds,
             "memory_mib": peak_memory_mib(process.device),
         }
@@ -294,10 +274,36 @@ class Trainer:
         self.sums = EpochSums(process.device, {})
         if self.recorder is not None:
             self.recorder.add(metrics, speed)
-        self.save(self.checkpoint_names(scores, ema_scores))
+        names = self.checkpoint_names(scores, ema_scores)
+        self.log_epoch(terms["loss"], scores, ema_scores, train_seconds + self.evaluation_seconds)
+        self.save(names)
         if self.recorder is not None:
             self.add_details(epoch, float(scores[config.metric]))
             self.recorder.draw_curves(is_last=epoch + 1 == config.total_epochs)
+
+    def evaluate_both(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
+        """Return the metrics of the model, and of its EMA, which are empty if there is none."""
+        state, metric = self.state, self.config.metric
+        with information_as_details():
+            scores = self.evaluate(state.model, "model")
+            if state.ema is None:
+                return scores, {}
+            ema_scores = self.evaluate(state.ema.on(self.process.device), "EMA")
+        state.ema.scores = {"model": float(scores[metric]), "EMA": float(ema_scores[metric])}
+        return scores, ema_scores
+
+    def log_epoch(
+        self, loss: float, scores: Mapping[str, float], ema_scores: Mapping[str, float], seconds: float
+    ) -> None:
+        """Log the line that an epoch leaves on the terminal."""
+        config, best = self.config, self.state.best_so_far()
+        ema = f", EMA {ema_scores[config.metric]:.2f}" if ema_scores else ""
+        logger.info(
+            "epoch %d/%d: loss %.3f, %s %.2f%s, %s, best %.2f%s",
+            *(self.state.progress.epochs, config.total_epochs, loss, config.metric_label, scores[config.metric], ema),
+            *(duration(seconds), best.score, f" (epoch {best.epoch})" if best.epoch else ""),
+            extra=EPOCH,
+        )
 
     def add_details(self, epoch: int, score: float) -> None:
         """Record an image of predictions and histograms of weights, every few epochs and at the end.
@@ -322,19 +328,20 @@ class Trainer:
     def checkpoint_names(self, scores: Mapping[str, float], ema_scores: Mapping[str, float]) -> list[str]:
         """Return the names under which an epoch's checkpoint is saved, none for not at all; updates the best scores."""
         config, state = self.config, self.state
+        epoch = state.progress.epochs
         names = []
-        if state.progress.epochs % config.save_freq == 0 or state.progress.epochs == config.total_epochs:
+        if epoch % config.save_freq == 0 or epoch == config.total_epochs:
             names.append(state.progress.checkpoint_name)
-        if scores[config.metric] >= state.best:
-            state.best = scores[config.metric]
+        if is_new_best(scores[config.metric], state.best):
+            state.best, state.best_epochs["model"] = scores[config.metric], epoch
             names.append(f"max_{config.best_name}.pth")
-        if ema_scores and ema_scores[config.metric] >= state.best_ema:
-            state.best_ema = ema_scores[config.metric]
+        if ema_scores and is_new_best(ema_scores[config.metric], state.best_ema):
+            state.best_ema, state.best_epochs["EMA"] = ema_scores[config.metric], epoch
             names.append(f"max_ema_{config.best_name}.pth")
         if config.best_label:
-            logger.info("Max %s: %.3f%%", config.best_label, state.best)
+            logger.info("Max %s: %.3f%%", config.best_label, state.best, extra=DETAIL)
             if ema_scores:
-                logger.info("Max EMA %s: %.3f%%", config.best_label, state.best_ema)
+                logger.info("Max EMA %s: %.3f%%", config.best_label, state.best_ema, extra=DETAIL)
         return names
 
     def save_within_epoch(self, step: int) -> None:

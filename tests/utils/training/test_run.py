@@ -44,6 +44,7 @@ class FakeTask(Task):
     metric = "score"
     metric_label = "score"
     best_name = "score"
+    predict_module = "utils.predict"
     panels = ()
     lr_batch_size = 4
     ema_batch_size = 4
@@ -55,7 +56,8 @@ class FakeTask(Task):
         self.signal_at: int | None = None  # step during which this process gets SIGTERM
 
     def build_data(self, config: CfgNode, process: Process) -> Any:  # noqa: ARG002
-        return SimpleNamespace(classes=self.classes, num_train_images=len(self.numbers), num_val_images=2)
+        sizes = {"num_train_images": len(self.numbers), "num_val_images": 2}
+        return SimpleNamespace(classes=self.classes, example_image=None, **sizes)
 
     def build_model(self, config: CfgNode, process: Process, num_classes: int | None) -> nn.Module:  # noqa: ARG002
         self.calls.append(("model", num_classes))
@@ -171,7 +173,7 @@ def test_training_learns_and_saves_state_and_metadata(run: FakeRun) -> None:
     weights = "model weights (score of the model {model:.2f}, of the EMA {EMA:.2f})".format(**last_scores)
     assert run.calls("draw") == [[last_scores["model"], False, f"mlla_digits: {weights}"]]  # the better one
     assert f"predictions are drawn by the {weights}" in run.log
-    assert "the better weights are in max_score.pth" in run.log
+    assert f"the better weights are in {run.folder}/max_score.pth; to use them:" in run.log
 
 
 def test_a_complete_run_is_left_as_it_is(run: FakeRun) -> None:

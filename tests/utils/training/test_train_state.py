@@ -51,7 +51,7 @@ def stepped(state: TrainState) -> TrainState:
     assert state.ema is not None
     state.ema.update()
     state.progress, state.best, state.best_ema, state.sums = Progress(5, 3), 61.0, 62.0, {"loss": 1 / 3}
-    state.ema.scores = {"model": 60.0, "EMA": 55.5}
+    state.ema.scores, state.best_epochs = {"model": 60.0, "EMA": 55.5}, {"model": 3, "EMA": 4}
     return state
 
 
@@ -61,6 +61,7 @@ def test_everything_comes_back() -> None:
     fresh.restore(content, "file.pth")
     assert fresh.scaler.get_scale() == state.scaler.get_scale() == 2.0**15
     assert (fresh.progress, fresh.best, fresh.best_ema, fresh.sums) == ((5, 3), 61.0, 62.0, {"loss": 1 / 3})
+    assert fresh.best_so_far() == (62.0, True, 4)
     assert fresh.ema is not None
     assert fresh.ema.scores == {"model": 60.0, "EMA": 55.5}
     model, description = fresh.better_model()
@@ -127,6 +128,7 @@ DAMAGE = {
     **{f"images {value}": put(value, "images_per_step") for value in (0, "8", 1.5)},
     "training images": put(-3, "num_train_images"),
     **{f"best {value}": put(value, "max_accuracy") for value in (None, "x", math.nan, [1.0])},
+    **{f"best {value}": put(value, "best_epochs") for value in (None, [1], {"x": 1}, {"model": 0}, {"EMA": "1"})},
     **{f"scores {value}": put(value, "scores") for value in ([1], {"model": 1.0}, {"model": "x", "EMA": 1.0})},
     "scaler": put("x", "scaler"),
     **{f"scale {value}": put(value, "scaler", "scale") for value in (math.nan, 0.0, -1.0, "x")},

@@ -218,7 +218,7 @@ def test_progress_is_logged_every_print_freq_steps_and_at_the_end(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, frequency: int, expected: list[int]
 ) -> None:
     assert FakeRun(tmp_path / "run", print_freq=frequency).trainer.run()
-    lines = [record.args for record in caplog.records if getattr(record, "is_step", False)]
+    lines = [record.args for record in caplog.records if "grad_norm" in record.getMessage()]
     assert [args[:3] for args in lines if isinstance(args, tuple)] == [
         (f"Train: [{epoch}/2]", step, STEPS) for epoch in (0, 1) for step in expected
     ]
@@ -242,7 +242,23 @@ def test_rate_and_eta_leave_out_start_up_and_evaluation(tmp_path: Path, caplog: 
     run.trainer.evaluate = evaluate
     assert run.trainer.run()
     endings = [message.split("  ")[-2:] for message in caplog.messages if "img/s" in message]
-    assert endings == [["4 img/s", f"eta 0:00:{seconds:02}"] for seconds in (12, 8, 4, 0)]
+    assert endings == [["4 img/s", f"eta 00:{seconds:02}"] for seconds in (12, 8, 4, 0)]
+
+
+def test_each_epoch_leaves_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of equal scores the later is the best; a run that resumes knows the epochs of its best scores."""
+    scores = {"scores": (10.0, 30.0, 30.0, 20.0), "ema_scores": (5.0, 40.0, 2.0, 1.0), "metric_label": "top-1"}
+    assert FakeRun(tmp_path / "run", total_epochs=3, **scores).trainer.run()
+    run = FakeRun(tmp_path / "run", total_epochs=4, **scores)
+    assert run.trainer.run()
+    lines = [record.getMessage() for record in caplog.records if getattr(record, "is_epoch", False)]
+    assert lines == [
+        "epoch 1/3: loss 3.000, top-1 10.00, EMA 5.00, 00:00, best 10.00 (epoch 1)",
+        "epoch 2/3: loss 11.000, top-1 30.00, EMA 40.00, 00:00, best 40.00 (epoch 2)",
+        "epoch 3/3: loss 19.000, top-1 30.00, EMA 2.00, 00:00, best 40.00 (epoch 2)",
+        "epoch 4/4: loss 27.000, top-1 20.00, EMA 1.00, 00:00, best 40.00 (epoch 2)",
+    ]
+    assert run.state.best_epochs == {"model": 3, "EMA": 2}
 
 
 @pytest.mark.parametrize(
