@@ -18,6 +18,14 @@ WEIGHT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 MAX_NAMES_SHOWN = 3
 
 
+def not_scriptable(name: str) -> str:
+    """Return the message of the error where a model is scripted."""
+    return (
+        f"{name} cannot be scripted: what it does depends on sizes, devices and dtypes; use torch.export or ONNX, or "
+        "torch.jit.trace for one image size (python -m utils.export writes all three)"
+    )
+
+
 class PyramidClassifier(nn.Module):
     """Base of classifiers with a patch embedding, `layers` of stages and a `norm`, which they set themselves.
 
@@ -43,6 +51,14 @@ class PyramidClassifier(nn.Module):
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool), input_fmt="NHWC")
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.head = nn.Linear(self.head_hidden_size, num_classes, **factory) if num_classes else nn.Identity()
+
+    def __prepare_scriptable__(self) -> None:
+        """Refuse torch.jit.script, which calls this, with what to use instead.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(not_scriptable(type(self).__name__))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's description of the layers from stem to head: one per block, or with `coarse` per stage.

@@ -19,7 +19,7 @@ from models.kernels.fused_modules import use_kernels
 from models.layers import Downsample, Stem
 from models.mlla import MLLA, MLLABlock
 from models.rope import position_tables
-from models.timm_interface import checkpoint_filter_fn
+from models.timm_interface import checkpoint_filter_fn, not_scriptable
 
 
 class PaperProfile(NamedTuple):
@@ -103,10 +103,7 @@ def create_variant(
         ValueError: timm asks for a scriptable model; these can be traced and exported, but not scripted.
     """
     if is_scriptable():
-        raise ValueError(
-            f"{name} cannot be scripted: what it does depends on sizes, devices and dtypes; use torch.export, or "
-            f"torch.jit.trace for one image size"
-        )
+        raise ValueError(not_scriptable(name))
     kwargs = {**SIZES[name.split("_")[1]], **kwargs}
     with torch.device(device) if device is not None else nullcontext():
         model = build_model_with_cfg(

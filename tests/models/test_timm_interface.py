@@ -307,6 +307,8 @@ def test_scripting_is_refused_in_one_line_and_tracing_works() -> None:
     with timm.set_scriptable(True), pytest.raises(ValueError, match=r"mlla_tiny cannot be scripted: .* torch\.export"):
         timm.create_model("mlla_tiny", **THIN)
     model = thin()
+    with pytest.raises(ValueError, match=r"MLLA cannot be scripted: .* torch\.export or ONNX"):
+        torch.jit.script(model)
     traced = torch.jit.trace(model, IMAGES)
     other = random_values(3, 5, 3, 64, 96)
     torch.testing.assert_close(traced(other), model(other))
