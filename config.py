@@ -262,6 +262,7 @@ _C.PROFILE_MODE = Key(False, help="only count parameters and MACs")
 _C.LOCAL_RANK = Key(0, at_least(0), help="set by the launcher")
 
 SCHEMA: dict[str, Key] = _C.flatten()
+OWN = Path(__file__).parent / "cfgs"  # configurations that come with the project
 
 
 def load_config(source: str | Path, opts: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> CfgNode:
@@ -275,7 +276,7 @@ def load_config(source: str | Path, opts: Sequence[str] = (), flags: Mapping[str
     Raises:
         ConfigError: a missing file, an unknown key, a wrong type, a value out of range, or values that contradict.
     """
-    values = merge_settings(SCHEMA, source, opts, flags)
+    values = merge_settings(SCHEMA, source, opts, flags, own=OWN)
     check_benchmark_flags(values, {*opts[::2], *(flags or {})})
     check_data(values)
     for section in ("MODEL.MLLA", "MODEL.LINEAR_VIT"):

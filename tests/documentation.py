@@ -33,6 +33,7 @@ SMALL = {
     "main": f"{SMALL_MLLA} {SMALL_VIT} DATA.IMG_SIZE 32 DATA.BATCH_SIZE 4 DATA.NUM_WORKERS 0 "
     "TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 TEST.COMPILE off",
     "utils.export": SMALL_MLLA,
+    "utils.predict": SMALL_MLLA,
     "downstream.detection.main": f"{SMALL_MLLA} MODEL.DETECTOR.WIDTH 8 MODEL.DETECTOR.HIDDEN 16 "
     "MODEL.DETECTOR.ROI_SAMPLES 16 MODEL.DETECTOR.MAX_PROPOSALS 50 AUG.SHORT_SIDES [32,64] AUG.LONG_SIDE 80 "
     "TEST.SHORT_SIDE 64 TEST.LONG_SIDE 80 DATA.NUM_WORKERS 0 TRAIN.EPOCHS 1 TRAIN.DECAY_EPOCHS [1]",
@@ -168,7 +169,8 @@ def make_weights(root: Path) -> None:
         save_weights(root / name, trained, **facts)
     for size in ("tiny", "small", "base"):
         save_weights(root / "hub" / "checkpoints" / RELEASED[size][1], build_model(config, 1000))
-    gated = small_config(classification, "cfgs/ablation/forget_gate.yaml", "main")
+    opts = [*SMALL["main"].split(), "DATA.DATASET", "digits"]  # as the study has it
+    gated = classification.load_config(ROOT / "cfgs/ablation/forget_gate.yaml", opts)
     path = root / "output/ablation/runs/linear_vit_forget_gate/seed0_epochs10/max_acc.pth"
     save_weights(path, build_model(gated, 10), config=gated.dump())
 

@@ -235,6 +235,19 @@ def test_training_checks_do_not_run_in_other_modes(mode: str) -> None:
     assert load_config("cfgs/mlla_t.yaml", ["DATA.BATCH_SIZE", "1", "EMA.FORCE_CPU", "True", mode, "True"])[mode]
 
 
+def test_configurations_are_found_by_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mlla_t").mkdir()  # a folder is no configuration
+    for name in ("mlla_s", "mlla_s.yaml", "cfgs/mlla_s.yaml"):
+        assert load_config(name).MODEL.NAME == "mlla_small"
+    assert load_config("ablation/forget_gate").MODEL.LINEAR_VIT.FORGET_GATE
+    assert load_config(write(tmp_path, "own.yaml", "BASE: [mlla_t]\nSEED: 5\n")).MODEL.NAME == "mlla_tiny"
+    write(tmp_path, "mlla_s.yaml", "MODEL: {NAME: mine}\n")  # the user's own file wins
+    assert load_config("mlla_s").MODEL.NAME == load_config("mlla_s.yaml").MODEL.NAME == "mine"
+    with pytest.raises(ConfigError, match=r"^mlla_x: no such configuration file; the project's own are .*mlla_t"):
+        load_config("mlla_x")
+
+
 def test_missing_and_circular_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such configuration file"):
         load_config(tmp_path / "none.yaml")

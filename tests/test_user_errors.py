@@ -37,7 +37,7 @@ CASES = [
     ),
     ("utils.predict", ["OUT", "--weights", "FILE"], "OUT"),
     ("downstream.segmentation.predict", ["OUT", "--weights", "FILE", "--output", "OUT.json"], "OUT"),
-    ("downstream.detection.predict", ["OUT", "--weights", "FILE"], "FILE"),
+    ("downstream.detection.predict", ["OUT", "--weights", "FILE"], "OUT"),
     ("utils.predict", [LONG, "--weights", "FILE"], LONG),
     ("utils.predict", ["FILE", "--model", "no_such_model", "--weights", "FILE"], "--model no_such_model"),
     *(("utils.convert", ["FILE", target, "--to", "ours"], target) for target in ("EMPTY", "FILE/x.pth", LONG)),

@@ -1,4 +1,4 @@
-"""Export a model: python -m utils.export OUT --cfg FILE --resume WEIGHTS --to FORMAT
+"""Export a model: python -m utils.export OUT --weights FILE --to FORMAT
 
 FORMAT is onnx, torchscript, exported_program or safetensors; OUT ends in .onnx, .pt, .pt2 or .safetensors.
 
@@ -15,18 +15,21 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import SCHEMA, load_config
 from data import build_data
-from downstream.build import build_backbone
-from downstream.detection import config as detection
-from downstream.segmentation import config as segmentation
+from data.prefetch import DeviceLoader
+from downstream.trained_model import (
+    TrainedModel,
+    add_data_flag,
+    add_weights_flags,
+    build_trained_backbone,
+    data_flags,
+    read_trained_model,
+)
 from models import MLLA, build_model, input_channels
 from models.kernels.dispatch import KernelsUnavailableError
-from utils.checkpoint.best_weights import add_ema_flag
-from utils.checkpoint.weights import load_weights, read_state_dict, read_weights
+from utils.checkpoint.weights import load_weights
 from utils.config.command_line import Parser, report_user_errors
 from utils.config.errors import UserError
-from utils.config.schema import read_file
 from utils.distributed.process import Process
 from utils.logs.atomic_write import write_atomic
 from utils.tools.export_formats import (
@@ -49,12 +52,6 @@ from utils.training.metrics import evaluate
 PARTS = ("classifier", "features", "maps", "backbone")
 PRECISIONS = ("float32", "float16", "int8")
 TOLERANCE = 1e-4  # relative to the largest output
-# How each task reads its configuration.
-TASKS = (
-    (SCHEMA, load_config),
-    (detection.SCHEMA, detection.load_config),
-    (segmentation.SCHEMA, segmentation.load_config),
-)
 
 
 class Maps(nn.Module):
@@ -80,30 +77,19 @@ class Backbone(nn.Module):
         return tuple(self.wrapped(images))
 
 
-def read_config(path: str, opts: Sequence[str], part: str) -> CfgNode:
-    """Read a classifier's configuration or, for --part backbone, that of the first task that has all its keys.
-
-    Raises:
-        ConfigError: no task has all keys, or a value is wrong.
-    """
-    load = load_config
-    if part == "backbone":
-        names = {name for name, _, _ in read_file(SCHEMA, Path(path))} | set(opts[::2])
-        load = next((load for schema, load in TASKS if names <= set(schema)), load_config)
-    return load(path, opts, {"EVAL_MODE": True, "AMP": False})
-
-
-def build_part(config: CfgNode, source: str, part: str, *, ema: bool | None) -> nn.Module:
-    """Build the model, or a part of it, with weights from a file, in evaluation mode on the CPU.
+def build_part(trained: TrainedModel, source: str, part: str) -> nn.Module:
+    """Build the model, or a part of it, in evaluation mode on the CPU.
 
     Raises:
         ExportError: the model or the file has no such part.
-        CheckpointError, DownloadError: the file cannot be read, or its weights do not fit.
+        CheckpointError: the weights do not fit.
     """
-    weights = read_state_dict(source, ema=ema, announce=print)
+    config, weights = trained.config, trained.weights
     model: Any
     if part == "backbone":
-        model = Backbone(dense_backbone(config, weights, source))
+        model = Backbone(build_trained_backbone(trained, source))
+    elif trained.task != "classification":
+        raise ExportError(f"--part {part}: {source} is for {trained.task}; its --part backbone can be exported")
     else:
         model = build_model(config, len(weights["head.weight"]) if "head.weight" in weights else None)
         load_weights(model, weights, source)
@@ -114,22 +100,6 @@ def build_part(config: CfgNode, source: str, part: str, *, ema: bool | None) -> 
     elif part == "features":
         model.reset_classifier(0)
     return model.eval().requires_grad_(False)
-
-
-def dense_backbone(config: CfgNode, weights: dict[str, Tensor], source: str) -> nn.Module:
-    """Build the backbone of a detector or segmentor from weights of the whole model or of the backbone.
-
-    Raises:
-        ExportError: the weights are a classifier's, or MODEL.TYPE has no backbone.
-    """
-    if config.MODEL.TYPE == "linear_vit":
-        raise ExportError("--part backbone works with MODEL.TYPE mlla or timm:NAME, not linear_vit")
-    weights = {n.removeprefix("backbone."): v for n, v in weights.items() if n.startswith("backbone.")} or weights
-    if "norm0.weight" not in weights:
-        raise ExportError(f"{source}: has no backbone with a norm per feature map; for a classifier use --part maps")
-    backbone = build_backbone(config)
-    load_weights(backbone, weights, source)
-    return backbone
 
 
 @torch.no_grad()
@@ -150,11 +120,10 @@ class AsModule(nn.Module):
         return self.runner(images)[0]
 
 
-def accuracy_table(config: CfgNode, model: nn.Module, runner: Runner, file_format: str) -> str:
-    """Format the accuracies of PyTorch and of the exported file on the configuration's validation images."""
+def accuracy_table(config: CfgNode, loader: DeviceLoader, model: nn.Module, runner: Runner, file_format: str) -> str:
+    """Format the accuracies of PyTorch and of the exported file on validation images."""
     process = Process(0, 1, torch.device("cpu"))
     precision: Precision = build_precision(config, process.device)
-    loader = build_data(config, rank=0, num_processes=1).val
     rows = {"PyTorch": model, file_format: AsModule(runner)}
     scores = {name: evaluate(candidate, loader, process, precision) for name, candidate in rows.items()}
     return "\n".join(
@@ -166,12 +135,13 @@ def accuracy_table(config: CfgNode, model: nn.Module, runner: Runner, file_forma
 def check_args(args: Any) -> None:
     """Raise ExportError or UserFileError if the command line contradicts itself or the file cannot be written."""
     file_format = args.file_format
+    read_size(args.size or "224")
     check_output(args.target, suffixes=[SUFFIXES[file_format]], force=args.force)
     if args.precision != "float32" and file_format != "onnx":
         raise ExportError(f"--precision {args.precision} works with --to onnx, not {file_format}")
     if args.size == "dynamic" and file_format == "torchscript":
         raise ExportError("--size dynamic works with onnx and exported_program; a TorchScript trace has a fixed size")
-    if args.evaluate and (args.part != "classifier" or args.size == "dynamic"):
+    if args.evaluate and (args.part not in (None, "classifier") or args.size == "dynamic"):
         raise ExportError("--evaluate works with --part classifier and the size of the configuration's images")
     if file_format == "onnx":
         check_packages()
@@ -183,22 +153,26 @@ def export(args: Any) -> None:
     Raises:
         ExportError: --size is wrong, or not DATA.IMG_SIZE with --evaluate; or the file does not compute the same.
     """
-    config = read_config(args.cfg, args.opts, args.part)
+    trained = read_trained_model(args, flags={"AMP": False, **data_flags(args)})
+    config = trained.config
+    part = args.part or ("classifier" if trained.task == "classification" else "backbone")
+    if args.evaluate and part != "classifier":
+        raise ExportError(f"--evaluate works with classifiers, and {args.weights} is for {trained.task}; leave it out")
     size = read_size(args.size or str(config.DATA.get("IMG_SIZE", 224)))
     if args.evaluate and (size.height, size.width) != (config.DATA.IMG_SIZE, config.DATA.IMG_SIZE):
         raise ExportError(
             f"--size {args.size}: --evaluate scores images of DATA.IMG_SIZE {config.DATA.IMG_SIZE}; leave out --size"
         )
-    model = build_part(config, args.resume, args.part, ema=args.ema)
+    loader = build_data(config, rank=0, num_processes=1).val if args.evaluate else None  # fails before the work
+    model = build_part(trained, args.weights, part)
     channels = 3 if config.MODEL.TYPE.startswith("timm:") else input_channels(config)
-    classes = read_weights(args.resume, tolerant=True).classes
-    metadata = {"classes": classes, "config": config.dump()}
+    metadata = {"classes": trained.classes, "config": config.dump()}
     metadata |= {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     report = ""
 
     def write_verified(path: Path) -> None:
         nonlocal report
-        names = output_names(args.part, model, channels)
+        names = output_names(part, model, channels)
         report = write(args.file_format, model, path, size=size, channels=channels, names=names, metadata=metadata)
         error = max_relative_error(model, open_runner(args.file_format, path, model), size.examples(channels))
         if not error <= TOLERANCE:
@@ -217,10 +191,10 @@ def export(args: Any) -> None:
     with user_file(args.target, "written"):
         write_atomic(args.target, write_verified)
     mib = args.target.stat().st_size / 2**20
-    print(f"{args.target}: {args.part} in {args.file_format}, {args.precision}, {mib:.1f} MiB{report}")
+    print(f"{args.target}: {part} in {args.file_format}, {args.precision}, {mib:.1f} MiB{report}")
     runner = open_runner(args.file_format, args.target, model)
-    if args.evaluate:
-        print(accuracy_table(config, model, runner, args.file_format))
+    if loader is not None:
+        print(accuracy_table(config, loader, model, runner, args.file_format))
     if args.benchmark:
         print(latency_table(model, runner, args.file_format, torch.randn(1, channels, *size.timed)))
 
@@ -228,21 +202,14 @@ def export(args: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__, prog="python -m utils.export")
     parser.add_argument("target", metavar="OUT", type=Path, help="file to write")
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file, such as cfgs/mlla_t.yaml")
-    parser.add_argument(
-        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="settings over the file's"
-    )
-    parser.add_argument(
-        "--resume", "--weights", required=True, metavar="WEIGHTS", help="a path, a URL, or mlla-t, mlla-s, mlla-b"
-    )
+    add_weights_flags(parser)
     parser.add_argument("--to", required=True, choices=sorted(SUFFIXES), dest="file_format")
     parser.add_argument("--size", help="a side (default DATA.IMG_SIZE), HxW, or dynamic: multiples of 32 from 64 on")
-    parser.add_argument("--part", default="classifier", choices=PARTS, help="logits, features or feature maps")
+    parser.add_argument("--part", choices=PARTS, help="by default the classifier, or of dense tasks the backbone")
     parser.add_argument("--precision", default="float32", choices=PRECISIONS, help="of an ONNX file")
-    add_ema_flag(parser)
+    add_data_flag(parser)
     parser.add_argument("--evaluate", action="store_true", help="measure accuracy on the validation images")
     parser.add_argument("--benchmark", action="store_true", help="measure latency on this CPU against PyTorch")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     args = parser.parse_args(argv)
     with report_user_errors((UserError, KernelsUnavailableError)):
         check_args(args)

@@ -1,13 +1,13 @@
-"""Classify images: python -m utils.predict IMAGES... --model mlla_tiny [--weights FILE] [--topk 5]
+"""Classify images: python -m utils.predict IMAGES... --weights FILE [--topk 5] [--output FOLDER]
 
-IMAGES are files or folders. Without --weights, MLLA's released weights are used. A run's checkpoint needs no --model.
+IMAGES are files or folders. A run's checkpoint and mlla-t, mlla-s, mlla-b (released weights) need no other flag. With
+bare weights, name their model: --cfg mlla_t, or --model and a timm name.
 """
 
-import csv
 import difflib
-import json
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,39 +19,29 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
-from yacs.config import CfgNode
 
-from config import load_config
 from data.decoding import decode_pillow
 from data.prefetch import Normalizer
 from data.transforms import EvalTransform, Transform
+from downstream.trained_model import add_device_flag, add_weights_flags, open_device, read_trained_model
 from models import build_model
 from models.kernels.dispatch import KernelsUnavailableError
-from utils.checkpoint.best_weights import add_ema_flag, print_choice
+from utils.checkpoint.best_weights import print_choice
 from utils.checkpoint.download import is_timm_model, released_name
-from utils.checkpoint.weights import classes_in, load_weights, read_state_dict
-from utils.checkpoint.weights_file import load_checkpoint
+from utils.checkpoint.weights import load_weights, read_state_dict, read_weights
 from utils.config.command_line import Parser, at_least, report_user_errors
 from utils.config.errors import UserError
 from utils.logs.atomic_write import write_atomic
 from utils.logs.contact_sheet import save_captioned
-from utils.tools.user_files import check_output, user_file
+from utils.tools.prediction_tables import TABLES, Prediction, format_table, write_predictions
+from utils.tools.user_files import check_output, check_results, user_file
+from utils.training.amp import Precision, make_precision
 
 MAX_DRAWN_IMAGES = 64
-MAX_NAME_LENGTH = 40  # characters of a file or class name in the table
-EVAL_FLAGS = {"EVAL_MODE": True, "THROUGHPUT_MODE": False, "PROFILE_MODE": False}
 
 
 class PredictionError(UserError):
     """The command line names no model, or no image that can be classified."""
-
-
-class Prediction(NamedTuple):
-    """The most likely classes of one image, best first, with their probabilities."""
-
-    file: str
-    classes: list[str]
-    probabilities: list[float]
 
 
 class ImageFiles(Dataset):
@@ -107,23 +97,33 @@ def open_classifier(args: Any) -> Classifier:
         PredictionError: none of them is given, or the model has no released weights.
         CheckpointError, DownloadError: the weights cannot be read, or do not fit the model.
     """
-    source = args.weights or released_weights(args.model)
-    if not source:
-        raise PredictionError("no model is named; add --model mlla_tiny, or a run's checkpoint with --weights FILE")
-    content = load_checkpoint(source)
-    weights = read_state_dict(source, ema=args.ema, announce=print_choice)
-    num_classes = len(weights["head.weight"]) if "head.weight" in weights else None
-    size, crop, interpolation = 224, True, "bicubic"
-    model: nn.Module
+    args.weights = args.weights or released_weights(args.model)
+    if not args.weights:
+        raise PredictionError("no model is named; name a run's checkpoint with --weights FILE, or add --weights mlla-t")
     if args.model:
-        model = timm.create_model(args.model, num_classes=num_classes or 1000)
-    else:
-        config = load_config(args.cfg, flags=EVAL_FLAGS) if args.cfg else config_in(content, source)
-        model = build_model(config, num_classes)
-        size, crop, interpolation = config.DATA.IMG_SIZE, config.TEST.CROP, config.DATA.INTERPOLATION
-    load_weights(model, weights, source)
-    transform = EvalTransform(args.size or size, crop=crop, interpolation=interpolation)
-    return Classifier(model.eval(), class_names(classes_in(content), num_classes or 1000), transform)
+        return open_timm_classifier(args)
+    trained = read_trained_model(args, task="classification")
+    num_classes = count_classes(trained.weights)
+    model = build_model(trained.config, num_classes)
+    load_weights(model, trained.weights, args.weights)
+    size, test = args.size or trained.config.DATA.IMG_SIZE, trained.config.TEST
+    transform = EvalTransform(size, crop=test.CROP, interpolation=trained.config.DATA.INTERPOLATION)
+    return Classifier(model.eval(), class_names(trained.classes, num_classes or 1000), transform)
+
+
+def open_timm_classifier(args: Any) -> Classifier:
+    """Build the classifier that timm knows by --model, with images as MLLA's recipe prepares them."""
+    weights = read_state_dict(args.weights, ema=args.ema, announce=print_choice)
+    num_classes = count_classes(weights) or 1000
+    model = timm.create_model(args.model, num_classes=num_classes)
+    load_weights(model, weights, args.weights)
+    names = class_names(read_weights(args.weights, tolerant=True).classes, num_classes)
+    return Classifier(model.eval(), names, EvalTransform(args.size or 224, crop=True, interpolation="bicubic"))
+
+
+def count_classes(weights: dict[str, Tensor]) -> int | None:
+    """Return the number of classes of a classifier's weights, None where they have no `head`."""
+    return len(weights["head.weight"]) if "head.weight" in weights else None
 
 
 def released_weights(model: str) -> str:
@@ -148,17 +148,6 @@ def check_model(args: Any) -> None:
         raise PredictionError(f"--cfg {args.cfg} and --model {args.model} both name the model; leave one of them out")
 
 
-def config_in(content: dict[str, Any], source: str) -> CfgNode:
-    """Return the configuration that a run stores in its checkpoints.
-
-    Raises:
-        PredictionError: the file has none.
-    """
-    if not isinstance(content.get("config"), str):
-        raise PredictionError(f"{source}: holds no configuration of a model; add --model or --cfg")
-    return load_config(content["config"], flags=EVAL_FLAGS)
-
-
 def class_names(stored: list[str] | None, count: int) -> list[str]:
     """Return the names stored in the file, ImageNet's for 1,000 classes, or else numbers."""
     if stored and len(stored) == count:
@@ -170,7 +159,14 @@ def class_names(stored: list[str] | None, count: int) -> list[str]:
 
 @torch.inference_mode()
 def predict(
-    classifier: Classifier, paths: Sequence[Path], *, topk: int, batch_size: int, num_workers: int, device: torch.device
+    classifier: Classifier,
+    paths: Sequence[Path],
+    *,
+    topk: int,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+    precision: Precision,
 ) -> Iterator[Prediction | tuple[Path, str]]:
     """Yield for each file, in order, a prediction or (file, reason why it cannot be read)."""
     model = classifier.model.to(device)
@@ -182,7 +178,9 @@ def predict(
         scores = torch.empty(0)
         if readable:
             images = torch.stack(readable).permute(0, 3, 1, 2).contiguous()  # (B, 3, size, size)
-            scores = model(normalizer(images.to(device))).float().softmax(dim=1).cpu()  # (B, classes)
+            with precision.autocast():
+                logits = model(normalizer(images.to(device)))
+            scores = logits.float().softmax(dim=1).cpu()  # (B, classes)
         rows = iter(scores)
         for path, pixels, reason in samples:
             if pixels is None:
@@ -190,38 +188,6 @@ def predict(
                 continue
             probabilities, labels = next(rows).topk(min(topk, len(classifier.classes)))
             yield Prediction(str(path), [classifier.classes[i] for i in labels.tolist()], probabilities.tolist())
-
-
-def format_table(predictions: Sequence[Prediction]) -> str:
-    """Format one line per image: its file and most likely classes."""
-    width = min(MAX_NAME_LENGTH, max(len(prediction.file) for prediction in predictions))
-    return "\n".join(
-        f"{prediction.file[-width:]:{width}}  "
-        + "  ".join(
-            f"{name.split(',')[0][:MAX_NAME_LENGTH]} {100 * probability:.1f}%"
-            for name, probability in zip(prediction.classes, prediction.probabilities, strict=True)
-        )
-        for prediction in predictions
-    )
-
-
-def write_predictions(path: Path, predictions: Sequence[Prediction], suffix: str) -> None:
-    """Write a .json file (a list of objects) or a .csv file (one line per image and class).
-
-    Bytes of names that are not UTF-8 are escapes in JSON, as in Python; a CSV file holds them as they are.
-    """
-    errors = "backslashreplace" if suffix == ".json" else "surrogateescape"
-    with path.open("w", newline="", encoding="utf-8", errors=errors) as file:
-        if suffix == ".json":
-            json.dump([prediction._asdict() for prediction in predictions], file, indent=1, ensure_ascii=False)
-            return
-        writer = csv.writer(file)
-        writer.writerow(["file", "rank", "class", "probability"])
-        for prediction in predictions:
-            for rank, (name, probability) in enumerate(
-                zip(prediction.classes, prediction.probabilities, strict=True), start=1
-            ):
-                writer.writerow([prediction.file, rank, name, f"{probability:.6f}"])
 
 
 def draw_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
@@ -236,6 +202,28 @@ def draw_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
     save_captioned(images, captions, path)
 
 
+def plan_outputs(args: Any) -> tuple[list[Path], list[Path]]:
+    """Return the tables and plots to write, by --output and --picture, after checking that they may be written.
+
+    Raises:
+        UserFileError: a file exists or cannot be written, or has another ending.
+    """
+    plots: list[Path] = [args.picture] if args.picture else []
+    for path in plots:
+        check_output(path, suffixes=(".png", ".pdf", ".jpg"), force=args.force)
+    if args.output is None:
+        return [], plots
+    with user_file(args.output, "written"):
+        is_folder = args.output.is_dir() or not args.output.suffix
+    if not is_folder:
+        check_output(args.output, suffixes=TABLES, force=args.force)
+        return [args.output], plots
+    tables = [args.output / f"predictions{suffix}" for suffix in TABLES]
+    plots.append(args.output / "predictions.png")
+    check_results([*tables, plots[-1]], force=args.force)
+    return tables, plots
+
+
 def run(args: Any) -> None:
     """Run the command.
 
@@ -243,18 +231,18 @@ def run(args: Any) -> None:
         PredictionError: no images, or none that can be read.
         UserFileError: an output file exists or cannot be written.
     """
-    for path, suffixes in ((args.output, (".json", ".csv")), (args.picture, (".png", ".pdf", ".jpg"))):
-        if path is not None:
-            check_output(path, suffixes=suffixes, force=args.force)
+    tables, plots = plan_outputs(args)
     check_model(args)
     paths = find_images(args.images)
+    device = open_device(args.device)
     results = predict(
         open_classifier(args),
         paths,
         topk=args.topk,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
+        precision=make_precision(device, amp=args.amp, dtype="auto"),
     )
     predictions = []
     for result in results:
@@ -265,30 +253,35 @@ def run(args: Any) -> None:
     if not predictions:
         raise PredictionError(f"none of {len(paths)} files can be read as an image")
     print(format_table(predictions))
-    if args.output:
-        with user_file(args.output, "written"):
-            write_atomic(args.output, lambda path: write_predictions(path, predictions, args.output.suffix))
-    if args.picture:
-        with user_file(args.picture, "written"):
-            draw_predictions(args.picture, predictions)
+    for table in tables:
+        with user_file(table, "written"):
+            table.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(table, partial(write_predictions, predictions=predictions, suffix=table.suffix))
+    for plot in plots:
+        with user_file(plot, "written"):
+            draw_predictions(plot, predictions)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__, prog="python -m utils.predict")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="files, or folders with images")
-    parser.add_argument("--model", default="", help="timm model name, such as mlla_tiny")
-    parser.add_argument("--weights", "--resume", default="", help="a path, a URL, or mlla-t, mlla-s, mlla-b")
-    parser.add_argument("--cfg", default="", help="instead of --model: YAML file that the weights were trained with")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="write predictions.json, .csv and .png; or only a FILE.json or .csv",
+    )
+    add_weights_flags(parser, required=False)
+    add_device_flag(parser)
+    parser.add_argument("--amp", action="store_true", help="mixed precision")
+    parser.add_argument("--model", default="", help="timm name of the model, where the weights hold no configuration")
     parser.add_argument("--topk", type=at_least(1), default=5, help="classes per image")
     parser.add_argument("--size", type=at_least(1), help="image side in pixels, if not as in training")
     parser.add_argument("--batch-size", type=at_least(1), default=32)
     parser.add_argument("--num-workers", type=at_least(0), default=0, help="processes that load images; 0: none")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write all predictions as .json or .csv")
     parser.add_argument(
         "--picture", type=Path, metavar="FILE", help=f"plot up to {MAX_DRAWN_IMAGES} images (.png, .pdf)"
     )
-    add_ema_flag(parser)
-    parser.add_argument("--force", action="store_true", help="replace existing files")
     args = parser.parse_args(argv)
     with report_user_errors((UserError, KernelsUnavailableError)):
         run(args)

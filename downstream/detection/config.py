@@ -53,6 +53,7 @@ _C.TEST.LONG_SIDE = Key(1333, at_least(32), help="maximum long side of images in
 _C.TEST.PER_CLASS = Key(False, help="also report metrics per category")
 
 SCHEMA: dict[str, Key] = _C.flatten()
+OWN = Path(__file__).parent / "cfgs"  # configurations that come with the project
 
 
 def load_config(source: str | Path, opts: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> CfgNode:
@@ -61,7 +62,7 @@ def load_config(source: str | Path, opts: Sequence[str] = (), flags: Mapping[str
     Raises:
         ConfigError: a missing file, an unknown key, a wrong type, a value out of range, or values that contradict.
     """
-    values = merge_settings(SCHEMA, source, opts, flags)
+    values = merge_settings(SCHEMA, source, opts, flags, own=OWN)
     check_dense(values, {*opts[::2], *(flags or {})})
     check_ranges(values, "AUG.CROP_SIZE")
     if max(values["AUG.SHORT_SIDES"]) > values["AUG.LONG_SIDE"]:

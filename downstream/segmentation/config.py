@@ -74,6 +74,7 @@ _C.TEST.STRIDE = Key(341, at_least(1), help="from one window to the next, pixels
 _C.TEST.SAVE_PREDICTIONS = Key(False, help="write predictions of evaluation as palette PNGs and overlays")
 
 SCHEMA: dict[str, Key] = _C.flatten()
+OWN = Path(__file__).parent / "cfgs"  # configurations that come with the project
 FLAGS = {
     "--multi-scale": "TEST.MULTI_SCALE",
     "--slide": "TEST.SLIDE",
@@ -87,7 +88,7 @@ def load_config(source: str | Path, opts: Sequence[str] = (), flags: Mapping[str
     Raises:
         ConfigError: a missing file, an unknown key, a wrong type, a value out of range, or values that contradict.
     """
-    values = merge_settings(SCHEMA, source, opts, flags)
+    values = merge_settings(SCHEMA, source, opts, flags, own=OWN)
     check_dense(values, {*opts[::2], *(flags or {})})
     check_ranges(values, "AUG.RATIO")
     check_steps(values)

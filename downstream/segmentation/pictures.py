@@ -12,6 +12,7 @@ from PIL import Image
 from downstream.segmentation.model.losses import IGNORED
 from utils.logs.contact_sheet import Example, Tile, resized, save_sheet
 
+PREDICTION_ENDINGS = (".png", "_overlay.jpg")  # of mask and overlay
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 LEGEND_CLASSES = 40  # of the classes that are there, the first ones
 ROW_HEIGHT = 190  # of the images on a sheet
@@ -41,7 +42,8 @@ def save_mask(path: Path, classes: np.ndarray, num_classes: int, *, first_label:
 
 def prediction_files(path: Path) -> tuple[Path, Path]:
     """Return the paths of mask and overlay, <path>.png and <path>_overlay.jpg."""
-    return path.with_name(path.name + ".png"), path.with_name(path.name + "_overlay.jpg")
+    mask, overlay = (path.with_name(path.name + ending) for ending in PREDICTION_ENDINGS)
+    return mask, overlay
 
 
 def save_prediction(

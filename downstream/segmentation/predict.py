@@ -1,4 +1,4 @@
-"""Segment images of any size: for each a palette PNG of classes and an overlay.
+"""Segment images of any size: for each a palette PNG of classes, <name>.png, and <name>_overlay.jpg.
 
 python -m downstream.segmentation.predict photo.jpg pictures/ --weights max_miou.pth --output segmented
 python -m downstream.segmentation.predict aerial.tif --weights max_miou.pth --output segmented --tile 1024
@@ -15,24 +15,18 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from data.errors import DataError, as_data_error
+from data.errors import as_data_error
+from downstream.image_files import plan_results, read_images
 from downstream.segmentation.build import build_inference, build_model, reduces_zero_label
-from downstream.segmentation.config import load_config
-from downstream.segmentation.data.masked_images import (
-    ADE20K_CLASSES,
-    IMAGE_SUFFIXES,
-    files_by_name,
-    read_classes,
-    read_image,
-)
+from downstream.segmentation.data.masked_images import ADE20K_CLASSES, read_classes, read_image
 from downstream.segmentation.data.transforms import EvalTransform
 from downstream.segmentation.model.inference import predict_tiles
-from downstream.segmentation.pictures import prediction_files, save_prediction
+from downstream.segmentation.pictures import PREDICTION_ENDINGS, save_prediction
 from downstream.task import DenseTask
-from downstream.trained_model import load_trained, predict_parser, read_trained_model
+from downstream.trained_model import load_trained, open_device, predict_parser, read_trained_model
 from utils.checkpoint.weights_file import CheckpointError
 from utils.config.command_line import at_least, report_user_errors
-from utils.config.errors import MissingFileError, UserError
+from utils.config.errors import UserError
 from utils.training.amp import Precision, make_precision
 
 SMALLEST_TILE = 64
@@ -53,27 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     with report_user_errors(DenseTask.user_errors), torch.no_grad():
         check(args)
-        jobs = plan_jobs(args.images, args.output)
+        results = plan_results(args.images, args.output, PREDICTION_ENDINGS, force=args.force)
         segmentor = open_segmentor(args)
-        with as_data_error(args.output, "written"):
-            args.output.mkdir(parents=True, exist_ok=True)
         first_label = int(reduces_zero_label(segmentor.config))
-        for path, name in jobs.items():
-            image = read_image(path)
+        for path, image, result in read_images(results, read_image):
             classes = predict(segmentor, image, args)
-            num_classes = len(segmentor.classes)
-            with as_data_error(args.output, "written"):
-                save_prediction(args.output / name, image, classes, num_classes=num_classes, first_label=first_label)
+            with as_data_error(result, "written"):
+                save_prediction(result, image, classes, num_classes=len(segmentor.classes), first_label=first_label)
             print(f"{path}: {class_shares(classes, segmentor.classes)}")
-    print(f"{len(jobs)} image(s): {args.output}")
+    print(f"masks and overlays: {args.output}")
     return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = predict_parser(__doc__, images="files, or folders of them")
-    parser.add_argument(
-        "--output", required=True, type=Path, metavar="FOLDER", help="<name>.png and <name>_overlay.jpg"
-    )
     parser.add_argument("--classes", type=Path, metavar="FILE", help="names, one a line, where the weights have none")
     parser.add_argument(
         "--tile", type=at_least(0), default=0, metavar="PIXELS", help="segment the image at its own size, in tiles"
@@ -105,40 +92,15 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--margin {args.margin}: must be above 0 and below half of --tile {args.tile}")
 
 
-def plan_jobs(sources: Sequence[Path], output: Path) -> dict[Path, str]:
-    """Return the images by path, with the names of their results.
-
-    Raises:
-        MissingFileError: there is no such image.
-        DataError: results would overwrite each other, or files that are there.
-    """
-    jobs: dict[Path, str] = {}
-    for source in sources:
-        with as_data_error(source):
-            files = files_by_name(source, IMAGE_SUFFIXES) if source.is_dir() else {source.stem: source}
-        jobs |= {path: name for name, path in files.items()}
-    taken: dict[str, Path] = {}
-    for path, name in jobs.items():
-        if not path.is_file():
-            raise MissingFileError(f"{path}: no such image")
-        if name in taken:
-            raise DataError(f"{path}: {taken[name]} has the same name, and so would their results; do one at a time")
-        taken[name] = path
-        with as_data_error(output, "written"):
-            existing = [result for result in prediction_files(output / name) if result.exists()]
-        if existing:
-            raise DataError(f"{existing[0]}: exists already; name another --output")
-    return jobs
-
-
 def open_segmentor(args: argparse.Namespace) -> Segmentor:
     """Build the model of --weights, with its configuration and classes.
 
     Raises:
         UserError: weights, configuration or classes are missing or do not fit.
     """
-    flags = {"TEST.MULTI_SCALE": args.multi_scale, "TEST.SLIDE": args.slide, "EVAL_MODE": True}
-    trained = read_trained_model(args, load_config, flags)
+    device = open_device(args.device)
+    flags = {"TEST.MULTI_SCALE": args.multi_scale, "TEST.SLIDE": args.slide}
+    trained = read_trained_model(args, task="segmentation", flags=flags)
     classes = trained.classes
     if args.classes is not None:
         classes = read_classes(args.classes)
@@ -146,7 +108,7 @@ def open_segmentor(args: argparse.Namespace) -> Segmentor:
         classes = read_classes(ADE20K_CLASSES)
     if classes is None:
         raise CheckpointError(f"{args.weights}: holds no names of classes; name a file of them with --classes")
-    model, device = load_trained(build_model(trained.config, len(classes)), trained.weights, args.weights)
+    model = load_trained(build_model(trained.config, len(classes)), trained.weights, args.weights, device)
     precision = make_precision(device, amp=args.amp, dtype=trained.config.AMP_DTYPE)
     return Segmentor(model, trained.config, classes, device, precision)
 

@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 from torch import nn
 
+from downstream.build import build_backbone
+from downstream.detection import config as detection
 from models import MLLA, LinearViT, Switches
 from models.inspection import attention_inputs, attention_map, gate_values, receptive_fields
 from models.rope import rotary_tables
-from tests.helpers import MICRO, deep_gray
+from tests.helpers import MICRO, deep_gray, exit_code
 from utils import visualize
 
 SIZES = {"img_size": 32, "embed_dim": 8, "depths": (1, 1), "num_heads": (2, 2), "num_classes": 10}
@@ -136,6 +138,31 @@ def test_pictures(
     assert all(Image.open(tmp_path / "out" / name).width > 400 for name in names)
 
 
+@pytest.mark.slow
+def test_images_of_the_models_own_dataset(
+    checkpoint: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--weights", checkpoint, "--output", tmp_path / "out", "--opts", "DATA.DATASET", "folder"]
+    assert exit_code(visualize.main, words) == 2
+    assert "--data-path; or name images with --images FILE ... or --photographs" in capsys.readouterr().err
+    assert exit_code(visualize.main, [*words, "--data-path", image_folder]) == 0
+    assert exit_code(visualize.main, [*words, "--data-path", image_folder]) == 2
+    assert "delta.png: already exists; name another --output, or replace it with --force" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_backbone_of_a_detector(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    opts = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.DEPTHS", "[1,1,1,1]", "MODEL.MLLA.NUM_HEADS", "[1,1,1,1]"]
+    config = detection.load_config("shapes", opts)
+    weights = {f"backbone.{name}": value for name, value in build_backbone(config).state_dict().items()}
+    torch.save({"model": weights, "config": config.dump()}, tmp_path / "d.pth")
+    words = ["--weights", tmp_path / "d.pth", "--size", "32", "--output", tmp_path / "out"]
+    assert exit_code(visualize.main, words) == 2
+    assert "d.pth: is for detection; name images with --images" in capsys.readouterr().err
+    assert exit_code(visualize.main, [*words, "--digits", "1"]) == 0
+    assert (tmp_path / "out" / "attention.png").is_file()
+
+
 def test_sixteen_bits_keep_their_upper_eight(tmp_path: Path) -> None:
     deep_gray().save(tmp_path / "deep.png")
     options = visualize.parse(["--resume", "x", "--images", str(tmp_path / "deep.png")])
@@ -147,7 +174,7 @@ def test_sixteen_bits_keep_their_upper_eight(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--resume", "missing.pth"], "missing.pth: no such checkpoint file"),
-        (["--resume", "{bare}"], "holds no configuration; name the model's with --cfg FILE"),
+        (["--resume", "{bare}"], "holds no configuration; name its YAML file with --cfg"),
         (["--resume", "{bare}", "--cfg", "cfgs/mlla_t.yaml"], "does not fit the model"),
         (["--resume", "{good}", "--images", "missing.jpg"], "missing.jpg"),
         (["--resume", "{good}", "--images", "LICENSE"], "LICENSE: not an image, or of an unknown format"),

@@ -86,6 +86,19 @@ def test_csv_other_sizes_and_no_ema(
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
+def test_a_folder_gets_tables_and_plot(
+    checkpoint: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, out = next(image_folder.rglob("*.jpg")), tmp_path / "found" / "today"
+    args = [image, "--weights", checkpoint, "--device", "cpu", "--amp", "--output", out]
+    assert exit_code(predict.main, args) == 0
+    assert {path.name for path in out.iterdir()} == {"predictions.json", "predictions.csv", "predictions.png"}
+    (out / "predictions.json").unlink()
+    assert exit_code(predict.main, args) == 2
+    assert "predictions.csv: already exists; name another --output, or" in capsys.readouterr().err
+    assert exit_code(predict.main, [*args, "--force"]) == 0
+
+
 def test_names_that_are_not_utf8(checkpoint: Path, image_folder: Path, tmp_path: Path) -> None:
     """As archives in Latin-1 unpack: printed with escapes, and written so that Python reads them back."""
     image = tmp_path / "caf\udce9.jpg"
@@ -141,7 +154,10 @@ def test_released_weights_by_timm_name(name: str) -> None:
         (["empty", "--weights", "W"], "empty: no images in it"),
         (["empty/x.jpg", "--weights", "W"], "none of 1 files can be read"),
         (["empty/x.jpg"], "no model is named"),
-        (["empty/x.jpg", "--weights", "bare.pth"], "holds no configuration of a model; add --model or --cfg"),
+        (
+            ["empty/x.jpg", "--weights", "bare.pth"],
+            "bare.pth: holds no configuration; name its YAML file with --cfg",
+        ),
         (
             ["empty/x.jpg", "--model", "mlla_tinny"],
             "mlla_tinny: timm has no such model; did you mean mlla_tiny?",

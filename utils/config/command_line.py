@@ -153,7 +153,7 @@ def parse_command_line(
         A wrong command line ends the process with one line and exit code 2.
     """
     parser = Parser(description)
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file, such as cfgs/mlla_t.yaml")
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file, or the name of one of the project's")
     parser.add_argument(
         "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="settings over the file's"
     )

@@ -13,7 +13,7 @@ import yaml
 from yacs.config import CfgNode
 
 from utils.config.errors import ConfigError, file_errors
-from utils.config.yaml_file import parse_yaml, read_yaml
+from utils.config.yaml_file import find_yaml, parse_yaml, read_yaml
 
 
 class Rule(NamedTuple):
@@ -121,22 +121,27 @@ class Section:
 
 
 def merge_settings(
-    schema: Schema, source: str | Path, opts: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+    schema: Schema,
+    source: str | Path,
+    opts: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+    *,
+    own: Path,
 ) -> dict[str, Any]:
     """Return values by key. Later ones win: defaults, BASE files, the file itself, `KEY VALUE ...` pairs, flags.
 
     Args:
         schema: the known keys; "BASE" must be one of them.
-        source: a YAML file, or YAML text, which is a str with a newline in it.
+        source: a YAML file by path or name, see `find_yaml`; or YAML text, which is a str with a newline in it.
         opts: alternating keys and values, as typed after --opts.
         flags: values by key, of those flags that were typed.
+        own: the folder of the task's configurations in the project.
 
     Raises:
         ConfigError: a missing or unreadable file, an unknown key, a wrong type or a value out of range.
     """
     values = {name: key.default for name, key in schema.items()}
-    is_text = isinstance(source, str) and "\n" in source
-    for name, value, origin in read_text(schema, str(source)) if is_text else read_file(schema, Path(source)):
+    for name, value, origin in read_source(schema, source, own):
         values[name] = checked(schema, name, value, origin)
     if len(opts) % 2:
         raise ConfigError(f"--opts takes pairs of KEY VALUE, got {len(opts)} values: {' '.join(opts)}")
@@ -180,18 +185,23 @@ def with_setting(config: CfgNode, name: str, value: Any) -> CfgNode:
     return changed
 
 
-def read_file(schema: Schema, path: Path, within: tuple[Path, ...] = ()) -> Iterator[tuple[str, Any, str]]:
-    """Yield (key, value, file) of a YAML file, those of its BASE files first."""
+def read_source(schema: Schema, source: str | Path, own: Path) -> Iterator[tuple[str, Any, str]]:
+    """Yield (key, value, origin) of a configuration file or text; for the arguments see `merge_settings`."""
+    if isinstance(source, str) and "\n" in source:
+        return read_text(schema, source)
+    return read_file(schema, find_yaml(Path(source), own), own)
+
+
+def read_file(schema: Schema, path: Path, own: Path, within: tuple[Path, ...] = ()) -> Iterator[tuple[str, Any, str]]:
+    """Yield (key, value, file) of a YAML file, those of its BASE files first, which are found like files of --cfg."""
     with file_errors(ConfigError, path, "read"):
-        is_file, resolved = path.is_file(), path.resolve()
-    if not is_file:
-        raise ConfigError(f"{path}: no such configuration file; see cfgs/ for those that come with the project")
+        resolved = path.resolve()
     if resolved in within:
         raise ConfigError(f"{path}: BASE files include each other in a circle", key="BASE")
     content = read_yaml(path)
     for base in checked(schema, "BASE", content.pop("BASE", [""]), str(path)):
         if base:
-            yield from read_file(schema, path.parent / base, (*within, resolved))
+            yield from read_file(schema, find_yaml(Path(base), own, start=path.parent), own, (*within, resolved))
     yield from settings_in(schema, content, str(path))
 
 

@@ -9,6 +9,7 @@ import yaml
 from utils.config.errors import ConfigError, file_errors
 
 MAX_NODES = 100_000  # of a file, with aliases written out
+PROJECT = Path(__file__).parents[2]
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -47,6 +48,28 @@ def count_nodes(node: yaml.Node, counts: dict[int, int]) -> int:
     if counts[id(node)] > MAX_NODES:
         raise yaml.YAMLError(f"what begins in line {line} has, with its aliases written out, over {MAX_NODES:,} values")
     return counts[id(node)]
+
+
+def find_yaml(name: Path, own: Path, *, start: Path = Path()) -> Path:
+    """Return the configuration file of a path or a name, such as mlla_t; `.yaml` may be left out.
+
+    A file of the user's wins. Only then it is looked for among the project's.
+
+    Args:
+        name: a path relative to `start`, to `own` or to the project.
+        own: the folder of the task's configurations in the project.
+        start: the folder that the user's paths start from.
+
+    Raises:
+        ConfigError: there is none, or it cannot be looked for.
+    """
+    for folder in (start, own, PROJECT):
+        for path in (folder / name, folder / f"{name}.yaml"):
+            with file_errors(ConfigError, name, "read"):
+                if path.is_file():
+                    return path
+    known = ", ".join(sorted(path.stem for path in own.glob("*.yaml")))
+    raise ConfigError(f"{start / name}: no such configuration file; the project's own are {known}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

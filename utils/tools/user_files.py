@@ -1,6 +1,6 @@
 """Files that a command reads and writes: checked before the work begins; a system error becomes one line."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -38,3 +38,23 @@ def check_output(target: Path, *, suffixes: Sequence[str] = (), force: bool, cre
         is_own = bool(creator) and target.is_file() and creator.encode() in target.read_bytes()
     if not is_own:
         raise UserFileError(f"{target}: already exists; name another file, or replace it with --force")
+
+
+def check_results(paths: Sequence[Path], *, inputs: Collection[Path] = (), force: bool) -> None:
+    """Check that a command may write these files into a folder of results, which need not exist.
+
+    Args:
+        paths: of the files.
+        inputs: files that the command reads, which it never replaces.
+        force: replace files that exist.
+
+    Raises:
+        UserFileError: a file exists, or cannot be looked for.
+    """
+    read = {path.resolve() for path in inputs}
+    for path in paths:
+        with user_file(path, "written"):
+            if path.resolve() in read:
+                raise UserFileError(f"{path}: is one of the images that are read; name another folder with --output")
+            if path.exists() and not (force and path.is_file()):
+                raise UserFileError(f"{path}: already exists; name another --output, or replace it with --force")

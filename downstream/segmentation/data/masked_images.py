@@ -1,7 +1,5 @@
 """Images with masks, in ADE20K's folders or in a simple layout for other data."""
 
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,14 +7,11 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.decoding import to_rgb
-from data.errors import BrokenImageError, DataError, as_data_error
-from data.sources.file_tree import find_files
+from data.errors import BrokenImageError, DataError
 from data.sources.labels import read_lines
+from downstream.image_files import IMAGE_SUFFIXES, files_by_name
 from downstream.segmentation.model.losses import IGNORED
-from utils.config.errors import MissingFileError
-from utils.logs.logger import logger
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 INDEX_MODES = ("P", "L", "1", "I", "I;16")  # of mask files: one number per pixel
 ADE20K_CLASSES = Path(__file__).with_name("ade20k_classes.txt")
 MAX_NAMES_SHOWN = 5
@@ -118,34 +113,6 @@ def read_classes(path: Path) -> list[str]:
     if twice := sorted({name for name in classes if classes.count(name) > 1}):
         raise DataError(f"{path}: {', '.join(twice[:MAX_NAMES_SHOWN])} occurs more than once")
     return classes
-
-
-def files_by_name(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """Return the files below a folder by their path in it without suffix.
-
-    Raises:
-        MissingFileError: there is no such folder.
-        DataError: the folder holds no such files, or two of one name.
-    """
-    with as_data_error(folder):
-        if not folder.is_dir():
-            raise MissingFileError(f"{folder}: no such folder; downstream/segmentation/README.md shows what is needed")
-        tree = find_files(folder, tuple(suffixes))
-    if tree.dangling:
-        raise MissingFileError(
-            f"{folder}: {len(tree.dangling)} link(s) lead nowhere, such as {tree.dangling[0]}; mend or remove them"
-        )
-    files: dict[str, Path] = {}
-    for path in tree.paths:
-        name = os.path.splitext(path)[0]  # noqa: PTH122, a Path would change names such as "a/./b"
-        if name in files:
-            raise DataError(f"{folder / path}: {files[name].name} has the same name; each image needs its own")
-        files[name] = folder / path
-    if tree.left_out:
-        logger.warning("%s: left out: %s", folder, tree.describe_left_out())
-    if not files:
-        raise DataError(f"{folder}: no files that end in {', '.join(suffixes)}")
-    return files
 
 
 def read_image(path: Path) -> np.ndarray:

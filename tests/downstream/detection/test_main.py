@@ -253,19 +253,22 @@ def test_predict(run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
         "--opts",
         *pairs,
     ]
-    for _ in range(2):  # nothing is overwritten
-        assert predict.main([str(word) for word in words]) == 0
-    assert {path.name for path in (tmp_path / "p").iterdir()} == {
-        *("0_1.png", "0_2.png", "1_1.png", "1_2.png", "predictions_1.json", "predictions_2.json")
-    }
-    written = json.loads((tmp_path / "p" / "predictions_1.json").read_text())
+    assert predict.main([str(word) for word in words]) == 0
+    capfd.readouterr()
+    assert exit_code(predict.main, words) == 2
+    assert capfd.readouterr().err == (
+        f"error: {tmp_path}/p/0.png: already exists; name another --output, or replace it with --force\n"
+    )
+    assert predict.main([str(word) for word in [*paths, "--force", *words[2:]]]) == 0
+    assert {path.name for path in (tmp_path / "p").iterdir()} == {"0.png", "1.png", "predictions.json"}
+    written = json.loads((tmp_path / "p" / "predictions.json").read_text())
     assert [(image["height"], image["width"]) for image in written["images"]] == sizes
     assert [category["name"] for category in written["categories"]] == ["circle", "square", "triangle", "star"]
     for annotation in written["annotations"]:
         assert annotation["segmentation"]["size"] == list(sizes[annotation["image_id"] - 1])
     # The checkpoint's own configuration is the same.
     assert predict.main([str(word) for word in [*paths, "--weights", checkpoint, "--output", tmp_path / "own"]]) == 0
-    own = json.loads((tmp_path / "own" / "predictions_1.json").read_text())
+    own = json.loads((tmp_path / "own" / "predictions.json").read_text())
     assert own["annotations"] == written["annotations"]
     with pytest.raises(SystemExit) as stop:
         predict.main([str(tmp_path / "none.jpg"), *map(str, words[2:])])

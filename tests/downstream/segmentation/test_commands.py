@@ -55,6 +55,8 @@ def test_predict(
     code, out, err = call(capsys, images, "--weights", weights, "--output", tmp_path / "out", *options)
     assert (code, err) == (0, "")
     assert "wide.png: " in out
+    assert call(capsys, images, "--weights", weights, "--output", tmp_path / "out", *options)[0] == 2
+    assert call(capsys, images, "--weights", weights, "--output", tmp_path / "out", *options, "--force")[0] == 0
     for name, size in (("wide", (40, 130)), ("deep/tall", (101, 33))):
         found = read_mask(tmp_path / f"out/{name}.png", num_classes=6, reduce_zero_label=False)
         assert found.shape == size
@@ -75,13 +77,14 @@ def test_mistakes_in_predict_are_one_line(
         ([wide, "--weights", "no.pth", "--output", out], "no.pth: no such checkpoint"),
         ([wide, "--weights", bare, "--output", out], "holds no configuration; name its YAML file with --cfg"),
         ([wide, "--weights", bare, "--output", out, "--cfg", CONFIG], "holds no names of classes; name a file"),
-        ([wide, "--weights", weights, "--output", out / "there"], "wide.png: exists already; name another --output"),
+        ([wide, "--weights", weights, "--output", out / "there"], "wide.png: already exists; name another --output"),
         ([wide, images / "x/wide.png", "--weights", weights, "--output", out], "no such image"),
         ([wide, "--weights", weights, "--output", out, "--margin", "9"], "--margin 9: is about tiles"),
         ([wide, "--weights", weights, "--output", out, "--tile", "32"], "--tile 32: must be at least 64"),
         ([wide, "--weights", weights, "--output", out, "--tile", "64", "--margin", "32"], "below half of --tile 64"),
         ([wide, "--weights", weights, "--output", out, "--tile", "64", "--slide"], "--tile 64: tiles are seen at one"),
-        ([wide, "--weights", weights], "the following arguments are required: --output"),
+        ([wide, "--output", out], "the following arguments are required: --weights"),
+        ([wide, "--weights", weights, "--output", images, "--force"], "wide.png: is one of the images that are read"),
     ]
     for words, message in cases:
         code, _, err = call(capsys, *words)

@@ -26,6 +26,8 @@ from utils.config.errors import ConfigError, MissingFileError, UserError
 from utils.logs.output_dir import OutputError
 from utils.tools.user_files import UserFileError
 
+DENSE = ("detection", "segmentation")
+
 
 @pytest.mark.parametrize(
     "error",
@@ -154,12 +156,30 @@ def test_every_command_suggests_the_nearest_flag(name: str, capsys: pytest.Captu
     "name",
     [
         *("main", "utils.predict", "utils.export", "utils.visualize"),
-        *(f"downstream.{task}.{command}" for task in ("detection", "segmentation") for command in ("main", "predict")),
+        *(f"downstream.{task}.{command}" for task in DENSE for command in ("main", "predict")),
     ],
 )
 def test_resume_and_weights_are_one_flag(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(importlib.import_module(name).main, ["--help"]) == 0
     assert re.search(r"--resume( \S+)?, --weights \S|--weights( \S+)?, --resume \S", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "utils.predict",
+        "utils.export",
+        "utils.visualize",
+        "downstream.detection.predict",
+        "downstream.segmentation.predict",
+    ],
+)
+def test_commands_on_a_trained_model_have_the_same_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(importlib.import_module(name).main, ["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^  {flag}\b", text, re.M) for flag in ("--weights", "--cfg", "--opts", "--ema", "--force"))
+    assert ("--device" in text) == (name != "utils.export")  # which writes a file for any device, on the CPU
+    assert ("--output FOLDER" in text) == (name != "utils.export")  # whose file is an argument
 
 
 @pytest.mark.parametrize(
