@@ -75,7 +75,7 @@ _C.DATA.CACHE_MODE = Key(
     help="zip archives kept in memory: none (no), each process's share (part) or all (full)",
 )
 _C.DATA.AUGMENT_ON = Key(
-    "cpu", one_of("cpu", "gpu"), help="where AUG.AUTO_AUGMENT is applied; gpu relieves the CPU cores"
+    "cpu", one_of("cpu", "gpu"), help="where images are resized and augmented; gpu relieves the CPU cores"
 )
 _C.DATA.PIN_MEMORY = Key(True, help="page-locked batches, for faster copies to a GPU")
 _C.DATA.NUM_WORKERS = Key(8, at_least(0), help="loader processes per training process; 0 loads in the training process")

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
+from data.batch_crops import Crop, pack_pixels
 from data.decoding import decode_fast, decode_pillow, image_to_tensor
 from data.errors import BrokenImageError
 from data.samplers import SampleKey
@@ -48,8 +49,9 @@ class Failure(NamedTuple):
 class Batch(NamedTuple):
     """A batch as a worker returns it."""
 
-    images: Tensor  # (B, H, W, 3) uint8
+    images: Tensor  # (B, H, W, 3) uint8, or (bytes,): the crops, one after the other
     labels: Tensor  # (B,) int64
+    crops: Tensor  # (B, 5) int64: fields of each crop; (0, 5) if the images have their size
     operations: Tensor  # (O, 10) float64: image, place in its order, and fields of each operation to apply
     erasures: Tensor  # (E, 6) int64: image, top, left, height, width and seed of each box to erase
     failures: list[Failure]
@@ -91,6 +93,7 @@ class ImageDataset(Dataset[Batch]):
     def __getitems__(self, keys: Sequence[SampleKey]) -> Batch:
         pixels: list[Tensor] = []
         labels: list[int] = []
+        crops: list[Crop] = []
         operations: list[tuple[float, ...]] = []
         erasures: list[tuple[int, ...]] = []
         failures: list[Failure] = []
@@ -103,15 +106,17 @@ class ImageDataset(Dataset[Batch]):
                     continue
                 with seeded(self.seed, key.epoch, key.position):
                     sample = self.transform(image)
+                crops += [sample.crop] if sample.crop else []
                 operations += [(len(pixels), place, *op) for place, op in enumerate(sample.operations)]
                 erasures += [(len(pixels), *box) for box in sample.erasures]
                 pixels.append(sample.pixels)
                 labels.append(int(self.source.labels[index]))
                 break
-        images = default_collate(pixels) if pixels else torch.empty(0, 1, 1, 3, dtype=torch.uint8)  # (B, H, W, 3)
+        collate = pack_pixels if crops else default_collate
         return Batch(
-            images,
+            collate(pixels) if pixels else torch.empty(0, 1, 1, 3, dtype=torch.uint8),
             torch.tensor(labels, dtype=torch.int64),
+            torch.tensor(crops, dtype=torch.int64).reshape(-1, 5),
             torch.tensor(operations, dtype=torch.float64).reshape(-1, 10),
             torch.tensor(erasures, dtype=torch.int64).reshape(-1, 6),
             failures,

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.batch_augmentation import augment
+from data.batch_crops import resize_crops
 from data.dataset import Batch, ImageDataset
 from data.errors import BrokenImageError
 from data.samplers import TrainSampler
@@ -108,7 +109,8 @@ class DeviceLoader:
 
     def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Copy a batch to the device and finish it there, on the current stream and without waiting for it."""
-        images = augment(batch.images.to(self.device, non_blocking=True), batch.operations)
+        images = batch.images.to(self.device, non_blocking=True)
+        images = augment(resize_crops(images, batch.crops) if len(batch.crops) else images, batch.operations)
         normalized = self.normalizer(images.permute(0, 3, 1, 2))  # (B, 3, H, W)
         for index, top, left, height, width, seed in batch.erasures.tolist():
             self.erase(normalized[index, :, top : top + height, left : left + width], seed)

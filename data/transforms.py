@@ -17,11 +17,13 @@ from torchvision.transforms import InterpolationMode
 
 from data.augmentation import fast_policy
 from data.batch_augmentation import Operation, RecordedPolicy, unsupported_reason
+from data.batch_crops import Crop
 from data.errors import DataError
 
 ERASED_AREA = (0.02, 1 / 3)  # fraction of the image; both ranges as in timm's RandomErasing
 ERASED_ASPECT = (0.3, 1 / 0.3)
 ERASING_ATTEMPTS = 10
+MAX_CROP_AREA = 8  # times the result's area: larger crops, of large photographs, would fill the memory of a batch
 
 
 class Erasure(NamedTuple):
@@ -37,7 +39,8 @@ class Erasure(NamedTuple):
 class Sample(NamedTuple):
     """A transformed image, and what remains to be done on the device, in this order."""
 
-    pixels: Tensor  # (size, size, 3) uint8
+    pixels: Tensor  # (size, size, 3) uint8, or as `crop` says
+    crop: Crop | None = None
     operations: Sequence[Operation] = ()
     erasures: Sequence[Erasure] = ()
 
@@ -61,7 +64,7 @@ class TrainTransform:
         color_jitter: strength of the color jitter, which takes the place of a policy that is "none".
         erase_prob: probability of random erasing.
         erase_count: boxes to erase at most.
-        on_device: leave the operations of the policy to the device.
+        on_device: leave resizing, flip and policy to the device.
 
     Raises:
         DataError: timm does not understand the augmentation policy, or the device does not support it.
@@ -108,23 +111,36 @@ class TrainTransform:
         self.erase_count = erase_count
 
     def __call__(self, pixels: Tensor) -> Sample:
-        """Transform pixels (H, W, 3), uint8, to (size, size, 3), and draw what the device is to do."""
-        pixels = self.policy(self.flip(self.resized_crop(pixels)))
-        operations = [] if self.recorded_policy is None else self.recorded_policy(self.size, self.size)
-        return Sample(pixels, operations, self.draw_erasures())
+        """Transform pixels (H, W, 3), uint8, to (size, size, 3), or draw what the device is to do."""
+        if self.recorded_policy is None:
+            return Sample(self.policy(self.flip(self.resized_crop(pixels))), erasures=self.draw_erasures())
+        pixels, mode = self.draw_crop(pixels)
+        if pixels.shape[0] * pixels.shape[1] > MAX_CROP_AREA * self.size**2:
+            pixels = resize(pixels, self.size, self.size, mode)
+        height, width = pixels.shape[:2]
+        crop = Crop(height, width, self.size, mode == InterpolationMode.BICUBIC, self.draw_flip())
+        return Sample(pixels, crop, self.recorded_policy(self.size, self.size), self.draw_erasures())
 
     def resized_crop(self, pixels: Tensor) -> Tensor:
         """Cut a random crop of the pixels (H, W, 3) and resize it to (size, size, 3)."""
+        crop, mode = self.draw_crop(pixels)
+        return resize(crop, self.size, self.size, mode)
+
+    def draw_crop(self, pixels: Tensor) -> tuple[Tensor, InterpolationMode]:
+        """Cut a random crop of the pixels (H, W, 3), and choose the filter of its resizing."""
         top, left, height, width = self.crop.get_params(pixels.permute(2, 0, 1), self.crop.scale, self.crop.ratio)
         height, width = max(1, height), max(1, width)  # they round to 0 in images of a few pixels,
         top, left = min(top, pixels.shape[0] - height), min(left, pixels.shape[1] - width)  # after the last pixel
         modes = self.crop.interpolation
         mode = random.choice(modes) if isinstance(modes, tuple | list) else modes
-        return resize(pixels[top : top + height, left : left + width], self.size, self.size, mode)
+        return pixels[top : top + height, left : left + width], mode
 
     def flip(self, pixels: Tensor) -> Tensor:
         """Mirror the pixels (H, W, 3) with probability `hflip`."""
-        return pixels.flip(1) if self.hflip and torch.rand(1).item() < self.hflip else pixels
+        return pixels.flip(1) if self.draw_flip() else pixels
+
+    def draw_flip(self) -> bool:
+        return bool(self.hflip) and torch.rand(1).item() < self.hflip
 
     def draw_erasures(self) -> list[Erasure]:
         """Draw the boxes of random erasing (Zhong et al., 2020) as timm's RandomErasing does."""

@@ -44,7 +44,7 @@ def first_value(image: Tensor) -> Sample:
     draws = [random.random(), float(np.random.rand()), torch.rand(1).item()]
     erased = [Erasure(0, 0, 1, 1, random.getrandbits(62))] if draws[0] < 0.5 else []
     operations = [Operation(Kind.BRIGHTNESS, random.random(), *IDENTITY)] if draws[1] < 0.5 else []
-    return Sample(torch.tensor([[[float(image[0, 0, 0]), *draws]]]), operations, erased)
+    return Sample(torch.tensor([[[float(image[0, 0, 0]), *draws]]]), None, operations, erased)
 
 
 def dataset(count: int = 40, broken: tuple[int, ...] = (), **settings: object) -> ImageDataset:
@@ -56,7 +56,7 @@ def batches(data: ImageDataset, sampler: TrainSampler | EvalSampler, workers: in
 
 
 def same(one: Batch, other: Batch) -> bool:
-    return all(a.equal(b) for a, b in zip(one[:4], other[:4], strict=True)) and one.failures == other.failures
+    return all(a.equal(b) for a, b in zip(one[:5], other[:5], strict=True)) and one.failures == other.failures
 
 
 def images_of(batch: Batch) -> list[int]:

@@ -44,8 +44,10 @@ def batch(*erasures: tuple[int, ...], count: int = 3, failures: tuple[str, ...] 
         else (torch.empty(0, 1, 1, 3, dtype=torch.uint8))
     )
     parts = torch.tensor(erasures, dtype=torch.int64).reshape(-1, 6)
-    operations = torch.empty(0, 10, dtype=torch.float64)
-    return Batch(images, torch.arange(count), operations, parts, [Failure(name, "is broken") for name in failures])
+    crops, operations = torch.empty(0, 5, dtype=torch.int64), torch.empty(0, 10, dtype=torch.float64)
+    return Batch(
+        images, torch.arange(count), crops, operations, parts, [Failure(name, "is broken") for name in failures]
+    )
 
 
 def loader(*batches: Batch, device: torch.device = CPU, **settings: object) -> DeviceLoader:

@@ -12,6 +12,7 @@ from torchvision import transforms
 
 from data.augmentation import posterize
 from data.batch_augmentation import augment
+from data.batch_crops import pack_pixels, resize_crops
 from data.decoding import image_to_tensor
 from data.errors import DataError
 from data.prefetch import Normalizer
@@ -44,7 +45,7 @@ def test_crop_resize_and_flip_match_timm(size: int, interpolation: str) -> None:
         seed_all(seed)
         expected = np.asarray(theirs(image)).astype(int)
         seed_all(seed)
-        pixels, _, erasures = ours(image_to_tensor(image))
+        pixels, _, _, erasures = ours(image_to_tensor(image))
         difference = np.abs(pixels.numpy().astype(int) - expected)
         assert difference.max() <= 2  # rounding of two passes
         assert (difference > 1).mean() < 0.001
@@ -65,29 +66,34 @@ def test_the_whole_pipeline_matches_timm_at_the_same_draws() -> None:
         expected = np.asarray(theirs[1](theirs[0](image))).astype(int)
         following = random.random()
         seed_all(seed)
-        pixels, _, erasures = ours(image_to_tensor(image))
+        pixels, _, _, erasures = ours(image_to_tensor(image))
         assert pixels.shape == (96, 96, 3)
         assert pixels.is_contiguous()
         assert np.abs(pixels.numpy().astype(int) - expected).mean() < 1.0
         assert bool(erasures) == (following <= 0.25)
 
 
-def test_operations_left_to_the_device_are_the_same_draws() -> None:
-    settings = {"auto_augment": "rand-m9-mstd0.5-inc1", "erase_prob": 0.5}
-    host, device = make_transform(64, **settings), make_transform(64, **settings, on_device=True)
+@pytest.mark.parametrize("size", [64, 20])
+def test_work_left_to_the_device_has_the_same_draws(size: int) -> None:
+    """The crops of photographs are more than eight times as large as images of 20x20: they are resized at once."""
+    settings = {"auto_augment": "rand-m9-mstd0.5-inc1", "interpolation": "random", "erase_prob": 0.5}
+    host, device = make_transform(size, **settings), make_transform(size, **settings, on_device=True)
     pixels = image_to_tensor(photo(90, 70))
-    num_operations = 0
+    samples, expected = [], []
     for seed in range(60):
-        seed_all(seed)
-        expected = host(pixels)
-        seed_all(seed)
-        sample = device(pixels)
-        assert [erasure[:4] for erasure in sample.erasures] == [erasure[:4] for erasure in expected.erasures]
-        rows = torch.tensor([(0, place, *op) for place, op in enumerate(sample.operations)], dtype=torch.float64)
-        result = augment(sample.pixels[None].clone(), rows.reshape(-1, 10))[0]
-        assert ((result.int() - expected.pixels.int()).abs() > 1).float().mean() < 0.01
-        num_operations += len(sample.operations)
-    assert 30 < num_operations < 90  # two per image with probability 0.5
+        for transform, results in ((host, expected), (device, samples)):
+            seed_all(seed)
+            results.append(transform(pixels))
+        assert samples[-1].erasures == expected[-1].erasures
+    crops = [sample.crop for sample in samples]
+    assert any(crop.height * crop.width > 8 * size**2 for crop in crops) is False
+    assert {crop.is_flipped for crop in crops} == {crop.is_bicubic for crop in crops} == {True, False}
+    images = resize_crops(pack_pixels([sample.pixels for sample in samples]), torch.tensor(crops, dtype=torch.int64))
+    rows = [(i, place, *op) for i, sample in enumerate(samples) for place, op in enumerate(sample.operations)]
+    assert 30 < len(rows) < 90  # two per image with probability 0.5
+    images = augment(images, torch.tensor(rows, dtype=torch.float64))
+    difference = (images.int() - torch.stack([sample.pixels for sample in expected]).int()).abs()
+    assert (difference > 1).float().mean() < 0.02  # operations may enlarge the one level of resizing
 
 
 def test_a_policy_that_the_device_does_not_support_is_named() -> None:

@@ -1,0 +1,50 @@
+"""Crops that the device resizes, against the resizing in workers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from torchvision.transforms import InterpolationMode
+
+from config import load_config
+from data.batch_crops import Crop, pack_pixels, resize_crops
+from data.build import train_transform
+from data.dataset import ImageDataset, keep_batch
+from data.decoding import image_to_tensor
+from data.samplers import TrainSampler
+from data.sources.image_folder import ImageFolder
+from data.transforms import resize
+from tests.helpers import photo
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", [InterpolationMode.BICUBIC, InterpolationMode.BILINEAR])
+def test_crops_are_resized_as_by_workers(mode: InterpolationMode, device: str) -> None:
+    images = [image_to_tensor(photo(*size)) for size in ((90, 61), (31, 200), (48, 48), (3, 1))]
+    crops = [
+        Crop(*image.shape[:2], 48, mode == InterpolationMode.BICUBIC, i % 2 == 1) for i, image in enumerate(images)
+    ]
+    result = resize_crops(pack_pixels(images).to(device), torch.tensor(crops, dtype=torch.int64)).cpu()
+    assert result.is_contiguous()
+    for image, crop, pixels in zip(images, crops, result, strict=True):
+        expected = resize(image, 48, 48, mode)
+        difference = (pixels.int() - (expected.flip(1) if crop.is_flipped else expected).int()).abs()
+        assert difference.max() <= 2  # workers round between the axes
+        assert (difference > 1).float().mean() < 1e-3
+    assert torch.equal(result[2], images[2])
+
+
+def test_batches_are_the_same_from_a_worker(image_folder: Path) -> None:
+    """It passes the packed crops in shared memory."""
+    transform = train_transform(load_config("cfgs/mlla_t.yaml", ["DATA.IMG_SIZE", "32"]), on_device=True)
+    dataset = ImageDataset(ImageFolder(str(image_folder), "train"), transform, 0)
+    sampler = TrainSampler(len(dataset), rank=0, num_processes=1, seed=0)
+    here, there = (list(DataLoader(dataset, 4, sampler=sampler, num_workers=n, collate_fn=keep_batch)) for n in (0, 1))
+    assert len(here) > 1
+    for one, other in zip(here, there, strict=True):
+        assert one.images.ndim == 1
+        assert other.images.is_shared()
+        assert all(a.equal(b) for a, b in zip(one[:5], other[:5], strict=True))
