@@ -5,7 +5,10 @@ Both decoders reject files that they cannot decode faithfully.
 
 import io
 import warnings
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +23,15 @@ except ImportError:
     simplejpeg = None
 
 MAX_PIXELS = 89_478_485  # 256 MiB of RGB, from which on Pillow warns of a decompression bomb
+# Of Pillow's formats these; others start programs (Ghostscript for EPS), or hold no photographs.
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 END_OF_IMAGE = b"\xff\xd9"
 HARMLESS_WARNINGS = (
     "extraneous bytes before marker",
     "JFIF revision",
     "SOS parameters",
 )  # warnings of libjpeg
+UNSUPPORTED_SAMPLING = "Could not determine subsampling"  # such as 4x2, which Pillow decodes
 
 
 class JpegFrame(NamedTuple):
@@ -64,18 +70,30 @@ def decode_pillow(data: bytes) -> Image.Image:
         BrokenImageError: the data are not an image, truncated, or too large.
     """
     check_complete(data)
+    with open_image(io.BytesIO(data)) as image:
+        return to_rgb(image)
+
+
+@contextmanager
+def open_image(source: IO[bytes] | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """Open an image with Pillow, in one of FORMATS and of at most `max_pixels` pixels.
+
+    Raises:
+        BrokenImageError: it cannot be opened, or the block, which reads its pixels, raises an error.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # check_size raises an error
-            image = Image.open(io.BytesIO(data))
-        check_size(*image.size)
-        return to_rgb(image)
+            image = Image.open(source, formats=FORMATS)
+        with image:
+            check_size(*image.size, max_pixels)
+            yield image
     except (BrokenImageError, MemoryError):
         raise
     except Image.UnidentifiedImageError as error:
         raise BrokenImageError("not an image, or of an unknown format") from error
     except Exception as error:  # Pillow's readers raise many types, from SyntaxError to struct.error
-        raise BrokenImageError(f"cannot be decoded: {error}") from error
+        raise BrokenImageError(f"cannot be decoded: {' '.join(str(error).split())}") from error
 
 
 def decode_fast(data: bytes) -> Tensor:
@@ -95,7 +113,7 @@ def decode_fast(data: bytes) -> Tensor:
     try:
         return torch.from_numpy(simplejpeg.decode_jpeg(data, strict=True))  # (H, W, 3)
     except ValueError as error:
-        if any(words in str(error) for words in HARMLESS_WARNINGS):
+        if any(words in str(error) for words in (*HARMLESS_WARNINGS, UNSUPPORTED_SAMPLING)):
             return image_to_tensor(decode_pillow(data))
         raise BrokenImageError(f"cannot be decoded: {error}") from error
 
@@ -118,10 +136,10 @@ def check_complete(data: bytes) -> None:
         raise BrokenImageError("a JPEG that is cut off: no end-of-image marker after its pixels")
 
 
-def check_size(width: int, height: int) -> None:
-    """Raise BrokenImageError for more than `MAX_PIXELS` pixels."""
-    if width * height > MAX_PIXELS:
-        raise BrokenImageError(f"{width}x{height} pixels, above the limit of {MAX_PIXELS:,} (a decompression bomb?)")
+def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise BrokenImageError for more than `max_pixels` pixels."""
+    if width * height > max_pixels:
+        raise BrokenImageError(f"{width}x{height} pixels, above the limit of {max_pixels:,} (a decompression bomb?)")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -18,12 +18,14 @@ from torchvision.transforms import InterpolationMode
 from data.augmentation import fast_policy
 from data.batch_augmentation import Operation, RecordedPolicy, unsupported_reason
 from data.batch_crops import Crop
+from data.decoding import MAX_PIXELS
 from data.errors import DataError
 
 ERASED_AREA = (0.02, 1 / 3)  # fraction of the image; both ranges as in timm's RandomErasing
 ERASED_ASPECT = (0.3, 1 / 0.3)
 ERASING_ATTEMPTS = 10
 MAX_CROP_AREA = 8  # times the result's area: larger crops, of large photographs, would fill the memory of a batch
+FILTER_MARGIN = 16  # pixels that the resizing filter sees beside the crop
 
 
 class Erasure(NamedTuple):
@@ -175,6 +177,8 @@ class EvalTransform:
 
     def __call__(self, image: Image.Image | Tensor) -> Sample:
         """Transform a Pillow image exactly, or pixels (H, W, 3), uint8, faster."""
+        if self.crop:
+            image = self.without_ends(image)
         if isinstance(image, Image.Image):
             return Sample(torch.from_numpy(np.array(self.reference(image))))
         height, width = image.shape[:2]
@@ -187,6 +191,21 @@ class EvalTransform:
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
         resized = resize(image, height, width, self.mode)
         return Sample(resized[top : top + self.size, left : left + self.size])
+
+    def without_ends(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
+        """Cut the ends off a strip that would be resized to more than MAX_PIXELS pixels; the center crop has none."""
+        width, height = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+        short, long = min(width, height), max(width, height)
+        if short_side(self.size) ** 2 * long / short <= MAX_PIXELS:
+            return image
+        kept = 2 * short + FILTER_MARGIN + (long - FILTER_MARGIN) % 2  # as odd or even as `long`: the center stays
+        start = max((long - kept) // 2, 0)
+        left, top, right, bottom = (
+            (start, 0, start + kept, short) if width > height else (0, start, short, start + kept)
+        )
+        if isinstance(image, Image.Image):
+            return image.crop((left, top, right, bottom))
+        return image[top:bottom, left:right]
 
 
 def short_side(size: int) -> int:

@@ -81,6 +81,8 @@ def find_images(sources: Sequence[Path]) -> list[Path]:
         with user_file(source, "read"):
             if not source.exists():
                 raise PredictionError(f"{source}: no such file or folder")
+            if not (source.is_file() or source.is_dir()):
+                raise PredictionError(f"{source}: must be a file or a folder, not a device or a pipe")
             files = [source]
             if source.is_dir():
                 files = sorted(p for p in source.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())

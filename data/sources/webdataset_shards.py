@@ -73,7 +73,8 @@ class WebDatasetShards:
 def find_shards(folder: Path, split: str) -> list[Path]:
     for name in SPLITS[split]:
         with as_data_error(folder):
-            shards = sorted(folder.glob(f"{name}/*.tar")) or sorted(folder.glob(f"*{name}*.tar"))
+            found = sorted(folder.glob(f"{name}/*.tar")) or sorted(folder.glob(f"*{name}*.tar"))
+            shards = [path for path in found if path.is_file()]
         if shards:
             return shards
     raise MissingFileError(
@@ -87,9 +88,12 @@ def read_shard(shard: Path) -> Iterator[Sample]:
     try:
         with as_data_error(shard), tarfile.open(shard, "r:") as archive:
             key, image, label = "", None, None
+            shard_bytes = shard.stat().st_size
             for member in archive:
                 if not member.isfile():
                     continue
+                if member.offset_data + member.size > shard_bytes:
+                    raise tarfile.ReadError(f"{member.name} of {member.size} bytes is cut off")
                 stem, _, extension = Path(member.name).name.partition(".")
                 member_key = f"{Path(member.name).parent}/{stem}".removeprefix("./")
                 if member_key != key:

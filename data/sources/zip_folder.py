@@ -20,6 +20,8 @@ from utils.config.errors import MissingFileError
 
 LOCAL_HEADER_BYTES = 30
 MISSING = -1
+MAX_LABEL_LENGTH = 100  # characters; Python refuses to read very long numbers
+MAX_IMAGE_BYTES = 2**30
 
 
 class ZipFolder:
@@ -87,11 +89,14 @@ class ZipFolder:
             lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
             stored = os.pread(descriptor, self.stored_sizes[index], self.headers[index] + LOCAL_HEADER_BYTES + lengths)
             is_deflated = header[8:10] == b"\x08\x00"
-            data = zlib.decompress(stored, wbits=-zlib.MAX_WBITS) if is_deflated else stored
+            if is_deflated:  # to one byte more than listed at most
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(stored, int(self.sizes[index]) + 1)
+            else:
+                data = stored
         except (OSError, zlib.error) as error:
             raise BrokenImageError(f"cannot be read: {error}") from error
-        if zlib.crc32(data) != self.checksums[index]:
-            raise BrokenImageError("damaged in the archive: its checksum differs")
+        if len(data) != self.sizes[index] or zlib.crc32(data) != self.checksums[index]:
+            raise BrokenImageError("damaged in the archive: its size or checksum differs from the listed one")
         return data
 
     def open_archive(self) -> int:
@@ -127,7 +132,7 @@ def read_map(path: Path) -> tuple[list[str], np.ndarray]:
         name, _, label = line.rpartition("\t")
         if not line.strip():
             continue
-        if not name or not label.strip().isdecimal():
+        if not name or not label.strip().isdecimal() or len(label) > MAX_LABEL_LENGTH:
             raise DataError(f"{path}, line {number}: {line!r} is not `class/image.jpg<TAB>label`")
         paths.append(name)
         labels.append(check_label(int(label), f"{path}, line {number}"))
@@ -161,6 +166,7 @@ def find_members(archive: Path, paths: list[str]) -> tuple[np.ndarray, np.ndarra
     """
     try:
         with as_data_error(archive), zipfile.ZipFile(archive) as opened:
+            archive_bytes = archive.stat().st_size
             members = {info.filename: info for info in opened.infolist()}
     except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
         raise DataError(f"{archive}: not a complete zip archive ({error}); make it again") from error
@@ -175,6 +181,11 @@ def find_members(archive: Path, paths: list[str]) -> tuple[np.ndarray, np.ndarra
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
             raise DataError(
                 f"{archive}: {path} is encrypted or of an unsupported compression; python -m data.make_zip uses none"
+            )
+        if info.file_size > MAX_IMAGE_BYTES or info.header_offset + info.compress_size > archive_bytes:
+            raise DataError(
+                f"{archive}: {path} has an impossible size, {info.file_size} bytes ({info.compress_size} stored); "
+                f"images have up to {MAX_IMAGE_BYTES} bytes"
             )
         headers[index], sizes[index] = info.header_offset, info.file_size
         stored_sizes[index], checksums[index] = info.compress_size, info.CRC

@@ -35,6 +35,18 @@ def png_header_only(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
+def gray_jpeg(horizontal: int, vertical: int) -> bytes:
+    """A gray JPEG whose luminance has the given sampling factors, which no encoder at hand writes."""
+    data = encoded(Image.new("RGB", (32, 16), (128, 128, 128)))
+    frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
+    header = bytearray(data[: scan + 14])
+    header[frame + 5 : frame + 9] = struct.pack(">HH", 8 * vertical, 8 * horizontal)
+    header[frame + 11] = 16 * horizontal + vertical
+    bits = "001010" * (horizontal * vertical) + "0000" * 2  # blocks without a difference to the one before
+    bits += "1" * (-len(bits) % 8)
+    return bytes(header) + int(bits, 2).to_bytes(len(bits) // 8, "big") + decoding.END_OF_IMAGE
+
+
 ROTATED = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
 JPEG = encoded(photo(97, 61), quality=90)
 WHOLE = {
@@ -49,6 +61,9 @@ WHOLE = {
     "bytes before the frame": JPEG.replace(b"\xff\xc0", bytes(3) + b"\xff\xc0", 1),
     "PNG": encoded(photo(97, 61), "PNG"),
     "1x1": encoded(photo(1, 1)),
+    "4x2 sampling": gray_jpeg(4, 2),
+    "3x1 sampling": gray_jpeg(3, 1),
+    "2x4 sampling": gray_jpeg(2, 4),
     "palette": encoded(photo(97, 61).convert("P"), "PNG", transparency=b"\0" * 200),
     "alpha": encoded(photo(97, 61).convert("RGBA"), "PNG"),
     "one bit": encoded(photo(97, 61).convert("1"), "PNG"),
@@ -91,6 +106,7 @@ BROKEN = {
     "bomb": (encoded(Image.new("L", (10_000, 10_000)), quality=1), "10000x10000 pixels, above the limit"),
     "PNG bomb": (png_header_only(10_000, 10_000), "10000x10000 pixels, above the limit"),
     "greater bomb": (png_header_only(60_000, 60_000), "decompression bomb"),
+    "EPS, for which Pillow would start Ghostscript": (encoded(photo(9, 9), "EPS"), "not an image"),
     "floating point": (encoded(Image.new("F", (9, 9), 0.5), "TIFF"), "floating-point"),
     "32 bits": (encoded(Image.new("I", (9, 9), 1 << 20), "TIFF"), "32-bit"),
 }

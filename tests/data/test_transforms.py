@@ -154,6 +154,34 @@ def test_tiny_images_get_the_full_size(width_height: tuple[int, int]) -> None:
     assert evaluation(image)[0].shape == (32, 32, 3)
 
 
+def test_every_draw_of_every_small_image_gives_the_full_size() -> None:
+    """All sizes from 1 to 8 pixels, with crops that round to no pixel and begin after the last one."""
+    transforms = [make_transform(8, scale=(0.0, 1.0), ratio=ratio) for ratio in ((3 / 4, 4 / 3), (0.01, 100.0))]
+    seed_all(0)
+    for height in range(1, 9):
+        for width in range(1, 9):
+            pixels = image_to_tensor(photo(width, height))
+            for transform in transforms:
+                assert all(transform(pixels)[0].shape == (8, 8, 3) for _ in range(15))
+
+
+@pytest.mark.parametrize("width_height", [(20_000, 1), (2, 65_000), (65_001, 2)])
+def test_evaluation_of_strips_takes_little_memory(
+    width_height: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ends of a strip are cut off before resizing, which changes the center crop by rounding only."""
+    width, height = width_height
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    transform = EvalTransform(8, crop=True, interpolation="bicubic")  # small enough to do it the long way, too
+    expected = transform(Image.fromarray(pixels))[0].numpy().astype(int)
+    monkeypatch.setattr("data.transforms.MAX_PIXELS", 50_000)
+    for image in (Image.fromarray(pixels), torch.from_numpy(pixels)):
+        assert max(np.asarray(transform.without_ends(image)).shape) < 30
+        assert np.abs(transform(image)[0].numpy().astype(int) - expected).max() <= 2
+    square = photo(8, 8)
+    assert transform.without_ends(square) is square
+
+
 def test_evaluation_transform_resizes_to_256_224ths_and_crops_the_center() -> None:
     gradient = np.broadcast_to(np.arange(512, dtype=np.float32)[None] / 2, (256, 512)).astype(np.uint8)
     image = Image.fromarray(gradient).convert("RGB")

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +9,8 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from faster_coco_eval import mask as rle
-from PIL import Image
 
+from data.decoding import open_image
 from data.errors import BrokenImageError, DataError, as_data_error
 from downstream.detection.data.annotations import read_annotations
 from utils.config.errors import MissingFileError
@@ -133,7 +132,7 @@ class CocoImages:
         with as_data_error(self.folder):
             if not self.folder.is_dir():
                 raise MissingFileError(f"{self.folder}: no such folder; it must hold the images of {self.annotations}")
-            present = {entry.name for entry in os.scandir(self.folder)}
+            present = {entry.name for entry in os.scandir(self.folder) if entry.is_file()}
             missing = [name for name in names if name not in present and not (self.folder / name).is_file()]
         if missing:
             raise MissingFileError(
@@ -147,11 +146,9 @@ class CocoImages:
         Raises:
             DataError: as `read_image`, which checks every image when it is read.
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of large images
-            for record in records[:: -(-len(records) // MAX_HEADERS)]:
-                if header_size(self.folder / record.file_name) != (record.height, record.width):
-                    self.read_image(record)  # raises, unless OpenCV sees what Pillow does not
+        for record in records[:: -(-len(records) // MAX_HEADERS)]:
+            if header_size(self.folder / record.file_name) != (record.height, record.width):
+                self.read_image(record)  # raises, unless OpenCV sees what Pillow does not
 
     def read_image(self, record: Record) -> np.ndarray:
         """Return the image, (H, W, 3) uint8, RGB.
@@ -185,7 +182,7 @@ def read_image(path: str | Path) -> np.ndarray:
         DataError: it cannot be read.
     """
     with as_data_error(path):
-        if not Path(path).exists():
+        if not Path(path).is_file():
             raise MissingFileError(f"{path}: no such image file")
         content = np.fromfile(path, dtype=np.uint8)
     try:
@@ -200,10 +197,10 @@ def read_image(path: str | Path) -> np.ndarray:
 def header_size(path: Path) -> tuple[int, int] | None:
     """Return the height and width in an image file's header, turned as its EXIF data say; None if there are none."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             width, height = image.size
             is_turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) >= FIRST_TURNED
-    except Exception:  # Pillow raises many kinds for damaged files
+    except BrokenImageError:
         return None
     return (width, height) if is_turned else (height, width)
 

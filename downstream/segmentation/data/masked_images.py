@@ -1,12 +1,14 @@
 """Images with masks, in ADE20K's folders or in a simple layout for other data."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ImageOps
 
-from data.decoding import to_rgb
+from data.decoding import open_image, to_rgb
 from data.errors import BrokenImageError, DataError
 from data.sources.labels import read_lines
 from downstream.image_files import IMAGE_SUFFIXES, files_by_name
@@ -15,6 +17,7 @@ from downstream.segmentation.model.losses import IGNORED
 INDEX_MODES = ("P", "L", "1", "I", "I;16")  # of mask files: one number per pixel
 ADE20K_CLASSES = Path(__file__).with_name("ade20k_classes.txt")
 MAX_NAMES_SHOWN = 5
+MAX_PIXELS = 178_956_970  # Pillow's own limit, for aerial images
 
 
 class Layout(NamedTuple):
@@ -115,17 +118,23 @@ def read_classes(path: Path) -> list[str]:
     return classes
 
 
+@contextmanager
+def image_errors_of(path: Path) -> Iterator[None]:
+    """Name the file in the errors of reading an image."""
+    try:
+        yield
+    except BrokenImageError as error:
+        raise BrokenImageError(f"{path}: cannot be read as an image ({error})") from error
+
+
 def read_image(path: Path) -> np.ndarray:
     """Return an image file as (H, W, 3) uint8, RGB, rotated as its EXIF data say.
 
     Raises:
         BrokenImageError: it cannot be read.
     """
-    try:
-        with Image.open(path) as file:
-            return np.asarray(to_rgb(ImageOps.exif_transpose(file)))
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BrokenImageError(f"{path}: cannot be read as an image ({' '.join(str(error).split())})") from None
+    with image_errors_of(path), open_image(path, MAX_PIXELS) as file:
+        return np.asarray(to_rgb(ImageOps.exif_transpose(file)))
 
 
 def read_mask(path: Path, *, num_classes: int, reduce_zero_label: bool) -> np.ndarray:
@@ -135,11 +144,8 @@ def read_mask(path: Path, *, num_classes: int, reduce_zero_label: bool) -> np.nd
         BrokenImageError: it cannot be read.
         DataError: it has colors instead of indices, or a value that is no class.
     """
-    try:
-        with Image.open(path) as file:
-            mode, values = file.mode, np.asarray(file)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BrokenImageError(f"{path}: cannot be read as an image ({' '.join(str(error).split())})") from None
+    with image_errors_of(path), open_image(path, MAX_PIXELS) as file:
+        mode, values = file.mode, np.asarray(file)
     if mode not in INDEX_MODES:
         raise DataError(
             f"{path}: a mask must hold one number per pixel (palette, grayscale or index PNG), but its mode is {mode}"

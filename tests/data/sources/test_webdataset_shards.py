@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -89,4 +90,15 @@ def test_missing_empty_and_damaged_shards(tmp_path: Path) -> None:
         WebDatasetShards(str(tmp_path), "val")
     (tmp_path / "val.tar").write_bytes(b"no tar" * 1000)
     with pytest.raises(DataError, match="not a complete, uncompressed tar file"):
+        WebDatasetShards(str(tmp_path), "val")
+
+
+def test_a_last_image_that_is_cut_off_and_what_is_no_file(tmp_path: Path) -> None:
+    write_shard(tmp_path / "train-0000.tar", [("0.cls", b"0"), ("0.jpg", bytes(5000))])
+    content = (tmp_path / "train-0000.tar").read_bytes()
+    (tmp_path / "train-0000.tar").write_bytes(content[: 4 * 512])
+    with pytest.raises(DataError, match=r"train-0000\.tar: not a complete"):
+        WebDatasetShards(str(tmp_path), "train")
+    os.mkfifo(tmp_path / "val-0000.tar")  # reading it would wait forever
+    with pytest.raises(MissingFileError, match="no shards"):
         WebDatasetShards(str(tmp_path), "val")

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import tracemalloc
 import zipfile
 from multiprocessing import Queue
 from pathlib import Path
@@ -113,15 +114,37 @@ def test_missing_and_damaged_members(tmp_path: Path) -> None:
     (tmp_path / "val.zip").write_bytes(content.replace(b"b" * 100, b"b" * 99 + b"?"))
     source = ZipFolder(str(tmp_path), "val")
     assert source.read(0) == b"a" * 100
-    with pytest.raises(BrokenImageError, match="its checksum differs"):
+    with pytest.raises(BrokenImageError, match="its size or checksum differs"):
         source.read(1)
     with pytest.raises(BrokenImageError, match="not in the archive, though the map names it"):
         source.read(2)
 
 
+def test_members_of_other_sizes_than_listed(tmp_path: Path) -> None:
+    """A member that unfolds beyond its listed size takes no memory, and an impossible size is refused at once."""
+    write(tmp_path, {"cat/a.jpg": bytes(10_000_000)}, ["cat/a.jpg\t0"], zipfile.ZIP_DEFLATED)
+    content = (tmp_path / "val.zip").read_bytes()
+    listed = content.rindex((10_000_000).to_bytes(4, "little"))  # in the directory, which is at the end
+
+    def with_size(size: int) -> ZipFolder:
+        (tmp_path / "val.zip").write_bytes(content[:listed] + size.to_bytes(4, "little") + content[listed + 4 :])
+        return ZipFolder(str(tmp_path), "val")
+
+    source = with_size(1000)
+    source.use_cache(0, 1)
+    tracemalloc.start()
+    with pytest.raises(BrokenImageError, match="its size or checksum differs from the listed one"):
+        source.read(0)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+    with pytest.raises(DataError, match=r"cat/a\.jpg has an impossible size, 4294967294 bytes"):
+        with_size(2**32 - 2)
+
+
 @pytest.mark.parametrize(
     ("lines", "reason"),
     [
+        ([f"cat/a.jpg\t{'9' * 5000}"], "line 1"),
         (["cat/a.jpg 0"], "line 1: 'cat/a.jpg 0' is not `class/image.jpg<TAB>label`"),
         (["cat/a.jpg\t0", "cat/a.jpg\tcat"], "line 2"),
         ([], "it names no images"),

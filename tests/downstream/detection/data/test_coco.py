@@ -1,4 +1,5 @@
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,9 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match=r"none: no such folder"):
         CocoImages(path, tmp_path / "none", for_training=True)
     (tmp_path / "images" / "1.png").unlink()
+    with pytest.raises(MissingFileError, match=r"1 of the 2 images .* are not there, such as 1\.png"):
+        open_images(path)
+    os.mkfifo(tmp_path / "images" / "1.png")  # reading it would wait forever
     with pytest.raises(MissingFileError, match=r"1 of the 2 images .* are not there, such as 1\.png"):
         open_images(path)
     path.write_text("{")

@@ -136,6 +136,13 @@ def test_damaged_files_are_refused(folder: Path, kind: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_only_formats_of_photographs_are_opened(folder: Path) -> None:
+    """Pillow would start Ghostscript for EPS, whatever the file's ending."""
+    Image.new("RGB", (8, 6)).save(folder / "images/train/a.jpg", "EPS")
+    with pytest.raises(BrokenImageError, match=r"a\.jpg: cannot be read as an image \(not an image"):
+        open_folder(folder).read(0)
+
+
 def test_two_images_of_one_name_are_refused(folder: Path) -> None:
     Image.new("RGB", (8, 6)).save(folder / "images/train/a.png")
     with pytest.raises(DataError, match=r"a\.png: a\.jpg has the same name"):
