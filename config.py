@@ -200,7 +200,14 @@ _C.AUG = Section()
 _C.AUG.COLOR_JITTER = Key(0.4, at_least(0), help="only if AUTO_AUGMENT is none")
 _C.AUG.AUTO_AUGMENT = Key("rand-m9-mstd0.5-inc1", POLICY, help="timm's augmentation policy")
 _C.AUG.HFLIP = Key(0.5, FRACTION, help="probability of a horizontal flip")
-_C.AUG.SCALE = Key([0.08, 1.0], FRACTION, help="area of the random crop, smallest and largest share")
+_C.AUG.SCALE = Key(
+    None,
+    FRACTION,
+    type=float,
+    optional=True,
+    is_list=True,
+    help="area of the random crop, smallest and largest share; null: 0.08 to 1, but small images are padded",
+)
 _C.AUG.RATIO = Key([0.75, 4 / 3], above(0), help="width over height of the random crop, smallest and largest")
 _C.AUG.REPROB = Key(0.25, FRACTION, help="probability of random erasing")
 _C.AUG.REMODE = Key("pixel", one_of("pixel", "rand", "const"), help="filling of the erased part")

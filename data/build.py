@@ -190,7 +190,7 @@ def train_transform(config: CfgNode, *, on_device: bool) -> TrainTransform:
     return TrainTransform(
         config.DATA.IMG_SIZE,
         interpolation=config.DATA.INTERPOLATION,
-        scale=tuple(config.AUG.SCALE),
+        scale=tuple(config.AUG.SCALE) if config.AUG.SCALE else None,
         ratio=tuple(config.AUG.RATIO),
         hflip=config.AUG.HFLIP,
         auto_augment=config.AUG.AUTO_AUGMENT,

@@ -21,6 +21,8 @@ from data.batch_crops import Crop
 from data.decoding import MAX_PIXELS
 from data.errors import DataError
 
+SMALL = 32  # pixels; images of a size up to this are not resized to it, as in the official code
+PADDING = 4  # pixels around such images, before training crops them
 ERASED_AREA = (0.02, 1 / 3)  # fraction of the image; both ranges as in timm's RandomErasing
 ERASED_ASPECT = (0.3, 1 / 0.3)
 ERASING_ATTEMPTS = 10
@@ -54,12 +56,13 @@ class TrainTransform:
     """timm's training pipeline: random crop, flip, augmentation policy (or color jitter), erasing.
 
     Random draws are timm's, in the same order. The crop is cut first and then resized by torch, whose uint8 kernels
-    differ from Pillow's by rounding.
+    differ from Pillow's by rounding. With a `scale` of None, images that have the size already, if it is SMALL at most,
+    are padded and cropped instead.
 
     Args:
         size: height and width of the result in pixels.
         interpolation: "bicubic", "bilinear" or "random".
-        scale: range of the crop's share of the image.
+        scale: range of the crop's share of the image; None: from 0.08 to 1, and small images are padded.
         ratio: range of the crop's width over its height.
         hflip: probability of a flip.
         auto_augment: timm's name of the augmentation policy, or "none".
@@ -77,7 +80,7 @@ class TrainTransform:
         size: int,
         *,
         interpolation: str,
-        scale: tuple[float, float],
+        scale: tuple[float, float] | None,
         ratio: tuple[float, float],
         hflip: float,
         auto_augment: str,
@@ -101,6 +104,7 @@ class TrainTransform:
         except (AssertionError, IndexError, KeyError, ValueError) as error:
             raise DataError(f"AUG.AUTO_AUGMENT {auto_augment!r}: timm cannot read this policy ({error})") from error
         self.size = size
+        self.pads = scale is None and size <= SMALL
         self.crop: RandomResizedCropAndInterpolation = geometry.transforms[0]
         self.hflip = hflip
         self.recorded_policy = None
@@ -130,12 +134,20 @@ class TrainTransform:
 
     def draw_crop(self, pixels: Tensor) -> tuple[Tensor, InterpolationMode]:
         """Cut a random crop of the pixels (H, W, 3), and choose the filter of its resizing."""
+        if self.pads and tuple(pixels.shape[:2]) == (self.size, self.size):
+            return self.padded_crop(pixels), InterpolationMode.BICUBIC  # of the same size, which changes nothing
         top, left, height, width = self.crop.get_params(pixels.permute(2, 0, 1), self.crop.scale, self.crop.ratio)
         height, width = max(1, height), max(1, width)  # they round to 0 in images of a few pixels,
         top, left = min(top, pixels.shape[0] - height), min(left, pixels.shape[1] - width)  # after the last pixel
         modes = self.crop.interpolation
         mode = random.choice(modes) if isinstance(modes, tuple | list) else modes
         return pixels[top : top + height, left : left + width], mode
+
+    def padded_crop(self, pixels: Tensor) -> Tensor:
+        """Shift the pixels (size, size, 3) by up to PADDING, filling with zeros, as torchvision's RandomCrop does."""
+        padded = functional.pad(pixels, (0, 0, PADDING, PADDING, PADDING, PADDING))  # (size + 8, size + 8, 3)
+        top, left, *_ = transforms.RandomCrop.get_params(padded.permute(2, 0, 1), (self.size, self.size))
+        return padded[top : top + self.size, left : left + self.size]
 
     def flip(self, pixels: Tensor) -> Tensor:
         """Mirror the pixels (H, W, 3) with probability `hflip`."""
@@ -163,7 +175,10 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """Resize of the short side to 256/224 of the size and center crop; without `crop`, of both sides to the size."""
+    """Resize of the short side to 256/224 of the size and center crop; without `crop`, of both sides to the size.
+
+    Images that have the size already, if it is SMALL at most, stay as they are.
+    """
 
     def __init__(self, size: int, *, crop: bool, interpolation: str) -> None:
         self.size = size
@@ -180,8 +195,11 @@ class EvalTransform:
         if self.crop:
             image = self.without_ends(image)
         if isinstance(image, Image.Image):
-            return Sample(torch.from_numpy(np.array(self.reference(image))))
+            resized = image if self.keeps(image.height, image.width) else self.reference(image)
+            return Sample(torch.from_numpy(np.array(resized)))
         height, width = image.shape[:2]
+        if self.keeps(height, width):
+            return Sample(image)
         if self.crop:
             # As torchvision's Resize and CenterCrop: the long side rounded down, offsets rounded half to even.
             short = short_side(self.size)
@@ -206,6 +224,10 @@ class EvalTransform:
         if isinstance(image, Image.Image):
             return image.crop((left, top, right, bottom))
         return image[top:bottom, left:right]
+
+    def keeps(self, height: int, width: int) -> bool:
+        """Return whether an image stays as it is."""
+        return self.size <= SMALL and height == width == self.size
 
 
 def short_side(size: int) -> int:

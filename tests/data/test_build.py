@@ -13,6 +13,7 @@ from yacs.config import CfgNode
 
 from config import load_config
 from data import Data, build_data, build_targets, make_zip
+from data.build import train_transform
 from data.errors import BrokenImageError, DataError
 from data.samplers import SampleKey
 from models import MLLA
@@ -27,6 +28,14 @@ def digits_config(*opts: str) -> CfgNode:
 def folder_config(folder: Path, *opts: str) -> CfgNode:
     base = ["DATA.DATA_PATH", str(folder), "DATA.IMG_SIZE", "32", "DATA.BATCH_SIZE", "4", "DATA.NUM_WORKERS", "0"]
     return load_config("cfgs/mlla_t.yaml", [*base, *opts])
+
+
+@pytest.mark.parametrize(
+    ("file", "pads"), [("mlla_t", True), ("digits", False), ("digits_pretrain", False), ("fashion_mnist", False)]
+)
+def test_small_images_are_padded_unless_the_file_has_a_scale(file: str, pads: bool) -> None:
+    size = [] if file != "mlla_t" else ["DATA.IMG_SIZE", "32"]
+    assert train_transform(load_config(f"cfgs/{file}.yaml", size), on_device=False).pads == pads
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(image_folder: Path) -> None:

@@ -52,6 +52,52 @@ def test_crop_resize_and_flip_match_timm(size: int, interpolation: str) -> None:
         assert not erasures
 
 
+@pytest.mark.parametrize("size", [32, 28])
+def test_small_images_of_the_size_are_padded_and_cropped_as_in_the_official_code(size: int) -> None:
+    ours, on_device = make_transform(size, scale=None), make_transform(size, scale=None, on_device=True)
+    theirs = create_transform(size, is_training=True, interpolation="bicubic", separate=True, **REFERENCE)[0]
+    theirs.transforms[0] = transforms.RandomCrop(size, padding=4)
+    image = photo(size, size)
+    for seed in range(20):
+        seed_all(seed)
+        expected = np.asarray(theirs(image))
+        seed_all(seed)
+        assert np.array_equal(ours(image_to_tensor(image)).pixels, expected)
+        seed_all(seed)
+        sample = on_device(image_to_tensor(image))
+        assert np.array_equal(resize_crops(pack_pixels([sample.pixels]), torch.tensor([sample.crop]))[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "width_height", "scale"),
+    [(32, (32, 31), None), (32, (40, 40), None), (33, (33, 33), None), (32, (32, 32), (0.08, 1.0))],
+)
+def test_all_other_images_are_cropped_and_resized(
+    size: int, width_height: tuple[int, int], scale: tuple[float, float] | None
+) -> None:
+    pixels = image_to_tensor(photo(*width_height))
+    seed_all(3)
+    expected = make_transform(size).resized_crop(pixels)
+    seed_all(3)
+    assert make_transform(size, scale=scale).resized_crop(pixels).equal(expected)
+
+
+@pytest.mark.parametrize("crop", [True, False])
+def test_evaluation_does_not_resize_small_images_of_the_size(crop: bool) -> None:
+    for size, width_height, stays in (
+        (32, (32, 32), True),
+        (28, (28, 28), True),
+        (32, (40, 40), False),
+        (48, (48, 48), not crop),
+    ):
+        image = photo(*width_height)
+        transform = EvalTransform(size, crop=crop, interpolation="bicubic")
+        for source in (image, image_to_tensor(image)):
+            pixels = transform(source).pixels
+            assert pixels.shape == (size, size, 3)
+            assert np.array_equal(pixels, np.asarray(image)) == stays
+
+
 def test_the_whole_pipeline_matches_timm_at_the_same_draws() -> None:
     policy = "rand-m9-mstd0.5-inc1"
     ours = make_transform(96, auto_augment=policy, erase_prob=0.25)
