@@ -77,9 +77,7 @@ class Classification(Task):
     metric_label = "top-1"
     best_name = "acc"
     best_label = "accuracy"
-    predict_module = "utils.predict"
-    predicts_into_folder = False
-    exported_part = "classifier"
+    predict_command = "python -m utils.predict"
     panels = CLASSIFIER_PANELS
     lr_batch_size = CLASSIFICATION_BATCH_SIZE
     ema_batch_size = 4096

@@ -56,7 +56,7 @@ def entry_of(words: list[str]) -> tuple[str, list[str]]:
         name, rest = parsed.training_script, parsed.training_script_args
         if not parsed.module:
             assert (ROOT / name).is_file()
-        return name.removesuffix(".py"), rest if is_torchrun else ["--local-rank=0", *rest]
+        return name.removesuffix(".py").removeprefix("mlla."), rest if is_torchrun else ["--local-rank=0", *rest]
     assert words[0] == "python"
     name, rest = (words[2], words[3:]) if words[1] == "-m" else (words[1].removesuffix(".py"), words[2:])
     name = name.removeprefix("mlla.").replace("/", ".")  # mlla is the name of the installed package
@@ -207,7 +207,7 @@ RULES = [
 # Indented blocks that nobody types: trees of folders, and what is printed. They begin like this.
 NO_COMMANDS: tuple[str, ...] = ("COCO/annotations/", "garden/classes.txt", "error: ", "out of GPU memory")
 # For SLURM; tests/test_interruptions.py runs its launcher.
-NO_COMMANDS += ("#!/bin/bash\n#SBATCH",)
+NO_COMMANDS += ("#!/bin/bash\n#SBATCH", "epoch 7/30: ")
 COMMANDS = documentation.commands()
 
 

@@ -185,7 +185,7 @@ def check_target(target: Path, file_format: str, *, force: bool) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(__doc__.split("\n\n")[1], prog="python -m utils.convert")
+    parser = Parser(__doc__.split("\n\n")[1])
     parser.add_argument("source", metavar="IN", help="a path, a URL, or mlla-t, mlla-s, mlla-b")
     parser.add_argument("target", metavar="OUT", type=Path)
     parser.add_argument("--to", required=True, choices=sorted(FORMATS), dest="file_format")

@@ -200,7 +200,7 @@ def export(args: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(__doc__, prog="python -m utils.export")
+    parser = Parser(__doc__)
     parser.add_argument("target", metavar="OUT", type=Path, help="file to write")
     add_weights_flags(parser)
     parser.add_argument("--to", required=True, choices=sorted(SUFFIXES), dest="file_format")

@@ -265,7 +265,7 @@ def run(args: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(__doc__, prog="python -m utils.predict")
+    parser = Parser(__doc__)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="files, or folders with images")
     parser.add_argument(
         "--output",

@@ -173,7 +173,7 @@ def report(folder: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(__doc__, prog="python -m utils.report")
+    parser = Parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--output", type=Path, metavar="FILE", help="by default RUN/report.html")
     parser.add_argument("--force", action="store_true", help="replace a file that another program made")

@@ -40,7 +40,7 @@ class Detection(DenseTask):
     metric = "box_AP"
     metric_label = "box AP"
     best_name = "box_ap"
-    predict_module = "downstream.detection.predict"
+    predict_command = "python -m downstream.detection.predict"
     panels = (
         Panel("training loss", {"train_loss": "all terms", **{f"train_{name}": name[5:] for name in LOSSES}}),
         Panel(

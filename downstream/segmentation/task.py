@@ -47,7 +47,7 @@ class Segmentation(DenseTask):
     metric = "miou"
     metric_label = "mIoU"
     best_name = "miou"
-    predict_module = "downstream.segmentation.predict"
+    predict_command = "python -m downstream.segmentation.predict"
     panels = (
         Panel("training loss", {"train_loss": "both heads", "train_decode": "head", "train_auxiliary": "auxiliary"}),
         Panel("validation mean IoU, %", {"miou": "model", "ema_miou": "EMA"}, is_score=True),

@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None, *, prog: str | None = None) -> None:
         keep_lines = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog, description=description, formatter_class=keep_lines)
+        super().__init__(prog or program_name(), description=description, formatter_class=keep_lines)
         self.argv: list[str] = []
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
@@ -81,6 +81,12 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(first.split("=")[0], flags, n=1) if first.startswith("-") else []
         hint = f"; did you mean {near[0]}?" if near else "; see --help"
         end_with_error(f"{message}{hint}")
+
+
+def program_name() -> str | None:
+    """Return how a user started this process with `python -m`; None for a script or a console command."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name}" if spec else None
 
 
 class Refuse(argparse.Action):

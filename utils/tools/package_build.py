@@ -2,13 +2,15 @@
 
 In the repository, modules have short names: `models`, `data`, `utils`. Installed under these names they would shadow
 other packages. The build therefore copies them below `mlla` and rewrites the import statements, which it locates in the
-syntax tree: `from models.mlla import MLLA` becomes `from mlla.models.mlla import MLLA`. Only setuptools calls this
-module (see pyproject.toml), so it imports no other module of this project.
+syntax tree: `from models.mlla import MLLA` becomes `from mlla.models.mlla import MLLA`. Commands in help texts and
+messages get their installed names: `python -m utils.predict` becomes `mlla-predict`. Only setuptools calls this module
+(see pyproject.toml), so it imports no other module of this project.
 """
 
 import ast
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from setuptools.command.build_py import build_py
@@ -20,7 +22,13 @@ INIT = '''"""MLLA, Mamba-Like Linear Attention; importing this registers mlla_ti
 
 from mlla.models import *
 from mlla.models import __all__
+
+__version__ = "{version}"
 '''
+COMMAND = re.compile(
+    r"\b(?P<start>python|torchrun|python -m torch\.distributed\.launch)(?P<flags>(?: --\S+)*) "
+    rf"(?:-m (?P<module>(?:{'|'.join(OWN)})(?:\.\w+)+)|main\.py\b)"
+)
 
 
 class BuildPackage(build_py):
@@ -34,8 +42,15 @@ class BuildPackage(build_py):
             target = self.target(source)
             target.parent.mkdir(parents=True, exist_ok=True)
             text = source.read_text()
-            target.write_text(with_package_imports(text) if source.suffix == ".py" else text)
-        self.target(Path("__init__.py")).write_text(INIT)
+            if source.suffix == ".py":
+                text = with_installed_commands(with_package_imports(text), self.console_commands())
+            target.write_text(text)
+        self.target(Path("__init__.py")).write_text(INIT.format(version=self.distribution.get_version()))
+
+    def console_commands(self) -> dict[str, str]:
+        """Return the console commands of pyproject.toml by module."""
+        lines = (line.replace(" ", "") for line in self.distribution.entry_points["console_scripts"])
+        return {entry.split(":")[0]: name for name, entry in (line.split("=") for line in lines)}
 
     def target(self, source: Path) -> Path:
         return Path(self.build_lib) / PACKAGE / source
@@ -51,6 +66,23 @@ def sources() -> list[Path]:
     """Return the files of the package, relative to the repository, in which setuptools runs."""
     folders = [path for name in (*OWN, "cfgs") for path in Path(name).rglob("*") if path.suffix in SUFFIXES]
     return sorted([*folders, *(path for name in OWN for path in Path().glob(f"{name}.py"))])
+
+
+def with_installed_commands(source: str, commands: Mapping[str, str]) -> str:
+    """Replace command lines of the repository by those of the installed package.
+
+    Args:
+        source: text of a module.
+        commands: names of console commands by module.
+    """
+
+    def installed(match: re.Match[str]) -> str:
+        module = f"{PACKAGE}.{match['module'] or 'main'}"
+        if match["start"] == "python" and module in commands:
+            return commands[module]
+        return f"{match['start']}{match['flags']} -m {module}"
+
+    return COMMAND.sub(installed, source)
 
 
 def with_package_imports(source: str) -> str:

@@ -44,12 +44,10 @@ def best_file(task: Task, folder: Path, best: Best) -> Path | None:
 
 def next_commands(task: Task, run: Run, weights: Path) -> list[str]:
     """Return commands that predict, export and report, ready to paste; IMAGE stands where the data has no files."""
-    folder, part = run.folder, task.exported_part
-    output = ["--output", folder / "predictions"] if task.predicts_into_folder else []
-    options = ["--to", "onnx", "--part", part, "--cfg", folder / "config.yaml", "--weights", weights]
-    commands = [
-        [task.predict_module, run.data.example_image or "IMAGE", "--weights", weights, *output],
-        ["utils.export", folder / f"{part}.onnx", *options],
-        ["utils.report", folder],
-    ]
-    return [shlex.join(["python", "-m", *map(str, command)]) for command in commands]
+    image = run.data.example_image or "IMAGE"
+    commands: dict[str, list[object]] = {
+        task.predict_command: [image, "--weights", weights, "--output", run.folder / "predictions"],
+        "python -m utils.export": [run.folder / "model.onnx", "--weights", weights, "--to", "onnx"],
+        "python -m utils.report": [run.folder],
+    }
+    return [f"{command} {shlex.join(map(str, args))}" for command, args in commands.items()]

@@ -75,9 +75,7 @@ class Task(ABC):
         metric_label: the metric's name in log lines.
         best_name: names the best checkpoint: max_<best_name>.pth.
         best_label: an epoch's log line "Max <best_label>: X%" has the best value so far; "": no such line.
-        predict_module: command that predicts for images.
-        predicts_into_folder: that command needs a folder for its results.
-        exported_part: what utils.export writes of the model.
+        predict_command: command that predicts for images.
         panels: plots in curves.png.
         lr_batch_size: global batch size that TRAIN.BASE_LR is given for.
         ema_batch_size: global batch size that EMA.DECAY is given for.
@@ -93,9 +91,7 @@ class Task(ABC):
     metric_label: str
     best_name: str
     best_label = ""
-    predict_module: str
-    predicts_into_folder = True
-    exported_part = "backbone"
+    predict_command: str
     panels: Sequence[Panel]
     lr_batch_size: int
     ema_batch_size: int

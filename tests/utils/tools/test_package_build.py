@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import ROOT
-from utils.tools.package_build import OWN, sources, with_package_imports
+from utils.tools.package_build import OWN, sources, with_installed_commands, with_package_imports
 
 ELSEWHERE = """
-import json, pkgutil, sys
+import contextlib, io, json, pkgutil, sys
 from pathlib import Path
 import mlla, timm
 model = timm.create_model("mlla_tiny", embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), num_classes=3)
@@ -24,17 +24,29 @@ for module in pkgutil.walk_packages(mlla.__path__, "mlla."):
         __import__(module.name)
     except ModuleNotFoundError as error:  # an optional package
         assert error.name.split(".")[0] not in ("mlla", "config", "data", "downstream", "models", "utils"), error
-import mlla.main
-config = mlla.main.load_config(Path(mlla.__file__).parent / "cfgs" / "mlla_t.yaml")
+import mlla.main, mlla.utils.predict
+config = mlla.main.load_config("mlla_t")
+sys.argv[0] = "site/bin/mlla-predict"
+help = io.StringIO()
+with contextlib.redirect_stdout(help), contextlib.suppress(SystemExit):
+    mlla.utils.predict.main(["--help"])
 print(json.dumps({
     "file": mlla.__file__,
     "all": mlla.__all__,
+    "version": mlla.__version__,
+    "help": help.getvalue(),
     "name": config.MODEL.NAME,
     "type": type(model).__module__,
     "top": sorted({name.split(".")[0] for name in sys.modules}),
     "loaded": sum(name.startswith("mlla.") for name in sys.modules),
 }))
 """
+
+
+def console_commands() -> dict[str, str]:
+    """Return the names of pyproject.toml by module."""
+    text = (ROOT / "pyproject.toml").read_text()
+    return {module: name for name, module in re.findall(r'^([\w-]+) = "(mlla[\w.]+):main"$', text, flags=re.M)}
 
 
 def python(*args: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -61,6 +73,32 @@ def python(*args: str, cwd: Path, **environment: str) -> subprocess.CompletedPro
 )
 def test_imports_are_rewritten_below_the_package(before: str, after: str) -> None:
     assert with_package_imports(before) == after
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("python main.py --cfg x", "mlla-train --cfg x"),
+        ("see python -m utils.predict.", "see mlla-predict."),
+        ("python -m data.verify PATH", "python -m mlla.data.verify PATH"),
+        ("torchrun --nproc_per_node=8 main.py --cfg x", "torchrun --nproc_per_node=8 -m mlla.main --cfg x"),
+        ("torchrun --a -m downstream.detection.main", "torchrun --a -m mlla.downstream.detection.main"),
+        ("main.py failed; python -m pip", "main.py failed; python -m pip"),
+    ],
+)
+def test_commands_get_their_installed_names(before: str, after: str) -> None:
+    assert with_installed_commands(before, console_commands()) == after
+
+
+def test_documented_console_commands() -> None:
+    """Each starts a module that is there, and the pages name no others."""
+    commands = console_commands()
+    for module in commands:
+        path = ROOT / module.removeprefix("mlla.").replace(".", "/")
+        assert "\ndef main(" in path.with_suffix(".py").read_text()
+    named = re.findall(r"\bmlla-(?:train|predict|export|convert|vis|rep|com)[a-z-]*", (ROOT / "README.md").read_text())
+    assert set(named) <= set(commands.values())
+    assert "mlla-train" in named
 
 
 @pytest.mark.parametrize("source", ["import models.mlla\n", "from . import x\n", "import torch, models\n"])
@@ -90,12 +128,16 @@ def test_installed_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     flags = ("--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--no-index", "--quiet")
     done = python("-m", "pip", "install", ".", *flags, "--target", str(site), cwd=clone)
     assert done.returncode == 0, done.stderr
-    assert {path.name.split("-")[0] for path in site.iterdir()} == {"mlla"}
+    assert {path.name.split("-")[0] for path in site.iterdir()} == {"mlla", "bin"}
+    assert {path.name for path in (site / "bin").iterdir()} == set(console_commands().values())
     done = python("-c", ELSEWHERE, cwd=elsewhere, PYTHONPATH=str(site))
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["file"] == str(site / "mlla" / "__init__.py")
     assert result["name"] == "mlla_tiny"
+    assert f'version = "{result["version"]}"\n' in (ROOT / "pyproject.toml").read_text()
+    assert result["help"].startswith("usage: mlla-predict ")
+    assert "Classify images: mlla-predict IMAGES" in result["help"]
     assert result["type"] == "mlla.models.mlla"
     assert "mlla_tiny" in result["all"]
     assert not set(result["top"]) & set(OWN)

@@ -23,7 +23,7 @@ def test_the_next_commands_can_be_pasted(task: Task, image: Path | None) -> None
     run: Any = SimpleNamespace(folder=folder, data=SimpleNamespace(example_image=image))
     predict, export, report = (shlex.split(text) for text in next_commands(task, run, folder / "max.pth"))
     assert predict[3:6] == [str(image or "IMAGE"), "--weights", "out put/default/max.pth"]
-    assert export[3] == f"out put/default/{task.exported_part}.onnx"
+    assert export[3] == "out put/default/model.onnx"
     assert report[2:] == ["utils.report", "out put/default"]
     for words in (predict, export, report):
         parses(words)

@@ -44,7 +44,7 @@ class FakeTask(Task):
     metric = "score"
     metric_label = "score"
     best_name = "score"
-    predict_module = "utils.predict"
+    predict_command = "python -m utils.predict"
     panels = ()
     lr_batch_size = 4
     ema_batch_size = 4
