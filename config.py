@@ -10,6 +10,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
+from utils.checkpoint.download import check_timm_model
 from utils.config.schema import (
     ABOVE_0_TO_1,
     BELOW_ONE,
@@ -35,6 +36,9 @@ DATASET = Rule(
 POLICY = Rule(
     "none, rand-..., augmix-..., original, v0 or 3a",
     lambda value: value.split("-")[0] in ("none", "rand", "augmix", "original", "originalr", "v0", "v0r", "3a"),
+)
+MODEL_TYPE = Rule(
+    "mlla, linear_vit or timm:NAME", lambda value: value in ("mlla", "linear_vit") or value.startswith("timm:")
 )
 BASELINES = Rule(
     "timm:NAME, with commas between several",
@@ -84,7 +88,7 @@ _C.DATA.NUM_WORKERS = Key(8, at_least(0), help="loader processes per training pr
 # Model settings
 # ---------------------------------------------------------------------------
 _C.MODEL = Section()
-_C.MODEL.TYPE = Key("mlla", one_of("mlla", "linear_vit"), help="model family; each reads the section of its name")
+_C.MODEL.TYPE = Key("mlla", MODEL_TYPE, help="model family; each reads the section of its name")
 _C.MODEL.NAME = Key("mlla_tiny", NOT_EMPTY, help="names the output folder")
 _C.MODEL.RESUME = Key("", help="checkpoint to resume from, or weights to evaluate: path, URL or mlla-t, -s, -b")
 _C.MODEL.PRETRAINED = Key(
@@ -137,6 +141,10 @@ _C.MODEL.LINEAR_VIT.APE = Key(False, help="add learned absolute position embeddi
 _C.MODEL.LINEAR_VIT.LEPE = Key(False, help="add a depthwise convolution of V after attention")
 _C.MODEL.LINEAR_VIT.CPE = Key(False, help="add depthwise convolutions before attention and before the MLP")
 _C.MODEL.LINEAR_VIT.ROPE = Key(False, help="rotate Q and K by their tokens' rows and columns")
+
+# Classifiers of timm, such as timm:resnet18
+_C.MODEL.TIMM = Section()
+_C.MODEL.TIMM.ARGS = Key("", help="arguments of timm's model, such as depths=[1,1,2,1] patch_size=2")
 
 # ---------------------------------------------------------------------------
 # Training settings
@@ -286,6 +294,7 @@ def load_config(source: str | Path, opts: Sequence[str] = (), flags: Mapping[str
     values = merge_settings(SCHEMA, source, opts, flags, own=OWN)
     check_benchmark_flags(values, {*opts[::2], *(flags or {})})
     check_data(values)
+    check_timm(values)
     for section in ("MODEL.MLLA", "MODEL.LINEAR_VIT"):
         check_stages(values, section)
         if not (values["THROUGHPUT_MODE"] or values["PROFILE_MODE"]):
@@ -320,6 +329,16 @@ def check_data(values: Mapping[str, Any]) -> None:
         refuse(values, "DATA.ZIP_MODE", f"DATA.DATASET is {dataset}, which comes without archives; leave out --zip")
     if values["DATA.CLASSES"] and dataset != "digits":
         refuse(values, "DATA.CLASSES", f"works with DATA.DATASET digits, not {dataset}: leave out class folders")
+
+
+def check_timm(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError if timm lacks a model, or arguments are for one while there is none."""
+    if values["MODEL.TYPE"].startswith("timm:"):
+        check_timm_model("MODEL.TYPE", values["MODEL.TYPE"])
+    elif values["MODEL.TIMM.ARGS"]:
+        refuse(values, "MODEL.TIMM.ARGS", f"works with MODEL.TYPE timm:NAME, not {values['MODEL.TYPE']}")
+    for name in filter(None, values["BENCHMARK.BASELINES"].split(",")):
+        check_timm_model("BENCHMARK.BASELINES", name)
 
 
 def check_stages(values: Mapping[str, Any], section: str) -> None:

@@ -22,8 +22,9 @@ from data.transforms import denormalize
 from models import PAPER_PROFILES, build_model, input_channels, prepare_for_inference
 from models.kernels.dispatch import KernelsUnavailableError
 from models.kernels.self_test import run_self_test
+from models.timm_interface import PyramidClassifier
 from utils.benchmark.measure import synthetic_images
-from utils.benchmark.throughput import run_throughput, timm_baseline
+from utils.benchmark.throughput import run_throughput
 from utils.config.command_line import parse_command_line, report_user_errors
 from utils.config.errors import ConfigError, UserError
 from utils.distributed.process import Process
@@ -61,13 +62,22 @@ def check_batch_size(config: CfgNode, model: nn.Module) -> None:
     """
     if not trains(config) or config.TRAIN.FREEZE or config.DATA.BATCH_SIZE > 1:
         return
-    size, stride = config.DATA.IMG_SIZE, 4 * 2 ** (len(model.layers) - 1)  # type: ignore[arg-type]
+    size, stride = config.DATA.IMG_SIZE, last_stride(model)
     if size <= stride and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         raise ConfigError(
             f"DATA.BATCH_SIZE 1: batch norm cannot train on one image per process with DATA.IMG_SIZE {size}, "
             f"which leaves one pixel in the last stage; set --batch-size 2 or more, or a size above {stride}",
             key="DATA.BATCH_SIZE",
         )
+
+
+def last_stride(model: Any) -> int:
+    """Return the stride of a model's last map in pixels, 0 if it is not known."""
+    if isinstance(model, PyramidClassifier):
+        return 4 * 2 ** (len(model.layers) - 1)
+    info = getattr(model, "feature_info", None)
+    stages = getattr(info, "info", info)  # timm has lists, and objects that hold one
+    return stages[-1]["reduction"] if stages else 0
 
 
 class Classification(Task):
@@ -189,9 +199,6 @@ class Classification(Task):
     ) -> Callable[[], object]:
         images = synthetic_images(batch_size, size, device, in_chans=input_channels(config))
         return lambda: model(images)
-
-    def baseline_model(self, config: CfgNode, process: Process, name: str) -> nn.Module:
-        return timm_baseline(name, config.DATA.IMG_SIZE, config.MODEL.DROP_PATH_RATE, process.device)
 
 
 class Preview(NamedTuple):

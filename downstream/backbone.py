@@ -1,6 +1,5 @@
 """Backbones of dense predictors: MLLA or a timm model, with four maps at strides 4, 8, 16 and 32."""
 
-import difflib
 from typing import Any
 
 import timm
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from models import MLLA
 from models.layers import pad_to_multiple
-from utils.checkpoint.download import is_timm_model
+from utils.checkpoint.download import check_timm_model
 from utils.config.errors import ConfigError
 
 STRIDES = (4, 8, 16, 32)
@@ -54,10 +53,7 @@ class TimmBackbone(nn.Module):
 
     def __init__(self, name: str, *, drop_path_rate: float = 0.0) -> None:
         super().__init__()
-        if not is_timm_model(name):
-            near = difflib.get_close_matches(name, timm.list_models(), n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"MODEL.TYPE timm:{name}: timm has no such model{hint}", key="MODEL.TYPE")
+        check_timm_model("MODEL.TYPE", name)
         # Swin takes one image size only unless told otherwise; other models lack this argument.
         options: dict[str, Any] = {"strict_img_size": False} if name.startswith("swin") else {}
         body: Any = timm.create_model(name, num_classes=0, drop_path_rate=drop_path_rate, **options)

@@ -13,13 +13,10 @@ from models.kernels.dispatch import KernelsUnavailableError
 from models.kernels.self_test import run_self_test
 from utils.checkpoint.weights import load_pretrained
 from utils.config.errors import UserError
-from utils.config.schema import with_setting
-from utils.distributed.process import Process
 from utils.training.build import model_uses
 from utils.training.derived import Derived
 from utils.training.ema import ModelEma
 from utils.training.optimizer import dense_parameter_groups
-from utils.training.run import prepare_model
 from utils.training.task import Run, Task
 from utils.training.train_step import ComputeLosses
 
@@ -70,10 +67,6 @@ class DenseTask(Task):
         derived: Derived,  # noqa: ARG002
     ) -> ComputeLosses:
         return lambda batch, _: self.batch_losses(config, network, batch)
-
-    def baseline_model(self, config: CfgNode, process: Process, name: str) -> nn.Module:
-        """Return the same model on another backbone, timm:NAME."""
-        return prepare_model(self, with_setting(config, "MODEL.TYPE", name), process, None)
 
     def memory_request(self, config: CfgNode) -> tuple[str, int]:
         return ("evaluation", 1) if config.EVAL_MODE else super().memory_request(config)

@@ -26,7 +26,42 @@ def not_scriptable(name: str) -> str:
     )
 
 
-class PyramidClassifier(nn.Module):
+class FreezableClassifier(nn.Module):
+    """Base of classifiers with timm's `get_classifier` whose other parts can be frozen."""
+
+    is_backbone_frozen = False
+
+    def freeze_backbone(self) -> None:
+        """Train only the classifier from now on.
+
+        All other parts take no gradient and stay in evaluation mode whatever `train` says, so that batch norm
+        statistics do not move and nothing is dropped.
+
+        Raises:
+            ValueError: there is no classifier, or there are several.
+        """
+        classifier = self.get_classifier()
+        if not isinstance(classifier, nn.Module) or isinstance(classifier, nn.Identity):
+            raise ValueError("only a model with one classifier can have its backbone frozen")
+        self.requires_grad_(False)
+        classifier.requires_grad_(True)
+        self.is_backbone_frozen = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "FreezableClassifier":
+        super().train(mode)
+        if self.is_backbone_frozen:
+            for child in self.children():
+                child.train(False)
+            self.get_classifier().train(mode)
+        return self
+
+    def get_classifier(self) -> nn.Module:
+        """Return the layer from features to classes."""
+        return super().get_classifier()  # type: ignore[misc]
+
+
+class PyramidClassifier(FreezableClassifier):
     """Base of classifiers with a patch embedding, `layers` of stages and a `norm`, which they set themselves.
 
     They call `make_classifier` and define the forward pass.
@@ -37,7 +72,6 @@ class PyramidClassifier(nn.Module):
     head: nn.Module
     num_classes: int
     num_features: int
-    is_backbone_frozen = False
 
     def make_classifier(self, num_classes: int, global_pool: str = "avg", **factory: Any) -> None:
         """Set `global_pool`, `head` and `head_hidden_size`, the width of the head's input.
@@ -71,29 +105,6 @@ class PyramidClassifier(nn.Module):
             "stem": r"^patch_embed|^absolute_pos_embed",
             "blocks": r"^layers\.(\d+)" if coarse else [*blocks, (r"^norm", joins_previous)],
         }
-
-    def freeze_backbone(self) -> None:
-        """Train only the classifier from now on.
-
-        All other parts take no gradient and stay in evaluation mode whatever `train` says, so that batch norm
-        statistics do not move and nothing is dropped.
-
-        Raises:
-            ValueError: there is no classifier.
-        """
-        if not self.num_classes:
-            raise ValueError("only a model with a classifier can have its backbone frozen; num_classes is 0")
-        self.requires_grad_(False)
-        self.head.requires_grad_(True)
-        self.is_backbone_frozen = True
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> "PyramidClassifier":
-        super().train(mode)
-        if self.is_backbone_frozen:
-            for child in self.children():
-                child.train(mode and child is self.head)
-        return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass, or stop doing so."""

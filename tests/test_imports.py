@@ -56,9 +56,11 @@ def test_imports_run_one_way(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0].removesuffix(".py")
     modules = imported_modules(path)
     own = {name.split(".")[0] for name in modules} & set(ALLOWED)
+    if package == "models" and path.name == "build.py":  # raises errors that users can mend, but only when called
+        own -= {"utils"}
     assert own <= (COMMAND if is_command(path) else ALLOWED[package])
     assert not modules & COMMANDS
-    if package == "data" and not is_command(path):
+    if package in ("data", "models") and not is_command(path):
         assert {name for name in IMPORTS[module_name(path)] if name.startswith("utils.")} <= {"utils.config", ERRORS}
     reads_config = any(name.split(".")[0] == "yacs" for name in modules)
     assert not reads_config or path.name in READERS or is_command(path)

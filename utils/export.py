@@ -27,7 +27,7 @@ from downstream.trained_model import (
 )
 from models import MLLA, build_model, input_channels
 from models.kernels.dispatch import KernelsUnavailableError
-from utils.checkpoint.weights import load_weights
+from utils.checkpoint.weights import load_weights, num_outputs
 from utils.config.command_line import Parser, report_user_errors
 from utils.config.errors import UserError
 from utils.distributed.process import Process
@@ -91,7 +91,7 @@ def build_part(trained: TrainedModel, source: str, part: str) -> nn.Module:
     elif trained.task != "classification":
         raise ExportError(f"--part {part}: {source} is for {trained.task}; its --part backbone can be exported")
     else:
-        model = build_model(config, len(weights["head.weight"]) if "head.weight" in weights else None)
+        model = build_model(config, num_outputs(weights, trained.classes))
         load_weights(model, weights, source)
     if part == "maps":
         if not isinstance(model, MLLA):
@@ -165,7 +165,7 @@ def export(args: Any) -> None:
         )
     loader = build_data(config, rank=0, num_processes=1).val if args.evaluate else None  # fails before the work
     model = build_part(trained, args.weights, part)
-    channels = 3 if config.MODEL.TYPE.startswith("timm:") else input_channels(config)
+    channels = input_channels(config)
     metadata = {"classes": trained.classes, "config": config.dump()}
     metadata |= {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     report = ""

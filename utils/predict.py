@@ -4,7 +4,6 @@ IMAGES are files or folders. A run's checkpoint and mlla-t, mlla-s, mlla-b (rele
 bare weights, name their model: --cfg mlla_t, or --model and a timm name.
 """
 
-import difflib
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -27,8 +26,8 @@ from downstream.trained_model import add_device_flag, add_weights_flags, open_de
 from models import build_model
 from models.kernels.dispatch import KernelsUnavailableError
 from utils.checkpoint.best_weights import print_choice
-from utils.checkpoint.download import is_timm_model, released_name
-from utils.checkpoint.weights import load_weights, read_state_dict, read_weights
+from utils.checkpoint.download import is_timm_model, nearest_timm_model, released_name
+from utils.checkpoint.weights import load_weights, num_outputs, read_state_dict, read_weights
 from utils.config.command_line import Parser, at_least, report_user_errors
 from utils.config.errors import UserError
 from utils.logs.atomic_write import write_atomic
@@ -105,7 +104,7 @@ def open_classifier(args: Any) -> Classifier:
     if args.model:
         return open_timm_classifier(args)
     trained = read_trained_model(args, task="classification")
-    num_classes = count_classes(trained.weights)
+    num_classes = num_outputs(trained.weights, trained.classes)
     model = build_model(trained.config, num_classes)
     load_weights(model, trained.weights, args.weights)
     size, test = args.size or trained.config.DATA.IMG_SIZE, trained.config.TEST
@@ -116,16 +115,12 @@ def open_classifier(args: Any) -> Classifier:
 def open_timm_classifier(args: Any) -> Classifier:
     """Build the classifier that timm knows by --model, with images as MLLA's recipe prepares them."""
     weights = read_state_dict(args.weights, ema=args.ema, announce=print_choice)
-    num_classes = count_classes(weights) or 1000
+    classes = read_weights(args.weights, tolerant=True).classes
+    num_classes = num_outputs(weights, classes) or 1000
     model = timm.create_model(args.model, num_classes=num_classes)
     load_weights(model, weights, args.weights)
-    names = class_names(read_weights(args.weights, tolerant=True).classes, num_classes)
+    names = class_names(classes, num_classes)
     return Classifier(model.eval(), names, EvalTransform(args.size or 224, crop=True, interpolation="bicubic"))
-
-
-def count_classes(weights: dict[str, Tensor]) -> int | None:
-    """Return the number of classes of a classifier's weights, None where they have no `head`."""
-    return len(weights["head.weight"]) if "head.weight" in weights else None
 
 
 def released_weights(model: str) -> str:
@@ -143,8 +138,8 @@ def released_weights(model: str) -> str:
 def check_model(args: Any) -> None:
     """Raise PredictionError if timm does not know --model, or --cfg names a model too."""
     if args.model and not is_timm_model(args.model):
-        near = difflib.get_close_matches(args.model, timm.list_models(), n=1)
-        hint = f"did you mean {near[0]}?" if near else "for example mlla_tiny, mlla_small and mlla_base"
+        near = nearest_timm_model(args.model)
+        hint = f"did you mean {near}?" if near else "for example mlla_tiny, mlla_small and mlla_base"
         raise PredictionError(f"--model {args.model}: timm has no such model; {hint}")
     if args.model and args.cfg:
         raise PredictionError(f"--cfg {args.cfg} and --model {args.model} both name the model; leave one of them out")

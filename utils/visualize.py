@@ -37,7 +37,7 @@ from downstream.trained_model import (
 from models.build import build_model
 from models.inspection import LayerInput, attention_inputs, attention_map, gate_values, receptive_fields
 from models.kernels.dispatch import KernelsUnavailableError
-from utils.checkpoint.weights import load_weights
+from utils.checkpoint.weights import load_weights, num_outputs
 from utils.config.command_line import Parser, at_least, report_user_errors
 from utils.config.errors import UserError
 from utils.config.schema import with_setting
@@ -106,7 +106,7 @@ def build_trained(trained: TrainedModel, source: str) -> nn.Module:
         raise UserError(f"{source}: MODEL.TYPE {trained.config.MODEL.TYPE}: only mlla and linear_vit can be plotted")
     if trained.task != "classification":
         return build_trained_backbone(trained, source)
-    model = build_model(trained.config, len(trained.weights["head.bias"]) if "head.bias" in trained.weights else None)
+    model = build_model(trained.config, num_outputs(trained.weights))
     load_weights(model, trained.weights, source)
     return model
 

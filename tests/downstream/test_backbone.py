@@ -63,7 +63,7 @@ def test_every_parameter_of_a_timm_backbone_has_a_gradient() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("convnext_tinny", "did you mean convnext_tiny"), ("vit_tiny_patch16_224", "no maps at")]
+    ("name", "message"), [("convnext_tinny", "did you mean timm:convnext_tiny"), ("vit_tiny_patch16_224", "no maps at")]
 )
 def test_unsuitable_timm_models_are_refused(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:

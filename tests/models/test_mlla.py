@@ -315,7 +315,7 @@ def test_a_frozen_backbone_stays_in_evaluation_mode() -> None:
     assert not model.head.training
     model.reset_classifier(3)
     assert model.train()(images).requires_grad
-    with pytest.raises(ValueError, match="only a model with a classifier"):
+    with pytest.raises(ValueError, match="only a model with one classifier"):
         micro(num_classes=0).freeze_backbone()
 
 

@@ -4,18 +4,15 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-import timm
 import torch
 from torch import nn
 from yacs.config import CfgNode
 
 from utils.benchmark.measure import Conditions, Throughput, measure_inference, measure_training
 from utils.benchmark.official import official_speed
-from utils.checkpoint.download import is_timm_model
 from utils.config.command_line import report_user_errors
-from utils.config.errors import ConfigError
+from utils.config.schema import with_setting
 from utils.distributed.process import Process, gather_objects
 from utils.logs.logger import logger
 from utils.logs.output_dir import open_output_dir
@@ -51,7 +48,9 @@ def run_throughput(task: Task, config: CfgNode, process: Process) -> None:
             return
         factories: dict[str, MakeModel] = {config.MODEL.NAME: lambda: prepare_model(task, config, process, None)}
         for name in filter(None, config.BENCHMARK.BASELINES.split(",")):
-            factories[name] = lambda name=name: task.baseline_model(config, process, name)  # type: ignore[misc]
+            factories[name] = lambda name=name: prepare_model(  # type: ignore[misc]
+                task, baseline_config(config, name), process, None
+            )
         measure_rows = training_rows if config.BENCHMARK.TRAIN else inference_rows
         rows = [row for name, make in factories.items() for row in measure_rows(task, config, process, name, make)]
     if not process.is_main:
@@ -65,23 +64,10 @@ def run_throughput(task: Task, config: CfgNode, process: Process) -> None:
     logger.info("speeds are in %s: throughput.jsonl and throughput.png", folder)
 
 
-def timm_baseline(name: str, image_size: int, drop_path_rate: float, device: torch.device) -> nn.Module:
-    """Return timm's classifier `timm:<name>` in channels_last, with stochastic depth and image size if it has them.
-
-    Raises:
-        ConfigError: timm has no such model.
-    """
-    model_name = name.removeprefix("timm:")
-    if not is_timm_model(model_name):
-        message = f"BENCHMARK.BASELINES {name!r}: timm has no such model; timm.list_models() lists them"
-        raise ConfigError(message, key="BENCHMARK.BASELINES")
-    weights = timm.get_pretrained_cfg(model_name)
-    size: dict[str, Any] = {"img_size": image_size} if weights is not None and weights.fixed_input_size else {}
-    try:
-        model = timm.create_model(model_name, drop_path_rate=drop_path_rate, **size)
-    except TypeError:  # it has no stochastic depth
-        model = timm.create_model(model_name, **size)
-    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+def baseline_config(config: CfgNode, name: str) -> CfgNode:
+    """Return the configuration of a model of BENCHMARK.BASELINES, timm:NAME."""
+    config = with_setting(config, "MODEL.TYPE", name)
+    return with_setting(config, "MODEL.TIMM.ARGS", "") if "TIMM" in config.MODEL else config
 
 
 def inference_rows(task: Task, config: CfgNode, process: Process, name: str, make_model: MakeModel) -> list[Throughput]:

@@ -1,6 +1,7 @@
 """Files by path, by URL or by the name of released weights; downloads are cached."""
 
 import contextlib
+import difflib
 import hashlib
 import re
 import sys
@@ -11,12 +12,13 @@ from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
+import timm
 import torch
 from filelock import FileLock, Timeout
 from timm.models import get_pretrained_cfg, is_model
 from tqdm import tqdm
 
-from utils.config.errors import UserError, file_errors
+from utils.config.errors import ConfigError, UserError, file_errors
 from utils.logs.atomic_write import write_atomic
 from utils.logs.logger import logger
 
@@ -88,6 +90,20 @@ def is_timm_model(name: str) -> bool:
         return bool(is_model(name))
     except RuntimeError:  # an unknown tag
         return False
+
+
+def nearest_timm_model(name: str) -> str:
+    """Return timm's model whose name is most like this one, or an empty string."""
+    return next(iter(difflib.get_close_matches(name, timm.list_models(), n=1)), "")
+
+
+def check_timm_model(key: str, value: str) -> None:
+    """Raise ConfigError, with the nearest name, if timm has no model `timm:<name>`, the value of a key."""
+    name = value.removeprefix("timm:")
+    if not is_timm_model(name):
+        near = nearest_timm_model(name)
+        hint = f"; did you mean timm:{near}?" if near else "; timm.list_models() lists them"
+        raise ConfigError(f"{key} timm:{name}: timm has no such model{hint}", key=key)
 
 
 def released_url(name: str) -> str:

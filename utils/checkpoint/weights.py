@@ -25,7 +25,9 @@ MAX_KEYS_SHOWN = 10
 MAX_CLASSES_SHOWN = 3
 POSITION_TABLE = "absolute_pos_embed"
 DERIVED_KEY_SUFFIX = "attn.rope.rotations"
-FINAL_PART = re.compile(r"(norm\d*|head|fc|classifier)\.")  # fc and classifier in timm's models
+# The classifier in MLLA, and in most models of timm.
+CLASSIFIERS = ("head", "head.fc", "classifier", "fc", "head.linear", "last_linear")
+FINAL_PART = re.compile(r"(norm\d*|head|fc|classifier|last_linear)\.")
 
 
 class FileWeights(NamedTuple):
@@ -155,6 +157,18 @@ def listed(items: Sequence[str], count: int) -> str:
     return ", ".join(items[:count]) + (", ..." if len(items) > count else "")
 
 
+def classifier_in(weights: Weights) -> str:
+    """Return the name of the classifier's last layer, or an empty string if there is none, or one of uncommon name."""
+    return next((name for name in CLASSIFIERS if f"{name}.weight" in weights), "")
+
+
+def num_outputs(weights: Weights, classes: Sequence[str] | None = None) -> int | None:
+    """Return the width of a classifier's last layer, or for one of uncommon name the number of the file's classes."""
+    if name := classifier_in(weights):
+        return len(weights[f"{name}.weight"])
+    return len(classes) if classes else None
+
+
 def load_weights(
     model: nn.Module,
     weights: Weights,
@@ -214,9 +228,10 @@ def fitting_weights(
     if any(problems.values()):
         counts = "; ".join(f"{len(p)} {what}: {listed(p, MAX_KEYS_SHOWN)}" for what, p in problems.items() if p)
         remedy = "Use the --cfg that it was trained with"
-        only_head = sum(map(len, problems.values())) == 2 and misshapen == ["head.weight", "head.bias"]
-        if only_head and (num_outputs := len(weights["head.bias"])) > len(own["head.bias"]):
-            remedy = f"Set MODEL.NUM_CLASSES {num_outputs} to evaluate it, or use --pretrained to fine-tune it"
+        head = classifier_in(own)
+        only_head = sum(map(len, problems.values())) == 2 and misshapen == [f"{head}.weight", f"{head}.bias"]
+        if only_head and (width := len(weights[f"{head}.bias"])) > len(own[f"{head}.bias"]):
+            remedy = f"Set MODEL.NUM_CLASSES {width} to evaluate it, or use --pretrained to fine-tune it"
         if prefixes := prefixes_of(weights, own):
             remedy = f"Its names have the prefix {' or '.join(map(repr, prefixes))}; save the weights of one without it"
         raise CheckpointError(f"{source}: does not fit the model. {counts}. {remedy}")
@@ -261,11 +276,12 @@ def load_pretrained(model: nn.Module, source: str | Path, classes: Sequence[str]
     reinitialized = (
         final_parts(own) - final_parts(weights) if is_dense(weights) != is_dense(own) else {"head"} & {*unused}
     )
-    if "head.weight" in own and "head.weight" not in weights:
-        reinitialized |= {"head"}
-    elif "head.weight" in own and len(weights["head.weight"]) != len(own["head.weight"]):
-        reinitialized |= {"head"}
-        logger.info("the file has %d classes, the data %d", len(weights["head.weight"]), len(own["head.weight"]))
+    head, widths = classifier_in(own), (num_outputs(weights), num_outputs(own))
+    if head and f"{head}.weight" not in weights:
+        reinitialized |= {head}
+    elif head and widths[0] != widths[1]:
+        reinitialized |= {head}
+        logger.info("the file has %d classes, the data %d", *widths)
     elif file.classes and classes:
         check_classes(file.classes, classes, source)
     if reinitialized:

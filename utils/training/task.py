@@ -188,14 +188,6 @@ class Task(ABC):
     def image_size(self, config: CfgNode, *, training: bool) -> tuple[int, int]:
         """Return height and width of synthetic images."""
 
-    def baseline_model(self, config: CfgNode, process: Process, name: str) -> nn.Module:
-        """Return the model of BENCHMARK.BASELINES, timm:NAME.
-
-        Raises:
-            UserError: timm has no such model.
-        """
-        raise NotImplementedError
-
     def memory_request(self, config: CfgNode) -> tuple[str, int]:
         """Return a description of the work that needs a GPU's memory, and the number of images per forward pass."""
         return f"DATA.BATCH_SIZE {config.DATA.BATCH_SIZE}", config.DATA.BATCH_SIZE

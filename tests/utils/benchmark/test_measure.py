@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from config import load_config
 from utils.benchmark.measure import Conditions, Throughput, measure_inference, measure_training, run_calls
-from utils.benchmark.throughput import pixel_table, throughput_table, timm_baseline
+from utils.benchmark.throughput import pixel_table, throughput_table
 from utils.training.amp import make_precision
 
 RunMain = Callable[..., tuple[int, str, str]]
@@ -66,14 +65,6 @@ def test_training_is_measured_without_mesa_even_if_mesa_starts_at_once(
     args = ["--cfg", "cfgs/digits.yaml", "--throughput", "--train", "--batch-size", "2", "--output", tmp_path]
     assert run_main(*args, "--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0", "AUG.MESA", "1.0")[0] == 0
     assert asked == [("training", False), ("training, MESA", True)]
-
-
-# The first expects images of one size, the last has no stochastic depth.
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "test_convnext", "ghostnet_050"])
-def test_baselines_accept_the_image_size(name: str) -> None:
-    config = load_config("cfgs/digits.yaml")
-    model: Any = timm_baseline(f"timm:{name}", config.DATA.IMG_SIZE, config.MODEL.DROP_PATH_RATE, CPU)
-    assert model(torch.randn(2, 3, 32, 32)).shape == (2, model.num_classes)
 
 
 def test_batch_size_follows_from_size_at_constant_pixels(run_main: RunMain, tmp_path: Path) -> None:
