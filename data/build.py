@@ -53,6 +53,10 @@ class Data:
         path = Path(self.val.dataset.source.name(0))
         return path if path.is_file() else None
 
+    def loading_advice(self) -> str:
+        """Return how training images may be loaded faster, for a log line."""
+        return "" if self.train is None else self.train.advice()
+
     def preview(self, count: int) -> tuple[Tensor, list[int]]:
         """Return up to `count` evenly spaced validation images (N, 3, H, W), normalized, on the CPU, and labels."""
         return next(self.previews(count, batch_size=count))

@@ -1,6 +1,7 @@
 """Dataset of transformed images, which loader workers read in batches by sample key."""
 
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +17,8 @@ from data.decoding import decode_fast, decode_pillow, image_to_tensor
 from data.errors import BrokenImageError
 from data.samplers import SampleKey
 from data.transforms import Transform
+
+STAGES = ("reading", "decoding", "transforming")
 
 
 class ImageSource(Protocol):
@@ -55,6 +58,7 @@ class Batch(NamedTuple):
     operations: Tensor  # (O, 10) float64: image, place in its order, and fields of each operation to apply
     erasures: Tensor  # (E, 6) int64: image, top, left, height, width and seed of each box to erase
     failures: list[Failure]
+    seconds: list[float]  # that the worker spent on each of STAGES
 
 
 class ImageDataset(Dataset[Batch]):
@@ -97,15 +101,21 @@ class ImageDataset(Dataset[Batch]):
         operations: list[tuple[float, ...]] = []
         erasures: list[tuple[int, ...]] = []
         failures: list[Failure] = []
+        seconds = np.zeros(len(STAGES))
         for key in keys:
             for index in self.candidates(key):
+                times = [time.perf_counter()]
                 try:
-                    image = self.decode(index)
+                    content = self.source.read(index)
+                    times.append(time.perf_counter())
+                    image = self.decode(content)
+                    times.append(time.perf_counter())
                 except BrokenImageError as error:
                     failures.append(Failure(self.source.name(index), str(error)))
                     continue
                 with seeded(self.seed, key.epoch, key.position):
                     sample = self.transform(image)
+                seconds += np.diff([*times, time.perf_counter()])
                 crops += [sample.crop] if sample.crop else []
                 operations += [(len(pixels), place, *op) for place, op in enumerate(sample.operations)]
                 erasures += [(len(pixels), *box) for box in sample.erasures]
@@ -120,6 +130,7 @@ class ImageDataset(Dataset[Batch]):
             torch.tensor(operations, dtype=torch.float64).reshape(-1, 10),
             torch.tensor(erasures, dtype=torch.int64).reshape(-1, 6),
             failures,
+            seconds.tolist(),
         )
 
     def candidates(self, key: SampleKey) -> Iterator[int]:
@@ -130,9 +141,8 @@ class ImageDataset(Dataset[Batch]):
             for step in range(1, min(len(order), self.max_failures + 1)):
                 yield int(order[(key.slot + step) % len(order)])
 
-    def decode(self, index: int) -> Image.Image | Tensor:
-        """Return a decoded image in the form that the transform takes."""
-        content = self.source.read(index)
+    def decode(self, content: bytes | Image.Image) -> Image.Image | Tensor:
+        """Return an image in the form that the transform takes."""
         if isinstance(content, bytes):
             return decode_pillow(content) if self.is_exact else decode_fast(content)
         return content if self.is_exact else image_to_tensor(content)

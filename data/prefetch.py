@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
@@ -10,9 +11,10 @@ from torch.utils.data import DataLoader
 
 from data.batch_augmentation import augment
 from data.batch_crops import resize_crops
-from data.dataset import Batch, ImageDataset
+from data.dataset import STAGES, Batch, ImageDataset
 from data.errors import BrokenImageError
 from data.samplers import TrainSampler
+from data.workers import more_workers
 
 logger = logging.getLogger("mlla.data")
 
@@ -46,6 +48,7 @@ class DeviceLoader:
         self.skip_broken = skip_broken
         self.max_broken = max_broken
         self.broken: set[str] = set()
+        self.stage_seconds = np.zeros(len(STAGES))  # of all workers together
         self.normalizer = Normalizer(device)
         self.generator = torch.Generator(device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -58,6 +61,18 @@ class DeviceLoader:
     def num_images(self) -> int:
         """Number of images in the dataset, over all processes."""
         return len(self.dataset)
+
+    def advice(self) -> str:
+        """Return what loading the epoch so far took the workers' time, and how it may become faster, for a log line."""
+        shares = self.stage_seconds / max(self.stage_seconds.sum(), 1e-9)
+        stages = sorted(zip(shares, STAGES, strict=True), reverse=True)
+        spent = ", ".join(f"{share:.0%} {stage}" for share, stage in stages)
+        remedies = {
+            "reading": "faster storage, or --zip with --cache-mode",
+            "decoding": "smaller images",
+            "transforming": "DATA.AUGMENT_ON gpu",
+        }
+        return f"loading is {spent}; {more_workers(self.loader.num_workers)}, or try {remedies[stages[0][1]]}"
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch for the next iteration, as TrainSampler.set_epoch; `start` counts images of this process."""
@@ -90,7 +105,9 @@ class DeviceLoader:
 
     def host_batches(self) -> Iterator[Batch]:
         """Yield the loader's batches that have images, after handling their failures."""
+        self.stage_seconds[:] = 0
         for batch in self.loader:
+            self.stage_seconds += batch.seconds
             for failure in batch.failures:
                 if not self.skip_broken:
                     raise BrokenImageError(f"{failure.name}: {failure.reason}; repair it, or set DATA.ON_ERROR to skip")

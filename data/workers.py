@@ -118,6 +118,12 @@ class RestartingDataLoader(DataLoader):
         return True
 
 
+def more_workers(num_workers: int) -> str:
+    """Return the advice to use more workers, with the number of cores, for a log line."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"raise DATA.NUM_WORKERS, which is {num_workers} ({cores} CPU cores for all processes of this machine)"
+
+
 def one_line_user_errors(batches: Iterable[Any]) -> Iterator[Any]:
     """Iterate; a UserError from a worker gets its own line back, where torch has put the worker's whole traceback."""
     try:

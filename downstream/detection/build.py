@@ -8,6 +8,7 @@ from yacs.config import CfgNode
 
 from data.errors import DataError
 from data.samplers import EvalSampler
+from data.workers import more_workers
 from downstream.build import build_backbone, make_loader
 from downstream.detection.data.coco import CocoImages
 from downstream.detection.data.dataset import EvalImages, TrainImages, collate
@@ -40,6 +41,10 @@ class DetectionData:
     @property
     def num_val_images(self) -> int:
         return len(self.val_images)
+
+    def loading_advice(self) -> str:
+        """Return how training images may be loaded faster, for a log line."""
+        return "" if self.train is None else more_workers(self.train.num_workers)
 
     @property
     def example_image(self) -> Path:

@@ -45,9 +45,8 @@ def batch(*erasures: tuple[int, ...], count: int = 3, failures: tuple[str, ...] 
     )
     parts = torch.tensor(erasures, dtype=torch.int64).reshape(-1, 6)
     crops, operations = torch.empty(0, 5, dtype=torch.int64), torch.empty(0, 10, dtype=torch.float64)
-    return Batch(
-        images, torch.arange(count), crops, operations, parts, [Failure(name, "is broken") for name in failures]
-    )
+    failed = [Failure(name, "is broken") for name in failures]
+    return Batch(images, torch.arange(count), crops, operations, parts, failed, seconds=[0.1, 0.5, 0.2])
 
 
 def loader(*batches: Batch, device: torch.device = CPU, **settings: object) -> DeviceLoader:
@@ -67,6 +66,17 @@ def test_images_are_normalized_as_torchvision_does(device: torch.device) -> None
     assert labels.tolist() == [0, 1, 2]
     assert host.images.dtype == torch.uint8
     torch.testing.assert_close(denormalize(images.cpu()), host.images.permute(0, 3, 1, 2) / 255)
+
+
+def test_advice_names_the_slowest_stage() -> None:
+    slow = loader(batch(), batch()._replace(seconds=[0.0, 0.2, 0.0]))
+    slow.loader.num_workers = 3
+    list(slow)
+    advice = slow.advice()
+    assert advice.startswith(
+        "loading is 70% decoding, 20% transforming, 10% reading; raise DATA.NUM_WORKERS, which is 3 "
+    )
+    assert advice.endswith(", or try smaller images")
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -207,6 +207,8 @@ class Training:
             evaluate=lambda model, name: task.evaluate(run, as_compiled(model), name),
             metadata={"config": run.config.dump(), "classes": run.data.classes},
             draw_predictions=lambda model, weights: draw_predictions(task, run, as_compiled(model), weights),
+            # On a CPU, loading and training share the cores.
+            loading_advice=run.data.loading_advice if run.process.device.type == "cuda" else None,
             tracker=self.tracker,
         )
 

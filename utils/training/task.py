@@ -39,6 +39,8 @@ class Data(Protocol):
     @property
     def example_image(self) -> Path | None: ...  # file of a validation image, if it is one
 
+    def loading_advice(self) -> str: ...  # how training images may be loaded faster, for a log line
+
 
 class Schedule(Protocol):
     """Learning rate by optimizer step, with the scaled rate after warm-up."""

@@ -28,12 +28,14 @@ from utils.logs.logger import (
 from utils.logs.plots import Panel
 from utils.logs.recorder import RunRecorder, weight_samples
 from utils.logs.wandb_logger import WandbLogger
+from utils.speed.data_wait import DataWait
 from utils.speed.memory import peak_memory_mib
 from utils.training.epoch_sums import EpochSums
 from utils.training.train_state import TrainState
 from utils.training.train_step import NonFiniteLossError, StepResult, TrainStep
 
 WRITE_SECONDS = 5.0  # for a checkpoint that is being written when the process must end
+MAX_WAIT = 0.05  # share of an epoch that the steps may wait for data without a warning
 MIN_IMAGE_SECONDS = 300.0  # between two images of predictions, which take a few seconds to draw
 
 
@@ -94,6 +96,7 @@ class Trainer:
         metadata: saved in checkpoints beside the state, such as the configuration's text and the class names.
         draw_predictions: (model, description of its weights) to the file of its predictions, which it draws; called on
             the first process.
+        loading_advice: returns how batches may be loaded faster, for a warning.
         tracker: an experiment tracker that also gets the metrics; on the first process.
     """
 
@@ -108,6 +111,7 @@ class Trainer:
         evaluate: Callable[[nn.Module, str], Mapping[str, float]],
         metadata: Mapping[str, Any],
         draw_predictions: Callable[[nn.Module, str], Path] | None = None,
+        loading_advice: Callable[[], str] | None = None,
         tracker: WandbLogger | None = None,
     ) -> None:
         self.config = config
@@ -118,6 +122,7 @@ class Trainer:
         self.evaluate = evaluate
         self.metadata = metadata
         self.draw_predictions = draw_predictions
+        self.loading_advice = loading_advice
         self.tracker = tracker
         self.last_image_time = time.monotonic()
         self.folder = folder
@@ -158,7 +163,7 @@ class Trainer:
         config, state = self.config, self.state
         epoch, first = state.progress
         self.sums = EpochSums(self.process.device, state.sums)
-        self.data_seconds, self.start = 0.0, time.perf_counter()
+        self.data_wait, self.start = DataWait(self.process.device), time.perf_counter()
         self.first = first
         self.train_step.model.train()
         batches = self.batches(epoch, first * config.accumulation_steps)
@@ -210,11 +215,9 @@ class Trainer:
         os._exit(0)
 
     def next_batches(self, batches: Iterator[Any], count: int) -> list[Any]:
-        """Return the next micro-batches; the time that this takes counts as waiting for data."""
-        start = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(count)]
-        self.data_seconds += time.perf_counter() - start
-        return micro_batches
+        """Return the next micro-batches; until then the device may wait for data."""
+        with self.data_wait:
+            return [next(batches) for _ in range(count)]
 
     def report(self, bar: ProgressBar, step: int, result: StepResult) -> None:
         """Log the progress of the epoch. Waits for the device.
@@ -223,6 +226,7 @@ class Trainer:
             NonFiniteLossError: a step since the last report was not finite.
         """
         self.check_finite(step)
+        self.data_wait.collect()
         done = self.state.progress.steps
         terms, _ = self.sums.means(steps=done, num_processes=self.process.num_processes)
         step_seconds = self.timer.end_window()
@@ -254,6 +258,8 @@ class Trainer:
         epoch = state.progress.epochs
         train_seconds, steps = time.perf_counter() - self.start, config.steps_per_epoch - self.first
         terms, grad_norm = self.sums.means(steps=config.steps_per_epoch, num_processes=process.num_processes)
+        wait_seconds = self.data_wait.collect()
+        self.warn_of_waiting(wait_seconds / train_seconds)
         last_step = (epoch + 1) * config.steps_per_epoch - 1
         metrics = {"epoch": epoch, "step": last_step + 1, "lr": config.lr_at(last_step), "grad_norm": grad_norm}
         metrics |= {f"train_{name}": value for name, value in terms.items()}
@@ -265,7 +271,7 @@ class Trainer:
             "epoch": epoch,
             "steps": steps,  # of this process, where the epoch was interrupted and resumed
             "train_seconds": train_seconds,
-            "data_wait_seconds": self.data_seconds,
+            "data_wait_seconds": wait_seconds,
             "eval_seconds": self.evaluation_seconds,
             "images_per_second": steps * state.global_batch_size / train_seconds,
             "memory_mib": peak_memory_mib(process.device),
@@ -280,6 +286,12 @@ class Trainer:
         if self.recorder is not None:
             self.add_details(epoch, float(scores[config.metric]))
             self.recorder.draw_curves(is_last=epoch + 1 == config.total_epochs)
+
+    def warn_of_waiting(self, share: float) -> None:
+        """Log once how the steps would wait less for data."""
+        if share > MAX_WAIT and self.loading_advice is not None and self.process.is_main:
+            logger.warning("the steps of this epoch waited %.0f%% of the time: %s", 100 * share, self.loading_advice())
+            self.loading_advice = None
 
     def evaluate_both(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
         """Return the metrics of the model, and of its EMA, which are empty if there is none."""

@@ -245,6 +245,17 @@ def test_rate_and_eta_leave_out_start_up_and_evaluation(tmp_path: Path, caplog: 
     assert endings == [["4 img/s", f"eta 00:{seconds:02}"] for seconds in (12, 8, 4, 0)]
 
 
+def test_waiting_for_data_is_a_warning_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = FakeRun(tmp_path / "run", scores=(1.0, 1.0))
+    run.trainer.loading_advice = lambda: "use more workers"
+    run.trainer.warn_of_waiting(0.05)
+    assert "use more workers" not in caplog.text
+    batches = run.trainer.batches
+    run.trainer.batches = lambda *args: (time.sleep(0.01) or batch for batch in batches(*args))
+    assert run.trainer.run()
+    assert caplog.text.count("of the time: use more workers") == 1
+
+
 def test_each_epoch_leaves_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Of equal scores the later is the best; a run that resumes knows the epochs of its best scores."""
     scores = {"scores": (10.0, 30.0, 30.0, 20.0), "ema_scores": (5.0, 40.0, 2.0, 1.0), "metric_label": "top-1"}
