@@ -11,8 +11,13 @@ from utils.checkpoint.weights_file import CheckpointError
 from utils.config.command_line import Parser
 
 
+def score_in(metrics: Mapping[str, float], name: str) -> float:
+    """Return the metric by which weights are compared; NaN if any is not finite, as of weights that have diverged."""
+    return float(metrics[name]) if all(map(math.isfinite, metrics.values())) else math.nan
+
+
 def is_new_best(score: float, best: float) -> bool:
-    """Return whether a later epoch's score takes the place of the best so far: it does if they are equal."""
+    """Return whether a later epoch's score takes the place of the best so far: also if they are equal, never if NaN."""
     return score >= best
 
 

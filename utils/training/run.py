@@ -108,14 +108,14 @@ def run_training(task: Task, config: CfgNode, process: Process) -> None:
     """Train from the newest checkpoint in the output folder, if any, to the last epoch."""
     with report_user_errors(task.user_errors):
         folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
-        lock = lock_output_dir(folder) if process.is_main else nullcontext()
-    with lock:
+        lock = lock_output_dir(folder) if process.is_main else None
+    with lock or nullcontext():
         with report_user_errors(task.user_errors):
             run = open_run(task, config, process, folder)
             training = Training(task, run)
         if training.is_complete:
             logger.info("this run is complete; to train longer raise its length, for another run name another --tag")
-        elif not training.make_trainer().run():
+        elif not training.make_trainer(lock.check if lock else lambda: None).run():
             return  # asked to stop
         if process.is_main:
             log_results(task, run, training.state)
@@ -193,7 +193,7 @@ class Training:
     def is_complete(self) -> bool:
         return self.state.progress.epochs >= self.derived.total_epochs
 
-    def make_trainer(self) -> Trainer:
+    def make_trainer(self, check_folder: Callable[[], object]) -> Trainer:
         task, run = self.task, self.run
         as_compiled = build_inference_model(task, run.config, run.process.device)
         if task.has_one_image_size:
@@ -210,6 +210,7 @@ class Training:
             # On a CPU, loading and training share the cores.
             loading_advice=run.data.loading_advice if run.process.device.type == "cuda" else None,
             tracker=self.tracker,
+            check_folder=check_folder,
         )
 
     def build_step(self) -> TrainStep:

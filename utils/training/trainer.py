@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from utils.checkpoint.best_weights import is_new_best
+from utils.checkpoint.best_weights import is_new_best, score_in
 from utils.checkpoint.files import CheckpointWriter, Progress, checkpoints_in
 from utils.config.errors import UserError
 from utils.config.standard_streams import flush_standard_streams
@@ -98,6 +98,7 @@ class Trainer:
             the first process.
         loading_advice: returns how batches may be loaded faster, for a warning.
         tracker: an experiment tracker that also gets the metrics; on the first process.
+        check_folder: called before anything is written to the folder; raises if another run may write there.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Trainer:
         draw_predictions: Callable[[nn.Module, str], Path] | None = None,
         loading_advice: Callable[[], str] | None = None,
         tracker: WandbLogger | None = None,
+        check_folder: Callable[[], object] = lambda: None,
     ) -> None:
         self.config = config
         self.state = state
@@ -124,6 +126,7 @@ class Trainer:
         self.draw_predictions = draw_predictions
         self.loading_advice = loading_advice
         self.tracker = tracker
+        self.check_folder = check_folder
         self.last_image_time = time.monotonic()
         self.folder = folder
         self.writer = CheckpointWriter(folder, in_background=config.save_in_background, keep_all=config.save_freq > 1)
@@ -132,6 +135,7 @@ class Trainer:
         self.bar_text, self.evaluation_seconds = "", 0.0  # of the last epoch
         self.stop = StopRequest(on_timeout=self.end_at_once)
         self.saved = state.progress  # nothing to save before the first step
+        self.first_step = self.steps_done(state.progress)
 
     def run(self) -> bool:
         """Train to the last epoch.
@@ -142,6 +146,7 @@ class Trainer:
         Raises:
             NonFiniteLossError: on all processes; the checkpoints are from before the step.
             SaveError: on the first process, when the last checkpoint could not be saved.
+            OutputError: on the first process, when another run may write to the folder.
         """
         state = self.state
         try:
@@ -166,7 +171,8 @@ class Trainer:
         self.data_wait, self.start = DataWait(self.process.device), time.perf_counter()
         self.first = first
         self.train_step.model.train()
-        batches = self.batches(epoch, first * config.accumulation_steps)
+        is_over = first == config.steps_per_epoch  # it was saved before its evaluation, which did not end
+        batches = iter(()) if is_over else self.batches(epoch, first * config.accumulation_steps)
         self.timer.start_window()
         lengths, is_main = (epoch, config.total_epochs, config.steps_per_epoch), self.process.is_main
         with ProgressBar(*lengths, done=first, is_main=is_main, text=self.bar_text) as bar:
@@ -246,17 +252,38 @@ class Trainer:
         if bad_step is None:
             return
         epoch, index = divmod(bad_step, self.config.steps_per_epoch)
+        place = f"epoch {epoch + 1}, step {index + 1} (step {bad_step + 1} of the run)"
+        fault = f"the loss or gradient is not finite in {place}, learning rate {self.config.lr_at(bad_step):.3e}"
+        if self.state.source and bad_step == self.first_step:
+            raise NonFiniteLossError(
+                f"{fault}, the first after resuming from {self.state.source}, in which the run has diverged already; a "
+                f"lower TRAIN.BASE_LR does not mend that. {self.describe_earlier_checkpoint()}"
+            )
         raise NonFiniteLossError(
-            f"the loss or gradient is not finite in epoch {epoch + 1}, step {index + 1} (step {bad_step + 1} of the "
-            f"run), learning rate {self.config.lr_at(bad_step):.3e}; the run stops, its checkpoints are from before "
-            f"this step. Lower TRAIN.BASE_LR or TRAIN.CLIP_GRAD, or try AMP_DTYPE bfloat16 or no AMP"
+            f"{fault}; the run stops, its checkpoints are from before this step. Lower TRAIN.BASE_LR or "
+            f"TRAIN.CLIP_GRAD, or try AMP_DTYPE bfloat16 or no AMP"
         )
 
+    def describe_earlier_checkpoint(self) -> str:
+        """Return how to resume from before the checkpoint that this run resumed from."""
+        for progress, path in checkpoints_in(self.folder):
+            if self.steps_done(progress) < self.first_step:
+                return f"Resume from an earlier checkpoint, with a lower one: --resume {path}"
+        return f"No earlier checkpoint is left in {self.folder}: start again with a lower one and another --tag"
+
+    def steps_done(self, progress: Progress) -> int:
+        return progress.epochs * self.config.steps_per_epoch + progress.steps
+
     def finish_epoch(self) -> None:
-        """Evaluate the model and its EMA, record the metrics, and save the checkpoints that are due."""
+        """Evaluate the model and its EMA, record the metrics, and save the checkpoints that are due.
+
+        The state is saved before that: whatever ends the evaluation, the next start begins with the evaluation.
+        """
         config, state, process = self.config, self.state, self.process
         epoch = state.progress.epochs
         train_seconds, steps = time.perf_counter() - self.start, config.steps_per_epoch - self.first
+        if state.progress != self.saved:
+            self.save([state.progress.checkpoint_name])
         terms, grad_norm = self.sums.means(steps=config.steps_per_epoch, num_processes=process.num_processes)
         wait_seconds = self.data_wait.collect()
         self.warn_of_waiting(wait_seconds / train_seconds)
@@ -273,12 +300,13 @@ class Trainer:
             "train_seconds": train_seconds,
             "data_wait_seconds": wait_seconds,
             "eval_seconds": self.evaluation_seconds,
-            "images_per_second": steps * state.global_batch_size / train_seconds,
+            "images_per_second": steps * state.global_batch_size / train_seconds if steps else None,
             "memory_mib": peak_memory_mib(process.device),
         }
         state.progress, state.sums = Progress(epoch + 1), {}
         self.sums = EpochSums(process.device, {})
         if self.recorder is not None:
+            self.check_folder()
             self.recorder.add(metrics, speed)
         names = self.checkpoint_names(scores, ema_scores)
         self.log_epoch(terms["loss"], scores, ema_scores, train_seconds + self.evaluation_seconds)
@@ -301,7 +329,7 @@ class Trainer:
             if state.ema is None:
                 return scores, {}
             ema_scores = self.evaluate(state.ema.on(self.process.device), "EMA")
-        state.ema.scores = {"model": float(scores[metric]), "EMA": float(ema_scores[metric])}
+        state.ema.scores = {"model": score_in(scores, metric), "EMA": score_in(ema_scores, metric)}
         return scores, ema_scores
 
     def log_epoch(
@@ -344,11 +372,11 @@ class Trainer:
         names = []
         if epoch % config.save_freq == 0 or epoch == config.total_epochs:
             names.append(state.progress.checkpoint_name)
-        if is_new_best(scores[config.metric], state.best):
-            state.best, state.best_epochs["model"] = scores[config.metric], epoch
+        if is_new_best(score := score_in(scores, config.metric), state.best):
+            state.best, state.best_epochs["model"] = score, epoch
             names.append(f"max_{config.best_name}.pth")
-        if ema_scores and is_new_best(ema_scores[config.metric], state.best_ema):
-            state.best_ema, state.best_epochs["EMA"] = ema_scores[config.metric], epoch
+        if ema_scores and is_new_best(score := score_in(ema_scores, config.metric), state.best_ema):
+            state.best_ema, state.best_epochs["EMA"] = score, epoch
             names.append(f"max_ema_{config.best_name}.pth")
         if config.best_label:
             logger.info("Max %s: %.3f%%", config.best_label, state.best, extra=DETAIL)
@@ -368,5 +396,6 @@ class Trainer:
         state.sums = self.sums.local()
         content = state.capture(**self.metadata)
         if self.process.is_main:
+            self.check_folder()
             self.writer.write(state.progress, names, content)
         self.saved = state.progress

@@ -26,6 +26,7 @@ from utils.checkpoint.weights_file import load_checkpoint
 from utils.distributed.process import Process
 from utils.distributed.stop_signal import Cause
 from utils.logs.logger import StepTimer, logger
+from utils.logs.output_dir import OutputError
 from utils.logs.recorder import RunRecorder
 from utils.training.amp import make_precision
 from utils.training.ema import ModelEma
@@ -118,10 +119,11 @@ class FakeRun:
             draw_predictions=draw,
         )
         self.saved: list[list[str]] = []
+        self.saved_before_evaluation: list[list[str]] = []
         write = self.trainer.writer.write
 
         def record_names(progress: Progress, names: Sequence[str], content: dict[str, Any]) -> None:
-            self.saved.append(list(names))
+            (self.saved_before_evaluation if progress.steps == STEPS else self.saved).append(list(names))
             write(progress, names, content)
 
         self.trainer.writer.write = record_names  # type: ignore[method-assign]
@@ -331,12 +333,13 @@ def test_a_stopped_run_saves_within_the_epoch_and_resumes_there(tmp_path: Path, 
     assert not run.trainer.run()
     epoch, steps = divmod(number + 1, STEPS) if number != 3 else (0, 4)
     assert run.state.progress == (epoch, steps)
-    assert run.saved[-1] == [f"ckpt_epoch_{epoch}_step_{steps}.pth"]
+    saved = run.saved_before_evaluation if number == 3 else run.saved
+    assert saved[-1] == [f"ckpt_epoch_{epoch}_step_{steps}.pth"]
     assert len(run.metrics) == len(run.evaluated) == epoch
 
     resumed = FakeRun(tmp_path / "run", accumulation_steps=2)
     assert resumed.trainer.run()
-    assert resumed.asked_batches[0] == (epoch, 2 * steps)
+    assert resumed.asked_batches[0] == ((epoch, 2 * steps) if number != 3 else (1, 0))
     assert run.step.calls + resumed.step.calls == whole.step.calls
     assert (resumed.folder / "metrics.jsonl").read_bytes() == (whole.folder / "metrics.jsonl").read_bytes()
     speed = json.loads((resumed.folder / "speed.jsonl").read_text().splitlines()[epoch])
@@ -356,9 +359,9 @@ def test_a_stop_right_after_a_checkpoint_does_not_save_it_again(tmp_path: Path) 
     assert run.saved == [["ckpt_epoch_0_step_2.pth"]]
 
 
-@pytest.mark.parametrize(("epoch", "saved"), [(0, "there is no checkpoint yet"), (1, "is ckpt_epoch_0.pth")])
+@pytest.mark.parametrize("epoch", [0, 1])
 def test_a_run_that_is_stopped_in_a_long_evaluation_ends_in_time(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, epoch: int, saved: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, epoch: int
 ) -> None:
     codes: list[int] = []
     ended = threading.Event()
@@ -377,7 +380,119 @@ def test_a_run_that_is_stopped_in_a_long_evaluation_ends_in_time(
     assert codes == [0]
     line = next(message for message in caplog.messages if "stopped while" in message)
     assert line.startswith("SIGTERM: stopped while compiling or evaluating; ")
-    assert line.endswith(f"{saved}; run the same command to resume")
+    assert line.endswith(f"is ckpt_epoch_{epoch}_step_4.pth; run the same command to resume")
+
+
+def numbers_in(content: Any) -> Any:
+    """Return a checkpoint's content with its tensors as lists, which compare as a whole."""
+    if isinstance(content, dict):
+        return {key: numbers_in(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return list(map(numbers_in, content))
+    return content.tolist() if isinstance(content, torch.Tensor) else content
+
+
+@pytest.mark.parametrize("save_freq", [1, 9])
+@pytest.mark.parametrize("failing", ["model", "EMA"])
+def test_a_failure_in_evaluation_costs_no_epoch(tmp_path: Path, failing: str, save_freq: int) -> None:
+    """The next start begins with the evaluation, and ends with the same files as if nothing had failed."""
+
+    def make_run(name: str) -> FakeRun:
+        torch.manual_seed(0)
+        return FakeRun(tmp_path / name, ema_scores=(3.0, 2.0, 9.0), save_freq=save_freq, total_epochs=3)
+
+    whole = make_run("whole")
+    assert whole.trainer.run()
+    run = make_run("run")
+    evaluate = run.trainer.evaluate
+
+    def fail(model: nn.Module, name: str) -> Mapping[str, float]:
+        if (run.state.progress.epochs, name) == (1, failing):
+            torch.rand(3)  # may have taken random numbers by then
+            raise RuntimeError("a broken image")
+        return evaluate(model, name)
+
+    run.trainer.evaluate = fail
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="broken"):
+            run.trainer.run()
+        assert run.state.progress == (1, STEPS)
+    resumed = make_run("run")
+    assert resumed.state.progress == (1, STEPS)
+    assert resumed.trainer.run()
+    assert run.step.calls + resumed.step.calls == whole.step.calls
+    assert resumed.evaluated == ["model", "EMA"] * 2
+    names = {path.name for path in whole.folder.glob("*.pth")}
+    assert {path.name for path in resumed.folder.glob("*.pth")} == names
+    for name in ("metrics.jsonl", "latest.json"):
+        assert (resumed.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+    for name in names:
+        assert numbers_in(load_checkpoint(resumed.folder / name)) == numbers_in(load_checkpoint(whole.folder / name))
+    speed = [json.loads(line) for line in (resumed.folder / "speed.jsonl").read_text().splitlines()]
+    assert [record["steps"] for record in speed] == [STEPS, 0, STEPS]
+    assert speed[1]["images_per_second"] is None
+
+
+def test_a_model_that_diverged_is_never_the_best(tmp_path: Path) -> None:
+    """Its accuracy may be a number, of guesses."""
+    run = FakeRun(tmp_path / "run", scores=(1.0, 5.0), ema_scores=(1.0, 4.0))
+    evaluate = run.trainer.evaluate
+    run.trainer.evaluate = lambda model, name: {
+        **evaluate(model, name),
+        "loss": math.nan if run.state.progress.epochs else 0.5,
+    }
+    assert run.trainer.run()
+    assert (run.state.best, run.state.best_ema) == (1.0, 1.0)
+    assert run.saved[-1] == ["ckpt_epoch_1.pth"]
+    assert run.metrics[1]["loss"] is None
+    assert run.metrics[1]["acc1"] == 5.0
+    assert FakeRun(tmp_path / "run", ema_scores=(1.0,)).state.progress == (2, 0)  # its checkpoint is no damaged one
+
+
+@pytest.mark.parametrize("bad_step", [STEPS + 2, STEPS + 1])
+@pytest.mark.parametrize("has_earlier", [True, False])
+def test_a_run_that_resumes_into_divergence_says_from_where_to_resume(
+    tmp_path: Path, bad_step: int, has_earlier: bool
+) -> None:
+    first = FakeRun(tmp_path / "run", before_step=stop_before(STEPS))
+    assert not first.trainer.run()  # after one step of the second epoch
+    earlier = tmp_path / "run" / "ckpt_epoch_0.pth"
+    if not has_earlier:
+        earlier.unlink()
+    run = FakeRun(tmp_path / "run", bad_step=bad_step, print_freq=1)
+    with pytest.raises(NonFiniteLossError) as caught:
+        run.trainer.run()
+    message = str(caught.value)
+    if bad_step == STEPS + 2:
+        assert "Lower TRAIN.BASE_LR or TRAIN.CLIP_GRAD" in message
+    else:
+        assert f"the first after resuming from {tmp_path}/run/ckpt_epoch_1_step_1.pth" in message
+        remedy = (
+            f"--resume {earlier}" if has_earlier else f"No earlier checkpoint is left in {tmp_path}/run: start again"
+        )
+        assert remedy in message
+
+
+def test_nothing_is_written_once_another_run_may_have_the_folder(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "run")
+    lost = run.folder / "lost"
+
+    def check() -> None:
+        if lost.exists():
+            raise OutputError("another run")
+
+    def evaluate(*_: Any) -> dict[str, float]:
+        lost.touch()
+        return {"acc1": 1.0}
+
+    run.trainer.check_folder, run.trainer.evaluate = check, evaluate
+    with pytest.raises(OutputError, match="another run"):
+        run.trainer.run()
+    assert run.metrics == []
+    assert [path.name for path in run.folder.glob("*.pth")] == ["ckpt_epoch_0_step_4.pth"]
+    with pytest.raises(OutputError, match="another run"):
+        run.trainer.save(["ckpt_epoch_0.pth"])
+    assert len(list(run.folder.glob("*.pth"))) == 1
 
 
 class Disk:
