@@ -25,6 +25,7 @@ from models.kernels.self_test import run_self_test
 from models.timm_interface import PyramidClassifier
 from utils.benchmark.measure import synthetic_images
 from utils.benchmark.throughput import run_throughput
+from utils.checkpoint.stored_config import load_config_of
 from utils.config.command_line import parse_command_line, report_user_errors
 from utils.config.errors import ConfigError, UserError
 from utils.distributed.process import Process
@@ -50,7 +51,7 @@ MESA_START = 0.25  # share of the run's epochs, cool-down included
 
 def main(argv: Sequence[str] | None = None) -> int:
     with report_user_errors():
-        config = load_config(*parse_command_line(__doc__, argv, schema=SCHEMA))
+        config = load_config_of(load_config, *parse_command_line(__doc__, argv, schema=SCHEMA))
     return run_task(Classification(), config, run_throughput=run_throughput)
 
 

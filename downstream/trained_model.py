@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from downstream.build import build_backbone
 from downstream.tasks import TASKS, task_of
 from utils.checkpoint.best_weights import add_ema_flag, choose_weights, print_choice
-from utils.checkpoint.download import released_name
+from utils.checkpoint.stored_config import stored_config
 from utils.checkpoint.weights import classes_in, load_weights, no_weights_error
 from utils.checkpoint.weights_file import CheckpointError, load_checkpoint
 from utils.config.command_line import Parser
@@ -122,20 +122,6 @@ def load_config(source: str, opts: Sequence[str], task: str, flags: Mapping[str,
     """Return the task, by default the one that the configuration is of, and the configuration for evaluation."""
     task = task or task_of(source, opts)
     return task, TASKS[task].load(source, opts, {**EVAL_FLAGS, **(flags or {})})
-
-
-def stored_config(content: Mapping[str, Any], source: str) -> str:
-    """Return the configuration that a file holds, or for released weights the name of theirs.
-
-    Raises:
-        CheckpointError: the file has none.
-    """
-    config = content.get("config")
-    if isinstance(config, str):
-        return config
-    if (name := released_name(source)) and not Path(source).is_file():
-        return name.replace("-", "_")
-    raise CheckpointError(f"{source}: holds no configuration; name its YAML file with --cfg, for example mlla_t")
 
 
 def load_trained(model: nn.Module, weights: dict[str, Tensor], path: str, device: torch.device) -> nn.Module:

@@ -93,10 +93,8 @@ def test_checkpoint_holds_everything_and_loads_safely(finished_run: Path) -> Non
 def test_evaluation_repeats_the_metrics_of_training(
     finished_run: Path, run_main: RunMain, tmp_path: Path, name: str
 ) -> None:
-    config = finished_run / "config.yaml"
-    code, out, _ = run_main(
-        "--cfg", config, "--output", tmp_path, "--eval", "--resume", finished_run / name, *AS_TRAINED
-    )
+    """The configuration is the one in the checkpoint."""
+    code, out, _ = run_main("--output", tmp_path, "--eval", "--resume", finished_run / name, *AS_TRAINED)
     assert code == 0
     best = max(records_of(finished_run), key=lambda record: record["acc1"])
     record = records_of(finished_run)[-1] if name.startswith("ckpt") else best

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from downstream.segmentation.config import FLAGS, SCHEMA, load_config
 from downstream.segmentation.task import Segmentation
 from utils.benchmark.throughput import run_throughput
+from utils.checkpoint.stored_config import load_config_of
 from utils.config.command_line import parse_command_line, report_user_errors
 from utils.training.run import run_task
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     with report_user_errors():
-        config = load_config(*parse_command_line(__doc__, argv, schema=SCHEMA, extra_flags=FLAGS))
+        config = load_config_of(load_config, *parse_command_line(__doc__, argv, schema=SCHEMA, extra_flags=FLAGS))
     return run_task(Segmentation(), config, run_throughput=run_throughput)
 
 

@@ -155,11 +155,13 @@ def parse_command_line(
         extra_flags: further flags of the task, and the keys they set.
 
     Returns:
-        The YAML file, the KEY VALUE pairs after --opts, and the values by key of the flags that were typed.
+        The YAML file, "" where the weights of --resume name it; the KEY VALUE pairs after --opts; and the values by key
+        of the flags that were typed.
         A wrong command line ends the process with one line and exit code 2.
     """
     parser = Parser(description)
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file, or the name of one of the project's")
+    about = "YAML file, or the name of one of the project's; by default the configuration in the weights of --resume"
+    parser.add_argument("--cfg", default="", metavar="FILE", help=about)
     parser.add_argument(
         "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="settings over the file's"
     )
@@ -187,4 +189,6 @@ def parse_command_line(
         )
     args = vars(parser.parse_args(argv))
     path, opts = args.pop("cfg"), args.pop("opts")
+    if not (path or args.get("MODEL.RESUME")):
+        parser.error("the following arguments are required: --cfg, or --resume with a run's checkpoint")
     return path, opts, {key: value for key, value in args.items() if value is not None}
