@@ -229,7 +229,7 @@ def test_a_failing_process_ends_all_and_is_named(tmp_path: Path) -> None:
     assert "faulty_worker.py" in log  # with its traceback
 
 
-def test_ctrl_c_ends_all_processes_at_once(tmp_path: Path) -> None:
+def test_ctrl_c_saves_on_all_processes(tmp_path: Path) -> None:
     run = Run(tmp_path, processes=2, epochs=200, save_steps=0, amp=False)
     process = run.start()
     wait_for(run.step_lines)
@@ -238,6 +238,8 @@ def test_ctrl_c_ends_all_processes_at_once(tmp_path: Path) -> None:
         os.kill(pid, signal.SIGINT)
     process.wait(60)
     wait_for(lambda: not any(map(is_running, workers)), 30)
+    assert "Ctrl-C: stopped in epoch" in run.printed()
+    assert list(tmp_path.glob("**/ckpt_epoch_*_step_*.pth"))
 
 
 def test_a_killed_loader_worker_is_explained(

@@ -13,6 +13,7 @@ from utils.config.command_line import SECONDARY_RANK_DELAY_SECONDS, report_user_
 from utils.config.errors import UserError
 from utils.config.standard_streams import flush_standard_streams
 from utils.distributed.process import Process, start_process, stop_process
+from utils.distributed.stop_signal import INTERRUPTED
 from utils.logs.logger import logger
 from utils.speed.compile_fallback import MISSING_C_COMPILER, MISSING_CPP_COMPILER
 from utils.training.train_step import NonFiniteLossError
@@ -92,7 +93,7 @@ class LaunchedProcess:
     ) -> bool:
         if isinstance(error, KeyboardInterrupt):
             logger.warning("interrupted; run the same command to resume from the newest checkpoint, if there is one")
-            self.exit_code = 130
+            self.exit_code = INTERRUPTED
         elif isinstance(error, Exception):
             report(error, self.process, self.user_errors, self.explain_out_of_memory)
             self.exit_code = 2 if isinstance(error, self.user_errors) else 1

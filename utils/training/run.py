@@ -1,5 +1,6 @@
 """The run of every task: command line mode, set-up, training, and evaluation of a checkpoint."""
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +18,7 @@ from utils.config.errors import ConfigError
 from utils.config.schema import with_setting
 from utils.config.yaml_file import flatten
 from utils.distributed.process import Process
+from utils.distributed.stop_signal import INTERRUPTED, Cause
 from utils.logs.environment import record_environment
 from utils.logs.logger import logger
 from utils.logs.output_dir import lock_output_dir, open_output_dir, output_errors, save_config
@@ -115,8 +117,10 @@ def run_training(task: Task, config: CfgNode, process: Process) -> None:
             training = Training(task, run)
         if training.is_complete:
             logger.info("this run is complete; to train longer raise its length, for another run name another --tag")
-        elif not training.make_trainer(lock.check if lock else lambda: None).run():
-            return  # asked to stop
+        elif not (trainer := training.make_trainer(lock.check if lock else lambda: None)).run():  # asked to stop
+            if trainer.stop.cause is Cause.SIGINT and process.num_processes == 1:
+                sys.exit(INTERRUPTED)  # several processes end in order: the launcher has had the signal too
+            return
         if process.is_main:
             log_results(task, run, training.state)
 

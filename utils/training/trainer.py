@@ -14,7 +14,7 @@ from utils.checkpoint.files import CheckpointWriter, Progress, checkpoints_in
 from utils.config.errors import UserError
 from utils.config.standard_streams import flush_standard_streams
 from utils.distributed.process import Process
-from utils.distributed.stop_signal import Cause, StopRequest
+from utils.distributed.stop_signal import INTERRUPTED, Cause, StopRequest
 from utils.logs.logger import (
     DETAIL,
     EPOCH,
@@ -133,7 +133,7 @@ class Trainer:
         self.recorder: RunRecorder | None = None
         self.timer = StepTimer()
         self.bar_text, self.evaluation_seconds = "", 0.0  # of the last epoch
-        self.stop = StopRequest(on_timeout=self.end_at_once)
+        self.stop = StopRequest(on_timeout=self.end_at_once, on_interrupt=self.interrupt)
         self.saved = state.progress  # nothing to save before the first step
         self.first_step = self.steps_done(state.progress)
 
@@ -219,6 +219,15 @@ class Trainer:
         )
         flush_standard_streams()
         os._exit(0)
+
+    def interrupt(self, count: int) -> None:
+        """Say what Ctrl-C does, or at the second end the process; in a thread."""
+        if count == 1:
+            logger.warning("Ctrl-C: the run ends after this step, or evaluation, and saves; again: ends at once")
+            return
+        logger.warning("ended without saving; run the same command to resume from the newest checkpoint, if any")
+        flush_standard_streams()
+        os._exit(INTERRUPTED)
 
     def next_batches(self, batches: Iterator[Any], count: int) -> list[Any]:
         """Return the next micro-batches; until then the device may wait for data."""

@@ -14,15 +14,41 @@ from utils.distributed import stop_signal
 from utils.distributed.stop_signal import Cause, StopRequest
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_requests_a_stop_and_the_handler_is_restored(number: signal.Signals) -> None:
     previous = signal.getsignal(number)
     with StopRequest() as stop:
         assert stop.agreed() is Cause.NONE
         os.kill(os.getpid(), number)
         assert stop.agreed() is Cause[number.name]
-        assert stop.cause.text == number.name
+        assert stop.cause.text == ("Ctrl-C" if number is signal.SIGINT else number.name)
     assert signal.getsignal(number) is previous
+
+
+def test_a_second_ctrl_c_is_told_from_the_launchers_copy_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    now = 0.0
+    monkeypatch.setattr(stop_signal.time, "monotonic", lambda: now)
+    with StopRequest(on_interrupt=counts.append) as stop:
+        for now in (10.0, 10.2, 12.0, 15.0):  # noqa: B007, which the clock returns
+            stop.interrupt()
+    assert counts == [1, 2, 3]
+    assert stop.asked is Cause.SIGINT
+
+
+def test_ctrl_c_is_told_at_once_and_stays_ignored_in_the_background() -> None:
+    told = threading.Event()
+    with StopRequest(on_interrupt=lambda _: told.set()):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert told.wait(20)
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts background jobs
+    try:
+        with StopRequest() as stop:
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.agreed() is Cause.NONE
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def test_a_signal_while_processes_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,13 +99,18 @@ def test_a_process_that_does_not_come_to_an_agreement_is_ended(args: str, code: 
 
 
 @pytest.mark.parametrize("agrees", [False, True])
-def test_the_time_limit_ends_with_the_agreement(monkeypatch: pytest.MonkeyPatch, agrees: bool) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_time_limit_ends_with_the_agreement(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals, agrees: bool
+) -> None:
+    """After Ctrl-C there is one if a launcher waits."""
     monkeypatch.setattr(stop_signal, "GRACE_SECONDS", 0.3)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     ended = threading.Event()
     with StopRequest(on_timeout=ended.set) as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         if agrees:
-            assert stop.agreed() is Cause.SIGTERM
+            assert stop.agreed() is Cause[number.name]
         assert ended.wait(0.6 if agrees else 20) != agrees
     assert signal.set_wakeup_fd(-1) == -1
 

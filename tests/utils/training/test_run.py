@@ -53,7 +53,8 @@ class FakeTask(Task):
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.classes, self.numbers = ["a", "b"], NUMBERS
-        self.signal_at: int | None = None  # step during which this process gets SIGTERM
+        self.signal_at: int | None = None  # step during which this process gets `signal`
+        self.signal = signal.SIGTERM
 
     def build_data(self, config: CfgNode, process: Process) -> Any:  # noqa: ARG002
         sizes = {"num_train_images": len(self.numbers), "num_val_images": 2}
@@ -83,7 +84,7 @@ class FakeTask(Task):
     def losses(self, config: CfgNode, network: nn.Module, ema: ModelEma | None, derived: Derived) -> ComputeLosses:  # noqa: ARG002
         def compute(numbers: Tensor, step: int) -> dict[str, Tensor]:
             if step == self.signal_at:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), self.signal)
             return {"square": (network(numbers) - 2 * numbers).square().mean()}
 
         return compute
@@ -188,11 +189,14 @@ def test_a_complete_run_is_left_as_it_is(run: FakeRun) -> None:
     assert len(run.calls("draw")) == 1
 
 
-def test_a_stopped_run_resumes_at_the_next_micro_batch(run: FakeRun, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_stopped_run_resumes_at_the_next_micro_batch(
+    run: FakeRun, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     whole = FakeRun(tmp_path / "whole")
     assert whole() == 0
-    run.task.signal_at = 5
-    assert run() == 0
+    run.task.signal_at, run.task.signal = 5, number
+    assert run() == code
     assert run.calls("draw") == []
     assert [path.name for path in run.folder.glob("ckpt_epoch_1*")] == ["ckpt_epoch_1_step_2.pth"]
     run.task.signal_at = None

@@ -300,6 +300,19 @@ def test_only_checkpoints_of_every_epoch_are_deleted(tmp_path: Path, save_freq: 
     assert {path.name for path in run.folder.glob("*.pth")} == {f"ckpt_epoch_{epoch}.pth" for epoch in kept}
 
 
+def test_the_second_ctrl_c_ends_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    trainer = FakeRun(tmp_path / "run").trainer
+    trainer.interrupt(1)
+    assert not codes
+    assert "saves; again: ends at once" in caplog.text
+    trainer.interrupt(2)
+    assert codes == [130]
+
+
 def test_the_best_of_model_and_ema_are_kept_by_the_metric(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = FakeRun(
         tmp_path / "run",
