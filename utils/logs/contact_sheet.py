@@ -63,8 +63,8 @@ def save_sheet(
         legend: names and colors.
     """
     rows = [[examples[i] for i in row] for row in split_rows(examples, row_height)]
-    if len(rows) == 1:  # few examples: a narrow sheet instead of large tiles
-        width = min(WIDTH, math.ceil(row_height * sum(e.aspect for e in rows[0]) + fixed_width(rows[0])))
+    if len(rows) == 1:  # few examples: at most twice as high, and the sheet is narrow instead
+        width = min(WIDTH, math.ceil(2 * row_height * sum(e.aspect for e in rows[0]) + fixed_width(rows[0])))
     else:
         width = WIDTH
     title_lines = wrap(title.split(), width - 2 * MARGIN) if title else []

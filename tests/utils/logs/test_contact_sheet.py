@@ -50,7 +50,7 @@ def test_rows_fill_the_sheet(tmp_path: Path) -> None:
 
 
 def test_few_examples_make_a_narrow_sheet(tmp_path: Path) -> None:
-    save_sheet([example()], tmp_path / "sheet.jpg", row_height=120)
+    save_sheet([example()], tmp_path / "sheet.jpg", row_height=60)
     with Image.open(tmp_path / "sheet.jpg") as sheet:
         assert sheet.width == 2 * 160 + GAP + 2 * MARGIN
 
