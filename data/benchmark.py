@@ -1,10 +1,14 @@
 """Measure images per second and core of this pipeline and of timm's on Pillow (the reference), by stage.
 
 python -m data.benchmark [--workers 0 1 2] [--images 384] [--rounds 5] [--profile]
+python -m data.benchmark --end-to-end [--images 26000] [--opts KEY VALUE ...]
 
 The images are scikit-learn's photographs, as JPEGs of 500x375 pixels and about 72 kB, which is typical of ImageNet.
 Rounds of the pipelines alternate; results are medians over rounds. Stages are measured in CPU time, which depends
 little on other work on the machine; whole loaders and reading in wall-clock time.
+
+--end-to-end trains MLLA-T for three epochs instead, with the settings after --opts. It reports the last epoch: the
+speed of loading and of the steps, alone and together, and the share of the time that the steps wait.
 """
 
 import cProfile
@@ -21,8 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from sklearn.datasets import load_sample_images
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
@@ -30,25 +32,32 @@ from yacs.config import CfgNode
 
 from config import load_config
 from data.augmentation import posterize
-from data.build import eval_loader, train_loader
+from data.build import build_data, eval_loader, train_loader
 from data.dataset import ImageSource, seed_generators
 from data.decoding import decode_fast, decode_pillow
+from data.end_to_end import EPOCHS, HEADS, rows
+from data.photographs import SIZE, save_photographs
+from data.prefetch import DeviceLoader
 from data.samplers import TrainSampler
 from data.sources.image_folder import ImageFolder
 from data.sources.zip_folder import ZipFolder
 from utils.config.command_line import Parser, at_least
 
-SIZE, FILE_BYTES = (500, 375), 72_000
 BATCH = 32
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--workers", type=at_least(0), nargs="+", default=[0, 1, 2], help="numbers of loader workers")
-    parser.add_argument("--images", type=at_least(1), default=384, help="images per round")
+    parser.add_argument("--images", type=at_least(1), help="images per round (384), or for training (26000)")
     parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--profile", action="store_true", help="print the functions that take most CPU time")
+    parser.add_argument("--end-to-end", action="store_true", help="train from the files, and measure waiting")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="settings for --end-to-end")
     args = parser.parse_args(argv)
+    if args.end_to_end:
+        return print_end_to_end(args.images or 26_000, args.opts)  # 600 steps of 128 images, so that it compiles
+    args.images = args.images or 384
     torch.set_num_threads(1)  # as in a loader worker
     with tempfile.TemporaryDirectory() as folder:
         mean_bytes = save_photographs(Path(folder), args.images)
@@ -65,37 +74,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def save_photographs(root: Path, count: int) -> float:
-    """Save `count` training and `count` validation images, made of crops of the photographs and their mirror images.
-
-    Returns:
-        The mean size of a file in bytes.
-    """
-    files = []
-    for pixels in load_sample_images().images:
-        photo = Image.fromarray(pixels)
-        for crop in range(3):
-            side = photo.height * SIZE[0] // SIZE[1]
-            left = (photo.width - side) * crop // 2
-            part = photo.crop((left, 0, left + side, photo.height)).resize(SIZE, Image.Resampling.LANCZOS)
-            mirrored = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            files += [jpeg_near(FILE_BYTES, part), jpeg_near(FILE_BYTES, mirrored)]
-    for split in ("train", "val"):
-        folder = root / split / "photo"
-        folder.mkdir(parents=True)
-        for index in range(count):
-            (folder / f"{index:06}.jpg").write_bytes(files[index % len(files)])
-    return statistics.mean(len(file) for file in files)
+def print_end_to_end(num_images: int, opts: Sequence[str]) -> int:
+    """Print a table of loading and training together. Returns the exit code."""
+    with tempfile.TemporaryDirectory() as folder:
+        mean_bytes = save_photographs(Path(folder), num_images)
+        print(
+            f"{num_images} JPEGs, {SIZE[0]}x{SIZE[1]}, {mean_bytes / 1000:.0f} kB; epoch {EPOCHS} of {EPOCHS}",
+            flush=True,
+        )
+        print(table(HEADS, rows(Path(folder), opts, open_loader)))
+    return 0
 
 
-def jpeg_near(size: int, image: Image.Image) -> bytes:
-    """Encode a JPEG with the quality whose size in bytes is nearest to `size`."""
-    candidates = []
-    for quality in range(75, 99):
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=quality)
-        candidates.append(buffer.getvalue())
-    return min(candidates, key=lambda data: abs(len(data) - size))
+def open_loader(opts: Sequence[str]) -> DeviceLoader:
+    """Return the training loader of MLLA-T with these settings, for the GPU if there is one."""
+    loader = build_data(
+        load_config("cfgs/mlla_t.yaml", opts), device="cuda" if torch.cuda.is_available() else "cpu"
+    ).train
+    assert loader is not None
+    return loader
 
 
 class Pipeline:
