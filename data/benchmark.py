@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
