@@ -11,11 +11,8 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +25,10 @@ from models.unified.paper_rows import ABLATIONS, Ablation
 from utils.benchmark.measure import measure_in_turns
 from utils.config.command_line import Parser, at_least, report_user_errors
 from utils.config.errors import UserError, file_errors
+from utils.tools import study
 from utils.tools.paper_plots import plot_ablation
+from utils.tools.study import ROOT, Job, run_jobs
 from utils.training.build import build_precision
-
-ROOT = Path(__file__).parent.parent
 
 
 class RunResult(NamedTuple):
@@ -122,52 +119,41 @@ def num_epochs(args: argparse.Namespace) -> int:
 
 
 def train_missing(args: argparse.Namespace, rows: Sequence[Ablation]) -> int:
-    """Train the runs that have no result, --jobs at a time, until --minutes; return how many are still missing."""
-    done = {(run.row, run.seed) for run in read_results(args)}
-    todo = [(row, seed) for seed in args.seeds for row in rows if (row.name, seed) not in done]
-    deadline = time.monotonic() + 60 * args.minutes
-    finished = 0
-    with ThreadPoolExecutor(max_workers=args.jobs) as pool:
-        futures: list[Future[RunResult | None]] = [
-            pool.submit(train, args, row, seed, deadline=deadline) for row, seed in todo
-        ]
-        try:
-            for future in as_completed(futures):
-                if (run := future.result()) is not None:
-                    finished += 1
-                    with (args.output / "results.jsonl").open("a") as file:
-                        file.write(json.dumps(run._asdict()) + "\n")
-                    print(f"{run.row}, seed {run.seed}: {run.acc1:.2f}% in {run.seconds:.0f} s", flush=True)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return len(todo) - finished
-
-
-def train(args: argparse.Namespace, row: Ablation, seed: int, *, deadline: float) -> RunResult | None:
-    """Run main.py once; return None if the deadline passed before it started, or if it was stopped.
+    """Train the runs that have no result, --jobs at a time, until --minutes; return how many are still missing.
 
     Raises:
         UserError: main.py failed; the message names its console log.
     """
-    start, epochs = time.monotonic(), num_epochs(args)
-    if start > deadline:
-        return None
+    done = {(run.row, run.seed) for run in read_results(args)}
+    todo = {
+        f"{row.name}, seed {seed}": (row, seed) for seed in args.seeds for row in rows if (row.name, seed) not in done
+    }
+
+    def read_result(job: Job, seconds: float) -> dict[str, Any] | None:
+        row, seed = todo[job.name]
+        last = json.loads((job.folder / "metrics.jsonl").read_text().splitlines()[-1])
+        if last["epoch"] + 1 < num_epochs(args):  # stopped by a signal, after it saved a checkpoint
+            return None
+        return RunResult(row.name, seed, num_epochs(args), args.scale.stem, last["acc1"], seconds, args.amp)._asdict()
+
+    return run_jobs(
+        [make_job(args, row, seed, name) for name, (row, seed) in todo.items()],
+        read_result,
+        lambda run: f"{run['row']}, seed {run['seed']}: {run['acc1']:.2f}% in {run['seconds']:.0f} s",
+        results=args.output / "results.jsonl",
+        num_parallel=args.jobs,
+        minutes=args.minutes,
+        OMP_NUM_THREADS="1",
+    )
+
+
+def make_job(args: argparse.Namespace, row: Ablation, seed: int, name: str) -> Job:
+    epochs = num_epochs(args)
     tag = f"seed{seed}_epochs{epochs}{'_amp' if args.amp else ''}"
-    folder = args.output / "runs" / row.model / tag
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "main.py", "--cfg", args.output.resolve() / "cfgs" / f"{row.name}.yaml"]
-    command += ["--output", (args.output / "runs").resolve(), "--tag", tag, *(["--amp"] if args.amp else [])]
+    command = ["--cfg", str(args.output.resolve() / "cfgs" / f"{row.name}.yaml")]
+    command += ["--output", str((args.output / "runs").resolve()), "--tag", tag, *(["--amp"] if args.amp else [])]
     command += ["--opts", "SEED", str(seed), "TRAIN.EPOCHS", str(epochs)]
-    with (folder / "console.txt").open("a") as console:
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        code = subprocess.call(list(map(str, command)), cwd=ROOT, env=environment, stdout=console, stderr=console)
-    if code:
-        raise UserError(f"{row.name}, seed {seed}: main.py exited with code {code}; see {folder / 'console.txt'}")
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    if last["epoch"] + 1 < epochs:  # stopped by a signal, after it saved a checkpoint
-        return None
-    return RunResult(row.name, seed, epochs, args.scale.stem, last["acc1"], time.monotonic() - start, args.amp)
+    return Job(name, command, args.output / "runs" / row.model / tag)
 
 
 def read_results(args: argparse.Namespace) -> list[RunResult]:
@@ -176,18 +162,10 @@ def read_results(args: argparse.Namespace) -> list[RunResult]:
     Raises:
         UserError: a line of results.jsonl is no result.
     """
-    path = args.output / "results.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    runs = []
-    for number, line in enumerate(lines, 1):
-        try:
-            runs.append(RunResult(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path}, line {number} is not a result ({error}); delete that line") from error
     budget = num_epochs(args), args.scale.stem, args.amp
     return [
         run
-        for run in runs
+        for run in study.read_results(args.output / "results.jsonl", RunResult)
         if (run.epochs, run.scale, run.amp) == budget and run.row in args.rows and run.seed in args.seeds
     ]
 

@@ -64,7 +64,7 @@ def test_files_of_a_run(finished_run: Path) -> None:
     keys = "epoch step lr grad_norm train_loss acc1 acc5 loss ema_acc1 ema_acc5 ema_loss"
     assert [list(record) for record in records] == [keys.split()] * 2
     speeds = [json.loads(line) for line in (finished_run / "speed.jsonl").read_text().splitlines()]
-    keys = "epoch steps train_seconds data_wait_seconds eval_seconds images_per_second memory_mib"
+    keys = "epoch steps train_seconds data_wait_seconds eval_seconds images_per_second memory_mib process_seconds"
     assert [list(speed) for speed in speeds] == [keys.split()] * 2
     index = json.loads((finished_run / "latest.json").read_text())
     assert index == {"checkpoint": "ckpt_epoch_1.pth", "epochs": 2, "steps": 0}

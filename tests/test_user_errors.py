@@ -65,6 +65,8 @@ CASES = [
         for name in ("resnet18.no_such_tag", "timm/resnet18")
     ),
     ("models.ablation_study", ["--output", "FILE"], "FILE"),
+    ("utils.time_to_accuracy", ["--cfg", "cfgs/digits.yaml", "--target", "9", "--output", "FILE"], "FILE"),
+    ("utils.time_to_accuracy", ["--cfg", "OUT", "--target", "9", "--output", "EMPTY"], "OUT"),
     ("models.ablation_study", ["--output", "OUT", "--rows", "nothing"], "--rows nothing"),
     ("models.ablation_study", ["--output", "OUT", "--scale", "EMPTY"], "EMPTY"),
     ("models.scan_speed", ["--tokens", "1", "--output", "FILE"], "FILE"),

@@ -26,6 +26,7 @@ from utils.logs.logger import (
     logger,
 )
 from utils.logs.plots import Panel
+from utils.logs.process_clock import process_seconds
 from utils.logs.recorder import RunRecorder, weight_samples
 from utils.logs.wandb_logger import WandbLogger
 from utils.speed.data_wait import DataWait
@@ -311,6 +312,7 @@ class Trainer:
             "eval_seconds": self.evaluation_seconds,
             "images_per_second": steps * state.global_batch_size / train_seconds if steps else None,
             "memory_mib": peak_memory_mib(process.device),
+            "process_seconds": process_seconds(),
         }
         state.progress, state.sums = Progress(epoch + 1), {}
         self.sums = EpochSums(process.device, {})

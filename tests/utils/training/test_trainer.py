@@ -192,7 +192,7 @@ def test_metrics_are_means_over_the_epoch(tmp_path: Path) -> None:
     assert [list(record) for record in run.metrics] == [list(expected)] * 2
     assert {key: [record[key] for record in run.metrics] for key in expected} == expected
     speeds = [json.loads(line) for line in (run.folder / "speed.jsonl").read_text().splitlines()]
-    keys = "epoch steps train_seconds data_wait_seconds eval_seconds images_per_second memory_mib"
+    keys = "epoch steps train_seconds data_wait_seconds eval_seconds images_per_second memory_mib process_seconds"
     assert [list(speed) for speed in speeds] == [keys.split()] * 2
     assert [speed["steps"] for speed in speeds] == [STEPS, STEPS]
     for speed in speeds:
