@@ -4,6 +4,7 @@ Later ones win: defaults, the files under BASE, the file itself, --opts, flags t
 Steps are optimizer steps; learning rates are for a global batch size of 512.
 """
 
+import re
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from utils.checkpoint.download import check_timm_model
+from utils.config.command_line import MAX_SIDE, MAX_WORKERS
 from utils.config.schema import (
     ABOVE_0_TO_1,
     BELOW_ONE,
@@ -35,7 +37,10 @@ DATASET = Rule(
 )
 POLICY = Rule(
     "none, rand-..., augmix-..., original, v0 or 3a",
-    lambda value: value.split("-")[0] in ("none", "rand", "augmix", "original", "originalr", "v0", "v0r", "3a"),
+    lambda value: (
+        value.split("-")[0] in ("none", "rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
+        and not re.search("-[nwd][0-9]{3}", value)
+    ),  # operations per image
 )
 MODEL_TYPE = Rule(
     "mlla, linear_vit or timm:NAME", lambda value: value in ("mlla", "linear_vit") or value.startswith("timm:")
@@ -45,9 +50,24 @@ BASELINES = Rule(
     lambda value: all(name.startswith("timm:") for name in value.split(",") if value),
 )
 SIZES = Rule(
-    "whole numbers of at least 8, with commas between",
-    lambda value: not value or all(size.isdecimal() and int(size) >= 8 for size in value.split(",")),
+    "whole numbers from 8 to 16384, with commas between",
+    lambda value: (
+        not value or all(re.fullmatch("[0-9]{1,5}", size) and 8 <= int(size) <= 16384 for size in value.split(","))
+    ),
 )
+
+ALPHA = Rule("0, or from 0.001 to 1000", lambda value: value == 0 or 0.001 <= value <= 1000)
+SUBFOLDER = Rule(
+    "a path within OUTPUT, without ..",
+    lambda value: bool(Path(value).parts) and not Path(value).is_absolute() and ".." not in Path(value).parts,
+)
+
+# Upper bounds, above which a value is a mistake that would exhaust memory or overflow
+MAX_COUNT = 1_000_000
+MAX_FACTOR = 1_000_000  # of learning rates and losses
+MAX_STEPS = 1_000_000_000
+MAX_WIDTH = 16384  # channels
+MAX_STAGES = 8
 
 _C = Section()
 
@@ -57,16 +77,16 @@ _C.BASE = Key([""], help="files to start from, relative to this one")
 # Data settings
 # ---------------------------------------------------------------------------
 _C.DATA = Section()
-_C.DATA.BATCH_SIZE = Key(128, at_least(1), help="images per process and forward pass")
+_C.DATA.BATCH_SIZE = Key(128, between(1, MAX_COUNT), help="images per process and forward pass")
 _C.DATA.DATA_PATH = Key("", help="dataset folder with train/ and val/, which have a folder per class")
 _C.DATA.DATASET = Key("imagenet", DATASET, help="imagenet and folder read DATA_PATH; data/README.md has the rest")
 _C.DATA.ON_ERROR = Key("raise", one_of("raise", "skip"), help="at an image that cannot be read: stop, or skip it")
-_C.DATA.MAX_BAD = Key(100, at_least(0), help="maximum number of images that skip leaves out, per process")
+_C.DATA.MAX_BAD = Key(100, between(0, MAX_COUNT), help="maximum number of images that skip leaves out, per process")
 _C.DATA.EXACT_EVAL = Key(True, help="evaluate on images decoded by Pillow, as published results are; false is faster")
 _C.DATA.CLASSES = Key(
     None, type=str, optional=True, is_list=True, help="digits only: classes to keep, such as ['0', '1']; null: all"
 )
-_C.DATA.IMG_SIZE = Key(224, at_least(8), help="side of the images, pixels")
+_C.DATA.IMG_SIZE = Key(224, between(8, MAX_SIDE), help="side of the images, pixels")
 _C.DATA.INTERPOLATION = Key(
     "bicubic",
     one_of("bicubic", "bilinear", "random"),
@@ -82,27 +102,29 @@ _C.DATA.AUGMENT_ON = Key(
     "cpu", one_of("cpu", "gpu"), help="where images are resized and augmented; gpu relieves the CPU cores"
 )
 _C.DATA.PIN_MEMORY = Key(True, help="page-locked batches, for faster copies to a GPU")
-_C.DATA.NUM_WORKERS = Key(8, at_least(0), help="loader processes per training process; 0 loads in the training process")
+_C.DATA.NUM_WORKERS = Key(
+    8, between(0, MAX_WORKERS), help="loader processes per training process; 0 loads in the training process"
+)
 
 # ---------------------------------------------------------------------------
 # Model settings
 # ---------------------------------------------------------------------------
 _C.MODEL = Section()
 _C.MODEL.TYPE = Key("mlla", MODEL_TYPE, help="model family; each reads the section of its name")
-_C.MODEL.NAME = Key("mlla_tiny", NOT_EMPTY, help="names the output folder")
+_C.MODEL.NAME = Key("mlla_tiny", SUBFOLDER, help="names the output folder")
 _C.MODEL.RESUME = Key("", help="checkpoint to resume from, or weights to evaluate: path, URL or mlla-t, -s, -b")
 _C.MODEL.PRETRAINED = Key(
     "", help="weights to start from: path, URL or mlla-t, -s, -b; a head for other classes is re-initialized"
 )
 _C.MODEL.NUM_CLASSES = Key(
     None,
-    at_least(1),
+    between(1, MAX_COUNT),
     type=int,
     optional=True,
     help="null: as many as the dataset, else 1000; evaluation accepts more than the dataset has",
 )
-_C.MODEL.DROP_RATE = Key(0.0, FRACTION, help="dropout after the stem and in the MLPs")
-_C.MODEL.DROP_PATH_RATE = Key(0.1, FRACTION, help="stochastic depth of the last block, rising linearly from 0")
+_C.MODEL.DROP_RATE = Key(0.0, BELOW_ONE, help="dropout after the stem and in the MLPs")
+_C.MODEL.DROP_PATH_RATE = Key(0.1, BELOW_ONE, help="stochastic depth of the last block, rising linearly from 0")
 _C.MODEL.LABEL_SMOOTHING = Key(0.1, FRACTION, help="share of the label spread over all classes")
 _C.MODEL.KERNELS = Key("auto", one_of("auto", "triton", "torch"), help="Triton kernels: if supported, always, or never")
 _C.MODEL.LAYER_DECAY = Key(1.0, ABOVE_0_TO_1, help="learning rate of each block over the next one's; 1: all the same")
@@ -110,22 +132,28 @@ _C.MODEL.LAYER_DECAY = Key(1.0, ABOVE_0_TO_1, help="learning rate of each block 
 # MLLA
 _C.MODEL.MLLA = Section()
 _C.MODEL.MLLA.PATCH_SIZE = Key(4, one_of(4), help="stride of the stem")
-_C.MODEL.MLLA.IN_CHANS = Key(3, at_least(1), help="image channels")
-_C.MODEL.MLLA.EMBED_DIM = Key(96, at_least(4), help="token width of the first stage; it doubles with each stage")
-_C.MODEL.MLLA.DEPTHS = Key([2, 2, 6, 2], at_least(1), help="blocks per stage")
-_C.MODEL.MLLA.NUM_HEADS = Key([3, 6, 12, 24], at_least(1), help="heads per stage; must divide its width")
-_C.MODEL.MLLA.MLP_RATIO = Key(4.0, above(0), help="hidden width of the MLP over its input width")
+_C.MODEL.MLLA.IN_CHANS = Key(3, between(1, 1024), help="image channels")
+_C.MODEL.MLLA.EMBED_DIM = Key(
+    96, between(4, MAX_WIDTH), help="token width of the first stage; it doubles with each stage"
+)
+_C.MODEL.MLLA.DEPTHS = Key([2, 2, 6, 2], between(1, 1000), help="blocks per stage")
+_C.MODEL.MLLA.NUM_HEADS = Key([3, 6, 12, 24], between(1, MAX_WIDTH), help="heads per stage; must divide its width")
+_C.MODEL.MLLA.MLP_RATIO = Key(4.0, between(0.001, 1000), help="hidden width of the MLP over its input width")
 _C.MODEL.MLLA.QKV_BIAS = Key(True, help="bias in the projection to q and k")
 _C.MODEL.MLLA.APE = Key(False, help="add a learned absolute position embedding")
 
 # Linear ViT, the model of the ablation study
 _C.MODEL.LINEAR_VIT = Section()
-_C.MODEL.LINEAR_VIT.PATCH_SIZE = Key(4, at_least(1), help="side of a patch, pixels")
-_C.MODEL.LINEAR_VIT.IN_CHANS = Key(3, at_least(1), help="image channels of linear_vit")
-_C.MODEL.LINEAR_VIT.EMBED_DIM = Key(96, at_least(4), help="token width of linear_vit's first stage; it then doubles")
-_C.MODEL.LINEAR_VIT.DEPTHS = Key([2, 2, 6, 2], at_least(1), help="blocks per stage of linear_vit")
-_C.MODEL.LINEAR_VIT.NUM_HEADS = Key([3, 6, 12, 24], at_least(1), help="heads per stage of linear_vit")
-_C.MODEL.LINEAR_VIT.MLP_RATIO = Key(4.0, above(0), help="hidden width of linear_vit's MLP over its input width")
+_C.MODEL.LINEAR_VIT.PATCH_SIZE = Key(4, between(1, MAX_SIDE), help="side of a patch, pixels")
+_C.MODEL.LINEAR_VIT.IN_CHANS = Key(3, between(1, 1024), help="image channels of linear_vit")
+_C.MODEL.LINEAR_VIT.EMBED_DIM = Key(
+    96, between(4, MAX_WIDTH), help="token width of linear_vit's first stage; it then doubles"
+)
+_C.MODEL.LINEAR_VIT.DEPTHS = Key([2, 2, 6, 2], between(1, 1000), help="blocks per stage of linear_vit")
+_C.MODEL.LINEAR_VIT.NUM_HEADS = Key([3, 6, 12, 24], between(1, MAX_WIDTH), help="heads per stage of linear_vit")
+_C.MODEL.LINEAR_VIT.MLP_RATIO = Key(
+    4.0, between(0.001, 1000), help="hidden width of linear_vit's MLP over its input width"
+)
 _C.MODEL.LINEAR_VIT.QKV_BIAS = Key(True, help="bias in the projections to q, k and v")
 _C.MODEL.LINEAR_VIT.INPUT_GATE = Key(False, help="multiply V by softplus(x W1 W2 + b)")
 _C.MODEL.LINEAR_VIT.FORGET_GATE = Key(False, help="let the state decay; tokens are read in raster order")
@@ -150,20 +178,26 @@ _C.MODEL.TIMM.ARGS = Key("", help="arguments of timm's model, such as depths=[1,
 # Training settings
 # ---------------------------------------------------------------------------
 _C.TRAIN = Section()
-_C.TRAIN.START_EPOCH = Key(0, at_least(0), help="first epoch, unless a checkpoint is resumed")
-_C.TRAIN.EPOCHS = Key(300, at_least(1), help="epochs of the schedule, warm-up included")
-_C.TRAIN.WARMUP_EPOCHS = Key(20, at_least(0), help="epochs of linear warm-up; below EPOCHS")
-_C.TRAIN.COOLDOWN_EPOCHS = Key(0, at_least(0), help="epochs after the schedule, at its last rate; step decays on")
-_C.TRAIN.WEIGHT_DECAY = Key(0.05, at_least(0), help="on tensors of two or more dimensions")
-_C.TRAIN.BASE_LR = Key(5e-4, above(0), help="learning rate after warm-up, for a global batch size of 512")
-_C.TRAIN.WARMUP_LR = Key(5e-7, at_least(0), help="learning rate of the first step, likewise for 512")
-_C.TRAIN.MIN_LR = Key(5e-6, at_least(0), help="learning rate at the end of cosine, likewise for 512")
+_C.TRAIN.START_EPOCH = Key(0, between(0, MAX_COUNT), help="first epoch, unless a checkpoint is resumed")
+_C.TRAIN.EPOCHS = Key(300, between(1, MAX_COUNT), help="epochs of the schedule, warm-up included")
+_C.TRAIN.WARMUP_EPOCHS = Key(20, between(0, MAX_COUNT), help="epochs of linear warm-up; below EPOCHS")
+_C.TRAIN.COOLDOWN_EPOCHS = Key(
+    0, between(0, MAX_COUNT), help="epochs after the schedule, at its last rate; step decays on"
+)
+_C.TRAIN.WEIGHT_DECAY = Key(0.05, between(0, MAX_FACTOR), help="on tensors of two or more dimensions")
+_C.TRAIN.BASE_LR = Key(5e-4, above(0, MAX_FACTOR), help="learning rate after warm-up, for a global batch size of 512")
+_C.TRAIN.WARMUP_LR = Key(5e-7, between(0, MAX_FACTOR), help="learning rate of the first step, likewise for 512")
+_C.TRAIN.MIN_LR = Key(5e-6, between(0, MAX_FACTOR), help="learning rate at the end of cosine, likewise for 512")
 _C.TRAIN.CLIP_GRAD = Key(5.0, at_least(0), help="maximum L2 norm of all gradients together; 0: no clipping")
 _C.TRAIN.AUTO_RESUME = Key(True, help="resume from the newest complete checkpoint in the output folder")
-_C.TRAIN.SAVE_STEPS = Key(0, at_least(0), help="steps between checkpoints within epochs; 0: only at their ends")
+_C.TRAIN.SAVE_STEPS = Key(
+    0, between(0, MAX_STEPS), help="steps between checkpoints within epochs; 0: only at their ends"
+)
 _C.TRAIN.ON_SAVE_ERROR = Key("continue", one_of("continue", "stop"), help="if a checkpoint cannot be saved")
 _C.TRAIN.SAVE_IN_BACKGROUND = Key(True, help="continue training while a checkpoint is written to disk")
-_C.TRAIN.ACCUMULATION_STEPS = Key(1, at_least(1), help="gradient accumulation steps: forward passes per optimizer step")
+_C.TRAIN.ACCUMULATION_STEPS = Key(
+    1, between(1, MAX_COUNT), help="gradient accumulation steps: forward passes per optimizer step"
+)
 _C.TRAIN.FREEZE = Key(False, help="train the classifier alone; all else keeps its weights and statistics")
 _C.TRAIN.USE_CHECKPOINT = Key(False, help="activation checkpointing: recompute blocks in backward to save memory")
 _C.TRAIN.COMPILE = Key(
@@ -180,13 +214,13 @@ _C.TRAIN.FIND_UNUSED_PARAMS = Key(False, help="several processes: allow paramete
 # Learning-rate schedule
 _C.TRAIN.LR_SCHEDULER = Section()
 _C.TRAIN.LR_SCHEDULER.NAME = Key("cosine", one_of("cosine", "linear", "step"), help="shape after warm-up")
-_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = Key(30, at_least(1), help="epochs between decays of the step schedule")
+_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = Key(30, between(1, MAX_COUNT), help="epochs between decays of the step schedule")
 _C.TRAIN.LR_SCHEDULER.DECAY_RATE = Key(0.1, FRACTION, help="factor of each decay of the step schedule")
 
 # Optimizer
 _C.TRAIN.OPTIMIZER = Section()
 _C.TRAIN.OPTIMIZER.NAME = Key("adamw", one_of("adamw", "sgd"), help="sgd is with Nesterov momentum")
-_C.TRAIN.OPTIMIZER.EPS = Key(1e-8, above(0), help="AdamW's epsilon")
+_C.TRAIN.OPTIMIZER.EPS = Key(1e-8, above(0, MAX_FACTOR), help="AdamW's epsilon")
 _C.TRAIN.OPTIMIZER.BETAS = Key([0.9, 0.999], BELOW_ONE, help="AdamW's two decay rates")
 _C.TRAIN.OPTIMIZER.MOMENTUM = Key(0.9, FRACTION, help="SGD's momentum")
 
@@ -205,7 +239,7 @@ _C.EMA.FORCE_CPU = Key(False, help="keep the EMA on the CPU; not with AUG.MESA")
 # Augmentation settings
 # ---------------------------------------------------------------------------
 _C.AUG = Section()
-_C.AUG.COLOR_JITTER = Key(0.4, at_least(0), help="only if AUTO_AUGMENT is none")
+_C.AUG.COLOR_JITTER = Key(0.4, between(0, 100), help="only if AUTO_AUGMENT is none")
 _C.AUG.AUTO_AUGMENT = Key("rand-m9-mstd0.5-inc1", POLICY, help="timm's augmentation policy")
 _C.AUG.HFLIP = Key(0.5, FRACTION, help="probability of a horizontal flip")
 _C.AUG.SCALE = Key(
@@ -216,12 +250,14 @@ _C.AUG.SCALE = Key(
     is_list=True,
     help="area of the random crop, smallest and largest share; null: 0.08 to 1, but small images are padded",
 )
-_C.AUG.RATIO = Key([0.75, 4 / 3], above(0), help="width over height of the random crop, smallest and largest")
+_C.AUG.RATIO = Key(
+    [0.75, 4 / 3], between(0.001, 1000), help="width over height of the random crop, smallest and largest"
+)
 _C.AUG.REPROB = Key(0.25, FRACTION, help="probability of random erasing")
 _C.AUG.REMODE = Key("pixel", one_of("pixel", "rand", "const"), help="filling of the erased part")
-_C.AUG.RECOUNT = Key(1, at_least(1), help="maximum number of erased parts")
-_C.AUG.MIXUP = Key(0.8, at_least(0), help="mixup alpha; 0: off")
-_C.AUG.CUTMIX = Key(1.0, at_least(0), help="cutmix alpha; 0: off")
+_C.AUG.RECOUNT = Key(1, between(1, 100), help="maximum number of erased parts")
+_C.AUG.MIXUP = Key(0.8, ALPHA, help="mixup alpha; 0: off")
+_C.AUG.CUTMIX = Key(1.0, ALPHA, help="cutmix alpha; 0: off")
 _C.AUG.CUTMIX_MINMAX = Key(
     None,
     FRACTION,
@@ -233,7 +269,7 @@ _C.AUG.CUTMIX_MINMAX = Key(
 _C.AUG.MIXUP_PROB = Key(1.0, FRACTION, help="probability of mixup or cutmix")
 _C.AUG.MIXUP_SWITCH_PROB = Key(0.5, FRACTION, help="probability of cutmix if both are on")
 _C.AUG.MIXUP_MODE = Key("batch", one_of("batch", "pair", "elem"), help="what shares one mixing ratio")
-_C.AUG.MESA = Key(1.0, at_least(0), help="loss weight of the EMA model's output as a second target; 0: off")
+_C.AUG.MESA = Key(1.0, between(0, MAX_FACTOR), help="loss weight of the EMA model's output as a second target; 0: off")
 
 # ---------------------------------------------------------------------------
 # Testing settings
@@ -250,13 +286,13 @@ _C.AMP_DTYPE = Key(
     "auto", one_of("auto", "float16", "bfloat16"), help="auto: bfloat16 if the device has it, with --eval float32"
 )
 _C.OUTPUT = Key("output", NOT_EMPTY, help="results go to OUTPUT/MODEL.NAME/TAG")
-_C.TAG = Key("default", NOT_EMPTY, help="tells runs of one model apart")
-_C.SAVE_FREQ = Key(1, at_least(1), help="epochs between checkpoints; 1 keeps the newest three, more keep all")
-_C.PRINT_FREQ = Key(100, at_least(1), help="steps between log lines")
+_C.TAG = Key("default", SUBFOLDER, help="tells runs of one model apart")
+_C.SAVE_FREQ = Key(1, between(1, MAX_COUNT), help="epochs between checkpoints; 1 keeps the newest three, more keep all")
+_C.PRINT_FREQ = Key(100, between(1, MAX_STEPS), help="steps between log lines")
 
 _C.LOG = Section()
 _C.LOG.PICTURE_EPOCHS = Key(
-    10, at_least(0), help="epochs (and 5 minutes) between figures of predictions; 0: only at the end"
+    10, between(0, MAX_COUNT), help="epochs (and 5 minutes) between figures of predictions; 0: only at the end"
 )
 _C.LOG.WANDB = Key("", help="project at Weights & Biases to log to besides TensorBoard; '': none")
 
@@ -274,7 +310,7 @@ _C.BENCHMARK.SIZES = Key(
 )
 
 _C.PROFILE_MODE = Key(False, help="only count parameters and MACs")
-_C.LOCAL_RANK = Key(0, at_least(0), help="set by the launcher")
+_C.LOCAL_RANK = Key(0, between(0, 1023), help="set by the launcher")
 
 SCHEMA: dict[str, Key] = _C.flatten()
 OWN = Path(__file__).parent / "cfgs"  # configurations that come with the project
@@ -292,6 +328,7 @@ def load_config(source: str | Path, opts: Sequence[str] = (), flags: Mapping[str
         ConfigError: a missing file, an unknown key, a wrong type, a value out of range, or values that contradict.
     """
     values = merge_settings(SCHEMA, source, opts, flags, own=OWN)
+    check_modes(values)
     check_benchmark_flags(values, {*opts[::2], *(flags or {})})
     check_data(values)
     check_timm(values)
@@ -310,6 +347,15 @@ def load_config(source: str | Path, opts: Sequence[str] = (), flags: Mapping[str
 
 
 # Checks across keys, by section; each raises ConfigError.
+
+
+def check_modes(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless the run trains, or is of one other mode."""
+    modes = {"EVAL_MODE": "--eval", "THROUGHPUT_MODE": "--throughput", "PROFILE_MODE": "--profile"}
+    chosen = [name for name in modes if values[name]]
+    if len(chosen) > 1:
+        others = " and ".join(f"{name} ({modes[name]})" for name in chosen[:-1])
+        refuse(values, chosen[-1], f"only one mode at a time, and {others} is on: leave out all but one")
 
 
 def check_benchmark_flags(values: Mapping[str, Any], typed: Set[str]) -> None:
@@ -344,6 +390,12 @@ def check_timm(values: Mapping[str, Any]) -> None:
 def check_stages(values: Mapping[str, Any], section: str) -> None:
     """Raise ConfigError unless each stage of a model's section has a number of heads that divides its width."""
     depths, num_heads = values[f"{section}.DEPTHS"], values[f"{section}.NUM_HEADS"]
+    if len(depths) > MAX_STAGES:
+        refuse(values, f"{section}.DEPTHS", f"must have at most {MAX_STAGES} stages")
+    if (width := values[f"{section}.EMBED_DIM"] * 2 ** (len(depths) - 1)) > MAX_WIDTH:
+        refuse(values, f"{section}.EMBED_DIM", f"the last stage would be {width} wide; must be at most {MAX_WIDTH}")
+    if int(values[f"{section}.EMBED_DIM"] * values[f"{section}.MLP_RATIO"]) < 1:
+        refuse(values, f"{section}.MLP_RATIO", "leaves the MLP no channels; raise it")
     if len(depths) != len(num_heads):
         refuse(values, f"{section}.NUM_HEADS", f"must be as many as {section}.DEPTHS, {depths}")
     for stage, heads in enumerate(num_heads):
@@ -384,12 +436,14 @@ def check_optimizer(values: Mapping[str, Any]) -> None:
 
 
 def check_ranges(values: Mapping[str, Any], *names: str) -> None:
-    """Raise ConfigError unless each of these keys is null or has two values, the smaller one first."""
+    """Raise ConfigError unless each of these keys is null or has two values, the smaller one first, not both 0."""
     for name in names:
         if values[name] is not None and len(values[name]) != 2:
             refuse(values, name, "must have two values")
         if values[name] is not None and values[name][0] > values[name][1]:
             refuse(values, name, "must have the smaller value first")
+        if values[name] is not None and values[name][1] <= 0:
+            refuse(values, name, "must have a second value above 0")
 
 
 def check_training(values: Mapping[str, Any]) -> None:

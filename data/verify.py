@@ -18,7 +18,7 @@ from data.decoding import decode_fast
 from data.errors import BrokenImageError, DataError, as_data_error
 from data.sources.image_folder import ImageFolder
 from data.sources.zip_folder import ZipFolder
-from utils.config.command_line import Parser, at_least, report_user_errors
+from utils.config.command_line import MAX_WORKERS, Parser, at_least, report_user_errors
 
 CHUNK = 32
 
@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("path", help="folder with train/ and val/, or with train.zip and val.zip")
     parser.add_argument("--zip", action="store_true", help="read the archives")
-    parser.add_argument("--workers", type=at_least(0), default=os.cpu_count() or 1, help="number of processes")
+    parser.add_argument(
+        "--workers", type=at_least(0, MAX_WORKERS), default=os.cpu_count() or 1, help="number of processes"
+    )
     parser.add_argument("--output", type=Path, default=Path("bad_images.txt"), help="file for the list; must not exist")
     args = parser.parse_args(argv)
     with report_user_errors():

@@ -4,8 +4,16 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from config import _C as CLASSIFICATION
-from config import check_benchmark_flags, check_channels, check_optimizer, check_stages
-from utils.config.schema import FRACTION, Key, Rule, above, at_least, refuse
+from config import (
+    MAX_FACTOR,
+    MAX_STEPS,
+    check_benchmark_flags,
+    check_channels,
+    check_modes,
+    check_optimizer,
+    check_stages,
+)
+from utils.config.schema import FRACTION, Key, Rule, above, between, refuse
 
 BACKBONE = Rule("mlla or timm:NAME", lambda value: value == "mlla" or value.startswith("timm:"))
 
@@ -73,10 +81,10 @@ _C.MODEL.RESUME = Key("", help="checkpoint to resume from, or weights to evaluat
 _C.MODEL.PRETRAINED = Key("", help="weights of an ImageNet classifier for the backbone: path, URL or mlla-t, -s, -b")
 
 # Training settings
-_C.TRAIN.BASE_LR = Key(1e-4, above(0), help="learning rate after warm-up, for a global batch size of 16")
-_C.TRAIN.WARMUP_STEPS = Key(500, at_least(0), help="steps of linear warm-up")
+_C.TRAIN.BASE_LR = Key(1e-4, above(0, MAX_FACTOR), help="learning rate after warm-up, for a global batch size of 16")
+_C.TRAIN.WARMUP_STEPS = Key(500, between(0, MAX_STEPS), help="steps of linear warm-up")
 _C.TRAIN.WARMUP_FACTOR = Key(0.001, FRACTION, help="share of the learning rate that warm-up starts from")
-_C.TRAIN.WEIGHT_DECAY = Key(0.05, at_least(0), help="except on names with norm or absolute_pos_embed")
+_C.TRAIN.WEIGHT_DECAY = Key(0.05, between(0, MAX_FACTOR), help="except on names with norm or absolute_pos_embed")
 _C.TRAIN.CLIP_GRAD = 0.0
 _C.EMA.ENABLED = False
 _C.EMA.DECAY = Key(0.9998, FRACTION, help="EMA decay per 16 images; a step uses DECAY ^ (global batch size / 16)")
@@ -86,6 +94,7 @@ _C.PRINT_FREQ = 10
 
 def check_dense(values: Mapping[str, Any], typed: Set[str]) -> None:
     """Raise ConfigError where shared settings contradict each other; `typed` are the keys of --opts and flags."""
+    check_modes(values)
     check_benchmark_flags(values, typed)
     check_optimizer(values)
     if len(values["MODEL.MLLA.DEPTHS"]) != 4:

@@ -7,6 +7,8 @@ import pytest
 from config import SCHEMA, load_config
 from utils.config.errors import ConfigError
 
+EMPTY_VALUES = {"5": "5", "0": "0", "false": "False", "''": "''", "[]": r"\[\]"}
+
 
 def write(folder: Path, name: str, text: str) -> Path:
     path = folder / name
@@ -127,7 +129,7 @@ def test_lists_are_not_shared() -> None:
         (["TRAIN.EPOCHS", "{[]: 1}"], "TRAIN.EPOCHS", "must be of type int"),
         (["MODEL.MLLA.DEPTHS", "4"], "MODEL.MLLA.DEPTHS", "must be a list of int"),
         (["MODEL.MLLA.DEPTHS", "[]"], "MODEL.MLLA.DEPTHS", "must be a list of int"),
-        (["TRAIN.EPOCHS", "0"], "TRAIN.EPOCHS", r"0 \(in --opts\): must be at least 1"),
+        (["TRAIN.EPOCHS", "0"], "TRAIN.EPOCHS", r"0 \(in --opts\): must be from 1 to 1000000"),
         (["MODEL.LABEL_SMOOTHING", "1.5"], "MODEL.LABEL_SMOOTHING", "must be from 0 to 1"),
         (["MODEL.LAYER_DECAY", "0"], "MODEL.LAYER_DECAY", "must be above 0, at most 1"),
         (["TRAIN.OPTIMIZER.BETAS", "[0.9, 1.0]"], "TRAIN.OPTIMIZER.BETAS", "at least 0 and below 1"),
@@ -185,11 +187,16 @@ def test_wrong_settings(opts: list[str], key: str | None, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("TAG: 2024-13-45", "not a YAML file"),
-        ("TRAIN: 5", "TRAIN .*: unknown key"),
+        *((f"TRAIN: {value}", f"TRAIN {shown} .*: is a section") for value, shown in EMPTY_VALUES.items()),
+        ("TRAIN.EPOCHS: 300\nTRAIN: {EPOCHS: 40}", r"TRAIN\.EPOCHS .*stands twice, with a dot and within its section"),
+        ("TRAIN: {EPOCHS: !!int abc}", "line 1: abc is no int"),
+        ("TRAIN: {BASE_LR: !!float abc}", "line 1: abc is no float"),
+        ("A: " + "9" * 5000, "line 1: 9{80} is no int"),
+        ("TAG: " + "[" * 500, "nested too deeply"),
+        ("A: 1\n" * 200_001, "has 1,000,00. characters"),
         ("a: [", "not a YAML file"),
-        ("AMP: !!bool abc", "not a YAML file"),
-        ("TAG: !!timestamp abc", "not a YAML file"),
+        ("AMP: !!bool abc", "not a YAML file: line 1: abc is no bool"),
+        ("\nTAG: !!timestamp abc", "not a YAML file: line 2: abc is no timestamp"),
         (f"TRAIN: {{BASE_LR: 1{'0' * 400}}}", r"TRAIN\.BASE_LR 1000.*: must be of type float"),
         ('TAG: "a\\0b"', "TAG .*: must not hold a NUL"),
         ("- 1", "must hold 'KEY: value' lines"),
@@ -221,8 +228,11 @@ def test_unquoted_off_no_and_on_are_text(tmp_path: Path) -> None:
     text = "TEST: {COMPILE: off}\nDATA: {CACHE_MODE: no}\nEMA: {WARMUP: on}\n"
     config = load_config(write(tmp_path, "off.yaml", text))
     assert (config.TEST.COMPILE, config.DATA.CACHE_MODE, config.EMA.WARMUP) == ("off", "no", "on")
-    with pytest.raises(ConfigError, match="TAG True"):
-        load_config(write(tmp_path, "tag.yaml", "TAG: yes\n"))
+    for text in ("yes", "no", "off", "2024-13-45"):
+        assert text == load_config(write(tmp_path, "tag.yaml", f"TAG: {text}\nAMP: yes\n")).TAG
+    assert load_config(write(tmp_path, "amp.yaml", "AMP: yes\n")).AMP
+    with pytest.raises(ConfigError, match=r"TAG True .*: must be of type str, in quotes"):
+        load_config(write(tmp_path, "tag.yaml", "TAG: true\n"))
 
 
 def test_empty_sections_keep_the_defaults(tmp_path: Path) -> None:
@@ -246,6 +256,29 @@ def test_configurations_are_found_by_name_from_anywhere(tmp_path: Path, monkeypa
     assert load_config("mlla_s").MODEL.NAME == load_config("mlla_s.yaml").MODEL.NAME == "mine"
     with pytest.raises(ConfigError, match=r"^mlla_x: no such configuration file; the project's own are .*mlla_t"):
         load_config("mlla_x")
+
+
+def test_several_modes_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"PROFILE_MODE True: only one mode at a time, and EVAL_MODE \(--eval\) is on"
+    ):
+        load_config("cfgs/mlla_t.yaml", flags={"EVAL_MODE": True, "PROFILE_MODE": True})
+
+
+@pytest.mark.parametrize("value", ["../../x", "/x", "a/../../x", ".", ""])
+@pytest.mark.parametrize("key", ["TAG", "MODEL.NAME"])
+def test_results_stay_within_the_output_folder(key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match="must be a path within OUTPUT"):
+        load_config("cfgs/mlla_t.yaml", [key, value])
+    assert load_config("cfgs/mlla_t.yaml", ["TAG", "sweep/lr..1"]).TAG == "sweep/lr..1"
+
+
+def test_base_files_named_again_and_again(tmp_path: Path) -> None:
+    for i in range(30):
+        write(tmp_path, f"{i}.yaml", f"BASE: [{i + 1}.yaml, {i + 1}.yaml]")
+    write(tmp_path, "30.yaml", "TAG: x")
+    with pytest.raises(ConfigError, match="BASE names over 100 files, or some many times"):
+        load_config(tmp_path / "0.yaml")
 
 
 def test_missing_and_circular_files(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from utils.config.command_line import Parser, report_user_errors
-from utils.logs.atomic_write import write_atomic
 from utils.logs.plots import comparison_plot
 from utils.tools.run_history import (
     RunFolderError,
@@ -25,7 +24,7 @@ from utils.tools.run_history import (
     read_run,
     select_panels,
 )
-from utils.tools.user_files import check_output, user_file
+from utils.tools.user_files import check_output, write_result
 
 CREATOR = "MLLA utils.compare"
 LOCATION_KEYS = ("BASE", "OUTPUT", "TAG", "LOCAL_RANK")  # where a run is, not what it does
@@ -119,8 +118,7 @@ def compare(args: argparse.Namespace) -> None:
         raise RunFolderError(f"nothing to plot among {', '.join(names)}; choose with --keys")
     records = {name: run.records for name, run in runs.items()}
     plot = comparison_plot(records, panels, args.output.suffix[1:], creator=CREATOR)
-    with user_file(args.output, "written"):
-        write_atomic(args.output, lambda path: path.write_bytes(plot))
+    write_result(args.output, lambda path: path.write_bytes(plot))
     in_table = [key for panel in panels for key in panel.curves if args.keys or key not in ("lr", "grad_norm")]
     print(markdown(metrics_table(runs, in_table, with_best=lambda key: bool(args.keys) or not is_loss(key))))
     if len(runs) > 1:

@@ -22,9 +22,8 @@ from utils.checkpoint.weights import DERIVED_KEY_SUFFIX, metadata_in, no_weights
 from utils.checkpoint.weights_file import load_checkpoint, write_safetensors
 from utils.config.command_line import Parser, report_user_errors
 from utils.config.errors import UserError
-from utils.logs.atomic_write import write_atomic
 from utils.tools.official_state import official_state
-from utils.tools.user_files import UserFileError, check_output, user_file
+from utils.tools.user_files import UserFileError, check_output, user_file, write_result
 from utils.training.build import build_classification_schedule
 from utils.training.lr_schedule import CLASSIFICATION_BATCH_SIZE
 
@@ -157,7 +156,7 @@ def without_rotary_tables(weights: Weights) -> Weights:
 
 def write_ours(target: Path, kinds: dict[str, Weights], metadata: dict[str, Any]) -> list[str]:
     """Write this project's or the official format: `model`, `state_dict_ema` and the metadata."""
-    write_atomic(target, lambda path: torch.save({**kinds, **metadata}, path))
+    write_result(target, lambda path: torch.save({**kinds, **metadata}, path))
     return list(kinds)
 
 
@@ -170,7 +169,7 @@ def write_timm(target: Path, kinds: dict[str, Weights], metadata: dict[str, Any]
 def write_one_set(target: Path, kinds: dict[str, Weights], metadata: dict[str, Any]) -> list[str]:
     """Write one set of weights, the model's if there is one, as a safetensors file with the metadata."""
     key, weights = next(iter(kinds.items()))
-    write_atomic(target, lambda path: write_safetensors(path, weights, metadata))
+    write_result(target, lambda path: write_safetensors(path, weights, metadata))
     return [key]
 
 

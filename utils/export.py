@@ -31,7 +31,6 @@ from utils.checkpoint.weights import load_weights, num_outputs
 from utils.config.command_line import Parser, report_user_errors
 from utils.config.errors import UserError
 from utils.distributed.process import Process
-from utils.logs.atomic_write import write_atomic
 from utils.tools.export_formats import (
     STRIDE,
     SUFFIXES,
@@ -44,7 +43,7 @@ from utils.tools.export_formats import (
     write,
 )
 from utils.tools.onnx_export import check_packages, write_reduced
-from utils.tools.user_files import check_output, user_file
+from utils.tools.user_files import check_output, write_result
 from utils.training.amp import Precision
 from utils.training.build import build_precision
 from utils.training.metrics import evaluate
@@ -188,8 +187,7 @@ def export(args: Any) -> None:
             error = max_relative_error(model, open_runner(args.file_format, path, model), size.examples(channels))
         report += f", relative error {error:.1e}"
 
-    with user_file(args.target, "written"):
-        write_atomic(args.target, write_verified)
+    write_result(args.target, write_verified)
     mib = args.target.stat().st_size / 2**20
     print(f"{args.target}: {part} in {args.file_format}, {args.precision}, {mib:.1f} MiB{report}")
     runner = open_runner(args.file_format, args.target, model)

@@ -28,12 +28,11 @@ from models.kernels.dispatch import KernelsUnavailableError
 from utils.checkpoint.best_weights import print_choice
 from utils.checkpoint.download import is_timm_model, nearest_timm_model, released_name
 from utils.checkpoint.weights import load_weights, num_outputs, read_state_dict, read_weights
-from utils.config.command_line import Parser, at_least, report_user_errors
+from utils.config.command_line import MAX_SIDE, MAX_WORKERS, Parser, at_least, report_user_errors
 from utils.config.errors import UserError
-from utils.logs.atomic_write import write_atomic
 from utils.logs.contact_sheet import save_captioned
 from utils.tools.prediction_tables import TABLES, Prediction, format_table, write_predictions
-from utils.tools.user_files import check_output, check_results, user_file
+from utils.tools.user_files import check_output, check_results, user_file, write_result
 from utils.training.amp import Precision, make_precision
 
 MAX_DRAWN_IMAGES = 64
@@ -253,7 +252,7 @@ def run(args: Any) -> None:
     for table in tables:
         with user_file(table, "written"):
             table.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(table, partial(write_predictions, predictions=predictions, suffix=table.suffix))
+        write_result(table, partial(write_predictions, predictions=predictions, suffix=table.suffix))
     for plot in plots:
         with user_file(plot, "written"):
             draw_predictions(plot, predictions)
@@ -273,9 +272,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--amp", action="store_true", help="mixed precision")
     parser.add_argument("--model", default="", help="timm name of the model, where the weights hold no configuration")
     parser.add_argument("--topk", type=at_least(1), default=5, help="classes per image")
-    parser.add_argument("--size", type=at_least(1), help="image side in pixels, if not as in training")
+    parser.add_argument("--size", type=at_least(1, MAX_SIDE), help="image side in pixels, if not as in training")
     parser.add_argument("--batch-size", type=at_least(1), default=32)
-    parser.add_argument("--num-workers", type=at_least(0), default=0, help="processes that load images; 0: none")
+    parser.add_argument(
+        "--num-workers", type=at_least(0, MAX_WORKERS), default=0, help="processes that load images; 0: none"
+    )
     parser.add_argument(
         "--picture", type=Path, metavar="FILE", help=f"plot up to {MAX_DRAWN_IMAGES} images (.png, .pdf)"
     )

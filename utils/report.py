@@ -20,11 +20,10 @@ from downstream.segmentation import config as segmentation
 from utils.checkpoint.best_weights import describe_choice, is_ema_better
 from utils.config.command_line import Parser, report_user_errors
 from utils.config.schema import Schema
-from utils.logs.atomic_write import write_atomic
 from utils.logs.plots import Panel, panel_svg
 from utils.logs.recorder import read_records
 from utils.tools.run_history import METRIC_TITLES, RunMetrics, best_and_last, metric_names, read_run, select_panels
-from utils.tools.user_files import check_output, user_file
+from utils.tools.user_files import check_output, user_file, write_result
 
 CREATOR = "MLLA utils.report"
 TEMPLATE = Path(__file__).parent / "tools" / "report.html"
@@ -182,8 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with report_user_errors():
         text = report(args.run)
         check_output(target, force=args.force, creator=CREATOR)
-        with user_file(target, "written"):
-            write_atomic(target, lambda path: path.write_text(text, encoding="utf-8", errors="replace"))
+        write_result(target, lambda path: path.write_text(text, encoding="utf-8", errors="replace"))
     print(f"report: {target} ({target.stat().st_size / 1024:.0f} KiB)")
     return 0
 

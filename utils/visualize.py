@@ -38,7 +38,7 @@ from models.build import build_model
 from models.inspection import LayerInput, attention_inputs, attention_map, gate_values, receptive_fields
 from models.kernels.dispatch import KernelsUnavailableError
 from utils.checkpoint.weights import load_weights, num_outputs
-from utils.config.command_line import Parser, at_least, report_user_errors
+from utils.config.command_line import MAX_SIDE, Parser, at_least, report_user_errors
 from utils.config.errors import UserError
 from utils.config.schema import with_setting
 from utils.tools.paper_plots import plot_by_depth, plot_maps
@@ -78,7 +78,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--photographs", action="store_true", help="the two photographs of scikit-learn")
     source.add_argument("--digits", type=at_least(1), help="number of validation digits of scikit-learn")
     add_data_flag(parser)
-    parser.add_argument("--size", type=at_least(8), help="image side in pixels; by default as in training")
+    parser.add_argument("--size", type=at_least(8, MAX_SIDE), help="image side in pixels; by default as in training")
     parser.add_argument(
         "--query",
         type=float,

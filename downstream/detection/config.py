@@ -6,10 +6,10 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from config import check_ranges
+from config import MAX_COUNT, MAX_SIDE, MAX_WIDTH, check_ranges
 from downstream.dense_config import _C as DENSE
 from downstream.dense_config import check_dense
-from utils.config.schema import FRACTION, NOT_EMPTY, Key, Section, at_least, frozen_node, merge_settings, refuse
+from utils.config.schema import FRACTION, NOT_EMPTY, Key, Section, between, frozen_node, merge_settings, refuse
 
 _C = DENSE.clone()
 
@@ -23,33 +23,33 @@ _C.DATA.VAL_IMAGES = Key("val2017", NOT_EMPTY, help="folder of the images to eva
 # Model settings
 _C.MODEL.NAME = "mask_rcnn_mlla_tiny"
 _C.MODEL.DETECTOR = Section()
-_C.MODEL.DETECTOR.WIDTH = Key(256, at_least(1), help="width of the pyramid's maps")
-_C.MODEL.DETECTOR.HIDDEN = Key(1024, at_least(1), help="width of the box head")
-_C.MODEL.DETECTOR.RPN_SAMPLES = Key(256, at_least(2), help="anchors per image that the losses see")
-_C.MODEL.DETECTOR.ROI_SAMPLES = Key(512, at_least(4), help="proposals per image that the losses see")
-_C.MODEL.DETECTOR.MAX_PROPOSALS = Key(1000, at_least(1), help="maximum proposals per image for the heads")
+_C.MODEL.DETECTOR.WIDTH = Key(256, between(1, MAX_WIDTH), help="width of the pyramid's maps")
+_C.MODEL.DETECTOR.HIDDEN = Key(1024, between(1, MAX_WIDTH), help="width of the box head")
+_C.MODEL.DETECTOR.RPN_SAMPLES = Key(256, between(2, MAX_COUNT), help="anchors per image that the losses see")
+_C.MODEL.DETECTOR.ROI_SAMPLES = Key(512, between(4, MAX_COUNT), help="proposals per image that the losses see")
+_C.MODEL.DETECTOR.MAX_PROPOSALS = Key(1000, between(1, MAX_COUNT), help="maximum proposals per image for the heads")
 
 # Training settings
-_C.TRAIN.EPOCHS = Key(12, at_least(1), help="epochs of training")
-_C.TRAIN.DECAY_EPOCHS = Key([8, 11], at_least(1), help="epochs after which the learning rate decays")
+_C.TRAIN.EPOCHS = Key(12, between(1, MAX_COUNT), help="epochs of training")
+_C.TRAIN.DECAY_EPOCHS = Key([8, 11], between(1, MAX_COUNT), help="epochs after which the learning rate decays")
 _C.TRAIN.DECAY_RATE = Key(0.1, FRACTION, help="factor of each decay")
 
 # Augmentation settings
 _C.AUG.SHORT_SIDES = Key(
     [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
-    at_least(32),
+    between(32, MAX_SIDE),
     help="short sides, pixels; one is drawn for each image",
 )
-_C.AUG.LONG_SIDE = Key(1333, at_least(32), help="maximum long side of training images, pixels")
+_C.AUG.LONG_SIDE = Key(1333, between(32, MAX_SIDE), help="maximum long side of training images, pixels")
 _C.AUG.CROP = Key(0.5, FRACTION, help="probability of a resize and a crop before the resize")
 _C.AUG.CROP_SHORT_SIDES = Key(
-    [400, 500, 600], at_least(32), help="short sides for the resize before a crop, pixels; one is drawn"
+    [400, 500, 600], between(32, MAX_SIDE), help="short sides for the resize before a crop, pixels; one is drawn"
 )
-_C.AUG.CROP_SIZE = Key([384, 600], at_least(32), help="smallest and largest side of a crop, pixels")
+_C.AUG.CROP_SIZE = Key([384, 600], between(32, MAX_SIDE), help="smallest and largest side of a crop, pixels")
 
 # Testing settings
-_C.TEST.SHORT_SIDE = Key(800, at_least(32), help="short side of images in evaluation, pixels")
-_C.TEST.LONG_SIDE = Key(1333, at_least(32), help="maximum long side of images in evaluation, pixels")
+_C.TEST.SHORT_SIDE = Key(800, between(32, MAX_SIDE), help="short side of images in evaluation, pixels")
+_C.TEST.LONG_SIDE = Key(1333, between(32, MAX_SIDE), help="maximum long side of images in evaluation, pixels")
 _C.TEST.PER_CLASS = Key(False, help="also report metrics per category")
 
 SCHEMA: dict[str, Key] = _C.flatten()

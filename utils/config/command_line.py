@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from utils.config.errors import UserError
+from utils.config.errors import UserError, memory_reason
 from utils.config.standard_streams import flush_standard_streams, prepare_standard_streams, print_error
 
 if TYPE_CHECKING:
     from utils.config.schema import Schema
 
 SECONDARY_RANK_DELAY_SECONDS = 5.0
+MAX_SIDE, MAX_WORKERS = 16384, 1024  # pixels of an image's side, and loader processes, above which it is a mistake
+MAX_ARGUMENT, MAX_LINE = 80, 2000  # characters of an argument, and of a line, in errors
 
 # Flags and the keys they set; a flag that is not typed sets nothing.
 FLAGS = {
@@ -80,6 +82,8 @@ class Parser(argparse.ArgumentParser):
         first = message.removeprefix("unrecognized arguments: ").split()[0]
         near = difflib.get_close_matches(first.split("=")[0], flags, n=1) if first.startswith("-") else []
         hint = f"; did you mean {near[0]}?" if near else "; see --help"
+        for arg in filter(lambda arg: len(arg) > MAX_ARGUMENT, self.argv):
+            message = message.replace(arg, f"{arg[: MAX_ARGUMENT - 3]}...")
         end_with_error(f"{message}{hint}")
 
 
@@ -96,8 +100,8 @@ class Refuse(argparse.Action):
         end_with_error(f"{name}: {self.const}")
 
 
-def at_least(low: int) -> Callable[[str], int]:
-    """Return a type for `Parser.add_argument` that accepts integers of at least `low`."""
+def at_least(low: int, high: int = 1_000_000_000) -> Callable[[str], int]:
+    """Return a type for `Parser.add_argument` that accepts integers from `low` to `high`."""
 
     def parse(arg: str) -> int:
         try:
@@ -106,6 +110,8 @@ def at_least(low: int) -> Callable[[str], int]:
             value = low - 1
         if value < low:
             raise argparse.ArgumentTypeError(f"{arg}: must be a whole number, at least {low}")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"{arg}: must be a whole number, at most {high}")
         return value
 
     return parse
@@ -119,10 +125,13 @@ def amp_of_level(level: str) -> bool:
 
 
 @contextmanager
-def report_user_errors(kinds: tuple[type[Exception], ...] = (UserError,)) -> Iterator[None]:
+def report_user_errors(
+    kinds: tuple[type[Exception], ...] = (UserError,), *, out_of_memory: bool = True
+) -> Iterator[None]:
     """Print errors of these kinds, which a user can mend, in one line and exit with code 2; others pass.
 
-    Of several processes, rank 0 prints first; the launcher then ends the others before they repeat it.
+    With `out_of_memory` also errors of allocating memory. Of several processes, rank 0 prints first; the launcher then
+    ends the others before they repeat it.
     """
     try:
         yield
@@ -130,11 +139,16 @@ def report_user_errors(kinds: tuple[type[Exception], ...] = (UserError,)) -> Ite
         if os.environ.get("RANK", "0") != "0":
             time.sleep(SECONDARY_RANK_DELAY_SECONDS)
         end_with_error(" ".join(str(error).split()))
+    except (MemoryError, RuntimeError) as error:
+        reason = memory_reason(error)
+        if not (out_of_memory and reason):
+            raise
+        end_with_error(f"out of memory ({reason}); lower the sizes and numbers that this command was given")
 
 
 def end_with_error(line: str) -> NoReturn:
     """Print a user's mistake and exit with code 2."""
-    print_error(f"error: {line}")
+    print_error(f"error: {line[:MAX_LINE]}")
     flush_standard_streams()
     sys.exit(2)
 

@@ -29,6 +29,26 @@ class ConfigError(UserError):
         self.key = key
 
 
+# Parts of the RuntimeErrors that torch raises for memory that it cannot get.
+ALLOCATION_ERRORS = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "Storage size calculation overflowed",
+    "integer multiplication overflow",
+)
+MAX_REASON = 200  # characters
+
+
+def memory_reason(error: BaseException) -> str | None:
+    """Return in one line what an error says of memory that ran out; None for other errors."""
+    text = str(error)
+    if not isinstance(error, MemoryError) and not any(part in text for part in ALLOCATION_ERRORS):
+        return None
+    last = text.strip().splitlines()[-1:]  # a loader worker's error comes with its traceback
+    return last[0][-MAX_REASON:] if last else type(error).__name__
+
+
 @contextmanager
 def file_errors(kind: type[UserError], path: str | Path, action: str, remedy: str = "") -> Iterator[None]:
     """Convert the system's errors on a user's file or folder into one line.

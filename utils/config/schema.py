@@ -4,6 +4,7 @@ import ast
 import contextlib
 import copy
 import difflib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,12 @@ import yaml
 from yacs.config import CfgNode
 
 from utils.config.errors import ConfigError, file_errors
-from utils.config.yaml_file import find_yaml, parse_yaml, read_yaml
+from utils.config.yaml_file import StrictLoader, find_yaml, parse_yaml, read_yaml
+
+MAX_SHOWN = 80  # characters of a value in messages
+MAX_ITEMS = 10_000  # of a list
+MAX_FILES = 100  # read through BASE
+YAML_BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}
 
 
 class Rule(NamedTuple):
@@ -27,8 +33,8 @@ def at_least(low: float) -> Rule:
     return Rule(f"at least {low}", lambda value: value >= low)
 
 
-def above(low: float) -> Rule:
-    return Rule(f"above {low}", lambda value: value > low)
+def above(low: float, high: float) -> Rule:
+    return Rule(f"above {low}, at most {high}", lambda value: low < value <= high)
 
 
 def between(low: float, high: float) -> Rule:
@@ -43,7 +49,7 @@ ANY, YES_NO = Rule("any", lambda _: True), Rule("true or false", lambda _: True)
 NOT_EMPTY = Rule("not empty", bool)
 FRACTION = between(0, 1)
 BELOW_ONE = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
-ABOVE_0_TO_1 = Rule("above 0, at most 1", lambda value: 0 < value <= 1)
+ABOVE_0_TO_1 = above(0, 1)
 
 
 class Key:
@@ -75,6 +81,23 @@ class Key:
 
 
 Schema = Mapping[str, Key]
+
+
+def shown(value: Any) -> str:
+    """Return a value as messages show it: cut to MAX_SHOWN characters."""
+    try:
+        return cut(repr(value))
+    except (RecursionError, ValueError):  # Python refuses to write very long integers
+        return f"of type {type(value).__name__}"
+
+
+def cut(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
+def setting(name: str, value: Any, origin: str) -> str:
+    """Return a key, its value and where it stands, for messages."""
+    return f"{cut(name)} {shown(value)} (in {origin})"
 
 
 class Section:
@@ -144,7 +167,7 @@ def merge_settings(
     for name, value, origin in read_source(schema, source, own):
         values[name] = checked(schema, name, value, origin)
     if len(opts) % 2:
-        raise ConfigError(f"--opts takes pairs of KEY VALUE, got {len(opts)} values: {' '.join(opts)}")
+        raise ConfigError(f"--opts takes pairs of KEY VALUE, got {len(opts)} values: {cut(' '.join(opts))}")
     if "BASE" in opts[::2]:
         raise ConfigError("BASE (in --opts): only a configuration file can name files to start from", key="BASE")
     for name, text in zip(opts[::2], opts[1::2], strict=True):
@@ -156,7 +179,7 @@ def merge_settings(
 
 def refuse(values: Mapping[str, Any], name: str, reason: str) -> NoReturn:
     """Raise ConfigError about a key's value, for a reason that says what is allowed."""
-    raise ConfigError(f"{name} {values[name]!r}: {reason}", key=name)
+    raise ConfigError(f"{name} {shown(values[name])}: {reason}", key=name)
 
 
 def frozen_node(values: Mapping[str, Any]) -> CfgNode:
@@ -192,8 +215,13 @@ def read_source(schema: Schema, source: str | Path, own: Path) -> Iterator[tuple
     return read_file(schema, find_yaml(Path(source), own), own)
 
 
-def read_file(schema: Schema, path: Path, own: Path, within: tuple[Path, ...] = ()) -> Iterator[tuple[str, Any, str]]:
+def read_file(
+    schema: Schema, path: Path, own: Path, within: tuple[Path, ...] = (), count: Iterator[int] | None = None
+) -> Iterator[tuple[str, Any, str]]:
     """Yield (key, value, file) of a YAML file, those of its BASE files first, which are found like files of --cfg."""
+    count = itertools.count(1) if count is None else count
+    if next(count) > MAX_FILES:
+        raise ConfigError(f"{path}: BASE names over {MAX_FILES} files, or some many times; merge them", key="BASE")
     with file_errors(ConfigError, path, "read"):
         resolved = path.resolve()
     if resolved in within:
@@ -201,7 +229,7 @@ def read_file(schema: Schema, path: Path, own: Path, within: tuple[Path, ...] = 
     content = read_yaml(path)
     for base in checked(schema, "BASE", content.pop("BASE", [""]), str(path)):
         if base:
-            yield from read_file(schema, find_yaml(Path(base), own, start=path.parent), own, (*within, resolved))
+            yield from read_file(schema, find_yaml(Path(base), own, start=path.parent), own, (*within, resolved), count)
     yield from settings_in(schema, content, str(path))
 
 
@@ -215,17 +243,22 @@ def read_text(schema: Schema, text: str) -> Iterator[tuple[str, Any, str]]:
 
 
 def settings_in(schema: Schema, content: Mapping[str, Any], origin: str) -> Iterator[tuple[str, Any, str]]:
+    sections = {name[:end] for name in schema for end, letter in enumerate(name) if letter == "."}
     for name, value in content.items():
-        is_empty_section = not value and any(key.startswith(f"{name}.") for key in schema)
-        if not is_empty_section:
+        if name not in sections:
             yield name, value, origin
+        elif value is not None and value != {}:
+            reason = (
+                f"is a section; write its keys below it, such as {next(key for key in schema if key.startswith(name))}"
+            )
+            raise ConfigError(f"{setting(name, value, origin)}: {reason}", key=name)
 
 
 def parse_text(schema: Schema, name: str, text: str) -> Any:
     """Return a value typed after --opts: text as it stands for text keys, else a Python or YAML literal."""
     if name in schema and isinstance(schema[name].default, str):
         return text
-    for parse in (ast.literal_eval, yaml.safe_load):
+    for parse in (ast.literal_eval, lambda text: yaml.load(text, StrictLoader)):
         with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError, yaml.YAMLError):
             return parse(text)
     return text
@@ -239,36 +272,38 @@ def checked(schema: Schema, name: str, value: Any, origin: str) -> Any:
     """
     if name not in schema:
         near = [key for key in schema if key.split(".")[-1] == name.split(".")[-1]]
-        near = near or difflib.get_close_matches(name, schema, n=1, cutoff=0.5)
+        near = near or difflib.get_close_matches(name[:MAX_SHOWN], schema, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{name} (in {origin}): unknown key{hint}", key=name)
+        raise ConfigError(f"{cut(name)} (in {origin}): unknown key{hint}", key=name)
     key = schema[name]
     if value is None and key.optional:
         return None
     if key.is_list and not (isinstance(value, list | tuple) and value):
-        raise ConfigError(f"{name} {value!r} (in {origin}): must be a list of {key.type.__name__}", key=name)
+        raise ConfigError(f"{setting(name, value, origin)}: must be a list of {key.type.__name__}", key=name)
+    if key.is_list and len(value) > MAX_ITEMS:
+        raise ConfigError(f"{setting(name, value, origin)}: must have at most {MAX_ITEMS} values", key=name)
     items = [coerced(name, item, key, origin) for item in (value if key.is_list else [value])]
     if not all(map(key.rule.holds, items)):
-        raise ConfigError(f"{name} {value!r} (in {origin}): must be {key.rule.text}", key=name)
+        raise ConfigError(f"{setting(name, value, origin)}: must be {key.rule.text}", key=name)
     return items if key.is_list else items[0]
 
 
 def coerced(name: str, value: Any, key: Key, origin: str) -> Any:
     """Return the value as a bool, int, float or str.
 
-    YAML reads 5e-4 as text, so text is tried as a number. Names of a fixed set may be in capitals.
+    YAML reads 5e-4 and off as text, so text is tried as a number and as a boolean. Names of a fixed set may be in
+    capitals.
     """
     if key.type is float and isinstance(value, int | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
             value = float(value)
-    if key.type is str and value is False:  # YAML reads a bare off or no so
-        value = "off" if key.rule.holds("off") else "no"
-    if key.type is str and value is True and key.rule.holds("on") and not key.rule.holds("yes"):
-        value = "on"
+    if key.type is bool and isinstance(value, str):
+        value = YAML_BOOLEANS.get(value.lower(), value)
     if key.type is str and isinstance(value, str) and not key.rule.holds(value) and key.rule.holds(value.lower()):
         value = value.lower()  # such as AdamW
     if isinstance(value, str) and "\0" in value:  # the system refuses it in names of files
-        raise ConfigError(f"{name} {value!r} (in {origin}): must not hold a NUL character", key=name)
+        raise ConfigError(f"{setting(name, value, origin)}: must not hold a NUL character", key=name)
+    hint = ", in quotes" if key.type is str else ""
     if type(value) is not key.type or value in (math.inf, -math.inf) or value != value:
-        raise ConfigError(f"{name} {value!r} (in {origin}): must be of type {key.type.__name__}", key=name)
+        raise ConfigError(f"{setting(name, value, origin)}: must be of type {key.type.__name__}{hint}", key=name)
     return value

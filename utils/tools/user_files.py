@@ -1,10 +1,12 @@
 """Files that a command reads and writes: checked before the work begins; a system error becomes one line."""
 
-from collections.abc import Collection, Sequence
+import os
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from utils.config.errors import UserError, file_errors
+from utils.logs.atomic_write import write_atomic
 
 
 class UserFileError(UserError):
@@ -33,11 +35,28 @@ def check_output(target: Path, *, suffixes: Sequence[str] = (), force: bool, cre
     with user_file(target, "written"):
         if not target.parent.is_dir():
             raise UserFileError(f"{target}: there is no folder {target.parent}")
+        refuse_special(target)
         if not target.exists() or (force and target.is_file()):
             return
         is_own = bool(creator) and target.is_file() and creator.encode() in target.read_bytes()
     if not is_own:
         raise UserFileError(f"{target}: already exists; name another file, or replace it with --force")
+
+
+def refuse_special(path: Path) -> None:
+    """Raise UserFileError for a device, a pipe or a socket, in whose place a file would be put."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserFileError(f"{path}: is a device, a pipe or a socket; name a file")
+
+
+def write_result(target: Path, write: Callable[[Path], object]) -> None:
+    """Write a file that the user named, atomically; of a link the file that it leads to.
+
+    Raises:
+        UserFileError: it cannot be written.
+    """
+    with user_file(target, "written"):
+        write_atomic(Path(os.path.realpath(target)), write)
 
 
 def check_results(paths: Sequence[Path], *, inputs: Collection[Path] = (), force: bool) -> None:
@@ -56,5 +75,6 @@ def check_results(paths: Sequence[Path], *, inputs: Collection[Path] = (), force
         with user_file(path, "written"):
             if path.resolve() in read:
                 raise UserFileError(f"{path}: is one of the images that are read; name another folder with --output")
+            refuse_special(path)
             if path.exists() and not (force and path.is_file()):
                 raise UserFileError(f"{path}: already exists; name another --output, or replace it with --force")

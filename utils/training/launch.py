@@ -10,7 +10,7 @@ from types import TracebackType
 import torch
 
 from utils.config.command_line import SECONDARY_RANK_DELAY_SECONDS, report_user_errors
-from utils.config.errors import UserError
+from utils.config.errors import UserError, memory_reason
 from utils.config.standard_streams import flush_standard_streams
 from utils.distributed.process import Process, start_process, stop_process
 from utils.distributed.stop_signal import INTERRUPTED
@@ -125,6 +125,9 @@ def report(
         logger.error("%s%s", rank, text)
     elif isinstance(error, torch.OutOfMemoryError):
         logger.error("%s%s", rank, explain_out_of_memory(error))
+    elif isinstance(error, MemoryError | RuntimeError) and (reason := memory_reason(error)):
+        message = "%sout of memory (%s); lower DATA.BATCH_SIZE, DATA.NUM_WORKERS, or the sizes of images and model"
+        logger.error(message, rank, reason)
     elif isinstance(error, torch.distributed.DistError) or is_from_library(error, *LOST_CONTACT):
         time.sleep(SECONDARY_RANK_DELAY_SECONDS)  # the launcher ends this process after it has seen the first failure
         logger.error("%slost contact with the other processes, one of which has failed (%s)", rank, text[:200])

@@ -71,7 +71,7 @@ def run_task(task: Task, config: CfgNode, *, run_throughput: Callable[[Task, Cfg
 
 def run_evaluation(task: Task, config: CfgNode, process: Process) -> None:
     """Evaluate the weights of MODEL.RESUME: the model's and the EMA's if the file has both."""
-    with report_user_errors(task.user_errors):
+    with report_user_errors(task.user_errors, out_of_memory=False):
         if not config.MODEL.RESUME:
             message = "MODEL.RESUME is empty: evaluation needs weights, name them with --resume FILE"
             raise ConfigError(message, key="MODEL.RESUME")
@@ -108,11 +108,11 @@ def choose_evaluation_precision(config: CfgNode) -> CfgNode:
 
 def run_training(task: Task, config: CfgNode, process: Process) -> None:
     """Train from the newest checkpoint in the output folder, if any, to the last epoch."""
-    with report_user_errors(task.user_errors):
+    with report_user_errors(task.user_errors, out_of_memory=False):
         folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
         lock = lock_output_dir(folder) if process.is_main else None
     with lock or nullcontext():
-        with report_user_errors(task.user_errors):
+        with report_user_errors(task.user_errors, out_of_memory=False):
             run = open_run(task, config, process, folder)
             training = Training(task, run)
         if training.is_complete:

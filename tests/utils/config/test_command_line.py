@@ -16,6 +16,7 @@ from tests.test_imports import COMMANDS
 from utils.checkpoint.weights_file import CheckpointError
 from utils.config.command_line import (
     FLAGS,
+    MAX_SIDE,
     SECONDARY_RANK_DELAY_SECONDS,
     Parser,
     at_least,
@@ -80,6 +81,17 @@ def test_other_kinds_can_be_user_errors(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit) as stop, report_user_errors((UserError, KernelsUnavailableError)):
         raise KernelsUnavailableError("MODEL.KERNELS triton: no GPU")
     assert (stop.value.code, capsys.readouterr().err) == (2, "error: MODEL.KERNELS triton: no GPU\n")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_memory_that_runs_out_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop, report_user_errors():
+        raise error
+    err = capsys.readouterr().err
+    assert (stop.value.code, err.count("\n")) == (2, 1)
+    assert err.startswith("error: out of memory (")
+    with pytest.raises(type(error)), report_user_errors(out_of_memory=False):
+        raise error
 
 
 @pytest.mark.parametrize(("rank", "waits"), [("0", []), ("3", [SECONDARY_RANK_DELAY_SECONDS])])
@@ -193,6 +205,14 @@ def test_commands_on_a_trained_model_have_the_same_flags(name: str, capsys: pyte
         (["x", "y"], "unrecognized arguments: y; see --help"),
         (["x", "--image-size", "big"], "argument --image-size: big: must be a whole number, at least 8; see --help"),
         (["x", "--image-size", "7"], "argument --image-size: 7: must be a whole number, at least 8; see --help"),
+        (
+            ["x", "--image-size", "9" * 5000],
+            f"argument --image-size: {'9' * 77}...: must be a whole number, at least 8; see --help",
+        ),
+        (
+            ["x", "--image-size", "16385"],
+            "argument --image-size: 16385: must be a whole number, at most 16384; see --help",
+        ),
         ([], "the following arguments are required: path; see --help"),
         (["--", "--zzz", "y"], "unrecognized arguments: y; see --help"),
     ],
@@ -200,7 +220,7 @@ def test_commands_on_a_trained_model_have_the_same_flags(name: str, capsys: pyte
 def test_error_line_of_a_wrong_command_line(args: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
     parser = Parser("A command.", prog="command")
     parser.add_argument("path")
-    parser.add_argument("--image-size", type=at_least(8))
+    parser.add_argument("--image-size", type=at_least(8, MAX_SIDE))
     parser.add_argument("--images")
     assert parser.parse_args(["x", "--image-size", "8"]).image_size == 8
     assert parser.parse_args(["x", "--image-s", "8"]).image_size == 8

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from utils.config.errors import ConfigError, MissingFileError, UserError, file_errors
+from utils.config.errors import ConfigError, MissingFileError, UserError, file_errors, memory_reason
 
 
 def test_the_line_names_file_action_reason_and_remedy(tmp_path: Path) -> None:
@@ -42,3 +43,23 @@ def test_other_errors_pass_unchanged(error: Exception) -> None:
     with pytest.raises(type(error)) as caught, file_errors(ConfigError, "file", "read"):
         raise error
     assert caught.value is error
+
+
+@pytest.mark.parametrize("size", [2**40, 2**62])
+def test_memory_that_torch_cannot_get(size: int) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(size)
+    reason = memory_reason(caught.value)
+    assert reason
+    assert "\n" not in reason
+    assert len(reason) <= 200
+
+
+def test_memory_errors_and_others() -> None:
+    assert memory_reason(MemoryError()) == "MemoryError"
+    assert (
+        memory_reason(MemoryError("Caught MemoryError in worker\n  Traceback\nMemoryError: no room\n"))
+        == "MemoryError: no room"
+    )
+    assert memory_reason(RuntimeError("CUDA error: out of memory\nCompile with ...")) is not None
+    assert memory_reason(RuntimeError("a defect")) is None
