@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from downstream.detection import main as detection
 from downstream.detection.make_shapes import make_shapes
@@ -105,3 +106,35 @@ def test_evaluation_compiles_the_backbone_and_gives_the_same_metrics(
     names = {type(module).__name__ for module in compiled}
     assert {"InferenceBlock"} <= names, names
     assert evaluated[0][kind.metric] == pytest.approx(trained[kind.metric], abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_a_failure_in_evaluation_costs_no_epoch(
+    run: Run, task: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The same command ends with the same metrics and checkpoint as a run whose evaluation did not fail."""
+    code, output, folder = run(task)
+    assert code == 0, output
+    whole = folder.rename(tmp_path / "whole")
+    kind: Any = {"detection": Detection, "segmentation": Segmentation}[task]
+
+    def fail(*_: Any) -> dict[str, float]:
+        raise RuntimeError("a broken image")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "evaluate", fail)
+        assert run(task)[0] == 1
+    (saved,) = folder.glob("*.pth")
+    assert "_step_" in saved.name
+    monkeypatch.setattr(kind, "batches", fail)  # nothing is trained again
+    code, output, _ = run(task)
+    assert code == 0, output
+    assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    names = {path.name for path in whole.glob("*.pth")}
+    assert {path.name for path in folder.glob("*.pth")} == names
+    for name in names:
+        contents = [torch.load(path / name, weights_only=True) for path in (whole, folder)]
+        for key in ("model", "state_dict_ema", "optimizer", "max_accuracy", "max_accuracy_e", "scores", "epoch"):
+            torch.testing.assert_close(*(content[key] for content in contents), rtol=0, atol=0)
+        assert str(contents[0]["ranks"]) == str(contents[1]["ranks"])

@@ -172,8 +172,12 @@ class Trainer:
         self.data_wait, self.start = DataWait(self.process.device), time.perf_counter()
         self.first = first
         self.train_step.model.train()
-        is_over = first == config.steps_per_epoch  # it was saved before its evaluation, which did not end
-        batches = iter(()) if is_over else self.batches(epoch, first * config.accumulation_steps)
+        if first < config.steps_per_epoch:
+            batches = self.batches(epoch, first * config.accumulation_steps)
+        else:  # it was saved before its evaluation, which did not end
+            last_step = (epoch + 1) * config.steps_per_epoch - 1
+            self.train_step.prepare(last_step, config.lr_at(last_step))  # since checkpoints have the learning rate
+            batches = iter(())
         self.timer.start_window()
         lengths, is_main = (epoch, config.total_epochs, config.steps_per_epoch), self.process.is_main
         with ProgressBar(*lengths, done=first, is_main=is_main, text=self.bar_text) as bar:

@@ -62,6 +62,9 @@ class FakeStep(TrainStep):
         norm = value if step != self.overflow_at else torch.tensor(math.inf)
         return StepResult(2 * value, norm, {"first": value, "second": value})
 
+    def prepare(self, step: int, learning_rate: float) -> None:
+        self.prepared = step, learning_rate
+
     def check_finite(self, step: int) -> int | None:
         return self.bad_step if self.bad_step is not None and self.bad_step <= step else None
 
@@ -434,6 +437,7 @@ def test_a_failure_in_evaluation_costs_no_epoch(tmp_path: Path, failing: str, sa
     assert resumed.state.progress == (1, STEPS)
     assert resumed.trainer.run()
     assert run.step.calls + resumed.step.calls == whole.step.calls
+    assert resumed.step.prepared == (2 * STEPS - 1, 0.07)
     assert resumed.evaluated == ["model", "EMA"] * 2
     names = {path.name for path in whole.folder.glob("*.pth")}
     assert {path.name for path in resumed.folder.glob("*.pth")} == names
