@@ -370,3 +370,53 @@ def test_processes_start_with_the_same_weights_and_other_random_numbers() -> Non
     assert weight_of(models[0]) == weight_of(models[1])
     assert drawn[0] != drawn[1]
     assert task.calls == [("model", None), ("kernels", torch.bfloat16)] * 2
+
+
+@pytest.mark.parametrize("is_moved", [False, True])
+def test_a_run_whose_folder_another_run_may_have_ends_without_writing(
+    run: FakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], is_moved: bool
+) -> None:
+    evaluate = run.task.evaluate
+
+    def lose_folder(*args: Any) -> dict[str, float]:
+        if is_moved:
+            run.folder.rename(tmp_path / "moved")
+        else:
+            (run.folder / "run.lock").unlink()
+        monkeypatch.setattr(run.task, "evaluate", evaluate)
+        return evaluate(*args)
+
+    monkeypatch.setattr(run.task, "evaluate", lose_folder)
+    assert run(EMA__ENABLED=False, TRAIN__SAVE_IN_BACKGROUND=False) == 2
+    folder = tmp_path / "moved" if is_moved else run.folder
+    assert "run.lock: was deleted or moved away while this run held it" in capfd.readouterr().out
+    assert [path.name for path in folder.glob("*.pth")] == ["ckpt_epoch_0_step_4.pth"]
+    assert not (folder / "metrics.jsonl").read_text()
+    assert not run.folder.exists() or not is_moved
+
+
+def test_a_turned_bit_in_the_newest_checkpoint_costs_one_epoch(run: FakeRun, tmp_path: Path) -> None:
+    whole = FakeRun(tmp_path / "whole")
+    assert whole() == 0
+    run.task.signal_at = 7  # the last step
+    assert run() == 0
+    newest = run.folder / "ckpt_epoch_1_step_4.pth"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    run.task.signal_at = None
+    assert run() == 0
+    assert run.calls("batches") == [[1, 0]]
+    assert f"skipped a checkpoint: {newest}: is damaged" in run.log
+    assert (run.folder / "replaced_1" / newest.name).read_bytes() == content
+    assert (run.folder / "metrics.jsonl").read_bytes() == (whole.folder / "metrics.jsonl").read_bytes()
+
+
+def test_another_number_of_images_is_refused_within_an_epoch(run: FakeRun, capfd: pytest.CaptureFixture[str]) -> None:
+    run.task.signal_at = 5
+    assert run() == 0
+    run.task.signal_at = None
+    run.task.numbers = NUMBERS[:6]
+    assert run() == 2
+    assert "was saved within an epoch with number of training images 8, now it is 6" in capfd.readouterr().err
+    assert run.calls("batches") == []
