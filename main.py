@@ -20,7 +20,7 @@ from config import SCHEMA, load_config
 from data import Data, build_data, build_targets
 from data.transforms import denormalize
 from models import PAPER_PROFILES, build_model, input_channels, prepare_for_inference
-from models.kernels.dispatch import KernelsUnavailableError
+from models.kernels.dispatch import KernelsUnavailableError, check_mode
 from models.kernels.self_test import run_self_test
 from models.timm_interface import PyramidClassifier
 from utils.benchmark.measure import synthetic_images
@@ -103,6 +103,9 @@ class Classification(Task):
         model = build_model(config, config.MODEL.NUM_CLASSES or num_classes)
         check_batch_size(config, model)
         return model
+
+    def check_kernels(self, config: CfgNode, device: torch.device) -> None:
+        check_mode(config.MODEL.KERNELS, device)
 
     def test_kernels(self, config: CfgNode, model: nn.Module, dtype: torch.dtype) -> None:
         device = next(model.parameters()).device

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from models import prepare_for_inference
-from models.kernels.dispatch import KernelsUnavailableError
+from models.kernels.dispatch import KernelsUnavailableError, check_mode
 from models.kernels.self_test import run_self_test
 from utils.checkpoint.weights import load_pretrained
 from utils.config.errors import UserError
@@ -36,6 +36,9 @@ class DenseTask(Task):
         """Load an ImageNet classifier's weights into the backbone."""
         backbone: Any = model.backbone
         load_pretrained(getattr(backbone, "body", backbone), source)
+
+    def check_kernels(self, config: CfgNode, device: torch.device) -> None:
+        check_mode(config.MODEL.KERNELS, device)
 
     def test_kernels(self, config: CfgNode, model: nn.Module, dtype: torch.dtype) -> None:
         uses = model_uses(self, config, next(model.parameters()).device)

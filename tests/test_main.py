@@ -412,7 +412,7 @@ def test_profile(run_main: RunMain) -> None:
 @pytest.mark.parametrize("dataset", ["wds/foo", "hfds/foo"])
 def test_profile_needs_no_dataset(run_main: RunMain, dataset: str) -> None:
     code, out, err = run_main("--cfg", "cfgs/mlla_t.yaml", "--profile", "--opts", "DATA.DATASET", dataset)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "counting parameters and MACs of mlla_tiny, in seconds, or a minute for a detector\n")
     assert re.search(r"total +24,392,200 ", out)
 
 
@@ -454,6 +454,11 @@ def test_mistakes_on_the_command_line(run_main: RunMain) -> None:
     assert "nothere.yaml: no such configuration file" in mistake(run_main, "--cfg", "nothere.yaml")
     assert "did you mean --throughput?" in mistake(run_main, *digits, "--througput")
     assert "did you mean --batch-size?" in mistake(run_main, *digits, "--batchsize=4")
+    assert "--lr 1; set it with --opts TRAIN.BASE_LR VALUE" in mistake(run_main, *digits, "--lr", "1")
+    assert "set it with --opts TRAIN.WEIGHT_DECAY VALUE" in mistake(run_main, *digits, "--weight-decay=1")
+    assert "unknown key; did you mean TRAIN.BASE_LR?" in mistake(run_main, *digits, "--opts", "TRAIN.LR", "3")
+    kernels = mistake(run_main, *digits, "--data-path", "nowhere", "--opts", "MODEL.KERNELS", "triton")
+    assert kernels == "error: MODEL.KERNELS triton: there is no Triton for the device cpu; use auto or torch"
     assert "invalid int value" in mistake(run_main, *digits, "--batch-size", "many")
     assert "unknown key; did you mean TRAIN.EPOCHS?" in mistake(run_main, *digits, "--opts", "TRAIN.EPOCH", "3")
     assert "must be of type int" in mistake(run_main, *digits, "--opts", "TRAIN.EPOCHS", "few")
@@ -490,7 +495,7 @@ def test_mistakes_in_weights(run_main: RunMain, tmp_path: Path, finished_run: Pa
         assert "cannot be read as a PyTorch weights file" in mistake(run_main, *args, "README.md")
         message = mistake(run_main, *args, finished_run / "max_acc.pth")
         assert "does not fit the model" in message
-        assert message.count("where the model has") == 10
+        assert len(message) - len(str(finished_run)) < 300
 
 
 def test_exit_code_of_the_process() -> None:

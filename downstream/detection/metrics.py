@@ -92,7 +92,12 @@ def percent(share: float) -> float:
 def metrics_table(metrics: Mapping[str, float]) -> list[str]:
     """Return the 24 metrics as lines of text."""
     lines = ["      " + "".join(f"{name:>7}" for name in METRICS)]
-    return lines + [f"{kind:<6}" + "".join(f"{metrics[f'{kind}_{name}']:7.2f}" for name in METRICS) for kind in KINDS]
+    return lines + [f"{kind:<6}" + "".join(shown(metrics[f"{kind}_{name}"]) for name in METRICS) for kind in KINDS]
+
+
+def shown(value: float) -> str:
+    """Return a metric in seven characters; "n/a" for -1, where the file has no object for it."""
+    return f"{value:7.2f}" if value >= 0 else f"{'n/a':>7}"
 
 
 def write_results(results: Sequence[Result], path: Path) -> None:

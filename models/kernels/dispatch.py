@@ -40,6 +40,13 @@ def can_run(mode: str, x: Tensor) -> bool:
     return not reason or fall_back(mode, reason)
 
 
+def check_mode(mode: str, device: torch.device) -> None:
+    """Raise KernelsUnavailableError if `mode` is "triton" and there is no Triton for the device."""
+    reason = missing_triton(device.type) if mode == "triton" else ""
+    if reason:
+        fall_back(mode, reason)
+
+
 def supports(
     mode: str,
     x: Tensor,

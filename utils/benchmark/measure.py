@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from utils.distributed.process import min_over_processes
+from utils.logs.logger import duration, logger
 from utils.speed.memory import peak_memory_mib
 from utils.training.amp import Precision
 from utils.training.train_step import TrainStep
 
 WARMUP_CALLS = 3
+SLOW_SECONDS = 2.0  # of a call, from which on a line says how long the measurement takes
 WARMUP_STEPS = 8  # enough for a training step to be captured as a CUDA graph
 
 
@@ -146,6 +148,11 @@ def measure(
 ) -> Throughput:
     """Return the row for `call`, which processes one batch."""
     device = conditions.device
+    size_name = size[0] if size[0] == size[1] else f"{size[0]}x{size[1]}"
+    logger.info(
+        "measuring %s of %s, batch %d, size %s, on %s: %d calls to warm up, then %d rounds of %.0f s, or of one call",
+        *(work, name, batch_size, size_name, device, warmup, conditions.rounds, conditions.round_seconds),
+    )
     reset_peak_memory(device)
     ((batch_seconds, num_batches),) = median_seconds(
         {name: call},
@@ -164,7 +171,7 @@ def measure(
         layout="channels_last",
         compile=conditions.compile,
         batch=batch_size,
-        size=size[0] if size[0] == size[1] else f"{size[0]}x{size[1]}",
+        size=size_name,
         processes=conditions.num_processes,
         images_per_second=conditions.num_processes * batch_size / batch_seconds,
         milliseconds_per_batch=1000 * batch_seconds,
@@ -198,7 +205,11 @@ def median_seconds(
     """
     counts = {}
     for name, call in calls.items():
-        run_calls(call, device, warmup)
+        first = run_calls(call, device, 1)
+        if first > SLOW_SECONDS:
+            seconds_left = first * (warmup + rounds)
+            logger.info("the first call took %s; the others take %s at most", duration(first), duration(seconds_left))
+        run_calls(call, device, warmup - 1)
         count = torch.tensor(max(1, round(round_seconds / run_calls(call, device, 1))), device=device)
         counts[name] = int(min_over_processes(count) if num_processes > 1 else count)
     seconds: dict[str, list[float]] = {name: [] for name in calls}

@@ -51,6 +51,7 @@ def run_throughput(task: Task, config: CfgNode, process: Process) -> None:
             factories[name] = lambda name=name: prepare_model(  # type: ignore[misc]
                 task, baseline_config(config, name), process, None
             )
+        logger.info("speed of %s on synthetic images; each measurement takes ten seconds or more", ", ".join(factories))
         measure_rows = training_rows if config.BENCHMARK.TRAIN else inference_rows
         rows = [row for name, make in factories.items() for row in measure_rows(task, config, process, name, make)]
     if not process.is_main:

@@ -199,7 +199,7 @@ def fitting_weights(
         unused: modules in the file that the model may lack.
 
     Raises:
-        CheckpointError: names, shapes or types do not fit; gives their number, and the first ten.
+        CheckpointError: names, shapes or types do not fit; gives their number, and the first of each.
     """
     own = model.state_dict()
     weights = {
@@ -226,7 +226,8 @@ def fitting_weights(
         ],
     }
     if any(problems.values()):
-        counts = "; ".join(f"{len(p)} {what}: {listed(p, MAX_KEYS_SHOWN)}" for what, p in problems.items() if p)
+        num_shown = 2 if sum(map(bool, problems.values())) == 1 else 1  # of each, so that the line stays readable
+        counts = "; ".join(f"{len(p)} {what}: {listed(p, num_shown)}" for what, p in problems.items() if p)
         remedy = "Use the --cfg that it was trained with"
         head = classifier_in(own)
         only_head = sum(map(len, problems.values())) == 2 and misshapen == [f"{head}.weight", f"{head}.bias"]

@@ -16,7 +16,7 @@ from utils.config.errors import UserError, memory_reason
 from utils.config.standard_streams import flush_standard_streams, prepare_standard_streams, print_error
 
 if TYPE_CHECKING:
-    from utils.config.schema import Schema
+    from utils.config.schema import Key, Schema
 
 SECONDARY_RANK_DELAY_SECONDS = 5.0
 MAX_SIDE, MAX_WORKERS = 16384, 1024  # pixels of an image's side, and loader processes, above which it is a mistake
@@ -68,6 +68,7 @@ class Parser(argparse.ArgumentParser):
         keep_lines = argparse.RawDescriptionHelpFormatter
         super().__init__(prog or program_name(), description=description, formatter_class=keep_lines)
         self.argv: list[str] = []
+        self.schema: Mapping[str, Key] = {}  # what --opts takes
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         self.argv = list(sys.argv[1:] if args is None else args)
@@ -80,11 +81,19 @@ class Parser(argparse.ArgumentParser):
         if unknown and message.startswith("the following arguments are required"):  # maybe it is one of them, mistyped
             message = f"unrecognized arguments: {unknown[0]}"
         first = message.removeprefix("unrecognized arguments: ").split()[0]
-        near = difflib.get_close_matches(first.split("=")[0], flags, n=1) if first.startswith("-") else []
-        hint = f"; did you mean {near[0]}?" if near else "; see --help"
+        hint = self.hint(first.split("=")[0], flags)
         for arg in filter(lambda arg: len(arg) > MAX_ARGUMENT, self.argv):
             message = message.replace(arg, f"{arg[: MAX_ARGUMENT - 3]}...")
-        end_with_error(f"{message}{hint}")
+        end_with_error(f"{message}; {hint}")
+
+    def hint(self, word: str, flags: Sequence[str]) -> str:
+        """Return what to type in place of an unknown word: the setting or the flag that its name is nearest to."""
+        from utils.config.schema import keys_called  # whose own imports take long
+
+        if word.startswith("--") and word not in flags and (keys := keys_called(self.schema, word)):
+            return f"set it with --opts {keys[0]} VALUE"
+        near = difflib.get_close_matches(word, flags, n=1) if word.startswith("-") else []
+        return f"did you mean {near[0]}?" if near else "see --help"
 
 
 def program_name() -> str | None:
@@ -174,6 +183,7 @@ def parse_command_line(
         A wrong command line ends the process with one line and exit code 2.
     """
     parser = Parser(description)
+    parser.schema = schema
     about = "YAML file, or the name of one of the project's; by default the configuration in the weights of --resume"
     parser.add_argument("--cfg", default="", metavar="FILE", help=about)
     parser.add_argument(

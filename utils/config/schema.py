@@ -52,6 +52,10 @@ BELOW_ONE = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
 ABOVE_0_TO_1 = above(0, 1)
 
 
+# What other programs call a setting
+OTHER_NAMES = {"LR": "BASE_LR", "LEARNING_RATE": "BASE_LR", "WD": "WEIGHT_DECAY", "WORKERS": "NUM_WORKERS"}
+
+
 class Key:
     """A setting: its default, the rule that its values must hold, and its meaning.
 
@@ -264,6 +268,13 @@ def parse_text(schema: Schema, name: str, text: str) -> Any:
     return text
 
 
+def keys_called(schema: Schema, name: str) -> list[str]:
+    """Return the keys whose last part is that of `name`, which may be a flag such as --weight-decay or --lr."""
+    last = name.split(".")[-1].lstrip("-").upper().replace("-", "_")
+    last = OTHER_NAMES.get(last, last)
+    return [key for key in schema if key.split(".")[-1] == last]
+
+
 def checked(schema: Schema, name: str, value: Any, origin: str) -> Any:
     """Return the value in the key's own type.
 
@@ -271,8 +282,7 @@ def checked(schema: Schema, name: str, value: Any, origin: str) -> Any:
         ConfigError: an unknown key, a wrong type, or a value that its rule does not hold for.
     """
     if name not in schema:
-        near = [key for key in schema if key.split(".")[-1] == name.split(".")[-1]]
-        near = near or difflib.get_close_matches(name[:MAX_SHOWN], schema, n=1, cutoff=0.5)
+        near = keys_called(schema, name) or difflib.get_close_matches(name[:MAX_SHOWN], schema, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{cut(name)} (in {origin}): unknown key{hint}", key=name)
     key = schema[name]

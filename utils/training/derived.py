@@ -1,5 +1,6 @@
 """Lengths and scaled rates, derived from configuration, number of processes and size of the training set."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from utils.config.errors import ConfigError
 # EMA.WARMUP auto is on if, at this share of the run, more than this share of the initial weights is left in the EMA.
 # MESA's teacher starts there. In the paper's run it is 0.01%.
 EMA_SETTLED_AT, MAX_INITIAL_SHARE = 0.25, 0.001
+FEWEST_STEPS = 10  # per epoch, below which there is a warning
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,21 @@ def derive(
 def global_batch_size(config: Any, num_processes: int) -> int:
     """Return the number of images per optimizer step, over all processes and gradient accumulation steps."""
     return config.DATA.BATCH_SIZE * num_processes * config.TRAIN.ACCUMULATION_STEPS
+
+
+def few_steps_warning(config: Any, derived: Derived, *, num_processes: int, num_train_images: int) -> str:
+    """Return a warning where an epoch has so few steps that it teaches little, with a proposal; "" where it has not."""
+    images_per_step = derived.global_batch_size
+    is_one_pass = derived.steps_per_epoch == num_train_images // images_per_step
+    batch_size = 2 ** int(math.log2(max(1, num_train_images / (FEWEST_STEPS * num_processes))))
+    if not is_one_pass or derived.steps_per_epoch >= FEWEST_STEPS or batch_size * num_processes >= images_per_step:
+        return ""
+    accumulation = " --opts TRAIN.ACCUMULATION_STEPS 1" if config.TRAIN.ACCUMULATION_STEPS > 1 else ""
+    return (
+        f"{num_train_images} training images at {images_per_step} per step make {derived.steps_per_epoch} steps per "
+        f"epoch, which teach little; --batch-size {batch_size}{accumulation} makes "
+        f"{num_train_images // (batch_size * num_processes)}, and the learning rate follows"
+    )
 
 
 def steps_per_pass(config: Any, *, num_processes: int, num_train_images: int) -> int:

@@ -16,6 +16,7 @@ from utils.checkpoint.weights import check_classes, load_weights, read_weights
 from utils.config.command_line import report_user_errors
 from utils.config.errors import ConfigError
 from utils.config.schema import with_setting
+from utils.config.standard_streams import print_error
 from utils.config.yaml_file import flatten
 from utils.distributed.process import Process
 from utils.distributed.stop_signal import INTERRUPTED, Cause
@@ -34,7 +35,7 @@ from utils.training.build import (
     compile_setting,
     describe_out_of_memory,
 )
-from utils.training.derived import Derived
+from utils.training.derived import Derived, few_steps_warning
 from utils.training.determinism import use_deterministic_algorithms
 from utils.training.launch import LaunchedProcess, explain_missing_compiler
 from utils.training.results import draw_predictions, log_results
@@ -50,6 +51,7 @@ def run_task(task: Task, config: CfgNode, *, run_throughput: Callable[[Task, Cfg
     """Train, evaluate, time or profile a model, as the configuration says. Returns the exit code."""
     if config.PROFILE_MODE:
         with report_user_errors(task.user_errors):
+            print_error(f"counting parameters and MACs of {config.MODEL.NAME}, in seconds, or a minute for a detector")
             print(task.profile(config))
         return 0
     if config.TRAIN.DETERMINISTIC:
@@ -60,6 +62,8 @@ def run_task(task: Task, config: CfgNode, *, run_throughput: Callable[[Task, Cfg
         explain_out_of_memory=lambda error: describe_out_of_memory(task, config, error),
     )
     with launched as process, explain_missing_compiler(compile_setting(config)):
+        with report_user_errors(task.user_errors):
+            task.check_kernels(config, process.device)
         if config.THROUGHPUT_MODE:
             run_throughput(task, config, process)
         elif config.EVAL_MODE:
@@ -129,7 +133,10 @@ def open_run(task: Task, config: CfgNode, process: Process, folder: Path) -> Run
     """Open the data and make the model; `folder` is the output folder."""
     data = task.build_data(config, process)
     model = prepare_model(task, config, process, len(data.classes))
-    return Run(config, process, folder, data, model, build_precision(config, process.device))
+    precision = build_precision(config, process.device)
+    if precision.dtype is torch.float16 and process.device.type == "cpu" and process.is_main:
+        logger.warning("AMP_DTYPE float16: a CPU takes several times as long as for float32; use bfloat16, or no AMP")
+    return Run(config, process, folder, data, model, precision)
 
 
 def prepare_model(task: Task, config: CfgNode, process: Process, num_classes: int | None) -> nn.Module:
@@ -226,11 +233,12 @@ class Training:
 
     def log_start(self) -> None:
         config, run, derived = self.run.config, self.run, self.derived
+        num_processes, num_images = run.process.num_processes, run.data.num_train_images
         logger.info(
-            "Model %s: %.2f M parameters, %d classes; %d training and %d validation images; %d process(es) on %s, %s",
+            "Model %s: %.2f M parameters, %d classes; %d training and %d validation images; %d %s on %s, %s",
             *(config.MODEL.NAME, sum(p.numel() for p in run.model.parameters()) / 1e6, len(run.data.classes)),
-            *(run.data.num_train_images, run.data.num_val_images, run.process.num_processes, run.process.device),
-            run.precision.name,
+            *(run.data.num_train_images, run.data.num_val_images, num_processes),
+            *("process" if num_processes == 1 else "processes", run.process.device, run.precision.name),
         )
         logger.info(
             "Global batch size %d, %d steps/epoch, epochs %d to %d, lr %.3e, EMA decay %s%s; output in %s",
@@ -240,6 +248,8 @@ class Training:
             self.task.describe(config, derived),
             run.folder,
         )
+        if few := few_steps_warning(config, derived, num_processes=num_processes, num_train_images=num_images):
+            logger.warning("%s", few)
         initial_share = 0 if derived.ema_warmup else derived.ema_decay**derived.total_steps
         if config.EMA.ENABLED and initial_share > NOTICEABLE_INITIAL_SHARE:
             logger.warning(

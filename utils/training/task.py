@@ -115,6 +115,9 @@ class Task(ABC):
         """Load the weights of MODEL.PRETRAINED."""
         load_pretrained(model, source, classes)
 
+    def check_kernels(self, config: CfgNode, device: torch.device) -> None:  # noqa: B027
+        """Raise one of `user_errors` if MODEL.KERNELS asks for GPU kernels that the device cannot run."""
+
     def test_kernels(self, config: CfgNode, model: nn.Module, dtype: torch.dtype) -> None:  # noqa: B027
         """Test the GPU kernels that a model uses, once it is on the device, before its first forward pass."""
 

@@ -147,5 +147,7 @@ def test_detections_convert_to_coco_results(tmp_path: Path) -> None:
 
 
 def test_table_lines_up() -> None:
-    lines = metrics_table({f"{kind}_{name}": -1.0 for kind in ("box", "mask") for name in METRICS})
+    values = {name: -1.0 if name == "APl" else 5.0 for name in METRICS}
+    lines = metrics_table({f"{kind}_{name}": value for kind in ("box", "mask") for name, value in values.items()})
     assert len({len(line) for line in lines}) == 1
+    assert lines[1].split()[5:8] == ["5.00", "n/a", "5.00"]

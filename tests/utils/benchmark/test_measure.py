@@ -1,6 +1,7 @@
 """Measurements and output of --throughput; no times are asserted."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from utils.benchmark import measure
 from utils.benchmark.measure import Conditions, Throughput, measure_inference, measure_training, run_calls
 from utils.benchmark.throughput import pixel_table, throughput_table
+from utils.logs.logger import logger
 from utils.training.amp import make_precision
 
 RunMain = Callable[..., tuple[int, str, str]]
@@ -32,6 +35,21 @@ def test_number_of_calls_and_table() -> None:
     assert heading.split()[:2] == ["model", "work"]
     assert line.split()[:2] == ["nothing", "inference"]
     assert pixel_table([row, row]).splitlines()[2].split()[-1] == "1.00"
+
+
+def test_lines_say_what_is_measured_and_how_long_slow_calls_take(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(measure, "run_calls", lambda _call, _device, count: 40.0 * count)
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level(logging.INFO, logger="mlla")
+    conditions = Conditions(CPU, make_precision(CPU, amp=False, dtype="auto"))
+    measure_inference(lambda: None, conditions, name="mlla_tiny", batch_size=128, size=(224, 224))
+    assert caplog.messages == [
+        "measuring inference of mlla_tiny, batch 128, size 224, on cpu: "
+        "3 calls to warm up, then 5 rounds of 1 s, or of one call",
+        "the first call took 00:40; the others take 05:20 at most",
+    ]
 
 
 @pytest.mark.slow

@@ -111,8 +111,8 @@ def test_misfits_are_counted_and_listed() -> None:
     with pytest.raises(CheckpointError, match=r"w.pth: does not fit the model. \d+ of another shape: ") as caught:
         load_weights(model, other.state_dict(), "w.pth")
     text = str(caught.value)
-    assert text.count("where the model has") == 10
     assert "patch_embed.conv1.conv.weight (8, 3, 3, 3) where the model has (4, 3, 3, 3), " in text
+    assert len(text) < 300
     shapes = [[value.shape for value in each.state_dict().values()] for each in (model, other)]
     num_other = sum(a != b for a, b in zip(*shapes, strict=True))
     assert f". {num_other} of another shape" in text

@@ -1,11 +1,13 @@
 """Lengths and scaled rates of a run, against values computed by hand."""
 
+import re
+
 import pytest
 
 from config import load_config
 from main import Classification, mesa_start_epoch
 from utils.config.schema import ConfigError
-from utils.training.derived import Derived
+from utils.training.derived import Derived, few_steps_warning
 from utils.training.lr_schedule import ClassificationSchedule
 
 
@@ -57,6 +59,26 @@ def test_warmup_of_the_ema_in_runs_too_short_for_its_decay(
         assert derived.ema_warmup == warmup
     assert derived_of("TRAIN.EPOCHS", str(epochs), "EMA.WARMUP", "on", images=images)[0].ema_warmup
     assert not derived_of("TRAIN.EPOCHS", str(epochs), "EMA.WARMUP", "off", images=images)[0].ema_warmup
+
+
+@pytest.mark.parametrize(
+    ("images", "opts", "processes", "expected"),
+    [
+        (1280, (), 1, ""),
+        (300, (), 1, "300 training images at 128 per step make 2 steps per epoch, .* --batch-size 16 makes 18, "),
+        (300, ("TRAIN.ACCUMULATION_STEPS", "2"), 1, "make 1 steps.* --batch-size 16 --opts .*STEPS 1 makes 18, "),
+        (1500, (), 8, "make 1 steps per epoch, .* --batch-size 16 makes 11, "),
+        (8, ("DATA.BATCH_SIZE", "2", "AUG.MIXUP", "0", "AUG.CUTMIX", "0"), 1, "--batch-size 1 makes 8"),
+        (4, ("DATA.BATCH_SIZE", "1", "AUG.MIXUP", "0", "AUG.CUTMIX", "0"), 1, ""),  # nothing to propose
+    ],
+)
+def test_few_steps_per_epoch_have_a_warning_with_a_proposal(
+    images: int, opts: tuple[str, ...], processes: int, expected: str
+) -> None:
+    config = load_config("cfgs/mlla_t.yaml", opts)
+    sizes = {"num_processes": processes, "num_train_images": images}
+    text = few_steps_warning(config, Classification().derive(config, **sizes), **sizes)
+    assert re.search(expected, text) if expected else not text
 
 
 def test_global_batch_larger_than_the_training_set() -> None:
