@@ -56,12 +56,12 @@ def draw_alone(axis: Any, records: Sequence[Mapping[str, Any]], panel: Panel) ->
 
 
 def grid_of(count: int, *, height: float) -> tuple[Any, list[Any]]:
-    """Return a figure and its `count` axes, two per row, each `height` inches high."""
+    """Return a figure and its `count` axes, two per row, each `height` inches high; a last one alone fills its row."""
     rows = -(-count // 2)
-    figure, axes = plt.subplots(rows, 2, figsize=(11, height * rows), squeeze=False, layout="constrained")
-    for axis in axes.flat[count:]:
-        axis.axis("off")
-    return figure, list(axes.flat[:count])
+    figure = plt.figure(figsize=(11, height * rows), layout="constrained")
+    grid = figure.add_gridspec(rows, 2)
+    places = [(i // 2, slice(None) if i == count - 1 and not i % 2 else i % 2) for i in range(count)]
+    return figure, [figure.add_subplot(grid[place]) for place in places]
 
 
 def draw_panel(
