@@ -63,7 +63,7 @@ def scale(tmp_path: Path) -> Path:
     return path
 
 
-ACCURACY = {("baseline", 0): 90.0, ("rope", 0): 95.0, ("baseline", 1): 92.0, ("rope", 1): 95.0}
+ACCURACY = {("mlla_like", 0): 96.0, ("baseline", 0): 90.0, ("rope", 0): 95.0, ("baseline", 1): 92.0, ("rope", 1): 95.0}
 
 
 @pytest.fixture
@@ -101,9 +101,19 @@ def test_study_resumes_and_repeats_no_run(
     rows = cells((tmp_path / "out" / "results.md").read_text())[2:]
     assert rows[0] == ["baseline", "77.6", "91.00 ± 1.41", "1152 (1.00)", "50 (1.00)"]
     assert rows[1] == ["+ RoPE", "80.0", "95.00 ± 0.00", "1113 (0.97)", "50 (1.00)"]
+    assert rows[-1][:2] == ["+ RoPE", "+2.4"]
+    assert rows[-1][2].startswith("+4.00 (")
     assert Image.open(tmp_path / "out" / "results.png").width > 500
     assert ablation_study.main([*args, "--seeds", "0", "--epochs", "2"]) == 0  # another budget has its own runs
     assert len(trained) == 6
+
+
+def test_a_row_that_the_paper_does_not_report(tmp_path: Path, scale: Path, trained: list[list[str]]) -> None:
+    args = ["--output", str(tmp_path), "--scale", str(scale), "--seeds", "0", "--rows", "baseline", "mlla_like"]
+    assert ablation_study.main(args) == 0
+    assert len(trained) == 2
+    rows = cells((tmp_path / "results.md").read_text())[2:]
+    assert rows[1] == ["MLLA's block", "", "96.00", "", "50 (1.00)"]
 
 
 def test_stopped_run_is_no_result(tmp_path: Path, scale: Path, trained: list[list[str]]) -> None:
