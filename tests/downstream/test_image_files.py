@@ -38,6 +38,11 @@ def test_existing_results_need_force(images: Path, tmp_path: Path) -> None:
         plan_results([images], out, [".png"], force=True)
 
 
+def test_a_folder_that_is_a_file(images: Path) -> None:
+    with pytest.raises(UserFileError, match=r"a.jpg: is a file; name a folder with --output"):
+        plan_results([images], images / "a.jpg" / "out", [".png"], force=True)
+
+
 def test_an_image_is_never_replaced(images: Path) -> None:
     with pytest.raises(UserFileError, match=r"b.png: is one of the images that are read"):
         plan_results([images / "deep"], images / "deep", [".png"], force=True)

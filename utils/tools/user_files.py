@@ -68,7 +68,7 @@ def check_results(paths: Sequence[Path], *, inputs: Collection[Path] = (), force
         force: replace files that exist.
 
     Raises:
-        UserFileError: a file exists, or cannot be looked for.
+        UserFileError: a file exists, a folder of its path is a file, or it cannot be looked for.
     """
     read = {path.resolve() for path in inputs}
     for path in paths:
@@ -78,3 +78,6 @@ def check_results(paths: Sequence[Path], *, inputs: Collection[Path] = (), force
             refuse_special(path)
             if path.exists() and not (force and path.is_file()):
                 raise UserFileError(f"{path}: already exists; name another --output, or replace it with --force")
+            above = next(folder for folder in path.parents if folder.exists())
+            if not above.is_dir():
+                raise UserFileError(f"{above}: is a file; name a folder with --output")
