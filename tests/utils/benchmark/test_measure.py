@@ -41,6 +41,7 @@ def test_lines_say_what_is_measured_and_how_long_slow_calls_take(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(measure, "run_calls", lambda _call, _device, count: 40.0 * count)
+    monkeypatch.setattr(logger, "handlers", [])  # of earlier tests' commands, which would note each line twice
     monkeypatch.setattr(logger, "propagate", True)
     caplog.set_level(logging.INFO, logger="mlla")
     conditions = Conditions(CPU, make_precision(CPU, amp=False, dtype="auto"))
