@@ -52,4 +52,4 @@ def task_of(source: str, opts: Sequence[str] = ()) -> str:
         with contextlib.suppress(ConfigError):  # which `load` raises again
             keys = {key for key, _, _ in read_source(task.schema, source, task.own)}
             missing[name] = len({*keys, *opts[::2]} - {*task.schema})
-    return min(missing, key=lambda name: missing[name])
+    return min(missing, key=missing.__getitem__)

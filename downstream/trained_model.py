@@ -109,12 +109,12 @@ def read_trained_model(
     weights, description = choose_weights(content, args.weights, ema=args.ema)
     if weights is None:
         raise no_weights_error(args.weights, content)
-    print_choice(description and f"{args.weights}: {description}")
     if config is None:
         source = stored_config(content, args.weights)
         if task and (other := task_of(source)) != task:
             raise CheckpointError(f"{args.weights}: holds a model for {other}; use {TASKS[other].predict}")
         found, config = load_config(source, args.opts, task, flags)
+    print_choice(description and f"{args.weights}: {description}")
     return TrainedModel(weights, config, found, classes_in(content))
 
 

@@ -14,12 +14,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from config import SCHEMA
-from downstream.detection import config as detection
-from downstream.segmentation import config as segmentation
+from downstream.tasks import TASKS, task_with_keys
 from utils.checkpoint.best_weights import describe_choice, is_ema_better
 from utils.config.command_line import Parser, report_user_errors
-from utils.config.schema import Schema
 from utils.logs.plots import Panel, panel_svg
 from utils.logs.recorder import read_records
 from utils.tools.run_history import METRIC_TITLES, RunMetrics, best_and_last, metric_names, read_run, select_panels
@@ -34,12 +31,6 @@ MAX_WARNINGS = 30
 def data_uri(content: bytes, kind: str) -> str:
     """Return an image as a URI that a page can hold; `kind` is its media type, such as image/png."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def schema_of(config: Mapping[str, Any]) -> Schema:
-    """Return the schema of the task that the configuration is for: the one with the fewest unknown keys."""
-    schemas: list[Schema] = [SCHEMA, detection.SCHEMA, segmentation.SCHEMA]
-    return min(schemas, key=lambda schema: len(set(config) - set(schema)))
 
 
 def summary(run: RunMetrics) -> str:
@@ -114,7 +105,7 @@ def results(run: RunMetrics) -> Iterator[tuple[str, str, int | None, str]]:
 
 def changed_settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any, str]]:
     """Yield key, value, default and meaning of settings that differ from the defaults, and of unknown keys."""
-    schema = schema_of(config)
+    schema = TASKS[task_with_keys(config)].schema
     for name, value in config.items():
         if name not in schema:
             yield name, value, "", ""

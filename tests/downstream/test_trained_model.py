@@ -11,7 +11,7 @@ import config as classification
 from downstream import trained_model
 from downstream.detection import config as detection
 from downstream.segmentation import config as segmentation
-from downstream.tasks import task_of
+from downstream.tasks import TASKS, task_of, task_with_keys
 from downstream.trained_model import add_weights_flags, open_device, read_trained_model
 from utils.checkpoint.weights_file import CheckpointError
 from utils.config.command_line import Parser
@@ -73,6 +73,7 @@ def test_released_weights_have_a_configuration(monkeypatch: pytest.MonkeyPatch) 
 def test_task_of_a_configuration(task: str, tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(CONFIGS[task].dump())
     assert task_of(str(tmp_path / "own.yaml")) == task_of(CONFIGS[task].dump()) == task
+    assert task_with_keys([*TASKS[task].schema, "OF_ANOTHER_VERSION"]) == task
     assert task_of("nowhere") == "classification"  # whose reader says that it is missing
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from utils.checkpoint.download import released_name
 from utils.checkpoint.weights_file import CheckpointError, load_checkpoint
+from utils.config.errors import ConfigError
 
 
 def stored_config(content: Mapping[str, Any], source: str) -> str:
@@ -38,7 +39,14 @@ def load_config_of(load: Callable[..., Any], path: str, opts: Sequence[str], fla
     Raises:
         UserError: weights or configuration are not right.
     """
-    if not path:
-        source = flags["MODEL.RESUME"]
-        path = stored_config(load_checkpoint(source, tolerant=True), source)
-    return load(path, opts, flags)
+    if path:
+        return load(path, opts, flags)
+    source = flags["MODEL.RESUME"]
+    text = stored_config(load_checkpoint(source, tolerant=True), source)
+    try:
+        return load(text, opts, flags)
+    except ConfigError as error:
+        if error.key in {*opts[::2], *flags}:
+            raise
+        message = f"{source}: its configuration is not for this command, or is damaged: {error}; name one with --cfg"
+        raise ConfigError(message, key=error.key) from error
