@@ -7,7 +7,7 @@ python main.py --cfg cfgs/mlla_t.yaml --data-path imagenet --eval --resume mlla_
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ from utils.training.derived import Derived
 from utils.training.ema import REACH, ModelEma
 from utils.training.losses import ClassificationLoss
 from utils.training.lr_schedule import CLASSIFICATION_BATCH_SIZE, ClassificationSchedule
-from utils.training.metrics import evaluate
+from utils.training.metrics import Scores, evaluate
 from utils.training.optimizer import parameter_groups
 from utils.training.run import run_task
 from utils.training.task import Run, Task
@@ -139,9 +139,13 @@ class Classification(Task):
             is_ready=lambda: ema is not None and ema.is_teacher,
         )
 
-    def evaluate(self, run: Run, model: nn.Module, name: str) -> dict[str, float]:
-        batches = with_bar(run.data.val, name, is_main=run.process.is_main)
-        scores = evaluate(model, batches, run.process, run.precision)
+    def evaluate(self, run: Run, models: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
+        batches = with_bar(run.data.val, models, is_main=run.process.is_main)
+        scores = evaluate(models, batches, run.process, run.precision)
+        return {name: self.log_scores(run, name, score) for name, score in scores.items()}
+
+    def log_scores(self, run: Run, name: str, scores: Scores) -> dict[str, float]:
+        """Log the scores of a model, and return them as metrics."""
         logger.info("%s on %d images, loss %.4f:", name, scores.num_images, scores.loss)
         acc5 = f" Acc@5 {scores.acc5:.3f}" if len(run.data.classes) > 5 else ""  # which is 100 for five classes
         logger.info(" * Acc@1 %.3f%s", scores.acc1, acc5)

@@ -124,7 +124,7 @@ def accuracy_table(config: CfgNode, loader: DeviceLoader, model: nn.Module, runn
     process = Process(0, 1, torch.device("cpu"))
     precision: Precision = build_precision(config, process.device)
     rows = {"PyTorch": model, file_format: AsModule(runner)}
-    scores = {name: evaluate(candidate, loader, process, precision) for name, candidate in rows.items()}
+    scores = evaluate({name: candidate.eval() for name, candidate in rows.items()}, loader, process, precision)
     return "\n".join(
         f"{name:18} Acc@1 {score.acc1:.3f} Acc@5 {score.acc5:.3f} on {score.num_images} images"
         for name, score in scores.items()

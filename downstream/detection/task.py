@@ -1,6 +1,6 @@
 """Detection as a task: data, model, losses, COCO metrics and images of predictions."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +80,16 @@ class Detection(DenseTask):
     def batch_losses(self, config: CfgNode, network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:  # noqa: ARG002
         return network(batch.images, batch.frames, batch.targets)
 
-    def evaluate(self, run: Run, model: nn.Module, name: str) -> dict[str, float]:
-        """Return COCO's 24 metrics over all processes' images; write the results to results_<name>.json."""
-        batches = with_bar(run.data.val, name, is_main=run.process.is_main)
-        local = [result for results in self.detect(run, model, batches) for result in results]
+    def evaluate(self, run: Run, models: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
+        local: dict[str, list[Result]] = {name: [] for name in models}
+        for batch in with_bar(run.data.val, models, is_main=run.process.is_main):
+            moved = self.to_device(batch, run.process.device)
+            for name, found in local.items():
+                found += [result for results in self.detect(run, models[name], moved) for result in results]
+        return {name: self.score(run, name, found) for name, found in local.items()}
+
+    def score(self, run: Run, name: str, local: list[Result]) -> dict[str, float]:
+        """Return COCO's 24 metrics of all processes' results, and write these to results_<name>.json."""
         results = sorted((r for part in gather_objects(local) for r in part), key=lambda result: result["image_id"])
         metrics: dict[str, float] = {}
         if run.process.is_main:
@@ -101,26 +107,24 @@ class Detection(DenseTask):
                 logger.info(" * %s %.2f", key, metrics[key])
         return gather_objects(metrics)[0]
 
-    def detect(self, run: Run, model: nn.Module, batches: Iterable[Batch]) -> Iterator[list[Result]]:
-        """Yield the results of each image, in the order of the batches."""
-        was_training = model.training
-        model.eval()
-        images = run.data.val_images
-        for batch in batches:
-            moved = self.to_device(batch, run.process.device)
-            with run.precision.autocast():
-                detections = model.detect(moved.images, moved.frames)  # type: ignore[operator]
-            for item, frame, image_id in zip(detections, batch.frames, batch.image_ids, strict=True):
-                yield coco_results(item, image_id=image_id, size=frame.original, category_ids=images.category_ids)
-        model.train(was_training)
+    def detect(self, run: Run, model: nn.Module, batch: Batch) -> list[list[Result]]:
+        """Return the results of each image of a batch on the device; the model is in evaluation mode."""
+        with run.precision.autocast():
+            detections = model.detect(batch.images, batch.frames)  # type: ignore[operator]
+        category_ids = run.data.val_images.category_ids
+        return [
+            coco_results(item, image_id=image_id, size=frame.original, category_ids=category_ids)
+            for item, frame, image_id in zip(detections, batch.frames, batch.image_ids, strict=True)
+        ]
 
     def draw_predictions(self, run: Run, model: nn.Module, title: str) -> Path:
         """Write predictions.jpg: evenly spaced validation images, ground truth, and predictions."""
         images = run.data.val_images
         indices = np.linspace(0, len(images) - 1, min(NUM_PREVIEWS, len(images))).astype(int)
-        batches = (collate([run.data.val.dataset[SampleKey(0, int(index))]]) for index in indices)
         pairs = []
-        for index, results in zip(indices, self.detect(run, model, batches), strict=True):
+        for index in indices:
+            batch = self.to_device(collate([run.data.val.dataset[SampleKey(0, int(index))]]), run.process.device)
+            (results,) = self.detect(run, model, batch)
             record = images[int(index)]
             pairs.append(
                 (

@@ -91,10 +91,13 @@ class Segmentation(DenseTask):
             return {"decode": loss.decode, "auxiliary": loss.auxiliary}
         return {"decode": loss.decode}
 
-    def evaluate(self, run: Run, model: nn.Module, name: str) -> dict[str, float]:
+    def evaluate(self, run: Run, models: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
         saves = run.config.TEST.SAVE_PREDICTIONS and run.config.EVAL_MODE
-        folder = prediction_folder(run, name) if saves else None
-        scores = evaluate(run, model, name, folder)
+        folders = {name: prediction_folder(run, name) for name in models} if saves else {}
+        return {name: self.record(run, name, scores) for name, scores in evaluate(run, models, folders).items()}
+
+    def record(self, run: Run, name: str, scores: SegmentationScores) -> dict[str, float]:
+        """Log a model's scores, add those of `--eval` to evaluations.jsonl, and return them as metrics."""
         log_scores(scores, run, name)
         if run.config.EVAL_MODE and run.process.is_main:
             with output_errors(run.folder):
@@ -152,37 +155,35 @@ class Segmentation(DenseTask):
         return lambda: model(images).argmax(dim=1)
 
 
-def evaluate(run: Run, model: nn.Module, name: str, folder: Path | None = None) -> SegmentationScores:
-    """Return the scores of a model over the validation set, exact for any number of processes.
+def evaluate(run: Run, models: Mapping[str, nn.Module], folders: Mapping[str, Path]) -> dict[str, SegmentationScores]:
+    """Return the scores of models over the validation set, exact for any number of processes.
 
     Args:
         run: the run; all its processes call together.
-        model: the segmentor.
-        name: its name for the progress bar.
-        folder: where predictions are written; None: nowhere.
+        models: segmentors in evaluation mode, by name.
+        folders: where the predictions of a model are written, if there is one of its name.
     """
     inference, device = build_inference(run.config), run.process.device
-    matrix = ConfusionMatrix(len(run.data.classes), device)
-    was_training, was_benchmarking = model.training, torch.backends.cudnn.benchmark
-    model.eval()
+    matrices = {name: ConfusionMatrix(len(run.data.classes), device) for name in models}
+    was_benchmarking = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False  # it would time all algorithms for each image size
-    for sample in with_bar(run.data.val, name, is_main=run.process.is_main):
+    for sample in with_bar(run.data.val, models, is_main=run.process.is_main):
         inputs = [x.to(device, non_blocking=True) for x in sample.inputs]
         labels = sample.labels.to(device, non_blocking=True)
-        predicted = inference.predict(model, inputs, labels.shape, run.precision)
-        matrix.update(predicted, labels)
-        if folder is not None:
-            image, _ = run.data.val_images.read(sample.position)
-            save_prediction(
-                folder / run.data.val_images.names[sample.position],
-                image,
-                predicted.cpu().numpy(),
-                num_classes=len(run.data.classes),
-                first_label=int(reduces_zero_label(run.config)),
-            )
+        for name, matrix in matrices.items():
+            predicted = inference.predict(models[name], inputs, labels.shape, run.precision)
+            matrix.update(predicted, labels)
+            if name in folders:
+                image, _ = run.data.val_images.read(sample.position)
+                save_prediction(
+                    folders[name] / run.data.val_images.names[sample.position],
+                    image,
+                    predicted.cpu().numpy(),
+                    num_classes=len(run.data.classes),
+                    first_label=int(reduces_zero_label(run.config)),
+                )
     torch.backends.cudnn.benchmark = was_benchmarking
-    model.train(was_training)
-    return matrix.compute()
+    return {name: matrix.compute() for name, matrix in matrices.items()}
 
 
 def prediction_folder(run: Run, name: str) -> Path:

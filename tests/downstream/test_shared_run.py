@@ -96,7 +96,7 @@ def test_evaluation_compiles_the_backbone_and_gives_the_same_metrics(
     environment = [json.loads(line) for line in (folder / "environment.jsonl").read_text().splitlines()]
     assert [entry["epoch"] for entry in environment] == [0]
     compiled = note_compiled_modules(monkeypatch)
-    evaluated: list[dict[str, float]] = []
+    evaluated: list[dict[str, dict[str, float]]] = []
     kind: Any = {"detection": Detection, "segmentation": Segmentation}[task]
     evaluate = kind.evaluate
     monkeypatch.setattr(kind, "evaluate", lambda *args: evaluated.append(evaluate(*args)) or evaluated[-1])
@@ -105,7 +105,7 @@ def test_evaluation_compiles_the_backbone_and_gives_the_same_metrics(
     assert code == 0, output
     names = {type(module).__name__ for module in compiled}
     assert {"InferenceBlock"} <= names, names
-    assert evaluated[0][kind.metric] == pytest.approx(trained[kind.metric], abs=1e-3)
+    assert evaluated[0]["model"][kind.metric] == pytest.approx(trained[kind.metric], abs=1e-3)
 
 
 @pytest.mark.slow

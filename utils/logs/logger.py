@@ -264,8 +264,8 @@ def duration(seconds: float) -> str:
     return tqdm.format_interval(round(seconds))
 
 
-def with_bar(batches: Iterable[Batch], name: str, *, is_main: bool) -> Iterable[Batch]:
-    """Return the batches of an evaluation, of `name`, with a bar that shows how many are done."""
+def with_bar(batches: Iterable[Batch], names: Iterable[str], *, is_main: bool) -> Iterable[Batch]:
+    """Return the batches of an evaluation of models, by name, with a bar that shows how many are done."""
     options: dict[str, Any] = {"leave": False, "dynamic_ncols": True, "disable": not shows_bars(is_main=is_main)}
-    options |= {"desc": f"evaluating {name}", "bar_format": bar_format("{remaining} left")}
+    options |= {"desc": f"evaluating {' and '.join(names)}", "bar_format": bar_format("{remaining} left")}
     return tqdm(batches, file=ErrorsIgnored(sys.stderr), **options)

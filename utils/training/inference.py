@@ -1,5 +1,7 @@
 """The model that evaluations run: prepared and compiled once, for the weights of several models in turn."""
 
+import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -8,6 +10,35 @@ from torch import Tensor, nn
 from utils.speed.compile import compile_for_inference, uses_graphs
 from utils.training.amp import Precision
 from utils.training.task import Task
+
+
+class SharedModel(Mapping[str, nn.Module]):
+    """Models by name that share one module: getting one of them copies its weights there, unless they are there.
+
+    Args:
+        module: the module.
+        tensors: its parameters and buffers.
+        weights: their values for each name, in the same order.
+    """
+
+    def __init__(self, module: nn.Module, tensors: list[Tensor], weights: Mapping[str, list[Tensor]]) -> None:
+        self.module = module
+        self.tensors = tensors
+        self.weights = weights
+        self.current: str | None = None
+
+    @torch.no_grad()
+    def __getitem__(self, name: str) -> nn.Module:
+        if name != self.current:
+            torch._foreach_copy_(self.tensors, self.weights[name])
+            self.current = name
+        return self.module
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
 
 
 class InferenceModel:
@@ -30,19 +61,25 @@ class InferenceModel:
         self.compiled: nn.Module | None = None
         self.tensors: list[Tensor] = []
 
-    @torch.no_grad()
     def __call__(self, model: nn.Module) -> nn.Module:
         """Return a model in evaluation mode with the weights that `model` has now; valid until the next call."""
+        return self.together({"": model})[""]
+
+    @torch.no_grad()
+    def together(self, models: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
+        """Return models in evaluation mode with the weights that `models` have now, by name; valid until the next call.
+
+        Getting one from the result makes its weights the current ones, so that others got before must not be used.
+        """
         if self.mode == "off":
-            return model.eval()
-        prepared = self.task.prepare_for_inference(model, self.dtype)
-        tensors = [*prepared.parameters(), *prepared.buffers()]
+            return {name: model.eval() for name, model in models.items()}
+        prepared = {name: self.task.prepare_for_inference(model, self.dtype) for name, model in models.items()}
         if self.compiled is None:
-            self.tensors = tensors
-            self.compiled = compile_for_inference(prepared, self.mode, self.device, submodule=self.task.compiled_module)
-        else:
-            torch._foreach_copy_(self.tensors, tensors)
-        return self.compiled
+            first = copy.deepcopy(next(iter(prepared.values())))
+            self.tensors = tensors_of(first)
+            self.compiled = compile_for_inference(first, self.mode, self.device, submodule=self.task.compiled_module)
+        weights = {name: tensors_of(model) for name, model in prepared.items()}
+        return SharedModel(self.compiled, self.tensors, weights)
 
     def warm_up(self, model: nn.Module, config: Any, precision: Precision) -> None:
         """Capture the graph that the first evaluation will use, unless its images have other sizes than in training.
@@ -58,3 +95,7 @@ class InferenceModel:
         with torch.random.fork_rng([self.device]), torch.no_grad(), precision.autocast():
             self.task.inference_call(config, self(model), config.DATA.BATCH_SIZE, size, self.device)()
         model.train(was_training)
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]

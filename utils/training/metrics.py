@@ -1,6 +1,6 @@
 """Accuracy and loss of a classifier, exact for any number of processes: sums and counts, divided once."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -54,15 +54,26 @@ class ClassificationMeter:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], process: Process, precision: Precision
-) -> Scores:
-    """Return the scores of a classifier over the whole dataset, exact for any number of processes."""
-    was_training = model.training
-    model.eval()
-    meter = ClassificationMeter(process.device)
+    models: Mapping[str, nn.Module],
+    loader: Iterable[tuple[Tensor, Tensor]],
+    process: Process,
+    precision: Precision,
+) -> dict[str, Scores]:
+    """Return the scores of classifiers over the whole dataset, in one pass, exact for any number of processes.
+
+    Args:
+        models: in evaluation mode, by name.
+        loader: images and labels on the device.
+        process: this process.
+        precision: of the forward passes.
+
+    Raises:
+        NoImagesError: there was no image.
+    """
+    meters = {name: ClassificationMeter(process.device) for name in models}
     for images, labels in loader:
-        with precision.autocast():
-            logits = model(images)
-        meter.update(logits, labels)
-    model.train(was_training)
-    return meter.compute()
+        for name, meter in meters.items():
+            with precision.autocast():
+                logits = models[name](images)
+            meter.update(logits, labels)
+    return {name: meter.compute() for name, meter in meters.items()}

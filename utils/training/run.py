@@ -1,5 +1,6 @@
 """The run of every task: command line mode, set-up, training, and evaluation of a checkpoint."""
 
+import copy
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -88,18 +89,16 @@ def run_evaluation(task: Task, config: CfgNode, process: Process) -> None:
         check_classes(weights_file.classes, run.data.classes, config.MODEL.RESUME, num_outputs=num_outputs)
         both = {"model": weights_file.model, "EMA": weights_file.ema}
         candidates = {name: weights for name, weights in both.items() if weights is not None}
-        for weights in candidates.values():
-            load_weights(run.model, weights, config.MODEL.RESUME)  # check both before evaluating either
-    as_compiled = build_inference_model(task, config, process.device)
-    scores = {}
-    for name, weights in candidates.items():
-        load_weights(run.model, weights, config.MODEL.RESUME)
-        scores[name] = task.evaluate(run, as_compiled(run.model), name)[task.metric]
+        first, *others = candidates
+        models = {first: run.model} | {name: copy.deepcopy(run.model) for name in others}
+        for name, model in models.items():
+            load_weights(model, candidates[name], config.MODEL.RESUME)
+    prepared = build_inference_model(task, config, process.device).together(models)
+    scores = {name: metrics[task.metric] for name, metrics in task.evaluate(run, prepared).items()}
     if process.is_main:
-        best = name if len(scores) == 1 or is_ema_better(scores) else "model"
-        load_weights(run.model, candidates[best], config.MODEL.RESUME)
+        best = first if len(scores) == 1 else "EMA" if is_ema_better(scores) else "model"
         with output_errors(run.folder):
-            draw_predictions(task, run, as_compiled(run.model), describe_choice(best, scores))
+            draw_predictions(task, run, prepared[best], describe_choice(best, scores))
 
 
 def choose_evaluation_precision(config: CfgNode) -> CfgNode:
@@ -215,7 +214,7 @@ class Training:
             self.build_step(),
             folder=run.folder,
             batches=lambda epoch, first: task.batches(run, epoch, first),
-            evaluate=lambda model, name: task.evaluate(run, as_compiled(model), name),
+            evaluate=lambda models: task.evaluate(run, as_compiled.together(models)),
             metadata={"config": run.config.dump(), "classes": run.data.classes},
             draw_predictions=lambda model, weights: draw_predictions(task, run, as_compiled(model), weights),
             # On a CPU, loading and training share the cores.

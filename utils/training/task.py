@@ -1,7 +1,7 @@
 """Interface of a task: everything in which classification, detection and segmentation differ."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -165,8 +165,16 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def evaluate(self, run: Run, model: nn.Module, name: str) -> dict[str, float]:
-        """Return metrics of a model over the validation set, the same on all processes; logs them under `name`."""
+    def evaluate(self, run: Run, models: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
+        """Return metrics of models over the validation set, in one pass over it; logs them.
+
+        Args:
+            run: the run; all its processes call together.
+            models: in evaluation mode, by name. Getting one may end the validity of another, see `SharedModel`.
+
+        Returns:
+            Metrics by the models' names, the same on all processes.
+        """
 
     @abstractmethod
     def draw_predictions(self, run: Run, model: nn.Module, title: str) -> Path:

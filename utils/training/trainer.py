@@ -93,7 +93,7 @@ class Trainer:
         folder: the run's output folder.
         batches: (epoch, first) to an iterator over the epoch's micro-batches of this process from number `first` on,
             ready for `train_step`; their content depends on seed, epoch and number only.
-        evaluate: (model, "model" or "EMA") to metrics by name, the same on all processes; logs them.
+        evaluate: from models, "model" and "EMA", to their metrics, the same on all processes; logs them.
         metadata: saved in checkpoints beside the state, such as the configuration's text and the class names.
         draw_predictions: (model, description of its weights) to the file of its predictions, which it draws; called on
             the first process.
@@ -110,7 +110,7 @@ class Trainer:
         *,
         folder: Path,
         batches: Callable[[int, int], Iterator[Any]],
-        evaluate: Callable[[nn.Module, str], Mapping[str, float]],
+        evaluate: Callable[[Mapping[str, nn.Module]], Mapping[str, Mapping[str, float]]],
         metadata: Mapping[str, Any],
         draw_predictions: Callable[[nn.Module, str], Path] | None = None,
         loading_advice: Callable[[], str] | None = None,
@@ -340,10 +340,10 @@ class Trainer:
         """Return the metrics of the model, and of its EMA, which are empty if there is none."""
         state, metric = self.state, self.config.metric
         with information_as_details():
-            scores = self.evaluate(state.model, "model")
             if state.ema is None:
-                return scores, {}
-            ema_scores = self.evaluate(state.ema.on(self.process.device), "EMA")
+                return self.evaluate({"model": state.model})["model"], {}
+            both = self.evaluate({"model": state.model, "EMA": state.ema.on(self.process.device)})
+        scores, ema_scores = both["model"], both["EMA"]
         state.ema.scores = {"model": score_in(scores, metric), "EMA": score_in(ema_scores, metric)}
         return scores, ema_scores
 

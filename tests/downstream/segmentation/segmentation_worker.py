@@ -53,7 +53,7 @@ def run(process: Process, data: Path, output: Path, batch_size: int) -> dict[str
     this_run = open_run(task, config, process, output)
     training = Training(task, this_run)
     model = this_run.model
-    scores = evaluate(this_run, model, "model")
+    scores = evaluate(this_run, {"model": model.eval()}, {})["model"]
     model.train()
     for module in model.backbone.modules():  # type: ignore[union-attr]
         if isinstance(module, nn.BatchNorm2d):

@@ -62,10 +62,9 @@ def run(process: Process, batch_size: int, accumulation_steps: int) -> dict[str,
     derived = task.derive(config, num_processes=process.num_processes, num_train_images=NUM_IMAGES)
     precision = build_precision(config, process.device)
     model = make_model().to(process.device)
-    scores = evaluate(
-        model, eval_loader(config, Noise(), process.rank, process.num_processes, process.device), process, precision
-    )
-    for module in model.modules():  # evaluate left everything in training mode
+    loader = eval_loader(config, Noise(), process.rank, process.num_processes, process.device)
+    scores = evaluate({"model": model.eval()}, loader, process, precision)["model"]
+    for module in model.train().modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     ema = build_ema(config, model, derived)

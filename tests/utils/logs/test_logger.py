@@ -198,13 +198,13 @@ def test_other_processes_have_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = write_to(Terminal(), monkeypatch)
     with ProgressBar(0, 1, 2, done=0, is_main=False) as bar:
         bar.advance()
-    assert list(with_bar([1, 2], "EMA", is_main=False)) == [1, 2]
+    assert list(with_bar([1, 2], ["EMA"], is_main=False)) == [1, 2]
     assert not terminal.getvalue()
 
 
 def test_evaluation_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = write_to(Terminal(), monkeypatch)
-    assert list(with_bar([1, 2], "EMA", is_main=True)) == [1, 2]
+    assert list(with_bar([1, 2], ["EMA"], is_main=True)) == [1, 2]
     assert "evaluating EMA 0/2 |" in terminal.getvalue()
 
 

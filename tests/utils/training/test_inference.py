@@ -1,5 +1,6 @@
 """The compiled model of evaluations takes the weights of one model after the other."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -43,6 +44,22 @@ def test_one_compilation_serves_all_weights(monkeypatch: pytest.MonkeyPatch) -> 
         assert model.training  # the next step needs no change of mode
         torch.testing.assert_close(result, model.eval()(images), atol=1e-5, rtol=1e-5)
     assert len(compiled) == 1
+
+
+def test_models_of_one_pass_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "compile_for_inference", lambda model, *_, **__: model.eval())
+    config = load_config("cfgs/digits.yaml", flags={"TEST.COMPILE": "default"})
+    as_compiled = build_inference_model(Classification(), config, CPU)
+    models = {"model": make_model(0), "EMA": make_model(1)}
+    for _ in range(2):  # the second evaluation has other weights
+        together = as_compiled.together(models)
+        assert (list(together), len(together)) == (["model", "EMA"], 2)
+        for seed in range(2):
+            images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+            for name, model in models.items():
+                expected = copy.deepcopy(model).eval()(images)
+                torch.testing.assert_close(together[name](images), expected, atol=1e-5, rtol=1e-5)
+        models = {"model": make_model(2), "EMA": make_model(3)}
 
 
 def test_off_leaves_the_model_as_it_is() -> None:

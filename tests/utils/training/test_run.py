@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,9 +89,9 @@ class FakeTask(Task):
 
         return compute
 
-    def evaluate(self, run: Run, model: nn.Module, name: str) -> dict[str, float]:  # noqa: ARG002
-        self.calls.append(("evaluate", name, weight_of(model)))
-        return {"score": weight_of(model)}
+    def evaluate(self, run: Run, models: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:  # noqa: ARG002
+        self.calls += [("evaluate", name, weight_of(models[name])) for name in models]
+        return {name: {"score": weight_of(models[name])} for name in models}
 
     def draw_predictions(self, run: Run, model: nn.Module, title: str) -> Path:
         self.calls.append(("draw", weight_of(model), model.training, title))

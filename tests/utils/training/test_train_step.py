@@ -282,7 +282,7 @@ def test_evaluation_counts_by_hand() -> None:
     images[:, 0, 1] = torch.tensor([3.0, 2.0])
     images[:, 1, 0] = torch.tensor([1.0, 0.0])
     loader = DataLoader(list(zip(images, [0, 4, 5], strict=True)), batch_size=2)  # type: ignore[arg-type]
-    scores = evaluate(Reader(), loader, ALONE, make_precision(CPU, amp=False, dtype="auto"))
+    scores = evaluate({"": Reader()}, loader, ALONE, make_precision(CPU, amp=False, dtype="auto"))[""]
     assert scores.acc1 == pytest.approx(100 / 3)
     assert scores.acc5 == pytest.approx(200 / 3)
     logits = torch.tensor([5.0, 4, 3, 2, 1, 0])
@@ -290,7 +290,7 @@ def test_evaluation_counts_by_hand() -> None:
     assert scores.loss == pytest.approx(expected)
     assert scores.num_images == 3
     with pytest.raises(NoImagesError, match="no validation image could be used"):
-        evaluate(Reader(), [], ALONE, make_precision(CPU, amp=False, dtype="auto"))
+        evaluate({"": Reader()}, [], ALONE, make_precision(CPU, amp=False, dtype="auto"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -135,10 +135,11 @@ class FakeRun:
         self.asked_batches.append((epoch, first))
         return (f"{epoch}:{number}" for number in itertools.count(first))
 
-    def evaluate(self, model: nn.Module, name: str) -> Mapping[str, float]:
-        assert (model is self.state.model) == (name == "model")
-        self.evaluated.append(name)
-        return {"acc1": self.scores[name][self.state.progress.epochs], "loss": 0.25}
+    def evaluate(self, models: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
+        assert models["model"] is self.state.model
+        self.evaluated += models
+        epoch = self.state.progress.epochs
+        return {name: {"acc1": self.scores[name][epoch], "loss": 0.25} for name in models}
 
     @property
     def metrics(self) -> list[dict[str, float]]:
@@ -237,10 +238,10 @@ def test_rate_and_eta_leave_out_start_up_and_evaluation(tmp_path: Path, caplog: 
         nonlocal now
         now += 2 if step else 60
 
-    def evaluate(*_: Any) -> dict[str, float]:
+    def evaluate(*_: Any) -> dict[str, dict[str, float]]:
         nonlocal now
         now += 600
-        return {"acc1": 1.0}
+        return {"model": {"acc1": 1.0}}
 
     run = FakeRun(tmp_path / "run", print_freq=2, before_step=before)
     run.trainer.timer = StepTimer(num_untimed=1, clock=lambda: now)
@@ -385,11 +386,11 @@ def test_a_run_that_is_stopped_in_a_long_evaluation_ends_in_time(
     monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), ended.set()))
     run = FakeRun(tmp_path / "run")
 
-    def evaluate(*_: Any) -> dict[str, float]:
+    def evaluate(*_: Any) -> dict[str, dict[str, float]]:
         if run.state.progress.epochs == epoch:
             os.kill(os.getpid(), signal.SIGTERM)
             assert ended.wait(20)
-        return {"acc1": 1.0}
+        return {"model": {"acc1": 1.0}}
 
     run.trainer.evaluate = evaluate
     run.trainer.run()
@@ -409,8 +410,7 @@ def numbers_in(content: Any) -> Any:
 
 
 @pytest.mark.parametrize("save_freq", [1, 9])
-@pytest.mark.parametrize("failing", ["model", "EMA"])
-def test_a_failure_in_evaluation_costs_no_epoch(tmp_path: Path, failing: str, save_freq: int) -> None:
+def test_a_failure_in_evaluation_costs_no_epoch(tmp_path: Path, save_freq: int) -> None:
     """The next start begins with the evaluation, and ends with the same files as if nothing had failed."""
 
     def make_run(name: str) -> FakeRun:
@@ -422,11 +422,11 @@ def test_a_failure_in_evaluation_costs_no_epoch(tmp_path: Path, failing: str, sa
     run = make_run("run")
     evaluate = run.trainer.evaluate
 
-    def fail(model: nn.Module, name: str) -> Mapping[str, float]:
-        if (run.state.progress.epochs, name) == (1, failing):
+    def fail(models: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
+        if run.state.progress.epochs == 1:
             torch.rand(3)  # may have taken random numbers by then
             raise RuntimeError("a broken image")
-        return evaluate(model, name)
+        return evaluate(models)
 
     run.trainer.evaluate = fail
     for _ in range(2):
@@ -454,9 +454,9 @@ def test_a_model_that_diverged_is_never_the_best(tmp_path: Path) -> None:
     """Its accuracy may be a number, of guesses."""
     run = FakeRun(tmp_path / "run", scores=(1.0, 5.0), ema_scores=(1.0, 4.0))
     evaluate = run.trainer.evaluate
-    run.trainer.evaluate = lambda model, name: {
-        **evaluate(model, name),
-        "loss": math.nan if run.state.progress.epochs else 0.5,
+    run.trainer.evaluate = lambda models: {
+        name: {**scores, "loss": math.nan if run.state.progress.epochs else 0.5}
+        for name, scores in evaluate(models).items()
     }
     assert run.trainer.run()
     assert (run.state.best, run.state.best_ema) == (1.0, 1.0)
@@ -498,9 +498,9 @@ def test_nothing_is_written_once_another_run_may_have_the_folder(tmp_path: Path)
         if lost.exists():
             raise OutputError("another run")
 
-    def evaluate(*_: Any) -> dict[str, float]:
+    def evaluate(*_: Any) -> dict[str, dict[str, float]]:
         lost.touch()
-        return {"acc1": 1.0}
+        return {"model": {"acc1": 1.0}}
 
     run.trainer.check_folder, run.trainer.evaluate = check, evaluate
     with pytest.raises(OutputError, match="another run"):
