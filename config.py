@@ -136,7 +136,7 @@ _C.MODEL.MLLA.IN_CHANS = Key(3, between(1, 1024), help="image channels")
 _C.MODEL.MLLA.EMBED_DIM = Key(
     96, between(4, MAX_WIDTH), help="token width of the first stage; it doubles with each stage"
 )
-_C.MODEL.MLLA.DEPTHS = Key([2, 2, 6, 2], between(1, 1000), help="blocks per stage")
+_C.MODEL.MLLA.DEPTHS = Key([2, 2, 6, 2], between(1, 256), help="blocks per stage")
 _C.MODEL.MLLA.NUM_HEADS = Key([3, 6, 12, 24], between(1, MAX_WIDTH), help="heads per stage; must divide its width")
 _C.MODEL.MLLA.MLP_RATIO = Key(4.0, between(0.001, 1000), help="hidden width of the MLP over its input width")
 _C.MODEL.MLLA.QKV_BIAS = Key(True, help="bias in the projection to q and k")
@@ -149,7 +149,7 @@ _C.MODEL.LINEAR_VIT.IN_CHANS = Key(3, between(1, 1024), help="image channels of 
 _C.MODEL.LINEAR_VIT.EMBED_DIM = Key(
     96, between(4, MAX_WIDTH), help="token width of linear_vit's first stage; it then doubles"
 )
-_C.MODEL.LINEAR_VIT.DEPTHS = Key([2, 2, 6, 2], between(1, 1000), help="blocks per stage of linear_vit")
+_C.MODEL.LINEAR_VIT.DEPTHS = Key([2, 2, 6, 2], between(1, 256), help="blocks per stage of linear_vit")
 _C.MODEL.LINEAR_VIT.NUM_HEADS = Key([3, 6, 12, 24], between(1, MAX_WIDTH), help="heads per stage of linear_vit")
 _C.MODEL.LINEAR_VIT.MLP_RATIO = Key(
     4.0, between(0.001, 1000), help="hidden width of linear_vit's MLP over its input width"
@@ -336,7 +336,7 @@ def load_config(source: str | Path, opts: Sequence[str] = (), flags: Mapping[str
         check_stages(values, section)
         if not (values["THROUGHPUT_MODE"] or values["PROFILE_MODE"]):
             check_channels(values, section)
-    check_rotation(values)
+    check_linear_vit(values)
     check_schedule(values)
     check_optimizer(values)
     check_ranges(values, "AUG.SCALE", "AUG.RATIO", "AUG.CUTMIX_MINMAX")
@@ -404,9 +404,11 @@ def check_stages(values: Mapping[str, Any], section: str) -> None:
             refuse(values, f"{section}.NUM_HEADS", reason)
 
 
-def check_rotation(values: Mapping[str, Any]) -> None:
-    """Raise ConfigError if rotary embedding does not fit linear_vit's single head; all heads together always fit."""
+def check_linear_vit(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError if linear_vit's patches do not fit the image, or rotary embedding its single head."""
     section = "MODEL.LINEAR_VIT"
+    if values["MODEL.TYPE"] == "linear_vit" and values[f"{section}.PATCH_SIZE"] > (size := values["DATA.IMG_SIZE"]):
+        refuse(values, f"{section}.PATCH_SIZE", f"must not be above DATA.IMG_SIZE, which is {size}")
     if values[f"{section}.ROPE"] and values[f"{section}.SINGLE_HEAD"]:
         for stage, heads in enumerate(values[f"{section}.NUM_HEADS"]):
             if (width := values[f"{section}.EMBED_DIM"] * 2**stage // heads) % 4:

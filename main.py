@@ -173,7 +173,9 @@ class Classification(Task):
 
     def profile(self, config: CfgNode) -> str:
         size = config.DATA.IMG_SIZE
-        parts = profile(build_model(config), size, input_channels(config))
+        with torch.device("meta"):  # without memory, and without the time to initialize weights
+            model = build_model(config)
+        parts = profile(model, size, input_channels(config))
         paper = PAPER_PROFILES.get(config.MODEL.NAME) if size == 224 else None
         table = profile_table(parts, (paper.parameters_m, paper.gmacs) if paper else None)
         return f"{config.MODEL.NAME}, {size}x{size}\n{table}"

@@ -258,6 +258,17 @@ def test_configurations_are_found_by_name_from_anywhere(tmp_path: Path, monkeypa
         load_config("mlla_x")
 
 
+def test_sizes_that_leave_nothing_or_too_much() -> None:
+    for opts, message in (
+        (["MODEL.TYPE", "linear_vit", "MODEL.LINEAR_VIT.PATCH_SIZE", "225"], "must not be above DATA.IMG_SIZE"),
+        (["MODEL.MLLA.MLP_RATIO", "0.001"], "leaves the MLP no channels"),
+        (["MODEL.MLLA.EMBED_DIM", "4096"], "the last stage would be 32768 wide; must be at most 16384"),
+        (["MODEL.MLLA.DEPTHS", "[1, 1, 1, 1, 1, 1, 1, 1, 1]"], "must have at most 8 stages"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config("cfgs/mlla_t.yaml", opts)
+
+
 def test_several_modes_are_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"PROFILE_MODE True: only one mode at a time, and EVAL_MODE \(--eval\) is on"

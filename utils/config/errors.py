@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 class UserError(ValueError):
@@ -29,6 +30,18 @@ class ConfigError(UserError):
         self.key = key
 
 
+def shown(value: Any) -> str:
+    """Return a value as messages show it: cut to MAX_SHOWN characters."""
+    try:
+        return cut(repr(value))
+    except (RecursionError, ValueError):  # Python refuses to write very long integers
+        return f"of type {type(value).__name__}"
+
+
+def cut(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
 # Parts of the RuntimeErrors that torch raises for memory that it cannot get.
 ALLOCATION_ERRORS = (
     "can't allocate memory",
@@ -38,6 +51,7 @@ ALLOCATION_ERRORS = (
     "integer multiplication overflow",
 )
 MAX_REASON = 200  # characters
+MAX_SHOWN = 80  # characters of a value
 
 
 def memory_reason(error: BaseException) -> str | None:

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple, NoReturn
 import yaml
 from yacs.config import CfgNode
 
-from utils.config.errors import ConfigError, file_errors
+from utils.config.errors import MAX_SHOWN, ConfigError, cut, file_errors, shown
 from utils.config.yaml_file import StrictLoader, find_yaml, parse_yaml, read_yaml
 
-MAX_SHOWN = 80  # characters of a value in messages
 MAX_ITEMS = 10_000  # of a list
 MAX_FILES = 100  # read through BASE
 YAML_BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}
@@ -85,18 +84,6 @@ class Key:
 
 
 Schema = Mapping[str, Key]
-
-
-def shown(value: Any) -> str:
-    """Return a value as messages show it: cut to MAX_SHOWN characters."""
-    try:
-        return cut(repr(value))
-    except (RecursionError, ValueError):  # Python refuses to write very long integers
-        return f"of type {type(value).__name__}"
-
-
-def cut(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
 def setting(name: str, value: Any, origin: str) -> str:

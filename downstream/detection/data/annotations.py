@@ -13,7 +13,7 @@ from typing import Any
 
 from data.errors import DataError, as_data_error
 from downstream.detection.data.run_lengths import COMPRESSED, totals_of
-from utils.config.errors import MissingFileError
+from utils.config.errors import MissingFileError, cut, shown
 from utils.logs.logger import logger
 
 MAX_PIXELS = 2**30  # of an image: OpenCV's limit
@@ -87,10 +87,12 @@ class AnnotationCheck:
             if image_id in self.images:
                 raise DataError(f"{where}: id {image_id} occurs twice; each image needs an id of its own")
             if not isinstance(image["file_name"], str) or not image["file_name"]:
-                raise DataError(f"{where}: file_name is {image['file_name']!r}; must be a path")
+                raise DataError(f"{where}: file_name is {shown(image['file_name'])}; must be a path")
             height, width = self.integer(image, "height", where), self.integer(image, "width", where)
             if height < 1 or width < 1 or height * width > MAX_PIXELS:
-                raise DataError(f"{where}: {image['file_name']} has a size of {width}x{height} pixels; no image has")
+                raise DataError(
+                    f"{where}: {cut(image['file_name'])} has a size of {width}x{height} pixels; no image has"
+                )
             self.images[image_id] = image
 
     def check_categories(self) -> None:
@@ -112,10 +114,12 @@ class AnnotationCheck:
                 if type(value) is not int:
                     value = self.integer(annotation, key, self.name_of(number))
                 if value not in known:
-                    raise DataError(f"{self.name_of(number)} has {key} {value}, not listed in the file")
+                    raise DataError(f"{self.name_of(number)} has {key} {shown(value)}, not listed in the file")
             if not is_box(annotation["bbox"]):
                 bbox = annotation["bbox"]
-                raise DataError(f"{self.name_of(number)} has bbox {bbox}; must be four numbers: x, y, width, height")
+                raise DataError(
+                    f"{self.name_of(number)} has bbox {shown(bbox)}; must be four numbers: x, y, width, height"
+                )
             crowd = annotation.get("iscrowd")
             if type(crowd) is not int or crowd not in (0, 1):
                 self.repair_crowd(number)
@@ -136,7 +140,7 @@ class AnnotationCheck:
         annotation = self.content["annotations"][number]
         crowd = annotation.get("iscrowd")
         if crowd not in (None, 0, 1):
-            raise DataError(f"{self.name_of(number)} has iscrowd {crowd!r}; must be 0 or 1")
+            raise DataError(f"{self.name_of(number)} has iscrowd {shown(crowd)}; must be 0 or 1")
         annotation["iscrowd"] = int(crowd or 0)
         self.repairs["annotations without iscrowd 0 or 1"] += 1
 
@@ -177,7 +181,7 @@ class AnnotationCheck:
         size, counts = segmentation.get("size"), segmentation.get("counts")
         if size != [image["height"], image["width"]]:
             raise DataError(
-                f"{self.name_of(number)} has run lengths of size {size}; must be the image's "
+                f"{self.name_of(number)} has run lengths of size {shown(size)}; must be the image's "
                 f"[{image['height']}, {image['width']}], height and width"
             )
         segmentation["size"] = [image["height"], image["width"]]  # integers
@@ -202,7 +206,7 @@ class AnnotationCheck:
         """Check the sum of an annotation's runs; -1 stands for a run of negative length."""
         image = self.images[self.content["annotations"][number]["image_id"]]
         if pixels != image["height"] * image["width"]:
-            fault = "run lengths below 0" if pixels < 0 else f"runs that add up to {pixels} pixels"
+            fault = "run lengths below 0" if pixels < 0 else f"runs that add up to {shown(pixels)} pixels"
             raise DataError(
                 f"{self.name_of(number)} has {fault}; must be lengths of alternating runs, not positions, that add up "
                 f"to the image's {image['height']} x {image['width']} = {image['height'] * image['width']} pixels"
@@ -226,10 +230,12 @@ class AnnotationCheck:
         annotation = self.content["annotations"][number]
         own_id, image_id = annotation.get("id"), annotation["image_id"]
         name = (
-            f"annotation {own_id}" if type(own_id) is int else f"annotation without id (item {number} of annotations)"
+            f"annotation {shown(own_id)}"
+            if type(own_id) is int
+            else f"annotation without id (item {number} of annotations)"
         )
         image = self.images.get(image_id) if type(image_id) is int else None
-        return f"{self.path}: {name}" + (f" of image {image_id}, {image['file_name']}," if image else "")
+        return f"{self.path}: {name}" + (f" of image {image_id}, {cut(image['file_name'])}," if image else "")
 
     def integer(self, item: Item, key: str, where: str) -> int:
         """Return an item's integer, after replacing a number without fraction or digits as text by it."""
@@ -238,7 +244,7 @@ class AnnotationCheck:
             return value
         is_digits = isinstance(value, str) and value.isdecimal() and len(value) < 16
         if not is_digits and not (isinstance(value, float) and value.is_integer() and abs(value) <= LARGEST_ID):
-            raise DataError(f"{where} has {key} {value!r}; must be a whole number")
+            raise DataError(f"{where} has {key} {shown(value)}; must be a whole number")
         number = int(value)
         item[key] = number
         self.repairs["ids or sizes that were text or fractions, read as integers"] += 1

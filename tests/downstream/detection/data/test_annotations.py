@@ -1,5 +1,8 @@
+import copy
 import json
-from collections.abc import Callable
+import math
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from data.errors import DataError
 from downstream.detection.data.annotations import polygon_area, read_annotations
 from downstream.detection.data.coco import decode_mask
 from downstream.detection.metrics import CocoEvaluator
+from utils.config.errors import UserError
 
 HEIGHT, WIDTH = 128, 160
 Content = dict[str, list[dict[str, Any]]]
@@ -232,3 +236,58 @@ def test_area_of_polygons() -> None:
     assert polygon_area([0, 0, 4, 0, 4, 3]) == 6
     assert polygon_area([4, 3, 4, 0, 0, 0]) == 6
     assert polygon_area(rectangle(2, 3, 20, 25)[0]) == 500
+
+
+VALUES: list[Any] = [None, True, -1, 0, 2, 1.5, 1e300, math.nan, math.inf, 2**40, 2**63, 10**400, "", "1", "x" * 9999]
+VALUES += [
+    [],
+    [None],
+    {},
+    [1, 2, 3],
+    [math.nan] * 4,
+    [[0, 0, 1e9, 0, 1e9, 1e9]],
+    [[0, 0, 1, 1]],
+    [["a"] * 6],
+    [[0] * 7],
+]
+VALUES += [{"size": [10**6, 10**6], "counts": "PPYo1"}, {"size": [6, 4], "counts": [24]}, {"counts": [24]}]
+VALUES += [{"size": [4, 6], "counts": counts} for counts in ("PPYo1", "~", [-5, 29], [2**62, 2**62], [24.0], [24])]
+
+
+def places(content: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path of each value within a JSON document."""
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in items:
+        yield (*above, key)
+        yield from places(value, (*above, key))
+
+
+def test_any_value_at_any_place_is_accepted_or_refused_in_one_line(tmp_path: Path) -> None:
+    """What is accepted can be decoded: native code sees no size and no coordinate that was not checked."""
+    runs = {"size": [4, 6], "counts": [10, 2, 12]}
+    shared = {"image_id": 1, "category_id": 1, "bbox": [1, 1, 2, 2], "iscrowd": 0, "area": 4}
+    masks: list[Any] = [[[1, 1, 3, 1, 3, 3]], runs]
+    objects = [{"id": i, **shared, "segmentation": mask} for i, mask in enumerate(masks, 1)]
+    image = {"id": 1, "file_name": "a.png", "height": 4, "width": 6}
+    content = {"images": [image], "categories": [{"id": 1, "name": "cat"}], "annotations": objects}
+    draw, path = random.Random(0), tmp_path / "a.json"
+    for *above, last in places(content):
+        for value in draw.sample(VALUES, 4):
+            changed = copy.deepcopy(content)
+            holder: Any = changed
+            for key in above:
+                holder = holder[key]
+            holder[last] = value
+            path.write_text(json.dumps(changed))
+            try:
+                read = read_annotations(path, log_repairs=False)
+            except UserError as caught:
+                line = str(caught)
+            else:
+                line = str(path)
+                sizes = {image["id"]: (image["height"], image["width"]) for image in read["images"]}
+                for item in read["annotations"]:
+                    assert decode_mask(item["segmentation"], *sizes[item["image_id"]]).shape == sizes[item["image_id"]]
+            assert line.startswith(str(path))
+            assert "\n" not in line
+            assert len(line) < 600
