@@ -268,22 +268,23 @@ class Trainer:
         epoch, index = divmod(bad_step, self.config.steps_per_epoch)
         place = f"epoch {epoch + 1}, step {index + 1} (step {bad_step + 1} of the run)"
         fault = f"the loss or gradient is not finite in {place}, learning rate {self.config.lr_at(bad_step):.3e}"
-        if self.state.source and bad_step == self.first_step:
+        source = self.state.source
+        if source and bad_step == self.first_step:
             raise NonFiniteLossError(
-                f"{fault}, the first after resuming from {self.state.source}, in which the run has diverged already; a "
-                f"lower TRAIN.BASE_LR does not mend that. {self.describe_earlier_checkpoint()}"
+                f"{fault}, the first after resuming from {source}, in which the run has diverged already; a lower "
+                f"TRAIN.BASE_LR alone does not mend that: {self.describe_earlier_checkpoint()}"
             )
-        raise NonFiniteLossError(
-            f"{fault}; the run stops, its checkpoints are from before this step. Lower TRAIN.BASE_LR or "
-            f"TRAIN.CLIP_GRAD, or try AMP_DTYPE bfloat16 or no AMP"
-        )
+        remedy = "Lower TRAIN.BASE_LR or TRAIN.CLIP_GRAD, or try AMP_DTYPE bfloat16 or no AMP"
+        if source and self.steps_done(self.saved) == self.first_step:  # the next start resumes from it again
+            remedy += f". If the run has diverged in {source} already, {self.describe_earlier_checkpoint()}"
+        raise NonFiniteLossError(f"{fault}; the run stops, its checkpoints are from before this step. {remedy}")
 
     def describe_earlier_checkpoint(self) -> str:
         """Return how to resume from before the checkpoint that this run resumed from."""
         for progress, path in checkpoints_in(self.folder):
             if self.steps_done(progress) < self.first_step:
-                return f"Resume from an earlier checkpoint, with a lower one: --resume {path}"
-        return f"No earlier checkpoint is left in {self.folder}: start again with a lower one and another --tag"
+                return f"resume from an earlier checkpoint, and lower the rate: --resume {path}"
+        return f"start again with a lower rate and another --tag, since {self.folder} has no earlier checkpoint"
 
     def steps_done(self, progress: Progress) -> int:
         return progress.epochs * self.config.steps_per_epoch + progress.steps
