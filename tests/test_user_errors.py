@@ -66,6 +66,8 @@ CASES = [
     ),
     ("models.ablation_study", ["--output", "FILE"], "FILE"),
     ("utils.time_to_accuracy", ["--cfg", "cfgs/digits.yaml", "--target", "9", "--output", "FILE"], "FILE"),
+    ("models.mesa_study", ["--output", "FILE"], "FILE"),
+    ("models.mesa_study", ["--output", "OUT", "--equal-time"], "--equal-time"),
     ("utils.time_to_accuracy", ["--cfg", "OUT", "--target", "9", "--output", "EMPTY"], "OUT"),
     ("models.ablation_study", ["--output", "OUT", "--rows", "nothing"], "--rows nothing"),
     ("models.ablation_study", ["--output", "OUT", "--scale", "EMPTY"], "EMPTY"),

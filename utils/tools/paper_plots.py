@@ -48,6 +48,38 @@ def plot_ablation(
     plt.close(figure)
 
 
+def plot_pairs(
+    labels: Sequence[str],
+    first: Sequence[Sequence[float]],
+    second: Sequence[Sequence[float]],
+    *,
+    names: tuple[str, str],
+    title: str,
+    picture: Path,
+) -> None:
+    """Plot two groups of accuracies in percent per label, with a dot per seed, the mean and the standard deviation."""
+    figure, axis = plt.subplots(figsize=(1.4 * len(labels) + 2, 4), layout="constrained")
+    for offset, color, name, groups in ((-0.12, "0.4", names[0], first), (0.12, "tab:blue", names[1], second)):
+        for position, values in enumerate(groups):
+            axis.plot([position + offset] * len(values), values, ".", color=color, markersize=4, alpha=0.6)
+            axis.errorbar(
+                position + offset,
+                np.mean(values),
+                yerr=np.std(values, ddof=1) if len(values) > 1 else 0,
+                fmt="o",
+                color=color,
+                capsize=3,
+                label=name if position == 0 else None,
+            )
+    axis.set_xticks(range(len(labels)), labels)
+    axis.set_ylabel("top-1 accuracy, %")
+    axis.set_title(title)
+    axis.grid(alpha=0.3, axis="y")
+    axis.legend()
+    figure.savefig(picture, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
 def plot_maps(
     images: np.ndarray,
     columns: Sequence[tuple[str, np.ndarray]],
