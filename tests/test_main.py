@@ -462,8 +462,8 @@ def test_mistakes_on_the_command_line(run_main: RunMain) -> None:
     assert "invalid int value" in mistake(run_main, *digits, "--batch-size", "many")
     assert "unknown key; did you mean TRAIN.EPOCHS?" in mistake(run_main, *digits, "--opts", "TRAIN.EPOCH", "3")
     assert "must be of type int" in mistake(run_main, *digits, "--opts", "TRAIN.EPOCHS", "few")
-    assert "must be at least 1" in mistake(run_main, *digits, "--opts", "TRAIN.EPOCHS", "0")
-    assert "must be at least 1" in mistake(run_main, *digits, "--batch-size", "0")
+    assert "must be from 1 to" in mistake(run_main, *digits, "--opts", "TRAIN.EPOCHS", "0")
+    assert "must be from 1 to" in mistake(run_main, *digits, "--batch-size", "0")
     assert "heads and 4 must divide" in mistake(run_main, *digits, "--opts", "MODEL.MLLA.NUM_HEADS", "[3, 3, 3, 3]")
     assert "comes without archives" in mistake(run_main, *digits, "--zip")
     for args in ("--train", "--baseline timm:resnet18", "--sizes 32", "--opts BENCHMARK.TRAIN True"):

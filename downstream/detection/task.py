@@ -20,6 +20,7 @@ from downstream.detection.model.masks import paste_masks
 from downstream.detection.pictures import LabeledObjects, objects_of_results, save_comparison
 from downstream.detection.synthetic import NUM_CLASSES, sharpen_until_busy, synthetic_inputs
 from downstream.task import DenseTask
+from utils.benchmark.measure import synthetic_images
 from utils.distributed.process import Process, gather_objects
 from utils.logs.logger import errors_logged, logger, with_bar
 from utils.logs.output_dir import output_errors
@@ -71,6 +72,13 @@ class Detection(DenseTask):
             milestones=[epoch * derived.steps_per_epoch for epoch in train.DECAY_EPOCHS],
             decay_rate=train.DECAY_RATE,
         )
+
+    def training_forward(self, config: CfgNode, model: nn.Module, derived: Derived) -> object:  # noqa: ARG002
+        """Run the backbone on the largest images: the rest, which depends on the data, takes a twentieth of it."""
+        images = synthetic_images(
+            config.DATA.BATCH_SIZE, self.image_size(config, training=True), next(model.parameters()).device
+        )
+        return model.backbone(images)  # type: ignore[operator]
 
     def to_device(self, batch: Batch, device: torch.device) -> Batch:
         """Return a batch on the device, with normalized images, float32, channels_last."""

@@ -42,7 +42,7 @@ def run_throughput(task: Task, config: CfgNode, process: Process) -> None:
 
     Training is measured on one process and on all together, inference on the first one, which also writes the files.
     """
-    with report_user_errors(task.user_errors):
+    with report_user_errors(task.user_errors, out_of_memory=False):
         folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
         if not (config.BENCHMARK.TRAIN or process.is_main):
             return

@@ -39,6 +39,7 @@ from utils.training.build import (
 from utils.training.derived import Derived, few_steps_warning
 from utils.training.determinism import use_deterministic_algorithms
 from utils.training.launch import LaunchedProcess, explain_missing_compiler
+from utils.training.memory_check import memory_warning
 from utils.training.results import draw_predictions, log_results
 from utils.training.task import Run, Schedule, Task
 from utils.training.train_state import TrainState, seed_everything
@@ -249,6 +250,8 @@ class Training:
         )
         if few := few_steps_warning(config, derived, num_processes=num_processes, num_train_images=num_images):
             logger.warning("%s", few)
+        if memory := memory_warning(self.task, run, derived):
+            logger.warning("%s", memory)
         initial_share = 0 if derived.ema_warmup else derived.ema_decay**derived.total_steps
         if config.EMA.ENABLED and initial_share > NOTICEABLE_INITIAL_SHARE:
             logger.warning(

@@ -164,6 +164,11 @@ class Task(ABC):
         shapes and on the variant only (see GraphedTrainStep).
         """
 
+    def training_forward(self, config: CfgNode, model: nn.Module, derived: Derived) -> object:
+        """Run a forward pass of training on a synthetic batch, as far as its activations take memory."""
+        batch = self.synthetic_batch(config, model, next(model.parameters()).device)
+        return self.losses(config, model, None, derived)(batch, 0)
+
     @abstractmethod
     def evaluate(self, run: Run, models: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
         """Return metrics of models over the validation set, in one pass over it; logs them.

@@ -1,12 +1,13 @@
-"""Out of GPU memory, without a GPU."""
+"""Memory that is needed and available, and the message for a GPU without enough of it."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from utils.speed.memory import out_of_memory_message
+from utils.speed.memory import activation_bytes, cgroup_room, out_of_memory_message, read_meminfo
 
 ERROR = torch.OutOfMemoryError(
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.65 GiB of which 1.1 GiB is free."
@@ -56,3 +57,34 @@ def test_a_run_reports_it_in_one_line(
     assert "out of GPU memory (23.65 GiB) with DATA.BATCH_SIZE 30 images of 32x32 per process: add --amp, or" in line
     assert ("--use-checkpoint" in line) == (args != ["--throughput"])
     assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_bytes_that_a_forward_pass_keeps(device: str) -> None:
+    """For a batch of 2, floats of 4 bytes: the input, 4 wide; and both outputs of a ReLU, 8 and 16 wide."""
+    blocks = [nn.Sequential(nn.Linear(4, 8), nn.ReLU()), nn.Sequential(nn.Linear(8, 16), nn.ReLU())]
+    model = nn.Sequential(*blocks, nn.Linear(16, 1)).to(device)
+    images = torch.zeros(2, 4, device=device)
+    assert activation_bytes(lambda: model(images)) == 8 * (4 + 8 + 16)
+    # The second block keeps its output; checkpointed, both keep that, and in addition what the larger one keeps inside.
+    assert activation_bytes(lambda: model(images), blocks) == 8 * (8 + 16 + 16)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("1000\n", 1000 - 300 + 100), ("max\n", None)])
+@pytest.mark.parametrize("version", [1, 2])
+def test_room_in_a_control_group(tmp_path: Path, version: int, limit: str, expected: int | None) -> None:
+    folder = tmp_path if version == 2 else tmp_path / "memory"
+    folder.mkdir(exist_ok=True)
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    (folder / names[0]).write_text(limit)
+    (folder / names[1]).write_text("300\n")
+    (folder / "memory.stat").write_text(f"anon 200\n{'total_' if version == 1 else ''}inactive_file 100\n")
+    assert cgroup_room(tmp_path) == expected
+    assert cgroup_room(tmp_path / "none") is None
+
+
+def test_memory_of_the_machine(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   5 kB\n")
+    assert read_meminfo(tmp_path / "meminfo") == 5 * 1024
+    assert read_meminfo(tmp_path / "none") is None
