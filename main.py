@@ -1,7 +1,8 @@
 """Train, evaluate, time or profile a classifier from a YAML file, on one or many processes.
 
 python main.py --cfg cfgs/digits.yaml --amp
-torchrun --nproc_per_node=8 main.py --cfg cfgs/mlla_t.yaml --data-path imagenet --output out --amp
+python -m torch.distributed.launch --nproc_per_node=8 main.py --cfg cfgs/mlla_t.yaml --data-path imagenet --output out
+torchrun --nproc_per_node=8 main.py --cfg cfgs/mlla_t.yaml --data-path imagenet --output out
 python main.py --cfg cfgs/mlla_t.yaml --data-path imagenet --eval --resume mlla_t.pth
 """
 

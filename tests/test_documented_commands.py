@@ -198,6 +198,9 @@ RULES = [
     # It needs their package, and tests/utils/logs/test_wandb_logger.py has a stand-in.
     Rule(r"(python|torchrun) .* LOG\.WANDB .*", settles),
     Rule(r"(python|torchrun) .*\bfashion_mnist.*", settles),  # its files may be missing, and are 60,000 images
+    # The other launcher's command beside it is run.
+    Rule(r"python -m torch.distributed.launch .*(downstream|ablation).*", settles),
+    Rule(r"torchrun --nproc_per_node=8 main.py --cfg cfgs/mlla_t.yaml .*", settles),
     Rule(r"(python|torchrun) .*\bmain(\.py)? .*", runs),
     # ONNX and dynamic sizes take long, and tests/utils/test_export.py has them.
     Rule(r"python -m utils\.export mlla_t\.onnx .*", runs if has_exporter() else parses, {"224": "32"}),
