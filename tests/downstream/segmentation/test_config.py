@@ -18,6 +18,8 @@ README = (ROOT / "downstream/segmentation/README.md").read_text()
         ("AUG.RATIO", [2.0, 0.5]),
         ("DATA.SCALE", [2048]),
         ("DATA.SCALE", [512, 2048]),
+        ("AUG.RATIO", [0.5, 19.0]),
+        ("TEST.FACTORS", [1.0, 19.0]),
         ("MODEL.NAME", ""),
         ("TRAIN.EVAL_STEPS", 7),
         ("TRAIN.WARMUP_STEPS", 160000),
