@@ -74,9 +74,9 @@ def test_fine_tuning_on_other_classes(trained: Path) -> None:
 
 def test_throughput_beside_itself(run_main: RunMain, tmp_path: Path) -> None:
     flags = ["--throughput", "--train", "--baseline", "timm:test_convnext"]
-    code, out, _ = run_main(*flags, *command(tmp_path, "MODEL.TIMM.ARGS", "layers=(1,1,1,2)"))
-    assert code == 0
-    assert {line.split()[0] for line in out.splitlines() if " training" in line} == {"resnet", "timm:test_convnext"}
+    assert run_main(*flags, *command(tmp_path, "MODEL.TIMM.ARGS", "layers=(1,1,1,2)"))[0] == 0
+    rows = map(json.loads, (tmp_path / "resnet" / "default" / "throughput.jsonl").read_text().splitlines())
+    assert {row["model"] for row in rows} == {"resnet", "timm:test_convnext"}
     code, out, _ = run_main("--profile", *command(tmp_path))
     assert code == 0
     assert "layer1" in out
