@@ -148,7 +148,8 @@ class Classification(Task):
     def log_scores(self, run: Run, name: str, scores: Scores) -> dict[str, float]:
         """Log the scores of a model, and return them as metrics."""
         logger.info("%s on %d images, loss %.4f:", name, scores.num_images, scores.loss)
-        acc5 = f" Acc@5 {scores.acc5:.3f}" if len(run.data.classes) > 5 else ""  # which is 100 for five classes
+        num_outputs = run.config.MODEL.NUM_CLASSES or len(run.data.classes)
+        acc5 = f" Acc@5 {scores.acc5:.3f}" if num_outputs > 5 else ""  # which is 100 for five classes
         logger.info(" * Acc@1 %.3f%s", scores.acc1, acc5)
         network = "network" if name == "model" else f"{name} network"
         logger.info("Accuracy of the %s on the %d test images: %.3f%%", network, scores.num_images, scores.acc1)

@@ -18,7 +18,7 @@ from utils.config.standard_streams import flush_standard_streams, prepare_standa
 if TYPE_CHECKING:
     from utils.config.schema import Key, Schema
 
-SECONDARY_RANK_DELAY_SECONDS = 5.0
+SECONDARY_RANK_DELAY_SECONDS = 15.0
 MAX_SIDE, MAX_WORKERS = 16384, 1024  # pixels of an image's side, and loader processes, above which it is a mistake
 MAX_ARGUMENT, MAX_LINE = 80, 2000  # characters of an argument, and of a line, in errors
 
