@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with report_user_errors((UserError, KernelsUnavailableError)):
         check_results([args.output / name for name in FILES], force=args.force)
         device = open_device(args.device)
-        trained = read_trained_model(args, flags=data_flags(args))
+        trained = read_trained_model(args, flags={"MODEL.KERNELS": "torch", **data_flags(args)})  # inputs are recorded
         model = build_trained(trained, args.weights).to(device).eval()
         images = read_images(args, trained).to(device)  # (B, 3, H, W)
         name = trained.config.MODEL.NAME

@@ -155,7 +155,8 @@ def test_the_backbone_of_a_detector(tmp_path: Path, capsys: pytest.CaptureFixtur
     opts = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.DEPTHS", "[1,1,1,1]", "MODEL.MLLA.NUM_HEADS", "[1,1,1,1]"]
     config = detection.load_config("shapes", opts)
     weights = {f"backbone.{name}": value for name, value in build_backbone(config).state_dict().items()}
-    torch.save({"model": weights, "config": config.dump()}, tmp_path / "d.pth")
+    trained = detection.load_config("shapes", [*opts, "MODEL.KERNELS", "triton"])  # as on a GPU
+    torch.save({"model": weights, "config": trained.dump()}, tmp_path / "d.pth")
     words = ["--weights", tmp_path / "d.pth", "--size", "32", "--output", tmp_path / "out"]
     assert exit_code(visualize.main, words) == 2
     assert "d.pth: is for detection; name images with --images" in capsys.readouterr().err
