@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from utils.checkpoint.best_weights import describe_choice, is_ema_better
-from utils.checkpoint.files import Progress, checkpoints_in, progress_in, readable_checkpoints
+from utils.checkpoint.files import Progress, checkpoints_in, describe, progress_in, readable_checkpoints
 from utils.checkpoint.rng import restore_rng_state, rng_state
 from utils.checkpoint.run_content import DamagedCheckpointError, check_run_content
 from utils.checkpoint.same_run import settings_of
@@ -132,7 +132,8 @@ class TrainState:
         origin = fingerprint(explicit) if explicit else None
         continues = auto and self.resume_folder(folder, origin, check)
         if continues:
-            logger.info("resumed from %s%s", self.source, f", a run that began from {explicit}" if explicit else "")
+            began = f", of a run that began from {explicit}" if explicit else ""
+            logger.info("resumed from %s, %s%s", self.source, describe(self.progress), began)
         elif explicit:
             self.restore(load_checkpoint(explicit), explicit)
             self.origin = origin
