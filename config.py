@@ -103,7 +103,11 @@ _C.DATA.AUGMENT_ON = Key(
 )
 _C.DATA.PIN_MEMORY = Key(True, help="page-locked batches, for faster copies to a GPU")
 _C.DATA.NUM_WORKERS = Key(
-    8, between(0, MAX_WORKERS), help="loader processes per training process; 0 loads in the training process"
+    "auto",
+    between(0, MAX_WORKERS),
+    type=int,
+    words=["auto"],
+    help="loader processes per training process; 0 loads in the training process; auto: by the machine's cores",
 )
 
 # ---------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from data.sources.image_folder import ImageFolder
 from data.sources.webdataset_shards import WebDatasetShards
 from data.sources.zip_folder import ZipFolder, cache_archives
 from data.transforms import EvalTransform, TrainTransform
-from data.workers import RestartingDataLoader
+from data.workers import RestartingDataLoader, choose_num_workers
 
 logger = logging.getLogger("mlla.data")
 TargetMaker = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -222,15 +222,16 @@ def make_loader(
     *,
     drop_last: bool,
 ) -> DeviceLoader:
+    num_workers = choose_num_workers(config.DATA.NUM_WORKERS, device)
     loader = RestartingDataLoader(
         dataset,
         batch_size=config.DATA.BATCH_SIZE,
         sampler=sampler,
-        num_workers=config.DATA.NUM_WORKERS,
+        num_workers=num_workers,
         collate_fn=keep_batch,
         pin_memory=config.DATA.PIN_MEMORY and device.type == "cuda",
         drop_last=drop_last,
-        persistent_workers=config.DATA.NUM_WORKERS > 0,
+        persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # else each epoch's start draws from the generator of dropout
     )
     return DeviceLoader(

@@ -11,6 +11,7 @@ from functools import partial
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, _utils
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -19,6 +20,7 @@ from utils.config.errors import UserError
 START_SECONDS = 180.0  # a fork takes milliseconds; other start methods import everything again
 MAX_STARTS = 3
 END_SECONDS = 2.0
+MAX_AUTO_WORKERS = 32  # more than one GPU needs, and each takes memory
 
 logger = logging.getLogger("mlla.data")
 
@@ -118,10 +120,37 @@ class RestartingDataLoader(DataLoader):
         return True
 
 
+def choose_num_workers(setting: int | str, device: torch.device, num_cores: int | None = None) -> int:
+    """Return the number of workers per training process that DATA.NUM_WORKERS asks for.
+
+    "auto" on a GPU is this process's share of the cores, less one for the process itself, from 1 to MAX_AUTO_WORKERS;
+    on a CPU it is 1, since training takes all cores.
+
+    Args:
+        setting: a number, or "auto".
+        device: where the model is trained.
+        num_cores: cores for this process; by default `share_of_cores`.
+    """
+    if setting != "auto":
+        return int(setting)
+    if device.type == "cpu":
+        return 1
+    return min(max((num_cores or share_of_cores()) - 1, 1), MAX_AUTO_WORKERS)
+
+
+def share_of_cores() -> int:
+    """Return how many cores this process may use, as far as the processes of this machine share them."""
+    total = os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else total
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine, set by the launcher
+    is_bound = local > 1 and usable * local <= total  # a launcher has given each process cores of its own
+    return usable if is_bound else max(usable // local, 1)
+
+
 def more_workers(num_workers: int) -> str:
     """Return the advice to use more workers, with the number of cores, for a log line."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"raise DATA.NUM_WORKERS, which is {num_workers} ({cores} CPU cores for all processes of this machine)"
+    cores = share_of_cores()
+    return f"raise DATA.NUM_WORKERS, which is {num_workers} ({cores} CPU core{'s'[: cores > 1]} for this process)"
 
 
 def one_line_user_errors(batches: Iterable[Any]) -> Iterator[Any]:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from yacs.config import CfgNode
 
-from data.workers import RestartingDataLoader, leave_process_group
+from data.workers import RestartingDataLoader, choose_num_workers, leave_process_group
 from downstream.backbone import MLLABackbone, TimmBackbone
 from models import use_kernels
 from models.build import mlla_sizes
@@ -37,11 +37,12 @@ def make_loader(
         keep_workers: let worker processes live from one epoch to the next.
         options: other arguments of DataLoader.
     """
-    num_workers = config.DATA.NUM_WORKERS
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    num_workers = choose_num_workers(config.DATA.NUM_WORKERS, device)
     return RestartingDataLoader(
         dataset,
         num_workers=num_workers,
-        pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
+        pin_memory=config.DATA.PIN_MEMORY and device.type == "cuda",
         persistent_workers=keep_workers and num_workers > 0,
         set_up_worker=set_up_worker,
         generator=torch.Generator(),  # the default one also serves dropout and sampling, whose numbers would change

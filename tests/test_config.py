@@ -310,3 +310,16 @@ def test_readme_lists_every_key() -> None:
     rows = [f"| `{name}` | `{key.default!r}` | {key.rule.text} | {key.help} |" for name, key in SCHEMA.items()]
     listed = re.findall(r"^\| `[A-Z_.]+` \| .*$", Path("cfgs/README.md").read_text(), flags=re.MULTILINE)
     assert listed == rows
+
+
+def test_a_number_or_a_word() -> None:
+    """DATA.NUM_WORKERS is auto, or a number."""
+
+    def workers(value: str) -> object:
+        return load_config("cfgs/mlla_t.yaml", ["DATA.NUM_WORKERS", value]).DATA.NUM_WORKERS
+
+    assert [workers(value) for value in ("auto", "AUTO", "0", "12")] == ["auto", "auto", 0, 12]
+    assert load_config("BASE: ['']\nDATA: {NUM_WORKERS: auto}\n").DATA.NUM_WORKERS == "auto"
+    for value, allowed in (("many", "of type int or auto"), ("-1", "auto or from 0 to 1024")):
+        with pytest.raises(ConfigError, match=rf"^DATA\.NUM_WORKERS .*{value}.*: must be {allowed}"):
+            workers(value)

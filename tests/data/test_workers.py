@@ -10,11 +10,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils.data import Dataset
 
 from data import workers
 from data.errors import BrokenImageError, DataError
-from data.workers import RestartingDataLoader, WorkerStartError
+from data.workers import MAX_AUTO_WORKERS, RestartingDataLoader, WorkerStartError, choose_num_workers, share_of_cores
 from tests.helpers import is_running, wait_for
 
 NUMBERS = list(range(6))
@@ -128,3 +129,30 @@ def test_user_errors_in_workers_keep_their_type_and_line(kind: type[DataError], 
 def test_other_errors_in_workers_keep_the_traceback() -> None:
     with pytest.raises(ValueError, match=r"(?s)Caught ValueError in DataLoader worker.*in __getitem__.*a bug"):
         list(RestartingDataLoader(Failing(ValueError("a bug")), batch_size=None, num_workers=1))
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "cores", "expected"),
+    [
+        (3, "cuda", 16, 3),
+        (0, "cpu", 16, 0),
+        ("auto", "cuda", 16, 15),
+        ("auto", "cuda", 1, 1),
+        ("auto", "cuda", 128, MAX_AUTO_WORKERS),
+        ("auto", "cpu", 16, 1),
+    ],
+)
+def test_number_of_workers(setting: int | str, device: str, cores: int, expected: int) -> None:
+    assert choose_num_workers(setting, torch.device(device), cores) == expected
+
+
+@pytest.mark.parametrize(
+    ("total", "usable", "local", "expected"),
+    [(16, 16, 1, 16), (16, 4, 1, 4), (16, 16, 2, 8), (16, 8, 2, 8), (16, 8, 4, 2), (2, 2, 8, 1)],
+)
+def test_share_of_cores(monkeypatch: pytest.MonkeyPatch, total: int, usable: int, local: int, expected: int) -> None:
+    """Of 16 cores, 8 usable by each of 2 processes are its own; by each of 4, they are shared."""
+    monkeypatch.setattr(os, "cpu_count", lambda: total)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(usable)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    assert share_of_cores() == expected

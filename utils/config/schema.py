@@ -65,6 +65,7 @@ class Key:
         type: type of the value or of the list's elements; by default the default's.
         optional: accept null.
         is_list: accept a list, where the default does not show it.
+        words: texts that are accepted beside the values of the type, in lower case.
     """
 
     def __init__(
@@ -76,11 +77,16 @@ class Key:
         type: type | None = None,
         optional: bool = False,
         is_list: bool = False,
+        words: Sequence[str] = (),
     ) -> None:
         self.is_list = is_list or isinstance(default, list)
         self.type = type or (default[0] if self.is_list else default).__class__
         self.default, self.help, self.optional = default, help, optional
         self.rule = rule or (YES_NO if self.type is bool else ANY)
+        self.words = words
+        if words:
+            holds = self.rule.holds
+            self.rule = Rule(f"{', '.join(words)} or {self.rule.text}", lambda value: value in words or holds(value))
 
 
 Schema = Mapping[str, Key]
@@ -247,7 +253,7 @@ def settings_in(schema: Schema, content: Mapping[str, Any], origin: str) -> Iter
 
 def parse_text(schema: Schema, name: str, text: str) -> Any:
     """Return a value typed after --opts: text as it stands for text keys, else a Python or YAML literal."""
-    if name in schema and isinstance(schema[name].default, str):
+    if name in schema and isinstance(schema[name].default, str) and not schema[name].words:
         return text
     for parse in (ast.literal_eval, lambda text: yaml.load(text, StrictLoader)):
         with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError, yaml.YAMLError):
@@ -291,6 +297,8 @@ def coerced(name: str, value: Any, key: Key, origin: str) -> Any:
     YAML reads 5e-4 and off as text, so text is tried as a number and as a boolean. Names of a fixed set may be in
     capitals.
     """
+    if isinstance(value, str) and value.lower() in key.words:
+        return value.lower()
     if key.type is float and isinstance(value, int | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
             value = float(value)
@@ -300,7 +308,7 @@ def coerced(name: str, value: Any, key: Key, origin: str) -> Any:
         value = value.lower()  # such as AdamW
     if isinstance(value, str) and "\0" in value:  # the system refuses it in names of files
         raise ConfigError(f"{setting(name, value, origin)}: must not hold a NUL character", key=name)
-    hint = ", in quotes" if key.type is str else ""
+    hint = ", in quotes" if key.type is str else "".join(f" or {word}" for word in key.words)
     if type(value) is not key.type or value in (math.inf, -math.inf) or value != value:
         raise ConfigError(f"{setting(name, value, origin)}: must be of type {key.type.__name__}{hint}", key=name)
     return value
