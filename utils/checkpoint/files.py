@@ -227,7 +227,8 @@ class CheckpointWriter:
     """Writes a run's checkpoints: copies the state at once, and writes it in a thread while training continues.
 
     A checkpoint that cannot be written is an error in the log, the last ones are kept, and `has_failed` is True until
-    the next success.
+    the next success. A best one (max_*.pth) stays in memory and is written before the next checkpoint, so that whatever
+    a run resumes from, its best weights are there.
 
     Args:
         folder: the run's output folder.
@@ -241,6 +242,7 @@ class CheckpointWriter:
         self.keep_all = keep_all
         self.thread: threading.Thread | None = None
         self.has_failed = False
+        self.unsaved_best: dict[str, dict[str, Any]] = {}  # state by name
 
     def write(self, progress: Progress, names: Sequence[str], state: dict[str, Any]) -> None:
         """Write a checkpoint, once the last one is done."""
@@ -264,9 +266,13 @@ class CheckpointWriter:
         start = time.perf_counter()
         before = version_of(self.folder / names[0])
         try:
+            self.save_unsaved_best(names)
             save_under_names(self.folder, progress, names, state, keep_all=self.keep_all)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeErrors of its own for a full disk
             self.has_failed = True
+            if best := [name for name in names if name.startswith("max_")]:
+                state = state if self.in_background else copy_to_cpu(state)
+                self.unsaved_best |= dict.fromkeys(best, state)
             newest = next((path.name for _, path in checkpoints_in(self.folder)), "none")
             others = ", ".join([*names[1:], INDEX])  # links, and a note
             problem = "could not be saved"
@@ -280,5 +286,13 @@ class CheckpointWriter:
             if self.has_failed:
                 logger.info("%s was saved; saving works again", names[0])
             self.has_failed = False
+            self.unsaved_best.clear()
             seconds = time.perf_counter() - start
             logger.info("saved %s (%s) in %.2f s", names[0], describe(progress), seconds, extra=DETAIL)
+
+    def save_unsaved_best(self, names: Sequence[str]) -> None:
+        """Write the best checkpoints that could not be written before, without those that `names` replaces."""
+        for name in list(self.unsaved_best):
+            if name not in names:
+                save_checkpoint(self.folder / name, self.unsaved_best[name])
+                del self.unsaved_best[name]

@@ -54,6 +54,7 @@ class RunRecorder:
             self.drop_from(start_epoch)
             self.tensorboard = EventFile(folder, purge_step=start_epoch)
         self.last_drawn = 0.0
+        self.unsaved: list[dict[str, Any]] = []  # records of metrics.jsonl that a full disk refused
 
     def drop_from(self, start_epoch: int) -> None:
         """Move records of epochs that run again to metrics_replaced.jsonl."""
@@ -65,8 +66,10 @@ class RunRecorder:
 
     def add(self, metrics: dict[str, Any], speed: dict[str, Any]) -> None:
         """Record an epoch's metrics; both dictionaries have its number as "epoch"."""
+        self.unsaved.append(metrics)
         with self.errors_logged():
-            append_records(self.path, [metrics])
+            append_records(self.path, self.unsaved)
+            self.unsaved = []
         with self.errors_logged():
             append_records(self.path.with_name("speed.jsonl"), [speed])
             for name, value in {**metrics, **speed}.items():

@@ -194,6 +194,34 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     assert torch.all(latest[1]["model"]["w"] == 1) or not in_background
 
 
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_best_checkpoint_is_written_once_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_background: bool
+) -> None:
+    """Before the next checkpoint, from which a run may resume, unless that is a better one."""
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    writer = CheckpointWriter(tmp_path, in_background=in_background)
+    weights = torch.ones(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "save_checkpoint", fail)
+        names = ["ckpt_epoch_0.pth", "max_acc.pth", "max_ema_acc.pth"]
+        writer.write(Progress(1), names, run_content(1, model={"w": weights}))
+        writer.wait()
+    weights.fill_(2.0)
+    writer.write(Progress(2), ["ckpt_epoch_1.pth", "max_acc.pth"], run_content(2, model={"w": weights}))
+    writer.wait()
+    assert not writer.has_failed
+    best = {path.name: load_checkpoint(path)["model"]["w"].item() for path in tmp_path.glob("max_*.pth")}
+    assert best == {"max_acc.pth": 2.0, "max_ema_acc.pth": 1.0}
+    (tmp_path / "max_ema_acc.pth").unlink()
+    writer.write(Progress(3), ["ckpt_epoch_2.pth"], run_content(3))
+    writer.wait()
+    assert not (tmp_path / "max_ema_acc.pth").exists()  # once
+
+
 def test_a_failed_link_is_not_a_failed_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

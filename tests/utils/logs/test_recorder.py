@@ -75,13 +75,18 @@ def test_metrics_are_json_whatever_the_run_does(tmp_path: Path) -> None:
 
 
 def test_metrics_that_cannot_be_written_do_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are written with the next ones."""
     start_logging(tmp_path, rank=0)
     recorder = RunRecorder(tmp_path, 0, CLASSIFIER_PANELS)
     recorder.path = tmp_path / "gone" / "metrics.jsonl"
     recorder.add({"epoch": 0}, {"epoch": 0})
     recorder.draw_curves(is_last=True)
-    recorder.close()
     assert "gone: metrics could not be written (No such file or directory)" in capsys.readouterr().out
+    recorder.path.parent.mkdir()
+    recorder.add({"epoch": 1}, {"epoch": 1})
+    recorder.add({"epoch": 2}, {"epoch": 2})
+    recorder.close()
+    assert read_records(recorder.path) == [{"epoch": 0}, {"epoch": 1}, {"epoch": 2}]
 
 
 def test_whatever_fails_in_a_record_does_not_end_the_run(
