@@ -247,7 +247,7 @@ def test_weights_over_the_network(server: Server) -> None:
     [
         ("w.pth", b"", "0 bytes: cannot be read as a PyTorch weights file: damaged, or not its format"),
         ("w.pth", b"<html><body>", "12 bytes: is a web page"),
-        ("w.pth", gzip.compress(b"weights"), "cannot be read as a PyTorch weights file"),
+        ("w.pth", gzip.compress(b"weights", mtime=0), "cannot be read as a PyTorch weights file"),
         ("unannounced-short", None, "is damaged: its list of records"),
     ],
 )
