@@ -8,7 +8,7 @@
 # make test-fast          the unit tests that take less than a second each, in under a minute on two cores
 # make test-kernels       the tests of the Triton kernels: on a GPU, or on a CPU through Triton's interpreter
 # make test-oldest        the tests with the oldest supported torch, torchvision and timm, in .venv-oldest
-# make soak               interrupt training many times; results must equal those of an uninterrupted run; a quarter of an hour
+# make soak               inject faults into training for half an hour; results must equal those of runs left alone; SOAK='--minutes 5' for less
 # make bench-data         measure images per second and core of the data pipeline, beside timm's
 # make clean              remove the virtual environments and build folders; keep output/
 
@@ -93,7 +93,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 soak: .venv/installed
-	$(BIN)/python tests/soak.py
+	$(BIN)/python tests/soak.py $(SOAK)
 
 bench-data: .venv/installed
 	$(BIN)/python -m data.benchmark

@@ -1,4 +1,4 @@
-"""Runs that are killed, asked to stop, or lose a process; `make soak` is the long form of the first."""
+"""Runs that are killed, asked to stop, or lose a process; `make soak` is the long form of the short campaign."""
 
 import os
 import re
@@ -16,8 +16,12 @@ import pytest
 import torch
 
 import data.sources.digits
+from tests.faults.campaign import EQUAL, Campaign, Trial, table
+from tests.faults.injections import FAULTS
+from tests.faults.processes import descendants
+from tests.faults.runs import Run, differing
+from tests.faults.tasks import SETTINGS, SMALL
 from tests.helpers import ROOT, is_running, run_python, wait_for
-from tests.soak import SETTINGS, SMALL, Run, descendants, differing
 from utils.logs.output_dir import lock_output_dir
 
 pytestmark = pytest.mark.slow
@@ -35,26 +39,42 @@ def two_processes_uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dic
     return run.result()
 
 
-def check_interrupted(run: Run, expected: dict[str, Any]) -> None:
-    assert run.interrupt(signal.SIGKILL, 0.3), run.printed()
-    assert run.interrupt(signal.SIGTERM, 0.0), run.printed()
-    assert "SIGTERM: stopped in epoch" in run.printed()
-    run.finish()
-    assert re.search(r"resumed from \S+ckpt_epoch_\d_step_\d+.pth", run.printed())
-    assert differing(expected, run.result()) == [], run.printed()
+@pytest.mark.timeout(900)
+def test_short_campaign(tmp_path: Path, two_processes_uninterrupted: dict[str, Any]) -> None:
+    """Weights, EMA, optimizer, random number generators, and metrics.jsonl end bit for bit as of a run left alone."""
+    campaign = Campaign(tmp_path, epochs=2, injections=1)
+    campaign.expected["classification", 2] = two_processes_uninterrupted
+    trials = [
+        campaign.trial(FAULTS[fault], task, processes, seed=0)
+        for fault, task, processes in (
+            ("kill-training", "classification", 2),
+            ("kill-saving", "detection", 1),
+            ("term-training", "segmentation", 1),
+            ("disk", "segmentation", 1),
+        )
+    ]
+    assert all(trial.is_good for trial in trials), trials
+    assert sum(len(trial.injections) for trial in trials) >= 2, trials  # a run may end before its fault
 
 
-def test_a_killed_and_stopped_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
-    """Bit for bit: weights, EMA, optimizer, random number generators, and metrics.jsonl; in bfloat16."""
-    whole = Run(tmp_path / "whole", processes=1, epochs=2, save_steps=0, amp=True)
-    whole.finish()
-    check_interrupted(Run(tmp_path / "often", processes=1, epochs=2, save_steps=4, amp=True), whole.result())
+def test_one_bit_is_a_difference() -> None:
+    weights = torch.ones(3)
+    other = {"model": {"a": weights, "b": [torch.nextafter(weights, 2 * weights)]}, "epoch": 1}
+    assert differing({"model": {"a": weights, "b": [weights]}, "epoch": 1}, other) == ["model"]
 
 
-def test_two_killed_and_stopped_processes_end_as_uninterrupted_ones(
-    tmp_path: Path, two_processes_uninterrupted: dict[str, Any]
-) -> None:
-    check_interrupted(Run(tmp_path, processes=2, epochs=2, save_steps=4, amp=False), two_processes_uninterrupted)
+def test_table_of_a_campaign() -> None:
+    done = ("killed", "killed")
+    trials = [
+        Trial("kill-saving", "detection", 1, 0, done, EQUAL),
+        Trial("kill-saving", "detection", 2, 0, done[:1], EQUAL),
+        Trial("disk", "segmentation", 1, 0, ("went on",), "DIFFERENT: metrics", "/tmp/x"),
+        Trial("bit", "detection", 1, 0, (), EQUAL),  # ended before the fault
+    ]
+    assert table(trials).splitlines()[2:] == [
+        f"| SIGKILL while saving | 2 + 1 | 0 + 0 | killed | {EQUAL} |",
+        "| the run folder's disk fills | 0 + 0 | 1 + 0 | went on | DIFFERENT |",
+    ]
 
 
 def test_a_killed_worker_is_restarted_by_torchrun(tmp_path: Path, two_processes_uninterrupted: dict[str, Any]) -> None:
@@ -99,7 +119,7 @@ def test_a_machine_that_is_lost_and_returns(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     run = Run(tmp_path, processes=2, epochs=2, save_steps=3, amp=False)
-    run.command[3 : run.command.index("main.py")] = [
+    run.args[2 : run.args.index("main.py")] = [
         *options,
         "--rdzv-conf=keep_alive_interval=1,keep_alive_max_attempt=3",  # 3 s, not 15, until a machine counts as lost
     ]
@@ -183,7 +203,7 @@ def test_sigterm_to_the_group_while_compiling_ends_the_run_in_time(
     """The signal reaches the compilers and inductor's workers, too."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     run = Run(tmp_path, processes=1, epochs=200, save_steps=0, amp=False)
-    run.command += ["TRAIN.COMPILE", "default"]
+    run.args += ["TRAIN.COMPILE", "default"]
     process = run.start()
 
     def is_compiling() -> bool:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.faults.processes import descendants
+from tests.faults.runs import Run
 from tests.helpers import is_running, wait_for
-from tests.soak import Run, descendants
 from utils.distributed import heartbeat
 from utils.distributed.heartbeat import FINISHED, HANG_SECONDS, HANG_SECONDS_DEVICE, INTERVAL_SECONDS, Heartbeat
 
@@ -190,7 +191,7 @@ def test_an_event_on_a_gpu() -> None:
 @pytest.mark.slow
 def test_a_stopped_process_ends_the_run_and_a_suspended_run_goes_on(tmp_path: Path) -> None:
     run = Run(tmp_path, processes=2, epochs=200, save_steps=0, amp=False)
-    run.command[run.command.index("main.py")] = "tests/utils/distributed/heartbeat_worker.py"
+    run.args[run.args.index("main.py")] = "tests/utils/distributed/heartbeat_worker.py"
     process = run.start()
     wait_for(run.step_lines)
     workers = descendants(process.pid)

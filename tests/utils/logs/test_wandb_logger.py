@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.faults.tasks import SETTINGS
 from tests.helpers import run_python
-from tests.soak import SETTINGS
 from utils.logs import wandb_logger
 from utils.logs.logger import logger
 from utils.logs.wandb_logger import WandbError, WandbLogger

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.faults.processes import descendants
 from tests.helpers import ROOT, is_running, wait_for
-from tests.soak import descendants
 from utils.speed import compile_workers
 from utils.speed.compile_workers import (
     CompileWorkersDiedError,
