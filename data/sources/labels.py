@@ -15,9 +15,11 @@ def read_lines(path: Path, remedy: str = "") -> list[str]:
     Bytes that are not UTF-8 are kept, as Python keeps those in file names.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: the file cannot be read, or is a pipe or a device, which may have no end.
     """
     with file_errors(DataError, path, "read", remedy):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise DataError(f"{path}: is a pipe or a device; name a file")
         text = path.read_text(encoding="utf-8", errors="surrogateescape").removeprefix("\ufeff")
     return text.splitlines()
 
