@@ -117,7 +117,11 @@ def interrupt(run: Run, rng: random.Random, *, number: int, moment: str, everyon
     if not MOMENTS[moment](run, process, rng) or process.poll() is not None:
         wait_for_end(run, process, {0})
         return None
-    send(number, [process.pid, *(descendants(process.pid) if everyone else ())])
+    pids = [process.pid, *(descendants(process.pid) if everyone else ())]
+    if number != signal.SIGKILL:  # a group's signal does not reach loader workers, which have groups of their own
+        groups = {process.pid, *(children_of(process.pid) if run.processes > 1 else ())}
+        pids = [pid for pid in pids if group_of(pid) in groups]
+    send(number, pids)
     # Before training has begun, a signal ends the process at once; Python's imports end with Ctrl-C's traceback.
     text = "" if (moment, number) == ("importing", signal.SIGINT) else None
     code = wait_for_end(run, process, {-number, 0, *((1, 130) if number == signal.SIGINT else ())}, text=text)
@@ -137,8 +141,18 @@ def kill_worker(run: Run, rng: random.Random) -> str | None:
     return "all processes ended"
 
 
+def group_of(pid: int) -> int | None:
+    with contextlib.suppress(ProcessLookupError):
+        return os.getpgid(pid)
+    return None
+
+
 def children_of(pid: int) -> list[int]:
-    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    """Return a process's children, none if it has ended."""
+    try:
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 # Disks and standard output
