@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests' tensors are too small to share out
 
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,6 +14,9 @@ from typing import Any
 import pytest
 
 from tests.helpers import exit_code, make_image_folder
+
+# A shell starts background jobs with Ctrl-C ignored, and their children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

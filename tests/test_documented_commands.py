@@ -158,6 +158,7 @@ def converts(words: list[str]) -> None:
         path = f"{target}_{form}" + (".safetensors" if form == "safetensors" else ".pth")
         call(name, [source, path, to, form])
         typed = re.sub(r"[][]", "", " ".join(options)).replace("H W", "64 64")
+        typed = typed.replace("--training-state", "")  # not with --ema; tests/utils/test_convert.py has it
         if form != "official":
             typed = typed.replace("--size 64 64", "")
         call(name, [source, path, to, form, *typed.split()])
@@ -212,7 +213,7 @@ RULES = [
 # Indented blocks that nobody types: trees of folders, and what is printed. They begin like this.
 NO_COMMANDS: tuple[str, ...] = ("COCO/annotations/", "garden/classes.txt", "error: ", "out of GPU memory")
 # For SLURM; tests/test_interruptions.py runs its launcher.
-NO_COMMANDS += ("#!/bin/bash\n#SBATCH", "epoch 7/30: ")
+NO_COMMANDS += ("#!/bin/bash\n#SBATCH", "epoch 7/30: ", "a step with ")
 COMMANDS = documentation.commands()
 
 

@@ -138,7 +138,7 @@ def test_a_machine_that_is_lost_and_returns(
         for process in (first, second):
             process.terminate()
         pytest.fail(f"both wait forever:\n{run.printed()}")
-    assert run.printed().count("2 process(es) on cpu") == 2
+    assert run.printed().count("2 processes on cpu") == 2
     assert re.search(r"resumed from \S+ckpt_epoch_\d_step_\d+.pth", run.printed())
     assert differing(two_processes_uninterrupted, run.result()) == []
 

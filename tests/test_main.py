@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 RunMain = Callable[..., tuple[int, str, str]]
 SMALL = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.NUM_HEADS", "[1, 1, 1, 1]", "TRAIN.WARMUP_EPOCHS", "0"]
-SCORES = re.compile(r" \* Acc@1 (\d+\.\d{3}) Acc@5 (\d+\.\d{3})")
+SCORES = re.compile(r" \* Acc@1 (\d+\.\d{3})(?: Acc@5 (\d+\.\d{3}))?")
 AS_TRAINED = ["--opts", "AMP_DTYPE", "bfloat16"]  # --eval alone is in float32
 
 
@@ -204,6 +204,7 @@ def test_mesa_starts_after_a_quarter_of_the_epochs(
         return training_loss(logits, targets, *of_teacher)
 
     monkeypatch.setattr(losses, "training_loss", note)
+    monkeypatch.setattr("utils.training.run.memory_warning", lambda *_: "")  # which runs the losses, too
     options = ("TRAIN.COOLDOWN_EPOCHS", "1", "AUG.MESA", "1.0", "EMA.WARMUP", "off")
     assert run_main(*digits(tmp_path, *options, epochs=3, batch_size=512))[0] == 0
     assert seen == [False] * 2 + [True] * 6  # two steps per epoch; cool-down counts
@@ -379,8 +380,7 @@ def test_official_commands(launcher: str, image_folder: Path, tmp_path: Path) ->
     torch.save({"model": content["model"]}, tmp_path / "released.pth")
     done = run_python(*start, *common, "--eval", "--resume", tmp_path / "released.pth")
     assert done.returncode == 0, done.stderr
-    ((acc1, acc5),) = SCORES.findall(done.stdout)
-    assert float(acc5) == 100
+    ((acc1, _),) = SCORES.findall(done.stdout)
     assert float(acc1) == pytest.approx(records_of(folder)[0]["acc1"], abs=1e-3)
 
 

@@ -218,7 +218,7 @@ def test_output_that_is_a_file(
 @pytest.mark.slow
 def test_models_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = {"a": [1.0, 3.0, 100.0], "b": [5.0, 4.0, 6.0]}  # images per second
-    seconds = {name: iter([1.0, 1.0, *(1 / rate for rate in rates)]) for name, rates in rounds.items()}
+    seconds = {name: iter([1.0, 1.0, 1.0, *(1 / rate for rate in rates)]) for name, rates in rounds.items()}
     order = []
 
     class Model(nn.Module):
@@ -239,5 +239,5 @@ def test_models_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     precision = make_precision(cpu, amp=False, dtype="auto")
     models = {name: Model(name) for name in rounds}
     medians = measure.measure_in_turns(models, device=cpu, precision=precision, batch_size=1, image_size=8, rounds=3)
-    assert order == [*"aabb", *["a", "b"] * 3]  # warm-up and the length of a round come first
+    assert order == [*"aaabbb", *["a", "b"] * 3]  # warm-up and the length of a round come first
     assert medians == pytest.approx({"a": 3.0, "b": 5.0})

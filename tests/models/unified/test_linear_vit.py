@@ -63,7 +63,7 @@ def test_parameters_and_macs(name: str) -> None:
 
 def test_every_row_has_a_configuration_that_changes_one_key() -> None:
     names = {path.stem for path in Path("cfgs/ablation").glob("*.yaml")}
-    assert names == {row.name for row in ABLATIONS} | {"base", "digits", "mamba_like", "mlla_like"}
+    assert names == {row.name for row in ABLATIONS} | {"base", "digits", "fashion_mnist", "mamba_like", "mlla_like"}
     baseline = load_config("cfgs/ablation/baseline.yaml").MODEL.LINEAR_VIT
     for row in ABLATIONS[1:]:
         config = load_config(f"cfgs/ablation/{row.name}.yaml")

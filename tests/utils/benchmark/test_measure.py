@@ -97,7 +97,7 @@ def test_mistakes_in_flags(run_main: RunMain, tmp_path: Path) -> None:
     for extra, expected in (
         (["--baseline", "convnext_tiny"], "must be timm:NAME, with commas between several"),
         (["--baseline", "timm:convnext_tinny"], "timm has no such model"),
-        (["--sizes", "224,big"], "must be whole numbers of at least 8, with commas between"),
+        (["--sizes", "224,big"], "must be whole numbers from 8 to 16384, with commas between"),
     ):
         code, _, err = run_main(*args, *extra)
         assert code == 2
