@@ -1,7 +1,7 @@
 """timm's augmentation policies on a batch of uint8 images at once, for GPUs.
 
-The random draws are made per image on the host: `RecordedPolicy` runs timm's policy on a placeholder that records the
-operations. `augment` applies them on the device, those of a kind together. Results equal Pillow's, except that a few
+The random draws are made per image on the host: `RecordedPolicy` runs timm's policy on an object that records the
+operations. `augment` applies them on the device, all of one kind together. Results equal Pillow's, except that a few
 values of rotated, sheared and translated images differ by one level of 255 (float32 instead of float64).
 """
 
@@ -54,32 +54,32 @@ class Operation(NamedTuple):
     f: float
 
 
-class Placeholder:
-    """What a policy transforms in place of an image of this size, to record its operations."""
+class OperationRecorder:
+    """Stands in for an image of this size, and records the operations of a policy that transforms it."""
 
     def __init__(self, width: int, height: int) -> None:
         self.size = width, height
         self.operations: list[Operation] = []
 
 
-def record(kind: Kind, image: Placeholder, level: float = 0.0, **_: Any) -> Placeholder:
+def record(kind: Kind, image: OperationRecorder, level: float = 0.0, **_: Any) -> OperationRecorder:
     """Record an operation that has a level."""
     image.operations.append(Operation(kind, level, *IDENTITY))
     return image
 
 
-def record_desaturation(image: Placeholder, level: float, **_: Any) -> Placeholder:
+def record_desaturation(image: OperationRecorder, level: float, **_: Any) -> OperationRecorder:
     return record(Kind.COLOR, image, min(1.0, max(0.0, 1.0 - level)))
 
 
 def record_affine(
     matrix: Callable[..., Matrix],
-    image: Placeholder,
+    image: OperationRecorder,
     amount: float,
     *,
     fillcolor: Any,  # noqa: ARG001
     resample: Image.Resampling | Sequence[Image.Resampling],
-) -> Placeholder:
+) -> OperationRecorder:
     """Record an affine map, after timm's draw of the filter."""
     chosen = resample if isinstance(resample, int) else random.choice(resample)
     kind = Kind.BICUBIC if chosen == Image.Resampling.BICUBIC else Kind.BILINEAR
@@ -95,7 +95,7 @@ def rotation(degrees: float, width: int, height: int) -> Matrix:
     return a, b, a * -x + b * -y + x, -b, a, -b * -x + a * -y + y
 
 
-RECORDERS: dict[str, Callable[..., Placeholder]] = {
+RECORDERS: dict[str, Callable[..., OperationRecorder]] = {
     "AutoContrast": partial(record, Kind.AUTO_CONTRAST),
     "Equalize": partial(record, Kind.EQUALIZE),
     "Invert": partial(record, Kind.INVERT),
@@ -129,7 +129,7 @@ class RecordedPolicy:
 
     def __call__(self, width: int, height: int) -> list[Operation]:
         """Draw the operations on an image of this size, in their order."""
-        image = Placeholder(width, height)
+        image = OperationRecorder(width, height)
         for transform in self.transforms:
             transform(image)
         return image.operations
@@ -264,7 +264,7 @@ def table_index(images: Tensor) -> Tensor:
 
 
 def look_up(images: Tensor, tables: Tensor) -> Tensor:
-    """Replace each value by that of a table (N, 3, 256), uint8."""
+    """Replace each value by its entry in a table (N, 3, 256), uint8."""
     return tables.reshape(len(images), -1).gather(1, table_index(images)).view_as(images)
 
 

@@ -33,7 +33,7 @@ def pack_pixels(images: Sequence[Tensor]) -> Tensor:
 
 
 def resize_crops(packed: Tensor, crops: Tensor) -> Tensor:
-    """Resize and flip crops. The results differ from those of `resize` in transforms.py by rounding.
+    """Resize and flip crops. Differs from `resize` of transforms.py by rounding.
 
     Args:
         packed: pixels of all crops (bytes,), uint8, on any device.

@@ -1,4 +1,4 @@
-"""Image files by name: those of a dataset, and those that a predict command reads, with the files that it writes."""
+"""Image files by name, of a dataset or for a predict command, and the files that the command writes."""
 
 import os
 import sys
@@ -52,7 +52,7 @@ def plan_results(
     Args:
         sources: image files, or folders of them, whose subfolders the results keep.
         output: folder of the results.
-        endings: what follows the name of an image in those of its results.
+        endings: what follows an image's name in the names of its results.
         others: names of further files that will be written.
         force: replace results that exist, but never an image that is read.
 

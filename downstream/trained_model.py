@@ -96,7 +96,7 @@ def read_trained_model(
 
     Args:
         args: parsed flags of `add_weights_flags`.
-        task: a key of TASKS, whose models the command takes; by default that of the configuration.
+        task: a key of TASKS, whose models the command takes; by default the configuration's.
         flags: values by key, over all others.
 
     Raises:

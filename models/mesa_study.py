@@ -83,7 +83,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=at_least(1), default=1, help="concurrent runs, which GPUs take in turns")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")
     parser.add_argument(
-        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="settings over those of all files"
+        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="settings that override all files"
     )
     return parser.parse_args(argv)
 

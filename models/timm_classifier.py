@@ -60,7 +60,7 @@ def create_timm_classifier(
 
 
 def create_supported(name: str, num_classes: int, options: dict[str, Any]) -> Any:
-    """Return timm's model, without those of the two rates of dropout that it has no argument for."""
+    """Return timm's model; a dropout rate that it has no argument for is left out."""
     while True:
         try:
             return timm.create_model(name, num_classes=num_classes, **options)

@@ -6,12 +6,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests' tensor
 
 import contextlib
 import io
+import json
 import signal
 import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,10 @@ def encoded(image: Image.Image, kind: str = "JPEG", **settings: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **settings)
     return buffer.getvalue()
+
+
+def add_records(folder: Path, **records: Mapping[str, float]) -> None:
+    """Add a line to files of a run's folder: metrics={...} to metrics.jsonl."""
+    for name, record in records.items():
+        with (folder / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")

@@ -1,4 +1,4 @@
-"""Inject faults at random moments into short training runs, and compare each run's end with that of a run left alone.
+"""Inject faults at random moments into short training runs, and compare each run's end with a run left alone.
 
 python tests/soak.py                                all faults and tasks, for half an hour, on a CPU
 python tests/soak.py --minutes 5 --fault disk bit --task detection --processes 2

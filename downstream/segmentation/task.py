@@ -97,7 +97,7 @@ class Segmentation(DenseTask):
         return {name: self.record(run, name, scores) for name, scores in evaluate(run, models, folders).items()}
 
     def record(self, run: Run, name: str, scores: SegmentationScores) -> dict[str, float]:
-        """Log a model's scores, add those of `--eval` to evaluations.jsonl, and return them as metrics."""
+        """Log a model's scores, add them to evaluations.jsonl in `--eval`, and return them as metrics."""
         log_scores(scores, run, name)
         if run.config.EVAL_MODE and run.process.is_main:
             with output_errors(run.folder):

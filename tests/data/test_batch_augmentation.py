@@ -13,7 +13,15 @@ from torch import Tensor
 from torchvision.transforms import ColorJitter
 
 from data.augmentation import posterize
-from data.batch_augmentation import FILL, RECORDERS, Operation, Placeholder, RecordedPolicy, augment, unsupported_reason
+from data.batch_augmentation import (
+    FILL,
+    RECORDERS,
+    Operation,
+    OperationRecorder,
+    RecordedPolicy,
+    augment,
+    unsupported_reason,
+)
 from tests.helpers import photo
 
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
@@ -64,7 +72,7 @@ def test_operations_match_pillow(name: str, resample: Image.Resampling) -> None:
     for args in [[level] for level in LEVELS[stem]] if stem in LEVELS else [[]]:
         settings = {"fillcolor": tuple(FILL), "resample": resample}
         expected = to_batch([pillow(name, image, *args, **settings) for image in IMAGES]).int()
-        operations = [RECORDERS[name](Placeholder(*image.size), *args, **settings).operations for image in IMAGES]
+        operations = [RECORDERS[name](OperationRecorder(*image.size), *args, **settings).operations for image in IMAGES]
         difference = (augment(to_batch(IMAGES), to_rows(operations)).int() - expected).abs()
         assert difference.max() <= (name in AFFINE)
         assert (difference > 0).float().mean() < 0.02

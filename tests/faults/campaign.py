@@ -24,7 +24,7 @@ class Trial:
     Attributes:
         fault, task, processes, seed: of the run; the moments of its faults follow from them, and from the machine.
         injections: what happened at each injection, in a few words.
-        verdict: EQUAL, or in what the result differs from that of a run left alone, or what else went wrong.
+        verdict: EQUAL, or in what the result differs from a run left alone, or what else went wrong.
         folder: output folder of a run that is not equal, which is kept.
     """
 
@@ -64,7 +64,7 @@ class Campaign:
         self.expected: dict[tuple[str, int], dict[str, Any]] = {}
 
     def run(self, name: str, task: str, processes: int, *, save_steps: int) -> Run:
-        """Return a run; those of one process have mixed precision, on a GPU all."""
+        """Return a run, in mixed precision if it has one process or is on a GPU."""
         data = self.folder / f"data_{task}" if TASKS[task].make_data else None
         if data is not None and not data.exists():
             TASKS[task].make_data(data)  # type: ignore[misc]

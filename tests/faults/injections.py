@@ -56,11 +56,16 @@ def while_importing(_: Run, __: Started, rng: random.Random) -> bool:
     return True
 
 
-def while_training(run: Run, process: Started, rng: random.Random) -> bool:
-    lines = run.step_lines() + rng.randint(0, 5)
-    reached = wait_while_running(process, lambda: run.step_lines() > lines)
-    time.sleep(rng.uniform(0, 0.3))
+def wait_for_more(process: Started, rng: random.Random, count: Callable[[], int], *, most: int, pause: float) -> bool:
+    """Wait until a count has grown by 1 to `most` + 1, and then up to `pause` seconds."""
+    start = count() + rng.randint(0, most)
+    reached = wait_while_running(process, lambda: count() > start)
+    time.sleep(rng.uniform(0, pause))
     return reached
+
+
+def while_training(run: Run, process: Started, rng: random.Random) -> bool:
+    return wait_for_more(process, rng, run.step_lines, most=5, pause=0.3)
 
 
 def while_saving(run: Run, process: Started, rng: random.Random) -> bool:
@@ -74,10 +79,7 @@ def while_saving(run: Run, process: Started, rng: random.Random) -> bool:
 
 
 def while_evaluating(run: Run, process: Started, rng: random.Random) -> bool:
-    epochs = run.ends_of_epochs() + rng.randint(0, 1)
-    reached = wait_while_running(process, lambda: run.ends_of_epochs() > epochs)
-    time.sleep(rng.uniform(0, 0.5))
-    return reached
+    return wait_for_more(process, rng, run.ends_of_epochs, most=1, pause=0.5)
 
 
 MOMENTS = {

@@ -1,4 +1,3 @@
-import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from PIL import Image
 
 from config import load_config
 from models import build_model, mesa_study
-from tests.helpers import exit_code
+from tests.helpers import add_records, exit_code
 
 ACCURACY = {"mlla": 94.0, "convnext": 93.0, "swin": 92.0, "resnet": 91.0}
 EPOCH_SECONDS = {"mlla": 4.0, "convnext": 2.0, "swin": 4.0, "resnet": 1.0}
@@ -30,9 +29,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         for epoch in range(int(value["TRAIN.EPOCHS"])):
             metrics = {"epoch": epoch, "acc1": score, "ema_acc1": score - 0.5}
             speed = {"epoch": epoch, "train_seconds": EPOCH_SECONDS[model] * (1 + mesa)}
-            for name, record in (("metrics", metrics), ("speed", speed)):
-                with (folder / f"{name}.jsonl").open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+            add_records(folder, metrics=metrics, speed=speed)
         return 0
 
     monkeypatch.setattr(subprocess, "call", call)

@@ -1,11 +1,10 @@
-import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers import exit_code
+from tests.helpers import add_records, exit_code
 from utils import time_to_accuracy
 from utils.time_to_accuracy import Reached, TimedRun, reach, report
 
@@ -51,9 +50,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         for epoch in range(2):
             metrics = {"epoch": epoch, "acc1": 90.0 + epoch, "ema_acc1": 91.0 + epoch + int(value["SEED"])}
             speed = {"epoch": epoch, "process_seconds": 10.0 * epoch + 9, "train_seconds": 3.0, "eval_seconds": 1.0}
-            for name, record in (("metrics", metrics), ("speed", speed)):
-                with (folder / f"{name}.jsonl").open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+            add_records(folder, metrics=metrics, speed=speed)
         return 0
 
     monkeypatch.setattr(subprocess, "call", call)

@@ -26,7 +26,7 @@ class DamagedCheckpointError(CheckpointError):
 
 
 def check_run_content(content: Mapping[str, Any], source: str | Path) -> None:
-    """Check the types and ranges of what a run's checkpoint holds, as far as that does not depend on the model.
+    """Check types and ranges in a run's checkpoint, as far as they do not depend on the model.
 
     Raises:
         DamagedCheckpointError: names the first entry that is missing, or is not what it must be.

@@ -215,7 +215,7 @@ def read_source(schema: Schema, source: str | Path, own: Path) -> Iterator[tuple
 def read_file(
     schema: Schema, path: Path, own: Path, within: tuple[Path, ...] = (), count: Iterator[int] | None = None
 ) -> Iterator[tuple[str, Any, str]]:
-    """Yield (key, value, file) of a YAML file, those of its BASE files first, which are found like files of --cfg."""
+    """Yield (key, value, file) of a YAML file, the BASE files' first, which are found like files of --cfg."""
     count = itertools.count(1) if count is None else count
     if next(count) > MAX_FILES:
         raise ConfigError(f"{path}: BASE names over {MAX_FILES} files, or some many times; merge them", key="BASE")
@@ -262,7 +262,7 @@ def parse_text(schema: Schema, name: str, text: str) -> Any:
 
 
 def keys_called(schema: Schema, name: str) -> list[str]:
-    """Return the keys whose last part is that of `name`, which may be a flag such as --weight-decay or --lr."""
+    """Return the keys whose last part is the same as in `name`, which may be a flag such as --weight-decay or --lr."""
     last = name.split(".")[-1].lstrip("-").upper().replace("-", "_")
     last = OTHER_NAMES.get(last, last)
     return [key for key in schema if key.split(".")[-1] == last]

@@ -169,7 +169,7 @@ class TrainState:
         Nothing is changed before all of it is known to fit.
 
         Raises:
-            DamagedCheckpointError: the content is not that of a run's checkpoint.
+            DamagedCheckpointError: the content is no run's checkpoint.
             CheckpointError: there are no weights, or they or the optimizer's state do not fit this run.
         """
         sets = find_weight_sets(content)
