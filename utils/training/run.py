@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 
 from utils.checkpoint.best_weights import describe_choice, is_ema_better
 from utils.checkpoint.files import Progress, move_replaced_checkpoints
+from utils.checkpoint.rng import restore_rng_state, rng_state
 from utils.checkpoint.same_run import check_same_run
 from utils.checkpoint.weights import check_classes, load_weights, read_weights
 from utils.config.command_line import report_user_errors
@@ -182,6 +183,7 @@ class Training:
                 num_train_images=run.data.num_train_images,
             ),
         )
+        self.rng = rng_state(process.device)  # of the first step
         if self.state.source:
             if config.MODEL.PRETRAINED:
                 logger.info("%s, named by --pretrained, is not read: the run resumes", config.MODEL.PRETRAINED)
@@ -209,7 +211,7 @@ class Training:
         as_compiled = build_inference_model(task, run.config, run.process.device)
         if task.has_one_image_size:
             as_compiled.warm_up(self.state.model, run.config, run.precision)
-        return Trainer(
+        trainer = Trainer(
             build_trainer_config(task, run.config, self.derived, self.schedule),
             self.state,
             self.build_step(),
@@ -223,6 +225,9 @@ class Training:
             tracker=self.tracker,
             check_folder=check_folder,
         )
+        # Set-up is part of every start, so what it draws (torch does for an all-reduce on the meta device) must not show.
+        restore_rng_state(self.rng, run.process.device)
+        return trainer
 
     def build_step(self) -> TrainStep:
         run, state, derived = self.run, self.state, self.derived

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from config import load_config
+from tests.faults.runs import is_same
 from tests.helpers import exit_code
 from utils.checkpoint.weights_file import load_checkpoint
 from utils.distributed.process import Process
@@ -204,6 +207,26 @@ def test_a_stopped_run_resumes_at_the_next_micro_batch(
     assert run.calls("batches") == [[1, 2]]
     assert run.calls("evaluate") == whole.calls("evaluate")[2:]
     assert (run.folder / "metrics.jsonl").read_bytes() == (whole.folder / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.usefixtures("run")
+def test_what_set_up_draws_does_not_change_the_random_numbers_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(*_: Any) -> str:
+        random.random(), np.random.random(), torch.rand(())
+        return ""
+
+    states = []
+    for name, set_up in (("plain", lambda *_: ""), ("drawn", draw)):
+        monkeypatch.setattr("utils.training.run.memory_warning", set_up)
+        other = FakeRun(tmp_path / name)
+        other.task.signal_at = 5
+        assert other() == 0
+        other.task.signal_at = None
+        assert other() == 0
+        states.append(load_checkpoint(other.folder / "ckpt_epoch_1.pth")["ranks"])
+    assert is_same(*states)
 
 
 def make_official(path: Path, epochs: int) -> None:
