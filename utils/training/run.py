@@ -225,7 +225,7 @@ class Training:
             tracker=self.tracker,
             check_folder=check_folder,
         )
-        # Set-up is part of every start, so what it draws (torch does for an all-reduce on the meta device) must not show.
+        # What set-up draws (torch does for an all-reduce on the meta device) it draws at every start: it must not show.
         restore_rng_state(self.rng, run.process.device)
         return trainer
 
