@@ -186,7 +186,7 @@ RULES = [
     Rule(r"(python|torchrun) .*\.\.\.", helps),
     Rule(r"torchrun --max-restarts 3", lambda words: helps([*words, "main.py"])),
     Rule(r"python -m (utils|mlla)\.\w+", helps),
-    Rule(r"python -m utils\.time_to_accuracy .*", parses),
+    Rule(r"python -m utils\.(time_to_accuracy|finetune_study) .*", parses),
     Rule(r"python -m models\.\w+( .*)?", parses),
     Rule(r"python tests/soak\.py --gpu", parses),
     Rule(r"python -m [\w.]+\.benchmark .*", parses),

@@ -68,6 +68,8 @@ CASES = [
     ("utils.time_to_accuracy", ["--cfg", "cfgs/digits.yaml", "--target", "9", "--output", "FILE"], "FILE"),
     ("models.mesa_study", ["--output", "FILE"], "FILE"),
     ("models.mesa_study", ["--output", "OUT", "--equal-time"], "--equal-time"),
+    ("utils.finetune_study", ["--output", "FILE"], "FILE"),
+    ("utils.finetune_study", ["--output", "OUT", "--data-path", "EMPTY"], "EMPTY"),
     ("utils.time_to_accuracy", ["--cfg", "OUT", "--target", "9", "--output", "EMPTY"], "OUT"),
     ("models.ablation_study", ["--output", "OUT", "--rows", "nothing"], "--rows nothing"),
     ("models.ablation_study", ["--output", "OUT", "--scale", "EMPTY"], "EMPTY"),
