@@ -132,7 +132,8 @@ class Trainer:
         self.folder = folder
         self.writer = CheckpointWriter(folder, in_background=config.save_in_background, keep_all=config.save_freq > 1)
         self.recorder: RunRecorder | None = None
-        self.timer = StepTimer()
+        self.is_on_cpu = self.process.device.type == "cpu"
+        self.timer = StepTimer(num_untimed=1) if self.is_on_cpu else StepTimer()
         self.bar_text, self.evaluation_seconds = "", 0.0  # of the last epoch
         self.stop = StopRequest(on_timeout=self.end_at_once, on_interrupt=self.interrupt)
         self.saved = state.progress  # nothing to save before the first step
@@ -194,7 +195,8 @@ class Trainer:
                 bar.advance()
                 self.timer.count_step()
                 is_last = index + 1 == config.steps_per_epoch
-                if is_last or (index + 1) % config.print_freq == 0:
+                is_early = self.is_on_cpu and step == self.first_step + 1  # a CPU may need minutes to the next report
+                if is_last or is_early or (index + 1) % config.print_freq == 0:
                     self.report(bar, step, result)
                 if config.save_steps and (step + 1) % config.save_steps == 0 and not is_last:
                     self.save_within_epoch(step)
