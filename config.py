@@ -30,7 +30,7 @@ from utils.config.schema import (
     refuse,
 )
 
-COMPILE_MODE = one_of("auto", "off", "default", "reduce-overhead", "max-autotune")
+COMPILE_MODE = one_of("auto", "off", "graphs", "default", "reduce-overhead", "max-autotune")
 DATASET = Rule(
     "imagenet, folder, digits, idx, idx/<folder>, hfds/<folder or name> or wds/<folder>",
     lambda value: value in ("imagenet", "folder", "digits", "idx") or value.startswith(("idx/", "hfds/", "wds/")),
@@ -205,7 +205,7 @@ _C.TRAIN.ACCUMULATION_STEPS = Key(
 _C.TRAIN.FREEZE = Key(False, help="train the classifier alone; all else keeps its weights and statistics")
 _C.TRAIN.USE_CHECKPOINT = Key(False, help="activation checkpointing: recompute blocks in backward to save memory")
 _C.TRAIN.COMPILE = Key(
-    "auto", COMPILE_MODE, help="torch.compile of blocks; from reduce-overhead on, the step is a CUDA graph"
+    "auto", COMPILE_MODE, help="graphs: the step is a CUDA graph; default: blocks are compiled; others: both"
 )
 _C.TRAIN.ACTIVATION_BUDGET = Key(
     1.0,

@@ -19,7 +19,7 @@ from utils.speed.compile_fallback import with_fallback
 from utils.speed.compile_workers import start_compile_workers
 from utils.speed.streams import on_side_stream, side_stream
 
-GRAPHS = "graphs"  # CUDA graphs of code that is not compiled; what "auto" stands for in evaluation
+GRAPHS = "graphs"  # CUDA graphs of code that is not compiled: what "auto" stands for in evaluation and short runs
 INDUCTOR_MODES = {"default": None, "reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
 GRAPH_MODES = ("reduce-overhead", "max-autotune", GRAPHS)
 RECORDING = "recording"  # stream of captures and of their warm-up: a captured graph must not wait for another stream
@@ -30,6 +30,8 @@ MAX_VARIANTS = 64  # compiled graphs per region: one per grid size, with and wit
 def resolve_training_mode(mode: str, device: torch.device, *, num_steps: int, auto: str = "reduce-overhead") -> str:
     """Resolve TRAIN.COMPILE: "auto" compiles on a GPU, unless the run ends before the compilation has paid off.
 
+    Where a whole step can be one CUDA graph, a GPU without compilation gets that: the capture takes a second.
+
     Args:
         mode: TRAIN.COMPILE.
         device: where the model is trained.
@@ -38,14 +40,17 @@ def resolve_training_mode(mode: str, device: torch.device, *, num_steps: int, au
     """
     if mode != "auto":
         return mode
-    if compile_unsupported_reason(device):
+    if device.type != "cuda":
         return "off"
+    uncompiled = GRAPHS if auto in GRAPH_MODES else "off"
+    if compile_unsupported_reason(device):
+        return uncompiled
     if num_steps < MIN_TRAINING_STEPS:
         logger.info(
-            "TRAIN.COMPILE auto: off, since %d steps are to come; compiling pays off from %d on",
-            *(num_steps, MIN_TRAINING_STEPS),
+            "TRAIN.COMPILE auto: %s, since %d steps are to come; compiling pays off from %d on",
+            *(uncompiled, num_steps, MIN_TRAINING_STEPS),
         )
-        return "off"
+        return uncompiled
     return auto
 
 

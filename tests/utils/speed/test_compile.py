@@ -62,7 +62,7 @@ def test_auto_is_off_where_a_gpu_has_no_compiler(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(compile.logger, "info", lambda line, *args: said.append(line % args))
     monkeypatch.setattr(compile, "find_spec", lambda *_: object())
     monkeypatch.setattr(compile.shutil, "which", lambda *_: None)
-    for compiler, mode in ((None, "off"), ("/usr/bin/cc", "reduce-overhead")):
+    for compiler, mode in ((None, GRAPHS), ("/usr/bin/cc", "reduce-overhead")):
         monkeypatch.delenv("CC", raising=False)
         if compiler:
             monkeypatch.setenv("CC", compiler)
@@ -71,7 +71,8 @@ def test_auto_is_off_where_a_gpu_has_no_compiler(monkeypatch: pytest.MonkeyPatch
     assert said == ["torch.compile is off: Triton needs a C compiler: install gcc or clang, or let CC name one"]
     monkeypatch.setattr(compile, "find_spec", lambda *_: None)
     compile.compile_unsupported_reason.cache_clear()
-    assert resolve_training_mode("auto", torch.device("cuda", 0), num_steps=10**6) == "off"
+    assert resolve_training_mode("auto", torch.device("cuda", 0), num_steps=10**6) == GRAPHS
+    assert resolve_training_mode("auto", torch.device("cuda", 0), num_steps=10**6, auto="default") == "off"
     assert said[1:] == ["torch.compile is off: Triton is not installed"]
     compile.compile_unsupported_reason.cache_clear()
 
@@ -81,9 +82,10 @@ def test_auto_leaves_a_short_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile.logger, "info", lambda line, *args: said.append(line % args))
     monkeypatch.setattr(compile, "compile_unsupported_reason", lambda _: "")
     gpu = torch.device("cuda", 0)
-    assert resolve_training_mode("auto", gpu, num_steps=MIN_TRAINING_STEPS - 1) == "off"
+    assert resolve_training_mode("auto", gpu, num_steps=MIN_TRAINING_STEPS - 1) == GRAPHS
     assert len(said) == 1
     assert f"{MIN_TRAINING_STEPS - 1} steps" in said[0]
+    assert resolve_training_mode("auto", gpu, num_steps=1, auto="default") == "off"
     assert resolve_training_mode("reduce-overhead", gpu, num_steps=1) == "reduce-overhead"
 
 
