@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -34,8 +35,12 @@ def leave_process_group(_: int) -> None:
 
     Launchers send SIGTERM, and terminals Ctrl-C, to a whole group. The training process must save a checkpoint first,
     which it could not with dead workers. It ends its workers itself, and they end when it is gone.
+
+    A SIGTERM then comes from that process alone. A fork has inherited its handler, which only requests a stop: a
+    worker that survived would keep Python's exit, which sends SIGTERM to all workers and joins them, waiting.
     """
     os.setpgrp()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def set_up_and_count(started: "Synchronized[int]", set_up: Callable[[int], None], worker: int) -> None:

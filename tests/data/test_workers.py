@@ -79,6 +79,21 @@ def test_busy_workers_do_not_delay_the_end(monkeypatch: pytest.MonkeyPatch, pers
     assert -signal.SIGKILL in {process.exitcode for process in processes}
 
 
+def test_workers_end_at_sigterm_whatever_the_training_process_does_with_it() -> None:
+    previous = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        others = set(multiprocessing.active_children())
+        batches = iter(RestartingDataLoader(NUMBERS, num_workers=1))
+        next(batches)
+        (worker,) = set(multiprocessing.active_children()) - others
+        worker.terminate()
+        worker.join(20)
+        assert worker.exitcode == -signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        del batches
+
+
 @pytest.mark.slow
 def test_workers_that_never_start_end_the_run(tmp_path: Path) -> None:
     loader = RestartingDataLoader(NUMBERS, num_workers=2, set_up_worker=partial(hang_at_first, tmp_path, 99))
