@@ -10,11 +10,13 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tests.faults.processes import descendants
+from tests.faults.processes import descendants, kill_all, start_process
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -83,11 +85,16 @@ def note_compiled_modules(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     return compiled
 
 
-def run_python(*args: str | Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_python(
+    *args: str | Path, timeout: float = 300, forked: bool = False, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run this Python with the given arguments in the project's folder, on the CPU, with one thread.
 
-    After `timeout` seconds it is killed with all its descendants, since a launcher's workers would survive it.
+    After `timeout` seconds it is killed with all its descendants, since a launcher's workers would survive it. `forked`
+    leaves out the imports, see `start_process`.
     """
+    if forked:
+        return run_fork(list(map(str, args)), timeout, environment)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     command = [sys.executable, *map(str, args)]
     pipe = subprocess.PIPE
@@ -100,6 +107,19 @@ def run_python(*args: str | Path, timeout: float = 300, **environment: str) -> s
                     os.kill(pid, signal.SIGKILL)
             raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def run_fork(args: list[str], timeout: float, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run Python's arguments in a fork of a process that has imported everything."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, environment):
+        output, error = (Path(folder) / name for name in ("output", "error"))
+        process = start_process(args, output=output, error=error, forked=True)
+        try:
+            code = process.wait(timeout)
+        except BaseException:
+            kill_all(process)
+            raise
+        return subprocess.CompletedProcess(args, code, output.read_text(), error.read_text())
 
 
 def exit_code(main: Callable[[list[str]], int], args: Iterable[Any]) -> int:

@@ -65,7 +65,9 @@ def test_other_classes_at_another_size_with_layer_decay(pretrained: Path, run_ma
 def test_a_frozen_backbone_on_two_processes(pretrained: Path, tmp_path: Path) -> None:
     args = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py", "--freeze-backbone"]
     opts = ["MODEL.MLLA.APE", "True", "MODEL.DROP_PATH_RATE", "0.5", "AUG.MESA", "1.0"]
-    done = run_python(*args, "--pretrained", pretrained, *command(tmp_path, *opts, epochs=2, batch_size=64))
+    done = run_python(
+        *args, "--pretrained", pretrained, *command(tmp_path, *opts, epochs=2, batch_size=64), forked=True
+    )
     assert done.returncode == 0, done.stderr
     before = load_checkpoint(pretrained)["state_dict_ema"]
     after = load_checkpoint(tmp_path / "mlla_digits" / "default" / "ckpt_epoch_1.pth")

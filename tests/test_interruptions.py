@@ -35,7 +35,7 @@ LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 def two_processes_uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Result of an uninterrupted run on two processes."""
     run = Run(tmp_path_factory.mktemp("uninterrupted"), processes=2, epochs=2, save_steps=0, amp=False)
-    run.finish()
+    run.finish(forked=True)
     return run.result()
 
 
@@ -80,7 +80,7 @@ def test_table_of_a_campaign() -> None:
 def test_a_killed_worker_is_restarted_by_torchrun(tmp_path: Path, two_processes_uninterrupted: dict[str, Any]) -> None:
     """With --max-restarts; the result equals that of an uninterrupted run."""
     run = Run(tmp_path, processes=2, epochs=2, save_steps=3, amp=False, max_restarts=3)
-    process = run.start()
+    process = run.start(forked=True)
     wait_for(lambda: list(run.folder.glob("ckpt_epoch_0_step_*.pth")))
     pid = int((run.folder / "run_holder.txt").read_text().split()[1])
     os.kill(pid, signal.SIGKILL)
@@ -123,15 +123,15 @@ def test_a_machine_that_is_lost_and_returns(
         *options,
         "--rdzv-conf=keep_alive_interval=1,keep_alive_max_attempt=3",  # 3 s, not 15, until a machine counts as lost
     ]
-    first = run.start()
+    first = run.start(forked=True)
     wait_for(lambda: socket.socket().connect_ex(address) == 0)  # the first hosts the rendezvous
-    second = run.start()
+    second = run.start(forked=True)
     wait_for(lambda: list(run.folder.glob("ckpt_epoch_0_step_*.pth")))
     for pid in [second.pid, *descendants(second.pid)]:
         os.kill(pid, signal.SIGKILL)
     second.wait()
     time.sleep(8)  # by then it counts as lost; if it returned earlier, both launchers could wait forever
-    second = run.start()
+    second = run.start(forked=True)
     try:
         assert (first.wait(120), second.wait(120)) == (0, 0), run.printed()
     except subprocess.TimeoutExpired:
@@ -145,7 +145,7 @@ def test_a_machine_that_is_lost_and_returns(
 
 def test_workers_save_and_stop_when_their_launcher_is_killed(tmp_path: Path) -> None:
     run = Run(tmp_path, processes=2, epochs=200, save_steps=0, amp=False)
-    process = run.start()
+    process = run.start(forked=True)
     wait_for(run.step_lines)
     workers = descendants(process.pid)
     process.kill()
@@ -183,7 +183,7 @@ def test_sigusr1_saves_and_the_same_command_resumes(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
     run = Run(tmp_path / "two", processes=2, epochs=2, save_steps=0, amp=False)
-    run.finish()  # the same global batch size on two processes
+    run.finish(forked=True)  # the same global batch size on two processes
     assert "was written by 1 processes, now there are 2" in run.printed()
     assert "resumed from" in run.printed()
 
@@ -204,7 +204,7 @@ def test_sigterm_to_the_group_while_compiling_ends_the_run_in_time(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     run = Run(tmp_path, processes=1, epochs=200, save_steps=0, amp=False)
     run.args += ["TRAIN.COMPILE", "default"]
-    process = run.start()
+    process = run.start(forked=True)
 
     def is_compiling() -> bool:
         names = (Path(f"/proc/{pid}/comm") for pid in descendants(process.pid))
@@ -240,7 +240,7 @@ def test_a_second_run_in_the_same_folder_is_refused(
 def test_a_failing_process_ends_all_and_is_named(tmp_path: Path) -> None:
     start = time.monotonic()
     worker = "tests/utils/distributed/faulty_worker.py"
-    done = run_python(*LAUNCHER, worker, "1", "--output", tmp_path, *ARGS, timeout=90)
+    done = run_python(*LAUNCHER, worker, "1", "--output", tmp_path, *ARGS, timeout=90, forked=True)
     assert done.returncode != 0
     assert time.monotonic() - start < 60
     assert "process 1 of 2: IndexError: the injected fault" in done.stdout + done.stderr
@@ -251,7 +251,7 @@ def test_a_failing_process_ends_all_and_is_named(tmp_path: Path) -> None:
 
 def test_ctrl_c_saves_on_all_processes(tmp_path: Path) -> None:
     run = Run(tmp_path, processes=2, epochs=200, save_steps=0, amp=False)
-    process = run.start()
+    process = run.start(forked=True)
     wait_for(run.step_lines)
     workers = descendants(process.pid)
     for pid in [process.pid, *workers]:

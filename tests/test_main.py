@@ -374,13 +374,13 @@ def test_official_commands(launcher: str, image_folder: Path, tmp_path: Path) ->
         port = probe.getsockname()[1]
     start = ["-m", launcher, "--nproc_per_node=2", f"--master_port={port}"]
     common = ["main.py", "--cfg", config, "--data-path", image_folder, "--output", tmp_path]
-    done = run_python(*start, *common, "--amp")
+    done = run_python(*start, *common, "--amp", forked=True)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "mlla_tiny" / "default"
     content = load_checkpoint(folder / "ckpt_epoch_0.pth")
     assert content["model"]["head.weight"].shape == (2, 64)
     torch.save({"model": content["model"]}, tmp_path / "released.pth")
-    done = run_python(*start, *common, "--eval", "--resume", tmp_path / "released.pth")
+    done = run_python(*start, *common, "--eval", "--resume", tmp_path / "released.pth", forked=True)
     assert done.returncode == 0, done.stderr
     ((acc1, _),) = SCORES.findall(done.stdout)
     assert float(acc1) == pytest.approx(records_of(folder)[0]["acc1"], abs=1e-3)

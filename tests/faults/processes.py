@@ -8,13 +8,17 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Protocol
+from unittest import mock
 
 ROOT = Path(__file__).parent.parent.parent
-IMPORTS = ["utils.training.run", "data.build", "downstream.detection.task", "downstream.segmentation.task"]
+IMPORTS = [
+    *("main", "downstream.detection.main", "downstream.segmentation.main", "utils.report"),
+    *("torch.distributed.run", "torch.utils.tensorboard", "sklearn.datasets", "matplotlib.pyplot"),
+]
 FORKS = multiprocessing.get_context("forkserver")
 
 
@@ -27,11 +31,17 @@ class Started(Protocol):
 
     def wait(self, timeout: float | None = None) -> int: ...
 
+    def send_signal(self, number: int) -> None: ...
+
+    def terminate(self) -> None: ...
+
+    def kill(self) -> None: ...
+
 
 class Forked:
     """A command in a fork of a process that imported its modules before; see `start_process`."""
 
-    def __init__(self, process: "multiprocessing.context.ForkServerProcess") -> None:
+    def __init__(self, process: multiprocessing.process.BaseProcess) -> None:
         process.start()
         assert process.pid is not None
         self.process, self.pid = process, process.pid
@@ -45,16 +55,31 @@ class Forked:
             raise subprocess.TimeoutExpired("a forked command", timeout or 0)
         return self.process.exitcode
 
+    def send_signal(self, number: int) -> None:
+        send(number, [self.pid])
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
 
 def start_process(
-    args: Iterable[str], *, output: Path, error: Path, forked: bool, before: Callable[[], object] | None, gpu: bool
+    args: Iterable[str],
+    *,
+    output: Path,
+    error: Path,
+    forked: bool,
+    before: Callable[[], object] | None = None,
+    gpu: bool = False,
 ) -> Started:
     """Start Python with arguments, in a session of its own and with one thread.
 
     Args:
         args: a file or -m and a module, and their arguments.
         output, error: files to which standard output and standard error are appended.
-        forked: leave out the imports, in which nothing can go wrong that this start is to show.
+        forked: leave out the imports, also of the processes that torchrun starts, for what they are not the point.
         before: called in the new process before anything else.
         gpu: False hides GPUs.
     """
@@ -70,35 +95,66 @@ def start_process(
                 start_new_session=True,
                 preexec_fn=before,
             )
-    os.environ.update(environment)  # of the process to fork, which the first start makes
     FORKS.set_forkserver_preload(IMPORTS)
     current: Any = multiprocessing.current_process()
     current._config.setdefault("tempdir", tempfile.gettempdir())  # else a folder that it wants to delete at exit
-    process = FORKS.Process(target=run_forked, args=(list(args), str(output), str(error), before, dict(os.environ)))
-    return Forked(process)
+    with mock.patch.dict(os.environ, environment):  # of the process to fork, which the first start makes
+        rest = (str(output), str(error), before, dict(os.environ))
+        return Forked(FORKS.Process(target=run_forked, args=(list(args), *rest)))
 
 
 def run_forked(
     args: list[str], output: str, error: str, before: Callable[[], object] | None, environment: dict[str, str]
 ) -> None:
-    os.setsid()
-    os.chdir(ROOT)
-    multiprocessing.set_start_method("fork", force=True)  # of loader workers; a fork server would start another one
+    """Run Python's arguments in this fork, as a new process would."""
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # among them the pipe whose last end ends the server
     tracker: Any = resource_tracker._resource_tracker  # of its own, as a command has
     tracker._fd = tracker._pid = None
-    os.environ.update(environment)
+    os.chdir(ROOT)
     for path, descriptor in ((output, 1), (error, 2)):
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         os.dup2(file, descriptor)
         os.close(file)
+    run_as_new(args, environment, before)
+
+
+def run_as_new(args: list[str], environment: dict[str, str], before: Callable[[], object] | None = None) -> None:
+    """Run Python's arguments in this fork in a session of its own, with the signal handlers of a new process."""
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # a fork server would start another one
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(environment)
+    encoding, _, errors = environment.get("PYTHONIOENCODING", "").partition(":")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding=encoding or None, errors=errors or None)  # type: ignore[union-attr]
     if before is not None:
         before()
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    subprocess_handler.Popen = fork_worker  # type: ignore[assignment, misc]
     if args[0] == "-m":
         sys.argv = args[1:]
         runpy.run_module(args[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = args
         runpy.run_path(args[0], run_name="__main__")
+
+
+def fork_worker(args: Sequence[str], env: dict[str, str], **_: object) -> Forked:
+    """Start a process of torchrun as a fork of it, in place of subprocess.Popen."""
+    python, unbuffered, *rest = args
+    assert (python, unbuffered) == (sys.executable, "-u"), args
+    return Forked(multiprocessing.get_context("fork").Process(target=run_worker, args=(rest, env)))
+
+
+def run_worker(args: list[str], environment: dict[str, str]) -> None:
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # as for a new program: sockets of the rendezvous, for example
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(write_through=True)  # type: ignore[union-attr]
+    run_as_new(args, environment)
 
 
 def descendants(pid: int) -> list[int]:

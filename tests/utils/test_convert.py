@@ -185,7 +185,7 @@ def test_timm_loads_its_format_strictly(tmp_path: Path) -> None:
 
 
 def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    return run_python("-m", "utils.convert", *args)
+    return run_python("-m", "utils.convert", *args, forked=True)
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def test_names_that_are_not_utf8(checkpoint: Path, image_folder: Path, tmp_path:
     shutil.copy(next(image_folder.rglob("*.jpg")), image)
     for suffix in ("json", "csv"):
         args = [image, "--weights", checkpoint, "--output", tmp_path / f"p.{suffix}", "--picture", tmp_path / "p.png"]
-        done = run_python("-m", "utils.predict", *args, "--force", PYTHONIOENCODING="utf-8:strict")
+        done = run_python("-m", "utils.predict", *args, "--force", forked=True, PYTHONIOENCODING="utf-8:strict")
         assert done.returncode == 0, done.stderr
         assert "caf\\udce9.jpg" in done.stdout
     assert json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))[0]["file"] == str(image)

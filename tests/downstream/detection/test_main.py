@@ -161,7 +161,7 @@ def test_two_processes_evaluate_every_image_once(run: Run, shapes: Path, tmp_pat
     pairs = [word for pair in {**SMALL, "TRAIN.EPOCHS": "1"}.items() for word in pair]
     flags = ["--cfg", CFG, "--data-path", shapes, "--output", tmp_path, "--opts", *pairs]
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "downstream.detection.main"]
-    done = run_python(*start, *flags)
+    done = run_python(*start, *flags, forked=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((folder_of(tmp_path) / "results_model.json").read_text())
     ids = [result["image_id"] for result in found]

@@ -32,7 +32,7 @@ def two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Each trains on a single image a step; of the five validation images one has three, the other two."""
     out = tmp_path_factory.mktemp("two") / "out.pt"
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = run_python(*words, "tests/downstream/segmentation/segmentation_worker.py", out, data, "1")
+    done = run_python(*words, "tests/downstream/segmentation/segmentation_worker.py", out, data, "1", forked=True)
     assert done.returncode == 0, done.stderr
     return torch.load(out)
 

@@ -53,6 +53,7 @@ def test_two_processes_are_compared_with_one(tmp_path: Path) -> None:
         *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py", "--cfg", "cfgs/digits.yaml"),
         *("--throughput", "--train", "--batch-size", "2", "--output", tmp_path, "--opts", "AUG.MESA", "0"),
         *("MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.NUM_HEADS", "[1, 1, 1, 1]"),
+        forked=True,
     )
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "mlla_digits" / "default" / "throughput.jsonl").read_text().splitlines()

@@ -17,7 +17,7 @@ from utils.distributed.process import Process
 def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("exchange") / "out.pt"
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={request.param}"]
-    done = run_python(*command, "tests/utils/distributed/exchange_worker.py", out)
+    done = run_python(*command, "tests/utils/distributed/exchange_worker.py", out, forked=True)
     assert done.returncode == 0, done.stderr
     return torch.load(out)
 

@@ -17,9 +17,8 @@ pytestmark = pytest.mark.slow
 
 def launch(processes: int, out: Path, batch_size: int, accumulation_steps: int) -> dict[str, Any]:
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = run_python(
-        *command, "tests/utils/distributed/distributed_worker.py", out, str(batch_size), str(accumulation_steps)
-    )
+    command += ["tests/utils/distributed/distributed_worker.py", str(out), str(batch_size), str(accumulation_steps)]
+    done = run_python(*command, forked=True)
     assert done.returncode == 0, done.stderr
     return torch.load(out)
 
@@ -98,7 +97,7 @@ def test_a_nonfinite_loss_on_one_process_stops_all_at_that_step(two: dict[str, A
 
 def test_only_rank_0_prints_the_error() -> None:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py", "--cfg", "nothere.yaml"]
-    done = run_python(*command)
+    done = run_python(*command, forked=True)
     assert done.returncode != 0
     assert done.stderr.count("error: nothere.yaml: no such configuration file") == 1
 

@@ -150,7 +150,7 @@ def test_the_package_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """One of two processes logs, and its file has all metrics."""
     args = ["--output", tmp_path, *SMALL, "LOG.WANDB", "digits", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = run_python(*launcher, "main.py", *map(str, args), WANDB_MODE="offline")
+    done = run_python(*launcher, "main.py", *map(str, args), forked=True, WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "mlla_digits" / "default"
     number = (folder / "wandb_id.txt").read_text().strip()
