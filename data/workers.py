@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,9 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from utils.config.errors import UserError
 
 START_SECONDS = 180.0  # a fork takes milliseconds; other start methods import everything again
+# Python 3.14's default, a fork server, would start workers that outlive a killed training process: they end when their
+# parent does, which is the server, and it ends after them. macOS keeps its default: its libraries may crash in forks.
+START_METHOD = "fork" if sys.platform == "linux" else None
 MAX_STARTS = 3
 END_SECONDS = 2.0
 MAX_AUTO_WORKERS = 32  # more than one GPU needs, and each takes memory
@@ -83,14 +87,16 @@ class RestartingDataLoader(DataLoader):
 
     Args:
         set_up_worker: called in each worker with the worker's number.
-        options: those of DataLoader, except worker_init_fn.
+        options: those of DataLoader, except worker_init_fn and multiprocessing_context.
 
     Raises:
         WorkerStartError: when iterated, if workers did not start in `MAX_STARTS` attempts.
     """
 
     def __init__(self, *args: Any, set_up_worker: Callable[[int], None] = leave_process_group, **options: Any) -> None:
-        self.started: Synchronized[int] = multiprocessing.Value("i", 0)
+        self.started: Synchronized[int] = multiprocessing.get_context(START_METHOD).Value("i", 0)
+        if options.get("num_workers"):
+            options["multiprocessing_context"] = START_METHOD
         options["worker_init_fn"] = partial(set_up_and_count, self.started, set_up_worker)
         super().__init__(*args, **options)
 

@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,22 @@ def test_hanging_workers_are_restarted(tmp_path: Path, caplog: pytest.LogCapture
     assert [batch.tolist() for batch in loader] == batches
     (hanging,) = (int(mark.name) for mark in tmp_path.iterdir())
     wait_for(lambda: not is_running(hanging))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep their start method")
+def test_workers_are_children_of_the_training_process() -> None:
+    """Whatever Python's default is: a fork server's workers would not end with a killed training process."""
+    default = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        (parent,) = RestartingDataLoader([0], num_workers=1, batch_size=None, collate_fn=parent_of_worker)
+    finally:
+        multiprocessing.set_start_method(default, force=True)
+    assert parent == os.getpid()
+
+
+def parent_of_worker(_: int) -> int:
+    return os.getppid()
 
 
 class Slow(Dataset):

@@ -121,7 +121,6 @@ def run_forked(
 def run_as_new(args: list[str], environment: dict[str, str], before: Callable[[], object] | None = None) -> None:
     """Run Python's arguments in this fork in a session of its own, with the signal handlers of a new process."""
     os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # a fork server would start another one
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
