@@ -33,7 +33,7 @@ from yacs.config import CfgNode
 
 from config import load_config
 from data.augmentation import posterize
-from data.build import build_data, eval_loader, train_loader
+from data.build import eval_loader, open_split, train_loader
 from data.dataset import ImageSource, seed_generators
 from data.decoding import decode_fast, decode_pillow
 from data.end_to_end import EPOCHS, HEADS, rows
@@ -89,11 +89,8 @@ def print_end_to_end(num_images: int, opts: Sequence[str]) -> int:
 
 def open_loader(opts: Sequence[str]) -> DeviceLoader:
     """Return the training loader of MLLA-T with these settings, for the GPU if there is one."""
-    loader = build_data(
-        load_config("cfgs/mlla_t.yaml", opts), device="cuda" if torch.cuda.is_available() else "cpu"
-    ).train
-    assert loader is not None
-    return loader
+    config, device = load_config("cfgs/mlla_t.yaml", opts), "cuda" if torch.cuda.is_available() else "cpu"
+    return train_loader(config, open_split(config, "train"), 0, 1, torch.device(device))
 
 
 class Pipeline:

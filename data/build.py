@@ -101,10 +101,11 @@ def build_data(config: CfgNode, *, rank: int = 0, num_processes: int = 1, device
     if archives and config.DATA.CACHE_MODE != "no":
         cache_archives(archives, config.DATA.CACHE_MODE, rank, num_processes)
     device = torch.device(device)
-    train = None
+    train, val = None, eval_loader(config, val_source, rank, num_processes, device)
     if train_source is not None:
         train = train_loader(config, train_source, rank, num_processes, device)
-    return Data(train, eval_loader(config, val_source, rank, num_processes, device), classes)
+        train.loader.next_loader = val.loader
+    return Data(train, val, classes)
 
 
 def check_num_classes(config: CfgNode, num_classes: int) -> None:

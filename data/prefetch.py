@@ -7,14 +7,13 @@ import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from data.batch_augmentation import augment
 from data.batch_crops import resize_crops
 from data.dataset import STAGES, Batch, ImageDataset
 from data.errors import BrokenImageError
 from data.samplers import TrainSampler
-from data.workers import more_workers
+from data.workers import RestartingDataLoader, more_workers
 
 logger = logging.getLogger("mlla.data")
 
@@ -35,7 +34,7 @@ class DeviceLoader:
 
     def __init__(
         self,
-        loader: DataLoader[Batch],
+        loader: RestartingDataLoader,
         device: torch.device,
         *,
         erase_mode: str = "pixel",

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from functools import partial
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any
@@ -61,12 +60,25 @@ class PromptIterator(_MultiProcessingDataLoaderIter):
 
     torch asks them to end and waits up to 5 s for each, one after the other: 15 workers once delayed the end of a
     stopped run by half a minute.
+
+    Attributes:
+        next_loader: see RestartingDataLoader.
     """
+
+    next_loader: "RestartingDataLoader | None"
+
+    def _next_index(self) -> Any:
+        try:
+            return super()._next_index()
+        except StopIteration:
+            if self.next_loader is not None:
+                self.next_loader.start()
+            raise
 
     def _shutdown_workers(self) -> None:
         timer = threading.Timer(END_SECONDS, self.kill_workers)
         timer.daemon = True
-        with suppress(RuntimeError):  # no new threads while Python ends
+        if not sys.is_finalizing():  # when the workers have ended, and the start of a thread would wait forever
             timer.start()
         super()._shutdown_workers()
         timer.cancel()
@@ -89,6 +101,9 @@ class RestartingDataLoader(DataLoader):
         set_up_worker: called in each worker with the worker's number.
         options: those of DataLoader, except worker_init_fn and multiprocessing_context.
 
+    Attributes:
+        next_loader: loader that is iterated next: its workers begin as soon as those of this one run out of work.
+
     Raises:
         WorkerStartError: when iterated, if workers did not start in `MAX_STARTS` attempts.
     """
@@ -99,10 +114,17 @@ class RestartingDataLoader(DataLoader):
             options["multiprocessing_context"] = START_METHOD
         options["worker_init_fn"] = partial(set_up_and_count, self.started, set_up_worker)
         super().__init__(*args, **options)
+        self.next_loader: RestartingDataLoader | None = None
+        self.started_iterator: Any = None
 
     def __iter__(self) -> Any:
-        iterator = super().__iter__()
+        iterator, self.started_iterator = self.started_iterator or super().__iter__(), None
         return one_line_user_errors(iterator) if self.num_workers else iterator
+
+    def start(self) -> None:
+        """Let the workers, if there are any, load the first batches of the next iteration, as many as it prefetches."""
+        if self.num_workers and self.started_iterator is None:
+            self.started_iterator = super().__iter__()
 
     def _get_iterator(self) -> Any:
         if self.num_workers == 0:
@@ -111,6 +133,7 @@ class RestartingDataLoader(DataLoader):
             self.started.value = 0
             iterator: Any = super()._get_iterator()
             iterator.__class__ = PromptIterator
+            iterator.next_loader = self.next_loader
             if self.have_started(iterator._workers):
                 return iterator
             logger.warning("a DataLoader worker did not start within %g s; restarting all workers", START_SECONDS)

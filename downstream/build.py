@@ -5,7 +5,7 @@ from typing import Any
 import cv2
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
 from data.workers import RestartingDataLoader, choose_num_workers, leave_process_group
@@ -28,13 +28,10 @@ def build_backbone(config: CfgNode) -> nn.Module:
     return use_kernels(MLLABackbone(**mlla_sizes(config)), config.MODEL.KERNELS)
 
 
-def make_loader(
-    config: CfgNode, dataset: Dataset[Any], *, keep_workers: bool = True, **options: Any
-) -> DataLoader[Any]:
+def make_loader(config: CfgNode, dataset: Dataset[Any], **options: Any) -> RestartingDataLoader:
     """Return a loader of a dataset with the DATA.* settings that all loaders of dense tasks share.
 
     Args:
-        keep_workers: let worker processes live from one epoch to the next.
         options: other arguments of DataLoader.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -43,7 +40,7 @@ def make_loader(
         dataset,
         num_workers=num_workers,
         pin_memory=config.DATA.PIN_MEMORY and device.type == "cuda",
-        persistent_workers=keep_workers and num_workers > 0,
+        persistent_workers=num_workers > 0,
         set_up_worker=set_up_worker,
         generator=torch.Generator(),  # the default one also serves dropout and sampling, whose numbers would change
         **options,

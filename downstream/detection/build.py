@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from data.errors import DataError
 from data.samplers import EvalSampler
-from data.workers import more_workers
+from data.workers import RestartingDataLoader, more_workers
 from downstream.build import build_backbone, make_loader
 from downstream.detection.data.coco import CocoImages
 from downstream.detection.data.dataset import EvalImages, TrainImages, collate
@@ -26,8 +25,8 @@ class DetectionData:
     Evaluation reads one image at a time: padding to the size of another image would change the detections.
     """
 
-    train: DataLoader | None
-    val: DataLoader
+    train: RestartingDataLoader | None
+    val: RestartingDataLoader
     val_images: CocoImages
 
     @property
@@ -103,7 +102,9 @@ def build_data(config: CfgNode, process: Process) -> DetectionData:
         seed=config.SEED,
     )
     dataset = TrainImages(train_images, build_transform(config), config.SEED)
-    return DetectionData(make_loader(config, dataset, batch_sampler=batches, collate_fn=collate), val, val_images)
+    train = make_loader(config, dataset, batch_sampler=batches, collate_fn=collate)
+    train.next_loader = val
+    return DetectionData(train, val, val_images)
 
 
 def build_transform(config: CfgNode) -> TrainTransform:

@@ -3,13 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from data.workers import more_workers
+from data.workers import RestartingDataLoader, more_workers
 from downstream.build import build_backbone, make_loader
-from downstream.segmentation.data.dataset import EvalImages, EvalItem, TrainImages
+from downstream.segmentation.data.dataset import EvalImages, TrainImages
 from downstream.segmentation.data.masked_images import MaskedImages
 from downstream.segmentation.data.samplers import EndlessBatches
 from downstream.segmentation.data.transforms import EvalTransform, TrainTransform
@@ -30,8 +28,8 @@ class SegmentationData:
     `train` yields (images (B, 3, S, S), labels (B, S, S)), `val` one `EvalItem` at a time.
     """
 
-    train: DataLoader | None
-    val: DataLoader[EvalItem]
+    train: RestartingDataLoader | None
+    val: RestartingDataLoader
     val_images: MaskedImages
     classes: list[str]
     num_train_images: int
@@ -68,9 +66,13 @@ def build_data(config: CfgNode, process: Process) -> SegmentationData:
             f"leave the key out, or name the right dataset with --data-path",
             key="MODEL.NUM_CLASSES",
         )
+    train, val = None, val_loader(config, val_images, process)
+    if train_images is not None:
+        train = train_loader(config, train_images, process)
+        train.next_loader = val
     return SegmentationData(
-        train=None if train_images is None else train_loader(config, train_images, process),
-        val=val_loader(config, val_images, process),
+        train=train,
+        val=val,
         val_images=val_images,
         classes=classes,
         num_train_images=0 if train_images is None else len(train_images),
@@ -99,7 +101,7 @@ def reduces_zero_label(config: CfgNode) -> bool:
     return config.DATA.DATASET == "ade20k" if chosen is None else chosen
 
 
-def train_loader(config: CfgNode, images: MaskedImages, process: Process) -> DataLoader[tuple[Tensor, Tensor]]:
+def train_loader(config: CfgNode, images: MaskedImages, process: Process) -> RestartingDataLoader:
     aug = config.AUG
     transform = TrainTransform(
         scale=tuple(config.DATA.SCALE),
@@ -120,12 +122,12 @@ def train_loader(config: CfgNode, images: MaskedImages, process: Process) -> Dat
     return make_loader(config, TrainImages(images, transform, config.SEED), batch_sampler=batches)
 
 
-def val_loader(config: CfgNode, images: MaskedImages, process: Process) -> DataLoader[EvalItem]:
+def val_loader(config: CfgNode, images: MaskedImages, process: Process) -> RestartingDataLoader:
     """Return a loader of every P-th image from the r-th on, for process r of P: each image once over all processes."""
     factors = tuple(config.TEST.FACTORS) if config.TEST.MULTI_SCALE else (1.0,)
     dataset = EvalImages(images, EvalTransform(tuple(config.DATA.SCALE), factors))
     indices = range(process.rank, len(images), process.num_processes)
-    return make_loader(config, dataset, keep_workers=False, sampler=indices, batch_size=None)
+    return make_loader(config, dataset, sampler=indices, batch_size=None)
 
 
 def build_model(config: CfgNode, num_classes: int, process: Process | None = None) -> UperNet:

@@ -58,6 +58,8 @@ def test_batches_do_not_depend_on_the_number_of_workers(image_folder: Path) -> N
 def test_image_folder(image_folder: Path) -> None:
     data = build_data(folder_config(image_folder))
     assert data.classes == ["cat", "dog"]
+    assert data.train is not None
+    assert data.train.loader.next_loader is data.val.loader
     assert (data.num_train_images, data.num_val_images) == (16, 10)
     images, labels = next(iter(data.val))
     assert images.shape == (4, 3, 32, 32)

@@ -111,6 +111,17 @@ def test_workers_end_at_sigterm_whatever_the_training_process_does_with_it() -> 
         del batches
 
 
+def test_no_thread_is_started_while_python_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11 would wait for it forever, and newer versions raise an error."""
+    batches = iter(RestartingDataLoader(NUMBERS, num_workers=1))
+    next(batches)
+    started = []
+    monkeypatch.setattr(workers.threading.Timer, "start", started.append)
+    monkeypatch.setattr(workers.sys, "is_finalizing", lambda: True)
+    batches.close()
+    assert started == []
+
+
 @pytest.mark.slow
 def test_workers_that_never_start_end_the_run(tmp_path: Path) -> None:
     loader = RestartingDataLoader(NUMBERS, num_workers=2, set_up_worker=partial(hang_at_first, tmp_path, 99))
@@ -119,6 +130,55 @@ def test_workers_that_never_start_end_the_run(tmp_path: Path) -> None:
     ):
         next(iter(loader))
     assert len(list(tmp_path.iterdir())) == 3
+
+
+class Counted(Dataset):
+    """Twenty numbers, and how many of them were read by any process."""
+
+    def __init__(self) -> None:
+        self.reads = multiprocessing.Value("i", 0)
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> int:
+        with self.reads.get_lock():
+            self.reads.value += 1
+        return index
+
+
+def test_workers_of_the_next_loader_begin_when_those_of_this_one_run_out_of_work() -> None:
+    """They load as much as they prefetch, and nothing is drawn from the generators of the training process."""
+    data, generator = Counted(), torch.Generator
+    evaluation = RestartingDataLoader(data, num_workers=2, persistent_workers=True, generator=generator())
+    training = RestartingDataLoader(NUMBERS, num_workers=1, persistent_workers=True, generator=generator())
+    training.next_loader = evaluation
+    state = torch.get_rng_state()
+    for epoch in range(2):
+        batches = iter(training)
+        for count in range(1, len(NUMBERS) + 1):
+            assert next(batches).tolist() == [count - 1]
+            assert (evaluation.started_iterator is not None) == (count >= 5)  # two batches are prefetched
+        wait_for(lambda: data.reads.value == 20 * epoch + 4)  # noqa: B023
+        assert [batch.item() for batch in evaluation] == list(range(20))
+        assert evaluation.started_iterator is None
+    assert state.equal(torch.get_rng_state())
+
+
+def test_a_next_loader_that_is_not_used_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "END_SECONDS", 0.2)
+    others = set(multiprocessing.active_children())
+    training, evaluation = (
+        RestartingDataLoader(data, num_workers=1, persistent_workers=True) for data in (NUMBERS, Slow())
+    )
+    training.next_loader = evaluation
+    batches = iter(training)
+    for _ in NUMBERS:
+        next(batches)
+    processes = set(multiprocessing.active_children()) - others
+    assert len(processes) == 2
+    del batches, training, evaluation
+    wait_for(lambda: all(process.exitcode is not None for process in processes), seconds=20)
 
 
 def refuse(_: int) -> None:

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from downstream.detection import config as detection_config
 from downstream.detection import main as detection
 from downstream.detection.make_shapes import make_shapes
 from downstream.detection.task import Detection
+from downstream.segmentation import config as segmentation_config
 from downstream.segmentation import main as segmentation
 from downstream.segmentation.task import Segmentation
 from tests.downstream.detection.test_main import CFG
@@ -20,12 +23,14 @@ from tests.downstream.segmentation.segmentation_worker import CONFIG, make_data
 from tests.downstream.segmentation.segmentation_worker import SMALL as SMALL_SEGMENTATION
 from tests.helpers import exit_code, note_compiled_modules
 from utils.benchmark.measure import Conditions
+from utils.distributed.process import Process
 
-TASKS = ("detection", "segmentation")
+TASKS = {"detection": Detection, "segmentation": Segmentation}
 SHORT = {
     "detection": {**SMALL_DETECTION, "TRAIN.EPOCHS": "1", "DATA.NUM_WORKERS": "0"},
     "segmentation": {**SMALL_SEGMENTATION, "TRAIN.STEPS": 2, "TRAIN.EVAL_STEPS": 2, "TRAIN.WARMUP_STEPS": 1},
 }
+LOAD_CONFIG = {"detection": detection_config.load_config, "segmentation": segmentation_config.load_config}
 COMMANDS = {"detection": (detection.main, CFG), "segmentation": (segmentation.main, CONFIG)}
 Run = Callable[..., tuple[int, str, Path]]
 
@@ -57,6 +62,17 @@ def run(
         return code, out + err, folder
 
     return call
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_workers_of_evaluation_begin_when_those_of_training_run_out_of_work(
+    datasets: dict[str, Path], task: str
+) -> None:
+    flags = {key: yaml.safe_load(str(value)) for key, value in SHORT[task].items()}
+    config = LOAD_CONFIG[task](COMMANDS[task][1], flags={**flags, "DATA.DATA_PATH": str(datasets[task])})
+    data = TASKS[task]().build_data(config, Process(0, 1, torch.device("cpu")))
+    assert data.train.next_loader is data.val
+    assert data.val.next_loader is None
 
 
 @pytest.mark.slow
