@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -104,6 +105,8 @@ def test_workers_end_at_sigterm_whatever_the_training_process_does_with_it() -> 
         next(batches)
         (worker,) = set(multiprocessing.active_children()) - others
         worker.terminate()
+        with suppress(RuntimeError):  # in which torch may report the end of the worker
+            worker.join(20)
         worker.join(20)
         assert worker.exitcode == -signal.SIGTERM
     finally:
