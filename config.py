@@ -101,6 +101,9 @@ _C.DATA.CACHE_MODE = Key(
 _C.DATA.AUGMENT_ON = Key(
     "cpu", one_of("cpu", "gpu"), help="where images are resized and augmented; gpu relieves the CPU cores"
 )
+_C.DATA.DECODE_ON = Key(
+    "cpu", one_of("cpu", "gpu"), help="where JPEGs for training are decoded; gpu needs AUGMENT_ON gpu"
+)
 _C.DATA.PIN_MEMORY = Key(True, help="page-locked batches, for faster copies to a GPU")
 _C.DATA.NUM_WORKERS = Key(
     "auto",
@@ -379,6 +382,8 @@ def check_data(values: Mapping[str, Any]) -> None:
         refuse(values, "DATA.ZIP_MODE", f"DATA.DATASET is {dataset}, which comes without archives; leave out --zip")
     if values["DATA.CLASSES"] and dataset != "digits":
         refuse(values, "DATA.CLASSES", f"works with DATA.DATASET digits, not {dataset}: leave out class folders")
+    if values["DATA.DECODE_ON"] == "gpu" and values["DATA.AUGMENT_ON"] != "gpu":
+        refuse(values, "DATA.DECODE_ON", "images that a GPU decodes stay there; set DATA.AUGMENT_ON gpu too")
 
 
 def check_timm(values: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from timm.data.mixup import mixup_target
 from torch import Tensor
 from yacs.config import CfgNode
 
+from data.batch_decoding import check_support
 from data.dataset import ImageDataset, ImageSource, keep_batch
 from data.errors import DataError
 from data.prefetch import DeviceLoader, Normalizer
@@ -179,7 +180,15 @@ def train_loader(
     on_device = config.DATA.AUGMENT_ON == "gpu"
     if on_device and device.type != "cuda":
         raise DataError(f"DATA.AUGMENT_ON gpu: this process trains on {device.type}; set it to cpu")
+    decodes_on_device = config.DATA.DECODE_ON == "gpu"
+    if decodes_on_device:
+        check_support(device)
     transform = train_transform(config, on_device=on_device)
+    if decodes_on_device and transform.pads:
+        raise DataError(
+            f"DATA.DECODE_ON gpu: images of DATA.IMG_SIZE {config.DATA.IMG_SIZE} are padded by the workers; "
+            "set it to cpu, or set AUG.SCALE"
+        )
     sampler = TrainSampler(
         len(source),
         rank=rank,
@@ -187,7 +196,14 @@ def train_loader(
         seed=config.SEED,
         keeps_shard=config.DATA.ZIP_MODE and config.DATA.CACHE_MODE == "part",
     )
-    dataset = ImageDataset(source, transform, config.SEED, replacements=sampler.order, max_failures=config.DATA.MAX_BAD)
+    dataset = ImageDataset(
+        source,
+        transform,
+        config.SEED,
+        on_device=decodes_on_device,
+        replacements=sampler.order,
+        max_failures=config.DATA.MAX_BAD,
+    )
     return make_loader(config, dataset, sampler, device, drop_last=True)
 
 

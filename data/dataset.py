@@ -1,5 +1,6 @@
 """Dataset of transformed images, which loader workers read in batches by sample key."""
 
+import copy
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from data.batch_crops import Crop, pack_pixels
+from data.batch_crops import Crop, pack_bytes
+from data.batch_decoding import DeviceJpeg, device_jpeg
 from data.decoding import decode_fast, decode_pillow, image_to_tensor
 from data.errors import BrokenImageError
 from data.samplers import SampleKey
@@ -52,13 +54,14 @@ class Failure(NamedTuple):
 class Batch(NamedTuple):
     """A batch as a worker returns it."""
 
-    images: Tensor  # (B, H, W, 3) uint8, or (bytes,): the crops, one after the other
+    images: Tensor  # (B, H, W, 3) uint8, or (bytes,): what the crops are made from, one after the other
     labels: Tensor  # (B,) int64
-    crops: Tensor  # (B, 5) int64: fields of each crop; (0, 5) if the images have their size
+    crops: Tensor  # (B, 9) int64: fields of each crop; (0, 9) if the images have their size
     operations: Tensor  # (O, 10) float64: image, place in its order, and fields of each operation to apply
     erasures: Tensor  # (E, 6) int64: image, top, left, height, width and seed of each box to erase
     failures: list[Failure]
     seconds: list[float]  # that the worker spent on each of STAGES
+    keys: Tensor  # (K, 3) int64: the fields of each key that was asked for
 
 
 class ImageDataset(Dataset[Batch]):
@@ -69,6 +72,7 @@ class ImageDataset(Dataset[Batch]):
         transform: makes a sample from a decoded image.
         seed: seed of all random draws.
         is_exact: decode with Pillow and give the transform an image; else decode faster and give it a tensor.
+        on_device: give the transform JPEGs that the device can decode as they are.
         replacements: function that returns the order of an epoch, in which the next good image replaces a broken one;
             the random draws stay those of the sample. None: the batch gets smaller. The batch lists the failures.
         max_failures: replacements to try in a row.
@@ -81,6 +85,7 @@ class ImageDataset(Dataset[Batch]):
         seed: int,
         *,
         is_exact: bool = False,
+        on_device: bool = False,
         replacements: Callable[[int], np.ndarray] | None = None,
         max_failures: int = 100,
     ) -> None:
@@ -88,6 +93,7 @@ class ImageDataset(Dataset[Batch]):
         self.transform = transform
         self.seed = seed
         self.is_exact = is_exact
+        self.on_device = on_device
         self.replacements = replacements
         self.max_failures = max_failures
 
@@ -122,15 +128,16 @@ class ImageDataset(Dataset[Batch]):
                 pixels.append(sample.pixels)
                 labels.append(int(self.source.labels[index]))
                 break
-        collate = pack_pixels if crops else default_collate
+        collate = pack_bytes if crops else default_collate
         return Batch(
             collate(pixels) if pixels else torch.empty(0, 1, 1, 3, dtype=torch.uint8),
             torch.tensor(labels, dtype=torch.int64),
-            torch.tensor(crops, dtype=torch.int64).reshape(-1, 5),
+            torch.tensor(crops, dtype=torch.int64).reshape(-1, len(Crop._fields)),
             torch.tensor(operations, dtype=torch.float64).reshape(-1, 10),
             torch.tensor(erasures, dtype=torch.int64).reshape(-1, 6),
             failures,
             seconds.tolist(),
+            torch.tensor(keys, dtype=torch.int64),
         )
 
     def candidates(self, key: SampleKey) -> Iterator[int]:
@@ -141,9 +148,17 @@ class ImageDataset(Dataset[Batch]):
             for step in range(1, min(len(order), self.max_failures + 1)):
                 yield int(order[(key.slot + step) % len(order)])
 
-    def decode(self, content: bytes | Image.Image) -> Image.Image | Tensor:
+    def without_device(self) -> "ImageDataset":
+        """Return the same dataset, which decodes all images itself."""
+        changed = copy.copy(self)
+        changed.on_device = False
+        return changed
+
+    def decode(self, content: bytes | Image.Image) -> Image.Image | Tensor | DeviceJpeg:
         """Return an image in the form that the transform takes."""
         if isinstance(content, bytes):
+            if self.on_device and (jpeg := device_jpeg(content)) is not None:
+                return jpeg
             return decode_pillow(content) if self.is_exact else decode_fast(content)
         return content if self.is_exact else image_to_tensor(content)
 

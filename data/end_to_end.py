@@ -16,16 +16,21 @@ from data.prefetch import DeviceLoader
 ROOT = Path(__file__).parents[1]
 EPOCHS = 3  # the last is reported: the first compiles and starts workers
 
-HEADS = ["DATA.AUGMENT_ON", "loading alone, images/s", "steps alone", "training", "evaluation", "waiting"]
+PLACES = (("cpu", "cpu"), ("gpu", "cpu"), ("gpu", "gpu"))  # of DATA.AUGMENT_ON and DATA.DECODE_ON
+HEADS = [
+    *("DATA.AUGMENT_ON", "DATA.DECODE_ON", "loading alone, images/s", "steps alone", "training", "evaluation"),
+    *("waiting", "time of the workers"),
+]
 
 
 class Rates(NamedTuple):
-    """Images per second, and the share of an epoch in which the steps wait for data."""
+    """Images per second, the share of an epoch in which the steps wait for data, and what takes the workers' time."""
 
     loading: float
     training: float
     evaluation: float
     waiting: float
+    stages: str
 
     @property
     def step(self) -> float:
@@ -48,7 +53,9 @@ def measure(folder: Path, opts: Sequence[str], open_loader: OpenLoader) -> Rates
         RuntimeError: the training failed; the message ends with what it printed.
     """
     opts = [*opts, "DATA.DATA_PATH", str(folder)]
-    loading = loader_rate(open_loader(opts))
+    loader = open_loader(opts)
+    loading, stages = loader_rate(loader), loader.stage_shares()
+    del loader  # its workers end before the training
     with tempfile.TemporaryDirectory() as output:
         opts += ["TRAIN.EPOCHS", str(EPOCHS), "TRAIN.WARMUP_EPOCHS", "0", "MODEL.NAME", "run"]
         command = [sys.executable, "main.py", "--cfg", "cfgs/mlla_t.yaml", "--amp", "--output", output]
@@ -58,7 +65,7 @@ def measure(folder: Path, opts: Sequence[str], open_loader: OpenLoader) -> Rates
         last = json.loads((Path(output) / "run" / "default" / "speed.jsonl").read_text().splitlines()[-1])
     num_evaluated = 2 * sum(1 for _ in (folder / "val").glob("*/*"))  # by the model and its EMA
     waiting = last["data_wait_seconds"] / last["train_seconds"]
-    return Rates(loading, last["images_per_second"], num_evaluated / last["eval_seconds"], waiting)
+    return Rates(loading, last["images_per_second"], num_evaluated / last["eval_seconds"], waiting, stages)
 
 
 def loader_rate(loader: DeviceLoader) -> float:
@@ -74,10 +81,11 @@ def loader_rate(loader: DeviceLoader) -> float:
 
 
 def rows(folder: Path, opts: Sequence[str], open_loader: OpenLoader) -> list[list[str]]:
-    """Return the rows of the table, one for each place where images can be augmented on this machine."""
+    """Return the rows of the table, one for each choice of where images can be prepared on this machine."""
     table = []
-    for place in ("cpu", "gpu") if torch.cuda.is_available() else ("cpu",):
-        rates = measure(folder, [*opts, "DATA.AUGMENT_ON", place], open_loader)
+    for augment, decode in PLACES if torch.cuda.is_available() else PLACES[:1]:
+        places = ["DATA.AUGMENT_ON", augment, "DATA.DECODE_ON", decode]
+        rates = measure(folder, [*opts, *places], open_loader)
         numbers = [f"{rate:.0f}" for rate in (rates.loading, rates.step, rates.training, rates.evaluation)]
-        table.append([place, *numbers, f"{rates.waiting:.1%}"])
+        table.append([augment, decode, *numbers, f"{rates.waiting:.1%}", rates.stages])
     return table

@@ -1,7 +1,10 @@
-"""Prefetching of batches to the device, with augmentation, normalization and random erasing there."""
+"""Prefetching of batches to the device, with decoding, augmentation, normalization and random erasing there."""
 
 import logging
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,16 +15,37 @@ from data.batch_augmentation import augment
 from data.batch_crops import resize_crops
 from data.dataset import STAGES, Batch, ImageDataset
 from data.errors import BrokenImageError
-from data.samplers import TrainSampler
+from data.samplers import SampleKey, TrainSampler
 from data.workers import RestartingDataLoader, more_workers
 
 logger = logging.getLogger("mlla.data")
 
 
+class Prepared(NamedTuple):
+    """A batch on the device, and the event after which it is ready, None if it is."""
+
+    images: Tensor  # (B, 3, H, W) float32
+    labels: Tensor  # (B,) int64
+    ready: torch.cuda.Event | None
+
+
+class SameThread(Executor):
+    """Calls functions at once, in the thread that submits them."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:  # raised by `result`
+            future.set_exception(error)
+        return future
+
+
 class DeviceLoader:
     """Loader of (normalized images (B, 3, H, W) in channels_last memory, labels (B,)) on the device.
 
-    On a GPU, the next batch is copied and prepared on a stream of its own while the model works on the current one.
+    On a GPU, the next batch is copied and prepared on a stream of its own while the model works on the current one. If
+    JPEGs are decoded there, which waits for the GPU, a thread does that.
 
     Args:
         loader: loader of `Batch`.
@@ -63,15 +87,20 @@ class DeviceLoader:
 
     def advice(self) -> str:
         """Return what loading the epoch so far took the workers' time, and how it may become faster, for a log line."""
-        shares = self.stage_seconds / max(self.stage_seconds.sum(), 1e-9)
-        stages = sorted(zip(shares, STAGES, strict=True), reverse=True)
-        spent = ", ".join(f"{share:.0%} {stage}" for share, stage in stages)
+        slowest = STAGES[int(self.stage_seconds.argmax())]
         remedies = {
             "reading": "faster storage, or --zip with --cache-mode",
-            "decoding": "smaller images",
+            "decoding": "smaller images" if self.dataset.on_device else "DATA.DECODE_ON gpu, or smaller images",
             "transforming": "DATA.AUGMENT_ON gpu",
         }
-        return f"loading is {spent}; {more_workers(self.loader.num_workers)}, or try {remedies[stages[0][1]]}"
+        more = more_workers(self.loader.num_workers)
+        return f"loading is {self.stage_shares()}; {more}, or try {remedies[slowest]}"
+
+    def stage_shares(self) -> str:
+        """Return the shares of the workers' time in the epoch so far that each stage takes, the largest first."""
+        shares = self.stage_seconds / max(self.stage_seconds.sum(), 1e-9)
+        stages = sorted(zip(shares, STAGES, strict=True), reverse=True)
+        return ", ".join(f"{share:.0%} {stage}" for share, stage in stages)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch for the next iteration, as TrainSampler.set_epoch; `start` counts images of this process."""
@@ -87,46 +116,84 @@ class DeviceLoader:
         Raises:
             BrokenImageError: an image cannot be used and is not skipped, or too many were skipped.
         """
-        batches = self.host_batches()
-        if self.stream is None:
-            yield from map(self.prepare, batches)
-            return
-        pending = None
-        for batch in batches:
-            with torch.cuda.stream(self.stream):
-                prepared, ready = self.prepare(batch), torch.cuda.Event()
-                ready.record()
-            if pending is not None:
-                yield wait_for_batch(*pending)
-            pending = prepared, ready
-        if pending is not None:
-            yield wait_for_batch(*pending)
+        num_ahead = 0 if self.stream is None else 1
+        with ThreadPoolExecutor(1) if num_ahead and self.dataset.on_device else SameThread() as executor:
+            prepared: deque[tuple[Batch, Future[Prepared]]] = deque()
+            for batch in self.host_batches():
+                prepared.append((batch, executor.submit(self.prepare_ahead, batch)))
+                if len(prepared) > num_ahead:
+                    yield self.result(*prepared.popleft(), executor)
+            for batch, future in prepared:
+                yield self.result(batch, future, executor)
 
     def host_batches(self) -> Iterator[Batch]:
         """Yield the loader's batches that have images, after handling their failures."""
         self.stage_seconds[:] = 0
         for batch in self.loader:
             self.stage_seconds += batch.seconds
-            for failure in batch.failures:
-                if not self.skip_broken:
-                    raise BrokenImageError(f"{failure.name}: {failure.reason}; repair it, or set DATA.ON_ERROR to skip")
-                if failure.name not in self.broken:
-                    self.broken.add(failure.name)
-                    logger.warning("skipped %s: %s", failure.name, failure.reason)
-            if len(self.broken) > self.max_broken:
-                raise BrokenImageError(
-                    f"DATA.MAX_BAD {self.max_broken}: {len(self.broken)} images of this process cannot be used, "
-                    f"the last is {batch.failures[-1].name}; raise it, or repair them: python -m data.verify lists all"
-                )
+            self.handle_failures(batch)
             if len(batch.labels):
                 yield batch
-            elif isinstance(self.loader.sampler, TrainSampler):
-                raise BrokenImageError(f"{batch.failures[0].name}: no image can replace it, all are broken")
+
+    def handle_failures(self, batch: Batch) -> None:
+        """Log the images of a batch that could not be used.
+
+        Raises:
+            BrokenImageError: as `__iter__`.
+        """
+        for failure in batch.failures:
+            if not self.skip_broken:
+                raise BrokenImageError(f"{failure.name}: {failure.reason}; repair it, or set DATA.ON_ERROR to skip")
+            if failure.name not in self.broken:
+                self.broken.add(failure.name)
+                logger.warning("skipped %s: %s", failure.name, failure.reason)
+        if len(self.broken) > self.max_broken:
+            raise BrokenImageError(
+                f"DATA.MAX_BAD {self.max_broken}: {len(self.broken)} images of this process cannot be used, "
+                f"the last is {batch.failures[-1].name}; raise it, or repair them: python -m data.verify lists all"
+            )
+        if not len(batch.labels) and isinstance(self.loader.sampler, TrainSampler):
+            raise BrokenImageError(f"{batch.failures[0].name}: no image can replace it, all are broken")
+
+    def result(self, batch: Batch, future: Future[Prepared], executor: Executor) -> tuple[Tensor, Tensor]:
+        """Return a prepared batch, for which the current stream waits.
+
+        Where the device finds a broken JPEG, the batch is loaded again here: decoding all images on the CPU finds the
+        name of the broken one, and its replacement, as a worker would.
+        """
+        try:
+            prepared = future.result()
+        except BrokenImageError:
+            batch = self.dataset.without_device().__getitems__([SampleKey(*key) for key in batch.keys.tolist()])
+            self.handle_failures(batch)
+            prepared = executor.submit(self.prepare_ahead, batch).result()
+        if prepared.ready is not None:
+            wait_for_batch(prepared[:2], prepared.ready)
+        return prepared.images, prepared.labels
+
+    def prepare_ahead(self, batch: Batch) -> Prepared:
+        """Prepare a batch on the device, on a GPU on its own stream."""
+        if self.stream is None:
+            return Prepared(*self.prepare(batch), None)
+        ready = torch.cuda.Event()
+        with torch.cuda.stream(self.stream):
+            prepared = Prepared(*self.prepare(batch), ready)
+            ready.record()
+        return prepared
 
     def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Copy a batch to the device and finish it there, on the current stream and without waiting for it."""
-        images = batch.images.to(self.device, non_blocking=True)
-        images = augment(resize_crops(images, batch.crops) if len(batch.crops) else images, batch.operations)
+        """Copy a batch to the device and finish it there, on the current stream.
+
+        It waits for the device only to decode JPEGs.
+
+        Raises:
+            BrokenImageError: the device found a broken JPEG.
+        """
+        if len(batch.crops):
+            images = resize_crops(batch.images, batch.crops, self.device)
+        else:
+            images = batch.images.to(self.device, non_blocking=True)
+        images = augment(images, batch.operations)  # (B, H, W, 3)
         normalized = self.normalizer(images.permute(0, 3, 1, 2))  # (B, 3, H, W)
         for index, top, left, height, width, seed in batch.erasures.tolist():
             self.erase(normalized[index, :, top : top + height, left : left + width], seed)
@@ -159,10 +226,9 @@ class Normalizer:
         return images.float().div_(self.full).sub_(self.mean).div_(self.std)
 
 
-def wait_for_batch(prepared: tuple[Tensor, Tensor], ready: torch.cuda.Event) -> tuple[Tensor, Tensor]:
+def wait_for_batch(tensors: tuple[Tensor, Tensor], ready: torch.cuda.Event) -> None:
     """Make the current stream wait for a batch, and keep the batch's memory until that stream is done with it."""
-    stream = torch.cuda.current_stream(prepared[0].device)
+    stream = torch.cuda.current_stream(tensors[0].device)
     stream.wait_event(ready)
-    for tensor in prepared:
+    for tensor in tensors:
         tensor.record_stream(stream)
-    return prepared

@@ -18,6 +18,7 @@ from torchvision.transforms import InterpolationMode
 from data.augmentation import fast_policy
 from data.batch_augmentation import Operation, RecordedPolicy, unsupported_reason
 from data.batch_crops import Crop
+from data.batch_decoding import DeviceJpeg
 from data.decoding import MAX_PIXELS
 from data.errors import DataError
 
@@ -43,7 +44,7 @@ class Erasure(NamedTuple):
 class Sample(NamedTuple):
     """A transformed image, and what remains to be done on the device, in this order."""
 
-    pixels: Tensor  # (size, size, 3) uint8, or as `crop` says
+    pixels: Tensor  # (size, size, 3) uint8, or with a `crop` what it is made from: pixels, or a JPEG (bytes,)
     crop: Crop | None = None
     operations: Sequence[Operation] = ()
     erasures: Sequence[Erasure] = ()
@@ -116,15 +117,22 @@ class TrainTransform:
         self.erase_prob = erase_prob
         self.erase_count = erase_count
 
-    def __call__(self, pixels: Tensor) -> Sample:
+    def __call__(self, image: Tensor | DeviceJpeg) -> Sample:
         """Transform pixels (H, W, 3), uint8, to (size, size, 3), or draw what the device is to do."""
         if self.recorded_policy is None:
-            return Sample(self.policy(self.flip(self.resized_crop(pixels))), erasures=self.draw_erasures())
-        pixels, mode = self.draw_crop(pixels)
-        if pixels.shape[0] * pixels.shape[1] > MAX_CROP_AREA * self.size**2:
-            pixels = resize(pixels, self.size, self.size, mode)
-        height, width = pixels.shape[:2]
-        crop = Crop(height, width, self.size, mode == InterpolationMode.BICUBIC, self.draw_flip())
+            assert isinstance(image, Tensor)
+            return Sample(self.policy(self.flip(self.resized_crop(image))), erasures=self.draw_erasures())
+        if isinstance(image, DeviceJpeg):
+            pixels = torch.frombuffer(bytearray(image.data), dtype=torch.uint8)
+            box, mode = self.draw_box(image.height, image.width)
+            jpeg_pixels = image.height * image.width
+        else:
+            pixels, mode = self.draw_crop(image)
+            if pixels.shape[0] * pixels.shape[1] > MAX_CROP_AREA * self.size**2:
+                pixels = resize(pixels, self.size, self.size, mode)
+            box, jpeg_pixels = (0, 0, *pixels.shape[:2]), 0
+        is_bicubic = mode == InterpolationMode.BICUBIC
+        crop = Crop(pixels.numel(), jpeg_pixels, *box, self.size, is_bicubic, self.draw_flip())
         return Sample(pixels, crop, self.recorded_policy(self.size, self.size), self.draw_erasures())
 
     def resized_crop(self, pixels: Tensor) -> Tensor:
@@ -136,12 +144,18 @@ class TrainTransform:
         """Cut a random crop of the pixels (H, W, 3), and choose the filter of its resizing."""
         if self.pads and tuple(pixels.shape[:2]) == (self.size, self.size):
             return self.padded_crop(pixels), InterpolationMode.BICUBIC  # of the same size, which changes nothing
-        top, left, height, width = self.crop.get_params(pixels.permute(2, 0, 1), self.crop.scale, self.crop.ratio)
-        height, width = max(1, height), max(1, width)  # they round to 0 in images of a few pixels,
-        top, left = min(top, pixels.shape[0] - height), min(left, pixels.shape[1] - width)  # after the last pixel
+        (top, left, height, width), mode = self.draw_box(*pixels.shape[:2])
+        return pixels[top : top + height, left : left + width], mode
+
+    def draw_box(self, height: int, width: int) -> tuple[tuple[int, int, int, int], InterpolationMode]:
+        """Draw top, left, height and width of a crop of an image, and the filter of its resizing."""
+        image = torch.empty(3, height, width, device="meta")
+        top, left, rows, columns = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+        rows, columns = max(1, rows), max(1, columns)  # they round to 0 in images of a few pixels,
+        top, left = min(top, height - rows), min(left, width - columns)  # after the last pixel
         modes = self.crop.interpolation
         mode = random.choice(modes) if isinstance(modes, tuple | list) else modes
-        return pixels[top : top + height, left : left + width], mode
+        return (top, left, rows, columns), mode
 
     def padded_crop(self, pixels: Tensor) -> Tensor:
         """Shift the pixels (size, size, 3) by up to PADDING, filling with zeros, as torchvision's RandomCrop does."""

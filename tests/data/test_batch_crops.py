@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode
 
 from config import load_config
-from data.batch_crops import Crop, pack_pixels, resize_crops
+from data.batch_crops import Crop, pack_bytes, resize_crops
 from data.build import train_transform
 from data.dataset import ImageDataset, keep_batch
 from data.decoding import image_to_tensor
@@ -25,9 +25,10 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 def test_crops_are_resized_as_by_workers(mode: InterpolationMode, device: str) -> None:
     images = [image_to_tensor(photo(*size)) for size in ((90, 61), (31, 200), (48, 48), (3, 1))]
     crops = [
-        Crop(*image.shape[:2], 48, mode == InterpolationMode.BICUBIC, i % 2 == 1) for i, image in enumerate(images)
+        Crop(image.numel(), 0, 0, 0, *image.shape[:2], 48, mode == InterpolationMode.BICUBIC, i % 2 == 1)
+        for i, image in enumerate(images)
     ]
-    result = resize_crops(pack_pixels(images).to(device), torch.tensor(crops, dtype=torch.int64)).cpu()
+    result = resize_crops(pack_bytes(images), torch.tensor(crops, dtype=torch.int64), torch.device(device)).cpu()
     assert result.is_contiguous()
     for image, crop, pixels in zip(images, crops, result, strict=True):
         expected = resize(image, 48, 48, mode)

@@ -1,6 +1,7 @@
 """The benchmark of loading and training together, with a training that only leaves its records."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import main
 from data import benchmark
 from utils.config import command_line
 
-SMALL = "DATA.IMG_SIZE 32 DATA.BATCH_SIZE 4 DATA.NUM_WORKERS 0"
+SMALL = "DATA.IMG_SIZE 32 AUG.SCALE [0.08,1.0] DATA.BATCH_SIZE 4 DATA.NUM_WORKERS 0"
 
 
 @pytest.fixture
@@ -37,14 +38,19 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 def test_the_last_epoch_is_reported(commands: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["--end-to-end", "--images", "8", "--opts", *SMALL.split()]) == 0
-    assert len(commands) == 1 + torch.cuda.is_available()
+    assert len(commands) == (3 if torch.cuda.is_available() else 1)
     parsed = command_line.parse_command_line("", commands[0][2:], schema=main.SCHEMA)
     assert main.load_config(*parsed).TRAIN.EPOCHS == 3
     out = capsys.readouterr().out
     assert "8 JPEGs, 500x375" in out
-    place, loading, *rest = (cell.strip() for cell in out.split("\n|")[3].strip("|\n").split("|"))
-    assert (place, rest) == ("cpu", ["100", "80", "32", "20.0%"])  # 16 images evaluated in half a second
+    augment, decode, loading, *rest, stages = (cell.strip() for cell in out.split("\n|")[3].strip("|\n").split("|"))
+    assert (augment, decode, rest) == (
+        "cpu",
+        "cpu",
+        ["100", "80", "32", "20.0%"],
+    )  # 16 images evaluated in half a second
     assert float(loading) > 0
+    assert re.fullmatch(r"\d+% \w+, \d+% \w+, \d+% \w+", stages)
 
 
 @pytest.mark.usefixtures("commands")

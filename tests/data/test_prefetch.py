@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ class Batches:
     def __init__(self, batches: list[Batch]) -> None:
         self.batches = batches
         self.sampler: object = None
+        self.dataset = SimpleNamespace(on_device=False)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -44,9 +46,10 @@ def batch(*erasures: tuple[int, ...], count: int = 3, failures: tuple[str, ...] 
         else (torch.empty(0, 1, 1, 3, dtype=torch.uint8))
     )
     parts = torch.tensor(erasures, dtype=torch.int64).reshape(-1, 6)
-    crops, operations = torch.empty(0, 5, dtype=torch.int64), torch.empty(0, 10, dtype=torch.float64)
+    crops, operations = torch.empty(0, 9, dtype=torch.int64), torch.empty(0, 10, dtype=torch.float64)
     failed = [Failure(name, "is broken") for name in failures]
-    return Batch(images, torch.arange(count), crops, operations, parts, failed, seconds=[0.1, 0.5, 0.2])
+    keys = torch.zeros(count, 3, dtype=torch.int64)
+    return Batch(images, torch.arange(count), crops, operations, parts, failed, seconds=[0.1, 0.5, 0.2], keys=keys)
 
 
 def loader(*batches: Batch, device: torch.device = CPU, **settings: object) -> DeviceLoader:
@@ -76,7 +79,7 @@ def test_advice_names_the_slowest_stage() -> None:
     assert advice.startswith(
         "loading is 70% decoding, 20% transforming, 10% reading; raise DATA.NUM_WORKERS, which is 3 "
     )
-    assert advice.endswith(", or try smaller images")
+    assert advice.endswith(", or try DATA.DECODE_ON gpu, or smaller images")
 
 
 @pytest.mark.parametrize("device", DEVICES)

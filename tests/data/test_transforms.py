@@ -12,13 +12,14 @@ from torchvision import transforms
 
 from data.augmentation import posterize
 from data.batch_augmentation import augment
-from data.batch_crops import pack_pixels, resize_crops
+from data.batch_crops import pack_bytes, resize_crops
 from data.decoding import image_to_tensor
 from data.errors import DataError
 from data.prefetch import Normalizer
 from data.transforms import EvalTransform, TrainTransform, denormalize
 from tests.helpers import photo
 
+CPU = torch.device("cpu")
 REFERENCE = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5, "color_jitter": 0.0}
 
 
@@ -65,7 +66,7 @@ def test_small_images_of_the_size_are_padded_and_cropped_as_in_the_official_code
         assert np.array_equal(ours(image_to_tensor(image)).pixels, expected)
         seed_all(seed)
         sample = on_device(image_to_tensor(image))
-        assert np.array_equal(resize_crops(pack_pixels([sample.pixels]), torch.tensor([sample.crop]))[0], expected)
+        assert np.array_equal(resize_crops(pack_bytes([sample.pixels]), torch.tensor([sample.crop]), CPU)[0], expected)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,8 @@ def test_work_left_to_the_device_has_the_same_draws(size: int) -> None:
     crops = [sample.crop for sample in samples]
     assert any(crop.height * crop.width > 8 * size**2 for crop in crops) is False
     assert {crop.is_flipped for crop in crops} == {crop.is_bicubic for crop in crops} == {True, False}
-    images = resize_crops(pack_pixels([sample.pixels for sample in samples]), torch.tensor(crops, dtype=torch.int64))
+    packed = pack_bytes([sample.pixels for sample in samples])
+    images = resize_crops(packed, torch.tensor(crops, dtype=torch.int64), CPU)
     rows = [(i, place, *op) for i, sample in enumerate(samples) for place, op in enumerate(sample.operations)]
     assert 30 < len(rows) < 90  # two per image with probability 0.5
     images = augment(images, torch.tensor(rows, dtype=torch.float64))

@@ -1,0 +1,96 @@
+"""JPEGs that a GPU decodes: which of them the workers leave to it, and their decoding (nvJPEG, through torchvision).
+
+The pixels differ from libjpeg's, so that evaluation never uses them.
+"""
+
+import io
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from data.decoding import check_complete, decode_fast, jpeg_segments
+from data.errors import DataError
+
+BASELINE = 0xC0  # marker of the frame header of a sequential JPEG with Huffman coding
+SCAN, ADOBE = 0xDA, 0xEE
+SAMPLINGS = ((0x11, 0x11, 0x11), (0x21, 0x11, 0x11), (0x22, 0x11, 0x11))  # 4:4:4, 4:2:2, 4:2:0
+MAX_IMAGE_PIXELS = 2**24  # larger photographs are decoded and cut by the workers, to save the device's memory
+MAX_GROUP_PIXELS = 2**26  # that are decoded at once: 200 MB
+
+
+class DeviceJpeg(NamedTuple):
+    """A JPEG that is left to the device, with its size in pixels."""
+
+    data: bytes
+    height: int
+    width: int
+
+
+def device_jpeg(data: bytes) -> DeviceJpeg | None:
+    """Return an encoded image as one for the device, or None if a worker must decode it.
+
+    The device gets baseline JPEGs of the usual kinds: Y, Cb and Cr of 8 bits in one scan, the most common samplings.
+
+    Raises:
+        BrokenImageError: the JPEG is cut off.
+    """
+    segments = dict(jpeg_segments(data))
+    frame, scan, adobe = (segments.get(marker, b"") for marker in (BASELINE, SCAN, ADOBE))
+    if len(frame) != 15 or any(0xC1 <= marker <= 0xCF and marker not in (0xC4, 0xCC) for marker in segments):
+        return None
+    height, width = (int.from_bytes(frame[start : start + 2], "big") for start in (1, 3))
+    is_usual = frame[0] == 8 and bytes(frame[6::3]) == b"\1\2\3" and tuple(frame[7::3]) in SAMPLINGS
+    is_rgb = adobe[:5] == b"Adobe" and adobe[11:12] == b"\0"
+    if not is_usual or is_rgb or scan[:1] != b"\3" or not 0 < height * width <= MAX_IMAGE_PIXELS:
+        return None
+    check_complete(data)
+    return DeviceJpeg(data, height, width)
+
+
+def decode_in_groups(jpegs: Sequence[Tensor], num_pixels: Sequence[int], device: torch.device) -> Iterator[Tensor]:
+    """Yield RGB pixels (3, H, W), uint8, on the device; of so many images at once as have MAX_GROUP_PIXELS.
+
+    Args:
+        jpegs: files (bytes,), uint8, on the CPU.
+        num_pixels: pixels of each image.
+        device: where they are decoded; a CPU decodes with libjpeg.
+
+    Raises:
+        BrokenImageError: one of them cannot be decoded.
+    """
+    ends = itertools.accumulate(num_pixels)
+    groups = itertools.groupby(zip(jpegs, ends, strict=True), key=lambda item: item[1] // MAX_GROUP_PIXELS)
+    for _, group in groups:
+        yield from decode_on(device, [jpeg for jpeg, _ in group])
+
+
+def decode_on(device: torch.device, jpegs: list[Tensor]) -> list[Tensor]:
+    """Decode JPEGs together. Those that the device rejects are decoded on the CPU as by a worker."""
+    try:
+        if device.type == "cuda":
+            # torchvision decodes on a stream of its own, without waiting for what still reads this memory on this one.
+            torch.cuda.current_stream(device).synchronize()
+        return decode_jpeg(jpegs, ImageReadMode.RGB, device)
+    except RuntimeError:
+        if len(jpegs) > 1:
+            return [pixels for jpeg in jpegs for pixels in decode_on(device, [jpeg])]
+        return [decode_fast(jpegs[0].numpy().tobytes()).permute(2, 0, 1).to(device)]
+
+
+def check_support(device: torch.device) -> None:
+    """Raise DataError if torchvision cannot decode JPEGs on the device."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "JPEG")
+    try:
+        decode_jpeg([torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)], ImageReadMode.RGB, device)
+    except (AttributeError, RuntimeError) as error:
+        raise DataError(
+            f"DATA.DECODE_ON gpu: torchvision {torchvision.__version__} cannot decode JPEGs on this GPU "
+            f"({str(error).splitlines()[0]}); set it to cpu"
+        ) from error
