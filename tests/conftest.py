@@ -39,10 +39,14 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_main(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    """Return a function that calls main.py's main in this process: (exit code, standard output, standard error)."""
+    """Return a function that calls main.py's main in this process: (exit code, standard output, standard error).
+
+    It draws no curves, which would take longer than the training.
+    """
     import main
     from utils.benchmark.measure import Conditions
 
+    monkeypatch.setattr("utils.logs.recorder.plot_curves", lambda *_: None)
     # No test asserts times: --throughput may be quick.
     monkeypatch.setattr("utils.benchmark.throughput.Conditions", partial(Conditions, rounds=2, round_seconds=0.01))
 

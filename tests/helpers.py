@@ -29,6 +29,7 @@ from tests.faults.processes import descendants, kill_all, start_process
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 MICRO = {"img_size": 64, "embed_dim": 32, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8), "drop_path_rate": 0.0}
+THREE_DIGITS = ("DATA.CLASSES", "['0', '1', '2']")  # for --opts: a third of the digits' images
 
 
 def random_array(seed: int, *shape: int) -> np.ndarray:

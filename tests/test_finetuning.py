@@ -28,7 +28,7 @@ def command(output: Path, *opts: str, epochs: int = 1, batch_size: int = 128) ->
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_plots() -> Iterator[None]:
-    """Leave out curves and predictions, which take longer to draw than these runs take to train."""
+    """Leave out curves and predictions, which take longer to draw than these runs to train, also of `pretrained`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main.Classification, "draw_predictions", lambda *_: None)  # no image to log
         patch.setattr("utils.logs.recorder.plot_curves", lambda *_: None)

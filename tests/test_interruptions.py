@@ -21,13 +21,24 @@ from tests.faults.injections import FAULTS
 from tests.faults.processes import descendants
 from tests.faults.runs import Run, differing
 from tests.faults.tasks import SETTINGS, SMALL
-from tests.helpers import ROOT, is_running, run_python, wait_for
+from tests.helpers import ROOT, THREE_DIGITS, is_running, run_python, wait_for
 from utils.logs.output_dir import lock_output_dir
 
 pytestmark = pytest.mark.slow
 
 RunMain = Callable[..., tuple[int, str, str]]
-ARGS = ["--cfg", "cfgs/digits.yaml", "--batch-size", "64", "--opts", *SETTINGS, *SMALL, "TRAIN.EPOCHS", "2"]
+ARGS = [
+    "--cfg",
+    "cfgs/digits.yaml",
+    "--batch-size",
+    "64",
+    "--opts",
+    *SETTINGS,
+    *SMALL,
+    *THREE_DIGITS,
+    "TRAIN.EPOCHS",
+    "2",
+]
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
@@ -172,7 +183,7 @@ def test_sigusr1_saves_and_the_same_command_resumes(
     args = ["--output", tmp_path, *ARGS, "DATA.NUM_WORKERS", "0"]
     code, out, _ = run_main(*args)
     assert code == 0
-    assert "SIGUSR1: stopped in epoch 1 after step 3 of 22; run the same command to resume" in out
+    assert "SIGUSR1: stopped in epoch 1 after step 3 of 6; run the same command to resume" in out
     folder = tmp_path / "mlla_digits" / "default"
     assert [path.name for path in folder.glob("*.pth")] == ["ckpt_epoch_0_step_3.pth"]
     shutil.copytree(tmp_path, tmp_path / "two")
@@ -183,6 +194,7 @@ def test_sigusr1_saves_and_the_same_command_resumes(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
     run = Run(tmp_path / "two", processes=2, epochs=2, save_steps=0, amp=False)
+    run.args += THREE_DIGITS
     run.finish(forked=True)  # the same global batch size on two processes
     assert "was written by 1 processes, now there are 2" in run.printed()
     assert "resumed from" in run.printed()

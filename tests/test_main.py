@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from config import load_config
 from main import NUM_CANDIDATES, NUM_MISTAKES, NUM_PREVIEWS, choose_previews
 from models import MLLA, build_model
-from tests.helpers import MICRO, ROOT, make_image_folder, run_python
+from tests.helpers import MICRO, ROOT, THREE_DIGITS, make_image_folder, run_python
 from utils.checkpoint.weights_file import load_checkpoint
 from utils.training import losses
 from utils.training.amp import make_precision
@@ -38,7 +38,11 @@ def records_of(folder: Path) -> list[dict[str, float]]:
 
 
 def digits(output: Path, *opts: str, epochs: int = 2, batch_size: int = 128) -> list[str]:
-    """Return the command line of a short run on the digits."""
+    """Return the command line of a short run on three digits."""
+    return all_digits(output, *THREE_DIGITS, *opts, epochs=epochs, batch_size=batch_size)
+
+
+def all_digits(output: Path, *opts: str, epochs: int = 2, batch_size: int = 128) -> list[str]:
     args = ["--cfg", "cfgs/digits.yaml", "--output", str(output), "--batch-size", str(batch_size)]
     return [*args, "--opts", *SMALL, "TRAIN.EPOCHS", str(epochs), "TRAIN.BASE_LR", "0.01", *opts]
 
@@ -48,7 +52,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs of the digits on two processes through torchrun, with AMP, EMA and MESA."""
     output = tmp_path_factory.mktemp("run")
     args = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py", "--amp"]
-    done = run_python(*args, *digits(output, "SAVE_FREQ", "2", batch_size=16))
+    done = run_python(*args, *all_digits(output, "SAVE_FREQ", "2", batch_size=16))
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     return output / "mlla_digits" / "default"
@@ -206,7 +210,7 @@ def test_mesa_starts_after_a_quarter_of_the_epochs(
     monkeypatch.setattr(losses, "training_loss", note)
     monkeypatch.setattr("utils.training.run.memory_warning", lambda *_: "")  # which runs the losses, too
     options = ("TRAIN.COOLDOWN_EPOCHS", "1", "AUG.MESA", "1.0", "EMA.WARMUP", "off")
-    assert run_main(*digits(tmp_path, *options, epochs=3, batch_size=512))[0] == 0
+    assert run_main(*digits(tmp_path, *options, epochs=3, batch_size=256))[0] == 0
     assert seen == [False] * 2 + [True] * 6  # two steps per epoch; cool-down counts
 
 
@@ -515,7 +519,7 @@ def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
         transcript.extend(data := os.read(fd, 65536))
         return data
 
-    command = shlex.join([sys.executable, "main.py", *digits(tmp_path, epochs=1)])
+    command = shlex.join([sys.executable, "main.py", *all_digits(tmp_path, epochs=1)])
     args = ["sh", "-c", f"stty rows 24 cols 80; exec {command}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
@@ -537,7 +541,7 @@ def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_training_on_a_gpu(run_main: RunMain, tmp_path: Path, dtype: str) -> None:
-    code, out, _ = run_main(*digits(tmp_path, "AMP_DTYPE", dtype, "AUG.MESA", "1.0", epochs=5), "--amp")
+    code, out, _ = run_main(*all_digits(tmp_path, "AMP_DTYPE", dtype, "AUG.MESA", "1.0", epochs=5), "--amp")
     assert code == 0
     assert f"on cuda:0, {dtype}" in out
     assert records_of(tmp_path / "mlla_digits" / "default")[-1]["acc1"] > 20

@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 
 from tests.faults.tasks import SETTINGS
-from tests.helpers import run_python
+from tests.faults.tasks import SMALL as SMALL_MODEL
+from tests.helpers import THREE_DIGITS, run_python
 from utils.logs import wandb_logger
 from utils.logs.logger import logger
 from utils.logs.wandb_logger import WandbError, WandbLogger
 
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs the optional package wandb")
-SMALL = ["--cfg", "cfgs/digits.yaml", "--batch-size", "64", "--opts", *SETTINGS, "DATA.NUM_WORKERS", "0"]
+SMALL = ["--cfg", "cfgs/digits.yaml", "--batch-size", "64", "--opts", *SETTINGS, *SMALL_MODEL, *THREE_DIGITS]
+SMALL += ["DATA.NUM_WORKERS", "0"]
 
 
 class UsageError(Exception):
