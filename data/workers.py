@@ -7,9 +7,11 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -85,10 +87,17 @@ class PromptIterator(_MultiProcessingDataLoaderIter):
 
     def kill_workers(self) -> None:
         """Kill the workers that are left; they have nothing to lose."""
-        _utils.signal_handling._remove_worker_pids(id(self))  # the DataLoader takes a killed worker for an error
-        self._worker_pids_set = False
+        if self._worker_pids_set:
+            _utils.signal_handling._remove_worker_pids(id(self))  # the DataLoader takes a killed worker for an error
+            self._worker_pids_set = False
         for worker in self._workers:
             worker.kill()
+
+
+def kill_workers_of(reference: "weakref.ref[PromptIterator]") -> None:
+    """Kill the workers of an iterator that still exists."""
+    if (iterator := reference()) is not None:
+        iterator.kill_workers()
 
 
 class RestartingDataLoader(DataLoader):
@@ -133,6 +142,8 @@ class RestartingDataLoader(DataLoader):
             self.started.value = 0
             iterator: Any = super()._get_iterator()
             iterator.__class__ = PromptIterator
+            # Before Python's end sends SIGTERM to the workers, whose deaths the DataLoader would report as errors.
+            Finalize(iterator, kill_workers_of, (weakref.ref(iterator),), exitpriority=0)
             iterator.next_loader = self.next_loader
             if self.have_started(iterator._workers):
                 return iterator

@@ -210,7 +210,7 @@ def test_mesa_starts_after_a_quarter_of_the_epochs(
     monkeypatch.setattr(losses, "training_loss", note)
     monkeypatch.setattr("utils.training.run.memory_warning", lambda *_: "")  # which runs the losses, too
     options = ("TRAIN.COOLDOWN_EPOCHS", "1", "AUG.MESA", "1.0", "EMA.WARMUP", "off")
-    assert run_main(*digits(tmp_path, *options, epochs=3, batch_size=256))[0] == 0
+    assert run_main(*digits(tmp_path, *options, epochs=3, batch_size=200))[0] == 0
     assert seen == [False] * 2 + [True] * 6  # two steps per epoch; cool-down counts
 
 

@@ -97,6 +97,22 @@ def test_busy_workers_do_not_delay_the_end(monkeypatch: pytest.MonkeyPatch, pers
     assert -signal.SIGKILL in {process.exitcode for process in processes}
 
 
+LEFT: list[object] = []
+
+
+def leave_a_loader() -> None:
+    batches = iter(RestartingDataLoader(NUMBERS, num_workers=4, persistent_workers=True))
+    LEFT.extend((batches, next(batches)))
+
+
+def test_workers_that_exist_at_the_end_of_a_process_are_no_error() -> None:
+    """Python ends them, which must not look like their death while they load."""
+    process = multiprocessing.get_context("fork").Process(target=leave_a_loader)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
 def test_workers_end_at_sigterm_whatever_the_training_process_does_with_it() -> None:
     previous = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
