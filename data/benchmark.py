@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="settings for --end-to-end")
     args = parser.parse_args(argv)
     if args.end_to_end:
-        return print_end_to_end(args.images or 26_000, args.opts)  # 600 steps of 128 images, so that it compiles
+        return print_end_to_end(args.images or 26_000, args.opts)  # 600 steps of 128 images
     args.images = args.images or 384
     torch.set_num_threads(1)  # as in a loader worker
     with tempfile.TemporaryDirectory() as folder:

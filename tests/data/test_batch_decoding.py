@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from config import load_config
-from data import batch_decoding, build_data, make_zip
+from data import batch_decoding, build_data, make_zip, prefetch
 from data.batch_crops import Crop, pack_bytes, resize_crops
 from data.batch_decoding import check_support, decode_in_groups, device_jpeg
 from data.build import open_split, train_transform
@@ -151,10 +151,27 @@ def test_draws_do_not_depend_on_where_images_are_decoded(image_folder: Path, tmp
         assert (images - expected).abs().mean() < 0.02  # in standard deviations
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.fixture
+def _in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches are prepared ahead and in a thread, as for a GPU."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None))
+    monkeypatch.setattr(prefetch, "wait_for_batch", lambda *_: None)
+    start = DeviceLoader.__init__
+
+    def with_stream(self: DeviceLoader, *args: Any, **settings: Any) -> None:
+        start(self, *args, **settings)
+        self.stream = torch.cuda.Stream(self.device)
+
+    monkeypatch.setattr(DeviceLoader, "__init__", with_stream)
+
+
+@pytest.mark.parametrize(("workers", "fixture"), [(0, "tmp_path"), (1, "tmp_path"), (1, "_in_a_thread")])
 def test_broken_jpegs_are_found_by_the_device_named_and_replaced(
-    tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
+    request: pytest.FixtureRequest, tmp_path: Path, workers: int, fixture: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    request.getfixturevalue(fixture)
     make_image_folder(tmp_path, train=8, val=1)
     (tmp_path / "train" / "cat" / "3.jpg").write_bytes(NO_TABLES)
     assert device_jpeg(NO_TABLES) is not None
