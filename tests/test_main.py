@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from config import load_config
 from main import NUM_CANDIDATES, NUM_MISTAKES, NUM_PREVIEWS, choose_previews
 from models import MLLA, build_model
+from tests.faults.tasks import SMALL_BACKBONE
 from tests.helpers import MICRO, ROOT, THREE_DIGITS, make_image_folder, run_python
 from utils.checkpoint.weights_file import load_checkpoint
 from utils.training import losses
@@ -28,7 +29,7 @@ from utils.training.trainer import Trainer
 pytestmark = pytest.mark.slow
 
 RunMain = Callable[..., tuple[int, str, str]]
-SMALL = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.NUM_HEADS", "[1, 1, 1, 1]", "TRAIN.WARMUP_EPOCHS", "0"]
+SMALL = [*SMALL_BACKBONE, "TRAIN.WARMUP_EPOCHS", "0"]
 SCORES = re.compile(r" \* Acc@1 (\d+\.\d{3})(?: Acc@5 (\d+\.\d{3}))?")
 AS_TRAINED = ["--opts", "AMP_DTYPE", "bfloat16"]  # --eval alone is in float32
 
@@ -316,7 +317,7 @@ def test_outputs_beyond_the_classes_are_evaluated_by_index(
     weights["head.bias"].copy_(torch.arange(1000.0) + 2000 * (torch.arange(1000) == 1))
     torch.save(weights, tmp_path / "w.pth")
     args = ["--cfg", "cfgs/mlla_t.yaml", "--data-path", image_folder, "--output", tmp_path, "--batch-size", "4"]
-    opts = ["--opts", *SMALL, "MODEL.MLLA.DEPTHS", "[1, 1, 1, 1]", "DATA.IMG_SIZE", "32", "DATA.NUM_WORKERS", "0"]
+    opts = ["--opts", *SMALL, "DATA.IMG_SIZE", "32", "DATA.NUM_WORKERS", "0"]
     args += ["--eval", "--resume", tmp_path / "w.pth", *opts]
     message = mistake(run_main, *args)
     assert "2 of another shape: head.weight (1000, 64) where the model has (2, 64)" in message

@@ -77,7 +77,7 @@ def start_process(
     """Start Python with arguments, in a session of its own and with one thread.
 
     Args:
-        args: a file or -m and a module, and their arguments.
+        args: a file, -m and a module, or -c and a program, and their arguments.
         output, error: files to which standard output and standard error are appended.
         forked: leave out the imports, also of the processes that torchrun starts, for what they are not the point.
         before: called in the new process before anything else.
@@ -137,6 +137,9 @@ def run_as_new(args: list[str], environment: dict[str, str], before: Callable[[]
     if args[0] == "-m":
         sys.argv = args[1:]
         runpy.run_module(args[1], run_name="__main__", alter_sys=True)
+    elif args[0] == "-c":
+        sys.argv = ["-c", *args[2:]]
+        exec(args[1], {"__name__": "__main__"})
     else:
         sys.argv = args
         runpy.run_path(args[0], run_name="__main__")

@@ -5,12 +5,10 @@ import hashlib
 import http.server
 import os
 import re
-import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import pytest
 import torch
 
 import models  # noqa: F401, registers the released weights in timm
+from tests.faults.processes import Started, start_process
 from tests.helpers import ROOT
 from utils.checkpoint.download import (
     RELEASED,
@@ -165,35 +164,46 @@ def test_a_full_disk_leaves_nothing(server: Server, tmp_path: Path, monkeypatch:
 FETCH = "import sys; from utils.checkpoint.download import local_file; print(local_file(sys.argv[1]))"
 
 
-def fetcher(url: str, home: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "TORCH_HOME": str(home), "no_proxy": "127.0.0.1"}
-    command = [sys.executable, "-c", FETCH, url]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+@pytest.fixture
+def fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[Started, Path]]:
+    """Return a function that starts a download in a process, which prints the path: (process, file of its output)."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    def start(url: str) -> tuple[Started, Path]:
+        output = tmp_path / f"printed_{len(list(tmp_path.glob('printed_*')))}"
+        output.touch()
+        return start_process(["-c", FETCH, url], output=output, error=tmp_path / "errors", forked=True), output
+
+    return start
 
 
 @pytest.mark.slow
-def test_a_killed_download_leaves_no_partial_file_and_no_lock(server: Server, tmp_path: Path) -> None:
+def test_a_killed_download_leaves_no_partial_file_and_no_lock(
+    server: Server, tmp_path: Path, fetch: Callable[[str], tuple[Started, Path]]
+) -> None:
     """Two processes need a file: the one that downloads it is killed, and the other downloads it, once."""
-    first = fetcher(f"{server.url}/slow", tmp_path / "home")
+    first, _ = fetch(f"{server.url}/slow")
     while not server.requests:
         time.sleep(0.02)
-    second = fetcher(f"{server.url}/slow", tmp_path / "home")
+    second, printed = fetch(f"{server.url}/slow")
     time.sleep(0.5)
-    first.send_signal(signal.SIGKILL)
+    first.kill()
     first.wait()
     assert not [name for name in cached_files(tmp_path) if not name.endswith(".tmp")]
-    path = Path(second.communicate(timeout=120)[0].strip())
+    assert second.wait(120) == 0
+    path = Path(printed.read_text().strip())
     assert path.read_bytes() == CONTENT
     assert cached_files(tmp_path) == [path.name]
     assert server.requests == ["/slow", "/slow"]
 
 
 @pytest.mark.slow
-def test_of_several_processes_one_downloads(server: Server, tmp_path: Path) -> None:
-    processes = [fetcher(f"{server.url}/slow", tmp_path / "home") for _ in range(2)]
-    paths = {process.communicate(timeout=120)[0].strip() for process in processes}
-    assert len(paths) == 1
-    assert Path(paths.pop()).read_bytes() == CONTENT
+def test_of_several_processes_one_downloads(server: Server, fetch: Callable[[str], tuple[Started, Path]]) -> None:
+    started = [fetch(f"{server.url}/slow") for _ in range(2)]
+    assert [process.wait(120) for process, _ in started] == [0, 0]
+    (path,) = {printed.read_text().strip() for _, printed in started}
+    assert Path(path).read_bytes() == CONTENT
     assert server.requests == ["/slow"]
 
 

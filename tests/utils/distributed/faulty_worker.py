@@ -9,10 +9,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 import main
+from utils.distributed import stop_signal
 from utils.training.trainer import Trainer
 
 if __name__ == "__main__":
     rank = int(sys.argv[1])
+    stop_signal.GRACE_SECONDS = 2.0
     report = Trainer.report
 
     def fail(trainer: Trainer, *args: object) -> None:

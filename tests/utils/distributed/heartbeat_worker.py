@@ -12,5 +12,5 @@ import main
 from utils.distributed import heartbeat
 
 if __name__ == "__main__":
-    heartbeat.INTERVAL_SECONDS, heartbeat.HANG_SECONDS = 0.5, 8.0
+    heartbeat.INTERVAL_SECONDS, heartbeat.HANG_SECONDS = 0.5, 5.0
     sys.exit(main.main(sys.argv[1:]))

@@ -192,14 +192,14 @@ def test_an_event_on_a_gpu() -> None:
 def test_a_stopped_process_ends_the_run_and_a_suspended_run_goes_on(tmp_path: Path) -> None:
     run = Run(tmp_path, processes=2, epochs=200, save_steps=0, amp=False)
     run.args[run.args.index("main.py")] = "tests/utils/distributed/heartbeat_worker.py"
-    process = run.start()
+    process = run.start(forked=True)
     wait_for(run.step_lines)
     workers = descendants(process.pid)
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for pid in [process.pid, *workers]:
             os.kill(pid, number)
         if number == signal.SIGSTOP:
-            time.sleep(12)
+            time.sleep(7.5)
     lines = run.step_lines()
     wait_for(lambda: run.step_lines() > lines + 3)
     holder = int((run.folder / "run_holder.txt").read_text().split()[1])  # process 0

@@ -94,7 +94,7 @@ with stop_signal.StopRequest(on_timeout=lambda: os._exit(7)) as stop:
 @pytest.mark.slow
 @pytest.mark.parametrize(("args", "code"), [("main SIGTERM", 7), ("main SIGUSR1", 3), ("child SIGTERM", 3)])
 def test_a_process_that_does_not_come_to_an_agreement_is_ended(args: str, code: int) -> None:
-    done = run_python("-c", BLOCKED, *args.split(), timeout=60)
+    done = run_python("-c", BLOCKED, *args.split(), timeout=60, forked=True)
     assert (done.returncode, done.stderr) == (code, "")
 
 
