@@ -1,5 +1,6 @@
 """A DataLoader whose worker processes start reliably and report user errors in one line."""
 
+import atexit
 import logging
 import multiprocessing
 import os
@@ -142,8 +143,9 @@ class RestartingDataLoader(DataLoader):
             self.started.value = 0
             iterator: Any = super()._get_iterator()
             iterator.__class__ = PromptIterator
-            # Before Python's end sends SIGTERM to the workers, whose deaths the DataLoader would report as errors.
-            Finalize(iterator, kill_workers_of, (weakref.ref(iterator),), exitpriority=0)
+            # Before Python's end sends SIGTERM to the workers, whose deaths the DataLoader would report as errors, and
+            # before torch, which registered its own function just now, waits up to 5 s for each worker.
+            atexit.register(Finalize(iterator, kill_workers_of, (weakref.ref(iterator),), exitpriority=0))
             iterator.next_loader = self.next_loader
             if self.have_started(iterator._workers):
                 return iterator

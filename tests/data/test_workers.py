@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -111,6 +112,20 @@ def test_workers_that_exist_at_the_end_of_a_process_are_no_error() -> None:
     process.start()
     process.join(60)
     assert process.exitcode == 0
+
+
+def test_the_end_of_python_does_not_wait_for_each_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For pinned memory, torch registers a function that does, which runs after those registered later."""
+    registered: list[Callable[[], object]] = []
+    monkeypatch.setattr(workers.atexit, "register", registered.append)
+    others = set(multiprocessing.active_children())
+    batches = iter(RestartingDataLoader(Slow(), batch_size=1, num_workers=2, persistent_workers=True))
+    processes = set(multiprocessing.active_children()) - others
+    registered[-1]()
+    for process in processes:
+        process.join(20)
+    assert {process.exitcode for process in processes} == {-signal.SIGKILL}
+    del batches
 
 
 def test_workers_end_at_sigterm_whatever_the_training_process_does_with_it() -> None:
