@@ -1,6 +1,7 @@
 """Processes of a command: started like a user's, or faster as a fork of a process that has imported everything."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import runpy
@@ -121,6 +122,7 @@ def run_forked(
 def run_as_new(args: list[str], environment: dict[str, str], before: Callable[[], object] | None = None) -> None:
     """Run Python's arguments in this fork in a session of its own, with the signal handlers of a new process."""
     os.setsid()
+    gc.freeze()  # what imports have made
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
