@@ -25,7 +25,6 @@ from tests.documentation import SMALL, SMALL_TIMM, TASKS, Block
 from tests.helpers import ROOT, exit_code
 from utils import convert
 from utils.config import command_line
-from utils.tools.onnx_export import has_exporter
 
 
 class Rule(NamedTuple):
@@ -177,7 +176,7 @@ def fine_tunes(words: list[str]) -> None:
     run_python_block(block, words[2:])
 
 
-SAFETENSORS = {"onnx": "safetensors", "maps.onnx": "m.safetensors", "backbone.onnx": "b.safetensors"}
+SAFETENSORS = {f"{name}onnx": f"{name}safetensors" for name in ("", "mlla_t.", "maps.", "backbone.")}
 RULES = [
     Rule(r"make [\w-]+( ABLATION=.*)?", makes),
     Rule(r"pip install (-r )?\S+", installs),
@@ -185,7 +184,7 @@ RULES = [
     Rule(r"tensorboard .*", shows),
     Rule(r"(python|torchrun) .*\.\.\.", helps),
     Rule(r"torchrun --max-restarts 3", lambda words: helps([*words, "main.py"])),
-    Rule(r"python -m (utils|mlla)\.\w+", helps),
+    Rule(r"python -m (data|utils|mlla)\.\w+", helps),
     Rule(r"python -m utils\.(time_to_accuracy|finetune_study) .*", parses),
     Rule(r"python -m models\.\w+( .*)?", parses),
     Rule(r"python tests/soak\.py --gpu", parses),
@@ -204,8 +203,7 @@ RULES = [
     Rule(r"torchrun --nproc_per_node=8 main.py --cfg cfgs/mlla_t.yaml .*", settles),
     Rule(r"(python|torchrun) .*\bmain(\.py)? .*", runs),
     # ONNX and dynamic sizes take long, and tests/utils/test_export.py has them.
-    Rule(r"python -m utils\.export mlla_t\.onnx .*", runs if has_exporter() else parses, {"224": "32"}),
-    Rule(r"python -m utils\.export (maps|backbone)\.onnx .*", runs, SAFETENSORS),
+    Rule(r"python -m utils\.export (mlla_t|maps|backbone)\.onnx .*", runs, SAFETENSORS),
     Rule(r"python -m utils\.(predict|visualize|compare|report) .*", runs),
     Rule(r"python -m downstream\.\w+\.predict .*", runs),
     Rule(r"python finetune\.py photos", fine_tunes),

@@ -14,6 +14,7 @@ from config import load_config
 from downstream.backbone import MLLABackbone, TimmBackbone
 from downstream.detection import config as detection
 from models import build_model
+from tests.faults.tasks import SMALL_BACKBONE
 from tests.helpers import ROOT, exit_code, fill_weights, random_values
 from utils import export
 from utils.checkpoint.weights_file import load_checkpoint
@@ -21,7 +22,8 @@ from utils.tools import export_formats
 from utils.tools.onnx_export import OLDEST_TORCH, check_standard, has_exporter, onnx_runner, write_reduced
 
 CFG = str(ROOT / "cfgs" / "digits.yaml")
-OPTS = ["MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.DEPTHS", "[1,1,1,1]", "MODEL.MLLA.NUM_HEADS", "[1,1,1,1]"]
+# Two stages, since exporting takes long; a detector has four.
+OPTS = ["MODEL.MLLA.EMBED_DIM", "32", "MODEL.MLLA.DEPTHS", "[1,1]", "MODEL.MLLA.NUM_HEADS", "[1,1]"]
 CLASSES = list("abcdefghij")
 LINEAR_VIT = ["--to", "torchscript", "--opts", "MODEL.TYPE", "linear_vit"]
 SHAPES = {task: str(ROOT / "downstream" / task / "cfgs" / "shapes.yaml") for task in ("detection", "segmentation")}
@@ -94,7 +96,7 @@ def test_default_size_is_img_size(tmp_path: Path, weights: Path, capsys: pytest.
 
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, MLLABackbone]:
-    """A detector's file as OpenMMLab writes it, and its backbone, with the sizes in OPTS."""
+    """A detector's file as OpenMMLab writes it, and its backbone, with the sizes in SMALL_BACKBONE."""
     backbone = MLLABackbone(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1)).eval()
     fill_weights(backbone)
     path = tmp_path_factory.mktemp("detector") / "d.pth"
@@ -121,7 +123,7 @@ def test_backbone_of_a_detector_or_segmentor(
     pytest.importorskip("onnx")
     source, backbone = detector
     target = tmp_path / name
-    args += ["--cfg", SHAPES[task], "--resume", str(source), "--part", "backbone", "--opts", *OPTS]
+    args += ["--cfg", SHAPES[task], "--resume", str(source), "--part", "backbone", "--opts", *SMALL_BACKBONE]
     assert export.main([str(target), *args]) == 0
     for size in sizes:
         images = random_values(2, 2, 3, *size)
@@ -133,7 +135,7 @@ def test_backbone_of_a_detector_or_segmentor(
 def test_safetensors_of_a_backbone(tmp_path: Path, detector: Any) -> None:
     source, backbone = detector
     target = tmp_path / "b.safetensors"
-    args = ["--cfg", SHAPES["detection"], "--resume", str(source), "--part", "backbone", "--opts", *OPTS]
+    args = ["--cfg", SHAPES["detection"], "--resume", str(source), "--part", "backbone", "--opts", *SMALL_BACKBONE]
     assert export.main([str(target), "--to", "safetensors", *args]) == 0
     saved = safetensors.torch.load_file(target)
     assert set(saved) == set(backbone.state_dict())
@@ -165,9 +167,9 @@ def test_maps_of_any_size(tmp_path: Path, weights: Path, model: Any) -> None:
         maps = model.forward_intermediates(images, intermediates_only=True)
         for output, expected in zip(program(images), maps, strict=True):
             torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
-    # Not a multiple of 32; the second message is from torch before 2.9.
-    with pytest.raises((AssertionError, RuntimeError), match=r"Guard failed|to be of the form 32"):
-        program(random_values(1, 1, 3, 80, 96))
+    # Not a multiple of 8; the second message is from torch before 2.9.
+    with pytest.raises((AssertionError, RuntimeError), match=r"Guard failed|to be of the form 8"):
+        program(random_values(1, 1, 3, 84, 96))
 
 
 def test_custom_operators_and_complex_numbers_are_refused() -> None:
@@ -183,8 +185,7 @@ def test_custom_operators_and_complex_numbers_are_refused() -> None:
 @pytest.mark.parametrize(
     ("form", "name", "args"),
     [
-        ("torchscript", "m.pt", ["--size", "32x64"]),
-        ("exported_program", "m.pt2", ["--size", "32x64", "--part", "features"]),
+        ("torchscript", "m.pt", ["--size", "32x64", "--part", "features"]),
         ("safetensors", "m.safetensors", []),
     ],
 )
@@ -197,15 +198,11 @@ def test_other_formats(tmp_path: Path, weights: Path, model: Any, form: str, nam
             assert file.get_tensor("head.bias").equal(model.head.bias)
         content = load_checkpoint(target)  # predict needs no other file
         assert content["classes"] == CLASSES
-        assert load_config(content["config"]).MODEL.MLLA.DEPTHS == [1, 1, 1, 1]
+        assert load_config(content["config"]).MODEL.MLLA.DEPTHS == [1, 1]
         return
-    if form == "torchscript":
-        images = random_values(1, 4, 3, 32, 64)
-        torch.testing.assert_close(torch.jit.load(target)(images), model(images))
-        return
-    images = random_values(1, 1, 3, 32, 64)
+    images = random_values(1, 4, 3, 32, 64)
     expected = model.forward_head(model.forward_features(images), pre_logits=True)
-    torch.testing.assert_close(torch.export.load(target).module()(images), expected)
+    torch.testing.assert_close(torch.jit.load(target)(images), expected)
 
 
 def test_the_configuration_is_in_the_weights_file(
@@ -218,7 +215,7 @@ def test_the_configuration_is_in_the_weights_file(
     assert "classifier in safetensors" in capsys.readouterr().out
     source, _ = detector  # for which only the backbone is of use
     content = torch.load(source)
-    torch.save({**content, "config": detection.load_config("shapes", OPTS).dump()}, tmp_path / "d.pth")
+    torch.save({**content, "config": detection.load_config("shapes", SMALL_BACKBONE).dump()}, tmp_path / "d.pth")
     args[1] = tmp_path / "d.pth"
     assert exit_code(export.main, [tmp_path / "d.safetensors", *args]) == 0
     assert "backbone in safetensors" in capsys.readouterr().out

@@ -1,18 +1,29 @@
+from functools import partial
 from pathlib import Path
 
 import pytest
 from torch import nn
+from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 from downstream.detection import benchmark
+from downstream.detection.config import load_config
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = ("MODEL.DETECTOR.MAX_PROPOSALS", "20", "MODEL.DETECTOR.ROI_SAMPLES", "16", "MODEL.DETECTOR.WIDTH", "32")
+    monkeypatch.setattr(benchmark, "load_config", lambda path, opts: load_config(path, [*opts, *few]))
+    numbers = {"rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 20, "box_batch_size_per_image": 16}
+    monkeypatch.setattr(benchmark, "maskrcnn_resnet50_fpn", partial(maskrcnn_resnet50_fpn, **numbers))
+    monkeypatch.setattr(benchmark, "ROUNDS", 1)
+    monkeypatch.setattr(benchmark, "WARMUP_CALLS", 0)
 
 
 def test_a_row_for_each_measurement(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(benchmark, "WARMUP_CALLS", 0)
-    monkeypatch.setattr(benchmark, "ROUNDS", 1)
     monkeypatch.setattr("downstream.detection.synthetic.MAX_SHARPENINGS", 1)
     small = ["--height", "64", "--width", "90", "--train-batches", "1", "--test-batches", "1", "--seconds", "0"]
     table = tmp_path / "new" / "table.md"
@@ -42,8 +53,6 @@ def test_compiling_without_a_compiler_is_one_line(
         assert mode == "default"
         model.register_forward_pre_hook(fail)
 
-    monkeypatch.setattr(benchmark, "ROUNDS", 1)
-    monkeypatch.setattr(benchmark, "WARMUP_CALLS", 0)
     monkeypatch.setattr(benchmark, "compile_regions", compile_regions)
     sizes = ["--height", "64", "--width", "64", "--train-batches", "1", "--test-batches", "--seconds", "0"]
     with pytest.raises(SystemExit) as stop:
