@@ -1,6 +1,10 @@
-"""Crops of different sizes in one buffer, which a GPU resizes and flips, and decodes if they are JPEGs."""
+"""Crops of different sizes in one buffer, which a GPU resizes and flips, and decodes if they are JPEGs.
 
-from collections.abc import Iterator, Sequence
+Small crops are resized all together: one by one, a GPU would wait for the CPU, which starts four kernels for each.
+"""
+
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +13,9 @@ from torch.nn import functional
 from torch.utils.data import get_worker_info
 
 from data.batch_decoding import decode_in_groups
+
+SMALL_SIDE = 64  # pixels; crops with sides up to this are resized together
+MAX_VALUES = 2**23  # of small crops that are resized at once, which takes 200 MB
 
 
 class Crop(NamedTuple):
@@ -53,27 +60,85 @@ def resize_crops(packed: Tensor, crops: Tensor, device: torch.device) -> Tensor:
         BrokenImageError: a JPEG cannot be decoded.
     """
     rows = [Crop(*row) for row in crops.tolist()]
-    size = rows[0].size
-    resized = torch.empty(len(rows), 3, size, size, device=device)
-    for crop, pixels, target in zip(rows, crop_pixels(packed, rows, device), resized, strict=True):
+    size, num_bytes = rows[0].size, [crop.num_bytes for crop in rows]
+    on_device = packed if all(crop.jpeg_pixels for crop in rows) else packed.to(device, non_blocking=True)
+    resized = torch.empty(len(rows), size, size, 3, device=device)
+    small = torch.tensor([i for i, crop in enumerate(rows) if is_small(crop)], dtype=torch.int64)
+    starts = crops[:, 0].cumsum(0) - crops[:, 0]
+    for part in small.split(max(1, MAX_VALUES // (3 * SMALL_SIDE * size))):
+        if len(part):
+            pixels = resize_small(on_device, starts[part], crops[part])
+            resized.index_copy_(0, part.to(device, non_blocking=True), pixels)
+    files, parts = packed.split(num_bytes), on_device.split(num_bytes)
+    jpegs = [(file, crop.jpeg_pixels) for file, crop in zip(files, rows, strict=True) if crop.jpeg_pixels]
+    images = decode_in_groups([file for file, _ in jpegs], [count for _, count in jpegs], device)
+    for crop, part, target in zip(rows, parts, resized, strict=True):
+        if crop.jpeg_pixels:
+            cut = next(images)[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+        elif is_small(crop):
+            continue
+        else:
+            cut = part.view(crop.height, crop.width, 3).permute(2, 0, 1)  # (3, height, width)
         mode = "bicubic" if crop.is_bicubic else "bilinear"
-        target.copy_(functional.interpolate(pixels[None].float(), size=(size, size), mode=mode, antialias=True)[0])
-    images = resized.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()  # (B, size, size, 3)
+        image = functional.interpolate(cut[None].float(), size=(size, size), mode=mode, antialias=True)[0]
+        target.copy_(image.permute(1, 2, 0))
+    pixels = resized.round_().clamp_(0, 255).to(torch.uint8)  # (B, size, size, 3)
     flipped = torch.tensor([i for i, crop in enumerate(rows) if crop.is_flipped], dtype=torch.int64)
     index = flipped.to(device, non_blocking=True)
-    return images.index_copy_(0, index, images[index].flip(2))
+    return pixels.index_copy_(0, index, pixels[index].flip(2))
 
 
-def crop_pixels(packed: Tensor, rows: Sequence[Crop], device: torch.device) -> Iterator[Tensor]:
-    """Yield pixels (3, height, width) of each crop on the device, uint8."""
-    jpeg_pixels = [crop.jpeg_pixels for crop in rows if crop.jpeg_pixels]
-    if not jpeg_pixels:
-        packed = packed.to(device, non_blocking=True)
-    parts = packed.split([crop.num_bytes for crop in rows])
-    jpegs = [part for part, crop in zip(parts, rows, strict=True) if crop.jpeg_pixels]
-    images = decode_in_groups(jpegs, jpeg_pixels, device)
-    for part, crop in zip(parts, rows, strict=True):
-        if crop.jpeg_pixels:
-            yield next(images)[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-        else:
-            yield part.view(crop.height, crop.width, 3).permute(2, 0, 1).to(device, non_blocking=True)
+def is_small(crop: Crop) -> bool:
+    return not crop.jpeg_pixels and max(crop.height, crop.width) <= SMALL_SIDE
+
+
+def resize_small(packed: Tensor, starts: Tensor, crops: Tensor) -> Tensor:
+    """Resize small crops together. The result for a crop does not depend on the others.
+
+    Args:
+        packed: bytes of all crops (bytes,), uint8, on the device.
+        starts: where each crop begins in them (N,), int64, on the CPU.
+        crops: rows (N, 9), int64, on the CPU: the fields of a Crop each.
+
+    Returns:
+        Values (N, size, size, 3), float32, on the device.
+    """
+    size = Crop(*crops[0].tolist()).size
+    num_rows, num_columns = crops[:, 4:6].amax(dim=0).tolist()
+    start, height, width, is_bicubic = (
+        torch.stack([starts, *crops[:, (4, 5, 7)].T]).to(packed.device, non_blocking=True).unbind()
+    )  # (N,)
+    columns, weights = filter_taps(width, size, is_bicubic, max_side=num_columns)  # (taps, N, size)
+    rows = torch.arange(num_rows, device=packed.device).minimum(height[:, None] - 1)  # (N, H)
+    row_starts = (start[:, None] + 3 * width[:, None] * rows)[..., None, None]  # (N, H, 1, 1)
+    channels = torch.arange(3, device=packed.device)
+    lines = torch.zeros(len(crops), num_rows, size, 3, device=packed.device)
+    for column, weight in zip(columns, weights, strict=True):
+        values = packed[row_starts + (3 * column[..., None] + channels)[:, None]]  # (N, H, size, 3)
+        lines.addcmul_(values.float(), weight[:, None, :, None])
+    rows, weights = filter_taps(height, size, is_bicubic, max_side=num_rows)
+    resized = lines.new_zeros(len(crops), size, size, 3)
+    for row, weight in zip(rows, weights, strict=True):
+        values = lines.gather(1, row[..., None, None].expand_as(resized))  # (N, size, size, 3)
+        resized.addcmul_(values, weight[..., None, None])
+    return resized
+
+
+def filter_taps(sides: Tensor, size: int, is_bicubic: Tensor, *, max_side: int) -> tuple[Tensor, Tensor]:
+    """Return what each pixel along an axis is made from when sides (N,) are resized to `size`, as `interpolate` does
+    with antialiasing: indices (taps, N, size) along the side, and their weights.
+    """
+    scale = (sides / size)[:, None]  # (N, 1)
+    stretch = scale.clamp(min=1)
+    reach = stretch * (1 + is_bicubic[:, None])
+    centers = (torch.arange(size, device=sides.device) + 0.5) * scale  # (N, size)
+    first, end = (centers - reach + 0.5).floor().clamp(min=0), (centers + reach + 0.5).floor()
+    num_taps = 2 * math.ceil(2 * max(1, max_side / size)) + 1
+    positions = first + torch.arange(num_taps, device=sides.device)[:, None, None]  # (taps, N, size)
+    distance = ((positions - centers + 0.5) / stretch).abs()
+    near, far = (1.5 * distance - 2.5) * distance**2 + 1, ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    cubic = torch.where(distance < 1, near, far.where(distance < 2, 0))  # with a = -0.5, as in Pillow's resizing
+    weights = torch.where(is_bicubic[:, None] > 0, cubic, (1 - distance).clamp(min=0))
+    weights = weights.where((positions < end) & (positions < sides[:, None]), 0)
+    total = sum(weights)  # one by one, in an order that does not depend on N
+    return positions.long().minimum(sides[:, None] - 1), weights / total

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode
 
@@ -36,6 +37,29 @@ def test_crops_are_resized_as_by_workers(mode: InterpolationMode, device: str) -
         assert difference.max() <= 2  # workers round between the axes
         assert (difference > 1).float().mean() < 1e-3
     assert torch.equal(result[2], images[2])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [8, 32])
+def test_small_crops_are_resized_together_as_alone(size: int, device: str) -> None:
+    """In batches that are cut into parts too, and as `interpolate` does."""
+    shapes = [(1, 1), (64, 5), (7, 64), (23, 28), (size, size), (33, 31), (2, 50), (64, 64)]
+    images = [image_to_tensor(photo(*shape, seed)) for seed, shape in enumerate(shapes)]
+    crops = torch.tensor(
+        [Crop(x.numel(), 0, 0, 0, *x.shape[:2], size, i % 3 > 0, i % 2 > 0) for i, x in enumerate(images)]
+    )
+    together = resize_crops(pack_bytes(images), crops, torch.device(device)).cpu()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.batch_crops.MAX_VALUES", 3 * 64 * 3 * size)
+        assert resize_crops(pack_bytes(images), crops, torch.device(device)).cpu().equal(together)
+    for image, crop, pixels in zip(images, crops, together, strict=True):
+        assert resize_crops(image.flatten(), crop[None], torch.device(device))[0].cpu().equal(pixels)
+        mode, channels_first = "bicubic" if crop[7] else "bilinear", image.permute(2, 0, 1)[None].float()
+        resized = functional.interpolate(channels_first, size=(size, size), mode=mode, antialias=True)
+        expected = resized[0].permute(1, 2, 0).round().clamp(0, 255)  # (size, size, 3)
+        difference = ((expected.flip(1) if crop[8] else expected) - pixels.float()).abs()
+        assert difference.max() <= 1
+        assert (difference > 0).float().mean() < 1e-2
 
 
 def test_batches_are_the_same_from_a_worker(image_folder: Path) -> None:
