@@ -35,7 +35,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--kills", type=int, default=3, help="injections per run: a random number up to this")
     parser.add_argument("--epochs", type=int, default=3, help="of each run")
-    parser.add_argument("--gpu", action="store_true", help="train on GPUs, as many as processes")
+    parser.add_argument(
+        "--gpu",
+        nargs="?",
+        const="reduce-overhead",
+        default="",
+        choices=["graphs", "reduce-overhead"],
+        help="train on GPUs, as many as processes, with this TRAIN.COMPILE; graphs start sooner",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the first round's random choices and moments")
     parser.add_argument("--output", type=Path, default=Path("output/soak"), help="folder of the results")
     args = parser.parse_args(argv)

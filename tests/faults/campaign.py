@@ -54,11 +54,11 @@ class Campaign:
         epochs: of each run.
         injections: at most so many per run; a random number.
         forked: leave out the imports of runs that no fault comes to; see `start_process`.
-        gpu: train on GPUs.
+        gpu: compile mode of runs on GPUs; empty: they train on a CPU.
     """
 
     def __init__(
-        self, folder: Path, *, epochs: int = 3, injections: int = 3, forked: bool = True, gpu: bool = False
+        self, folder: Path, *, epochs: int = 3, injections: int = 3, forked: bool = True, gpu: str = ""
     ) -> None:
         self.folder, self.epochs, self.injections, self.forked, self.gpu = folder, epochs, injections, forked, gpu
         self.expected: dict[tuple[str, int], dict[str, Any]] = {}
@@ -68,7 +68,7 @@ class Campaign:
         data = self.folder / f"data_{task}" if TASKS[task].make_data else None
         if data is not None and not data.exists():
             TASKS[task].make_data(data)  # type: ignore[misc]
-        settings = {"epochs": self.epochs, "amp": processes == 1 or self.gpu, "gpu": self.gpu}
+        settings = {"epochs": self.epochs, "amp": processes == 1 or bool(self.gpu), "gpu": self.gpu}
         return Run(self.folder / name, task=task, data=data, processes=processes, save_steps=save_steps, **settings)
 
     def expected_result(self, task: str, processes: int) -> dict[str, Any]:

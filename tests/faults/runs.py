@@ -25,7 +25,7 @@ class Run:
         processes: with 2 or more, torchrun starts them.
         epochs, save_steps, amp: of the run.
         max_restarts: of torchrun.
-        gpu: train on GPUs, with deterministic algorithms.
+        gpu: compile mode of a run on GPUs, with deterministic algorithms; empty: it trains on a CPU.
         task: a name in TASKS; `data` is the folder of its dataset.
     """
 
@@ -38,7 +38,7 @@ class Run:
         save_steps: int,
         amp: bool,
         max_restarts: int = 0,
-        gpu: bool = False,
+        gpu: str = "",
         task: str = "classification",
         data: Path | None = None,
     ) -> None:
@@ -61,7 +61,7 @@ class Run:
         """Start the command; see `start_process`."""
         self.output.mkdir(parents=True, exist_ok=True)
         files = {"output": stdout or self.printed_path, "error": self.printed_path}
-        process = start_process(self.args, **files, forked=forked and not self.gpu, before=before, gpu=self.gpu)
+        process = start_process(self.args, **files, forked=forked and not self.gpu, before=before, gpu=bool(self.gpu))
         self.started.append(process)
         return process
 

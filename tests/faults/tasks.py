@@ -6,7 +6,6 @@ from pathlib import Path
 
 SMALL_BACKBONE = ("MODEL.MLLA.EMBED_DIM", "8", "MODEL.MLLA.NUM_HEADS", "[1, 1, 1, 1]", "MODEL.MLLA.DEPTHS", "[1,1,1,1]")
 SMALL = (*SMALL_BACKBONE, "MODEL.DROP_RATE", "0.1")  # for a CPU
-ON_GPU = ("TRAIN.DETERMINISTIC", "True", "TRAIN.COMPILE", "reduce-overhead")
 # Every source of randomness is on, and a worker process loads images.
 SETTINGS = [
     *("MODEL.DROP_PATH_RATE", "0.2", "AUG.MIXUP", "0.5", "AUG.REPROB", "0.25", "AUG.MESA", "1.0"),
@@ -33,28 +32,32 @@ class Command:
         program: arguments of Python, without those that all tasks share.
         name: MODEL.NAME of its configuration.
         batch_size: global batch size.
-        settings: returns keys and values for --opts.
+        settings: from the number of epochs, and the compile mode on a GPU or an empty text, keys and values for --opts.
         make_data: writes the dataset into a folder that it makes; None: the task needs no files.
     """
 
     program: tuple[str, ...]
     name: str
     batch_size: int
-    settings: Callable[[int, bool], list[str]]
+    settings: Callable[[int, str], list[str]]
     make_data: Callable[[Path], object] | None = None
 
 
-def classification_settings(epochs: int, gpu: bool) -> list[str]:
-    return [*SETTINGS, *(ON_GPU if gpu else SMALL), "TRAIN.EPOCHS", str(epochs)]
+def on_gpu(mode: str) -> tuple[str, ...]:
+    return "TRAIN.DETERMINISTIC", "True", "TRAIN.COMPILE", mode
 
 
-def detection_settings(epochs: int, gpu: bool) -> list[str]:
-    return [*DETECTION, *(ON_GPU[:2] if gpu else ()), "TRAIN.EPOCHS", str(epochs)]
+def classification_settings(epochs: int, gpu: str) -> list[str]:
+    return [*SETTINGS, *(on_gpu(gpu) if gpu else SMALL), "TRAIN.EPOCHS", str(epochs)]
 
 
-def segmentation_settings(epochs: int, gpu: bool) -> list[str]:
+def detection_settings(epochs: int, gpu: str) -> list[str]:
+    return [*DETECTION, *(on_gpu("auto") if gpu else ()), "TRAIN.EPOCHS", str(epochs)]
+
+
+def segmentation_settings(epochs: int, gpu: str) -> list[str]:
     steps = ("TRAIN.STEPS", str(epochs * SEGMENTATION_STEPS), "TRAIN.EVAL_STEPS", str(SEGMENTATION_STEPS))
-    return [*SEGMENTATION, *(ON_GPU[:2] if gpu else ()), *steps]
+    return [*SEGMENTATION, *(on_gpu("auto") if gpu else ()), *steps]
 
 
 def detection_shapes(folder: Path) -> None:
