@@ -34,14 +34,17 @@ class Crop(NamedTuple):
 
 def pack_bytes(images: Sequence[Tensor]) -> Tensor:
     """Copy images (H, W, 3) or files (bytes,), uint8, to one buffer (bytes,), in a loader's worker in shared memory."""
-    count = sum(image.numel() for image in images)
+    sizes = [image.numel() for image in images]
+    count = sum(sizes)
     packed = torch.empty(0, dtype=torch.uint8)
     if get_worker_info() is None:
         packed.resize_(count)
     else:  # as torch's default_collate: the training process gets it without another copy
         packed.set_(torch.UntypedStorage._new_shared(count))  # type: ignore[call-overload]
-    for image, target in zip(images, packed.split([image.numel() for image in images]), strict=True):
-        target.view(image.shape).copy_(image)
+    values, end = packed.numpy(), 0  # NumPy copies small arrays faster
+    for image, size in zip(images, sizes, strict=True):
+        start, end = end, end + size
+        values[start:end].reshape(image.shape)[...] = image.numpy()
     return packed
 
 

@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -149,7 +150,7 @@ class TrainTransform:
 
     def draw_box(self, height: int, width: int) -> tuple[tuple[int, int, int, int], InterpolationMode]:
         """Draw top, left, height and width of a crop of an image, and the filter of its resizing."""
-        image = torch.empty(3, height, width, device="meta")
+        image: Any = image_without_pixels(height, width)
         top, left, rows, columns = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
         rows, columns = max(1, rows), max(1, columns)  # they round to 0 in images of a few pixels,
         top, left = min(top, height - rows), min(left, width - columns)  # after the last pixel
@@ -242,6 +243,12 @@ class EvalTransform:
     def keeps(self, height: int, width: int) -> bool:
         """Return whether an image stays as it is."""
         return self.size <= SMALL and height == width == self.size
+
+
+@lru_cache(maxsize=4096)
+def image_without_pixels(height: int, width: int) -> Tensor:
+    """Return a tensor (3, H, W) that has the size of an image, for draws that depend on it alone."""
+    return torch.empty(3, height, width, device="meta")
 
 
 def short_side(size: int) -> int:

@@ -223,7 +223,8 @@ def write_folder(source: Digits | IdxImages, splits: Mapping[str, Sequence[np.nd
             path = temporary / split / source.classes[source.labels[indices[0]]].replace("/", " or ")
             path.mkdir(parents=True)
             for index in indices:
-                image: Image.Image = source.read(index)
+                content = source.read(index)
+                image = content if isinstance(content, Image.Image) else Image.fromarray(content.numpy())
                 image.save(path / f"{index:05d}.png")
     temporary.rename(folder)
 

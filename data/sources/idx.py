@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+import torch
+from torch import Tensor
 
 from data.errors import DataError, as_data_error
 from data.sources.labels import CLASS_FILE, class_names, read_lines
@@ -43,12 +44,13 @@ class IdxImages:
 
     def __init__(self, path: str, split: str) -> None:
         self.path, label_path = (find_file(Path(path), split, kind) for kind in DIMENSIONS)
-        self.images = read_idx(self.path, DIMENSIONS["images"])  # (N, H, W)
+        images = read_idx(self.path, DIMENSIONS["images"])  # (N, H, W)
         labels = read_idx(label_path, DIMENSIONS["labels"])  # (N,)
-        if len(self.images) != len(labels):
-            raise DataError(f"{self.path}: {len(self.images)} images, but {label_path.name} has {len(labels)} labels")
+        if len(images) != len(labels):
+            raise DataError(f"{self.path}: {len(images)} images, but {label_path.name} has {len(labels)} labels")
         if self.path.name.startswith("emnist"):
-            self.images = self.images.swapaxes(1, 2)
+            images = images.swapaxes(1, 2)
+        self.images = torch.from_numpy(images)[..., None].expand(-1, -1, -1, 3)  # (N, H, W, 3), gray values once
         self.classes, self.labels = name_classes(self.path, labels)
 
     def __len__(self) -> int:
@@ -57,8 +59,8 @@ class IdxImages:
     def name(self, index: int) -> str:
         return f"{self.path}: image {index}"
 
-    def read(self, index: int) -> Image.Image:
-        return Image.fromarray(self.images[index]).convert("RGB")
+    def read(self, index: int) -> Tensor:
+        return self.images[index]
 
 
 def find_file(path: Path, split: str, kind: str) -> Path:
@@ -83,7 +85,7 @@ def find_file(path: Path, split: str, kind: str) -> Path:
 
 
 def read_idx(path: Path, num_dimensions: int) -> np.ndarray:
-    """Return the bytes of a file, read-only, with `num_dimensions` dimensions.
+    """Return the bytes of a file with `num_dimensions` dimensions.
 
     No more than the header announces is read, and that is checked against the available memory.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.batch_augmentation import IDENTITY, Kind, Operation
-from data.dataset import Batch, ImageDataset, keep_batch, seeded
+from data.dataset import Batch, ImageDataset, keep_batch, kept_generators, seed_generators
 from data.errors import BrokenImageError
 from data.samplers import EvalSampler, SampleKey, TrainSampler
 from data.transforms import Erasure, EvalTransform, Sample
@@ -136,7 +136,7 @@ def test_exact_and_fast_decoding_feed_the_transform() -> None:
     assert 0 < difference.abs().max() <= 1
 
 
-def test_seeded_restores_the_generators() -> None:
+def test_generators_are_seeded_and_restored() -> None:
     random.seed(1)
     np.random.seed(2)
     torch.manual_seed(3)
@@ -144,10 +144,13 @@ def test_seeded_restores_the_generators() -> None:
     random.seed(1)
     np.random.seed(2)
     torch.manual_seed(3)
-    with seeded(0, 1, 2):
+    with kept_generators():
+        seed_generators(0, 1, 2)
         first = [random.random(), np.random.rand(), torch.rand(1).item()]
     assert [random.random(), np.random.rand(), torch.rand(1).item()] == expected
-    with seeded(0, 1, 2):
+    with kept_generators():
+        seed_generators(0, 1, 2)
         assert [random.random(), np.random.rand(), torch.rand(1).item()] == first
-    with seeded(0, 1, 3):
+    with kept_generators():
+        seed_generators(0, 1, 3)
         assert [random.random(), np.random.rand(), torch.rand(1).item()] != first

@@ -45,8 +45,8 @@ def test_published_and_unpacked_files(tmp_path: Path, ending: str, splits: tuple
     train, val = (IdxImages(str(tmp_path), split) for split in ("train", "val"))
     assert (len(train), len(val), val.labels.tolist(), val.classes) == (12, 6, [0, 1, 2, 0, 1, 2], ["0", "1", "2"])
     image = val.read(3)
-    assert (image.size, image.mode) == ((4, 5), "RGB")
-    assert (np.asarray(image) == pixels(6)[3][..., None]).all()
+    assert image.shape == (5, 4, 3)
+    assert (image.numpy() == pixels(6)[3][..., None]).all()
     assert val.name(3).endswith(f"{splits[1]}-images-idx3{ending}: image 3")
 
 
