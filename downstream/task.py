@@ -1,7 +1,7 @@
 """Base of detection and segmentation as tasks: the backbone's compilation and weights, and the published recipe."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,14 +21,31 @@ from utils.training.task import Run, Task
 from utils.training.train_step import ComputeLosses
 
 
+class DenseLosses:
+    """Losses of a micro-batch by name, as the task computes them."""
+
+    def __init__(self, task: "DenseTask", config: CfgNode, network: nn.Module) -> None:
+        self.task, self.config, self.network = task, config, network
+
+    def __call__(self, batch: Any, _: int) -> Mapping[str, Tensor]:
+        return self.task.batch_losses(self.config, self.network, batch)
+
+
+class FixedShapeLosses(DenseLosses):
+    """Losses whose work is the same in every step, so that a step can be one CUDA graph."""
+
+    def variant(self, _: int) -> bool:
+        """Return the variant of the loss in a step; there is one only."""
+        return False
+
+
 class DenseTask(Task):
     """A dense prediction task, whose model has a `backbone`."""
 
     lr_batch_size = 16  # two images on each of 8 GPUs
     ema_batch_size = 16
     compiled_module = "backbone"
-    auto_training_mode = "off"  # a compilation for each new image size would outlast many runs
-    auto_inference_mode = "off"  # likewise graphs, and their memory
+    auto_inference_mode = "off"  # a graph for each new image size would take more time than it saves
     smaller_images = "lower the image sizes, AUG.* and TEST.*"
     user_errors = (UserError, KernelsUnavailableError)
 
@@ -55,8 +72,8 @@ class DenseTask(Task):
         """Return a loader's batch on the device, ready for `batch_losses`."""
 
     @abstractmethod
-    def batch_losses(self, config: CfgNode, network: nn.Module, batch: Any) -> Mapping[str, Tensor]:
-        """Return the terms of the loss by name, scalars."""
+    def batch_losses(self, config: CfgNode, network: Callable[..., Any], batch: Any) -> Mapping[str, Tensor]:
+        """Return the terms of the loss by name, scalars; `network` is the model, or computes the same."""
 
     def batches(self, run: Run, epoch: int, first: int) -> Iterator[Any]:
         run.data.train.batch_sampler.set_epoch(epoch, first)
@@ -69,7 +86,7 @@ class DenseTask(Task):
         ema: ModelEma | None,  # noqa: ARG002
         derived: Derived,  # noqa: ARG002
     ) -> ComputeLosses:
-        return lambda batch, _: self.batch_losses(config, network, batch)
+        return (FixedShapeLosses if self.has_one_image_size else DenseLosses)(self, config, network)
 
     def memory_request(self, config: CfgNode) -> tuple[str, int]:
         return ("evaluation", 1) if config.EVAL_MODE else super().memory_request(config)

@@ -1,8 +1,8 @@
 """Detection as a task: data, model, losses, COCO metrics and images of predictions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,23 +16,53 @@ from downstream.detection.data.dataset import Batch, collate
 from downstream.detection.data.transforms import normalize
 from downstream.detection.metrics import CocoEvaluator, Result, coco_results, metrics_table, write_results
 from downstream.detection.model.flops import HEIGHT, MASKS, PROPOSALS, PUBLISHED, WIDTH, profile_detector
+from downstream.detection.model.mask_rcnn import MaskRCNN
 from downstream.detection.model.masks import paste_masks
+from downstream.detection.model.structures import Frame, Target
 from downstream.detection.pictures import LabeledObjects, objects_of_results, save_comparison
 from downstream.detection.synthetic import NUM_CLASSES, sharpen_until_busy, synthetic_inputs
-from downstream.task import DenseTask
+from downstream.task import DenseLosses, DenseTask
 from utils.benchmark.measure import synthetic_images
 from utils.distributed.process import Process, gather_objects
 from utils.logs.logger import errors_logged, logger, with_bar
 from utils.logs.output_dir import output_errors
 from utils.logs.plots import STEP_PANELS, Panel
+from utils.speed.compile import GRAPHS
 from utils.speed.flops import profile_table
+from utils.speed.shape_graphs import Part
 from utils.training.build import build_precision
 from utils.training.derived import Derived
+from utils.training.ema import ModelEma
 from utils.training.lr_schedule import DenseSchedule
 from utils.training.task import Run
+from utils.training.train_step import ComputeLosses
 
 LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask")
 NUM_PREVIEWS = 12
+
+
+class DetectionLosses(DenseLosses):
+    """Losses of a micro-batch by name.
+
+    Attributes:
+        fixed_part: what the detector computes from the images alone; CUDA graphs may take its place.
+    """
+
+    def __init__(self, task: "Detection", config: CfgNode, detector: MaskRCNN) -> None:
+        super().__init__(task, config, detector)
+        self.detector = detector
+        self.fixed_part: Part = detector.features
+
+    def record_fixed_part(self, make: Callable[[Part, list[nn.Parameter]], Part]) -> None:
+        """Replace `fixed_part` by what `make` makes of it and its parameters."""
+        self.fixed_part = make(self.detector.features, self.detector.feature_parameters())
+
+    def __call__(self, batch: Batch, _: int) -> Mapping[str, Tensor]:
+        return self.task.batch_losses(self.config, self.compute, batch)
+
+    def compute(self, images: Tensor, frames: Sequence[Frame], targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Return what calling the detector returns."""
+        return self.detector.losses(self.fixed_part(images), frames, targets)
 
 
 class Detection(DenseTask):
@@ -51,6 +81,8 @@ class Detection(DenseTask):
         ),
         *STEP_PANELS,
     )
+
+    auto_training_mode = GRAPHS  # a compilation for each new image size would outlast many runs
 
     def __init__(self) -> None:
         self.evaluator: CocoEvaluator | None = None  # made once, on the first process
@@ -85,8 +117,17 @@ class Detection(DenseTask):
         images = normalize(batch.images.to(device, non_blocking=True), batch.frames)
         return batch._replace(images=images, targets=[target.to(device) for target in batch.targets])
 
-    def batch_losses(self, config: CfgNode, network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:  # noqa: ARG002
+    def batch_losses(self, config: CfgNode, network: Callable[..., Any], batch: Batch) -> Mapping[str, Tensor]:  # noqa: ARG002
         return network(batch.images, batch.frames, batch.targets)
+
+    def losses(
+        self,
+        config: CfgNode,
+        network: nn.Module,
+        ema: ModelEma | None,  # noqa: ARG002
+        derived: Derived,  # noqa: ARG002
+    ) -> ComputeLosses:
+        return DetectionLosses(self, config, cast("MaskRCNN", network))
 
     def evaluate(self, run: Run, models: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
         local: dict[str, list[Result]] = {name: [] for name in models}

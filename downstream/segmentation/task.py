@@ -55,7 +55,6 @@ class Segmentation(DenseTask):
         *STEP_PANELS,
     )
     has_one_image_size = True  # crops have one size
-    auto_training_mode = "default"
 
     def build_data(self, config: CfgNode, process: Process) -> SegmentationData:
         shared = process.num_processes if config.MODEL.HEAD.SYNC_NORM else 1
@@ -83,7 +82,9 @@ class Segmentation(DenseTask):
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
         return images, labels.to(device, non_blocking=True)
 
-    def batch_losses(self, config: CfgNode, network: nn.Module, batch: tuple[Tensor, Tensor]) -> Mapping[str, Tensor]:
+    def batch_losses(
+        self, config: CfgNode, network: Callable[..., Any], batch: tuple[Tensor, Tensor]
+    ) -> Mapping[str, Tensor]:
         images, labels = batch
         weight, average = config.TRAIN.AUXILIARY_WEIGHT, config.TRAIN.LOSS_AVERAGE
         loss = segmentation_loss(network(images), labels, auxiliary_weight=weight, average=average)

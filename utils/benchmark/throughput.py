@@ -25,9 +25,9 @@ from utils.training.build import (
     build_optimizer,
     build_precision,
     build_train_step,
+    is_captured,
     training_mode,
 )
-from utils.training.graphed_step import GraphedTrainStep
 from utils.training.run import prepare_model
 from utils.training.task import Task
 
@@ -131,7 +131,7 @@ def step_rows(task: Task, config: CfgNode, process: Process, name: str, model: n
     parts = (task, config, model, process, optimizer, ema, precision, derived)
     step = build_train_step(*parts, num_steps=derived.total_steps)
     mode = training_mode(task, config, process.device, num_steps=derived.total_steps)
-    mode = effective_mode(mode, is_captured=isinstance(step, GraphedTrainStep))
+    mode = effective_mode(mode, is_captured=is_captured(step))
     conditions = conditions_of(config, process, mode, process.num_processes)
     steps = {"training": STEP_WITHOUT_TEACHER}
     if getattr(step.compute_losses, "teacher", None) is not None:

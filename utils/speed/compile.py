@@ -19,16 +19,18 @@ from utils.speed.compile_fallback import with_fallback
 from utils.speed.compile_workers import start_compile_workers
 from utils.speed.streams import on_side_stream, side_stream
 
-GRAPHS = "graphs"  # CUDA graphs of code that is not compiled: what "auto" stands for in evaluation and short runs
+# CUDA graphs of code that is not compiled: what "auto" stands for in evaluation, short runs and detection
+GRAPHS = "graphs"
 INDUCTOR_MODES = {"default": None, "reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
 GRAPH_MODES = ("reduce-overhead", "max-autotune", GRAPHS)
 RECORDING = "recording"  # stream of captures and of their warm-up: a captured graph must not wait for another stream
 MIN_TRAINING_STEPS = 500  # compiling takes as long as 300 to 600 steps gain
+MIN_RECORDED_STEPS = 100  # as many as allow one recording, see shape_graphs.py
 MAX_VARIANTS = 64  # compiled graphs per region: one per grid size, with and without gradient
 
 
 def resolve_training_mode(mode: str, device: torch.device, *, num_steps: int, auto: str = "reduce-overhead") -> str:
-    """Resolve TRAIN.COMPILE: "auto" compiles on a GPU, unless the run ends before the compilation has paid off.
+    """Resolve TRAIN.COMPILE: on a GPU "auto" stands for `auto`, unless the run ends before that has paid off.
 
     Where a whole step can be one CUDA graph, a GPU without compilation gets that: the capture takes a second.
 
@@ -40,8 +42,10 @@ def resolve_training_mode(mode: str, device: torch.device, *, num_steps: int, au
     """
     if mode != "auto":
         return mode
-    if device.type != "cuda":
+    if device.type != "cuda" or (auto == GRAPHS and num_steps < MIN_RECORDED_STEPS):
         return "off"
+    if auto == GRAPHS:
+        return GRAPHS
     uncompiled = GRAPHS if auto in GRAPH_MODES else "off"
     if compile_unsupported_reason(device):
         return uncompiled
@@ -168,9 +172,11 @@ class Capture:
         function: reads its inputs from the same tensors each time; must neither wait for the device nor branch on
             values that change.
         warmup_calls: calls before the capture.
+        pool: memory pool that it shares with other captures, which are replayed in the order of their capture, or do
+            not need each other's results; None: its own.
     """
 
-    def __init__(self, function: Callable[[], Any], warmup_calls: int = 3) -> None:
+    def __init__(self, function: Callable[[], Any], warmup_calls: int = 3, pool: Any = None) -> None:
         device = torch.device("cuda", torch.cuda.current_device())
         with on_side_stream(device, RECORDING):
             for _ in range(warmup_calls):
@@ -179,7 +185,8 @@ class Capture:
         torch.cuda.empty_cache()
         self.graph = torch.cuda.CUDAGraph()
         # The default, "global", forbids all threads to allocate, and a data loader's thread may allocate pinned memory.
-        with torch.cuda.graph(self.graph, stream=side_stream(device, RECORDING), capture_error_mode="thread_local"):
+        stream, mode = side_stream(device, RECORDING), "thread_local"
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode=mode):
             self.result = function()
 
     def __call__(self) -> Any:

@@ -1,5 +1,6 @@
 """Build the parts of training from a configuration."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from utils.logs.logger import logger
 from utils.logs.wandb_logger import WandbLogger
 from utils.speed.compile import GRAPH_MODES, compile_regions, resolve_inference_mode, resolve_training_mode
 from utils.speed.memory import out_of_memory_message
+from utils.speed.shape_graphs import ShapeGraphs
 from utils.training.amp import Precision, make_precision
 from utils.training.derived import Derived
 from utils.training.ema import ModelEma
 from utils.training.fused_update_support import make_fused_update
-from utils.training.graphed_step import GraphedTrainStep, graph_unsupported_reason
+from utils.training.graphed_step import GraphedTrainStep, graph_unsupported_reason, part_unsupported_reason
 from utils.training.inference import InferenceModel
 from utils.training.lr_schedule import ClassificationSchedule
 from utils.training.optimizer import make_optimizer
@@ -134,11 +136,22 @@ def build_train_step(
         compile_regions(module.get_submodule(task.compiled_module), mode, config.TRAIN.ACTIVATION_BUDGET)
     if mode not in GRAPH_MODES:
         return train_step
-    reason = graph_unsupported_reason(train_step)
+    has_part = hasattr(compute_losses, "fixed_part")
+    reason = part_unsupported_reason(train_step) if has_part else graph_unsupported_reason(train_step)
     if reason:
-        logger.info("TRAIN.COMPILE %s: the step is not one CUDA graph: %s", config.TRAIN.COMPILE, reason)
+        logger.info("TRAIN.COMPILE %s: the step has no CUDA graph: %s", config.TRAIN.COMPILE, reason)
+        return train_step
+    if has_part:
+        num_calls = num_steps * config.TRAIN.ACCUMULATION_STEPS
+        compute_losses.record_fixed_part(partial(ShapeGraphs, num_calls=num_calls))  # type: ignore[attr-defined]
         return train_step
     return GraphedTrainStep(*parts, **options)
+
+
+def is_captured(train_step: TrainStep) -> bool:
+    """Return whether a step replays CUDA graphs."""
+    part = getattr(train_step.compute_losses, "fixed_part", None)
+    return isinstance(train_step, GraphedTrainStep) or isinstance(part, ShapeGraphs)
 
 
 def build_inference_model(

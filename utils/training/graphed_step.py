@@ -102,16 +102,23 @@ class GraphedTrainStep(TrainStep):
 
 def graph_unsupported_reason(train_step: TrainStep) -> str:
     """Return why a step cannot be one CUDA graph, or an empty string."""
-    if train_step.found_inf.device.type != "cuda":
-        return "there is no GPU"
+    if reason := part_unsupported_reason(train_step):
+        return reason
     if train_step.exchange is not None and "expandable_segments:True" in allocator_settings():
         return "NCCL cannot be captured with expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF"
     if train_step.ema is not None and train_step.ema.ema_tensors[0].device != train_step.found_inf.device:
         return "the EMA is kept on the CPU"
-    if any(getattr(module, "use_checkpoint", False) for module in train_step.model.modules()):
-        return "activation checkpointing reads the generator's state; TRAIN.ACTIVATION_BUDGET saves memory instead"
     if not hasattr(train_step.compute_losses, "variant"):
         return "the loss has no fixed shapes"
+    return ""
+
+
+def part_unsupported_reason(train_step: TrainStep) -> str:
+    """Return why no part of a step's forward and backward pass can be a CUDA graph, or an empty string."""
+    if train_step.found_inf.device.type != "cuda":
+        return "there is no GPU"
+    if any(getattr(module, "use_checkpoint", False) for module in train_step.model.modules()):
+        return "activation checkpointing reads the generator's state; TRAIN.ACTIVATION_BUDGET saves memory instead"
     return ""
 
 

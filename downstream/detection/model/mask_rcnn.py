@@ -43,8 +43,23 @@ class MaskRCNN(nn.Module):
 
     def forward(self, images: Tensor, frames: Sequence[Frame], targets: Sequence[Target]) -> dict[str, Tensor]:
         """Return the five losses, scalars, of images (B, 3, H, W), normalized; H and W are multiples of 32."""
+        return self.losses(self.features(images), frames, targets)
+
+    def features(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return what depends on the images alone: five maps, then logits and deltas of the RPN."""
         maps = self.neck(self.backbone(images))
-        predictions = self.rpn_head(maps)
+        return (*maps, *self.rpn_head(maps))
+
+    def feature_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of `features`."""
+        return [parameter for part in (self.backbone, self.neck, self.rpn_head) for parameter in part.parameters()]
+
+    def losses(
+        self, features: Sequence[Tensor], frames: Sequence[Frame], targets: Sequence[Target]
+    ) -> dict[str, Tensor]:
+        """Return the five losses, scalars, from the result of `features`."""
+        *maps, logits, deltas = features
+        predictions = self.rpn_head.with_anchors(maps, logits, deltas)
         losses = self.rpn_head.losses(predictions, frames, targets)
         proposals = self.rpn_head.propose(predictions, frames)
         return {**losses, **self.roi_head.losses(maps, proposals, targets)}
@@ -52,6 +67,6 @@ class MaskRCNN(nn.Module):
     @torch.no_grad()
     def detect(self, images: Tensor, frames: Sequence[Frame]) -> list[Detections]:
         """Return the detections in each of images (B, 3, H, W), normalized; the model must be in evaluation mode."""
-        maps = self.neck(self.backbone(images))
-        proposals = self.rpn_head.propose(self.rpn_head(maps), frames)
+        *maps, logits, deltas = self.features(images)
+        proposals = self.rpn_head.propose(self.rpn_head.with_anchors(maps, logits, deltas), frames)
         return self.roi_head.detect(maps, proposals, frames)

@@ -75,16 +75,19 @@ class RPNHead(nn.Module):
             nn.init.normal_(conv.weight, std=0.01)
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
 
-    def forward(self, maps: Sequence[Tensor]) -> Predictions:
-        """Return the predictions for maps (B, width, H, W) at strides 4 to 64."""
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return logits (B, N) and deltas (B, N, 4), float32, for maps (B, width, H, W) at strides 4 to 64."""
         logits, deltas = [], []
         for x in maps:
             x = F.relu(self.rpn_conv(x))
             logits.append(self.rpn_cls(x).permute(0, 2, 3, 1).flatten(1).float())  # (B, H * W * 3)
             deltas.append(self.rpn_reg(x).permute(0, 2, 3, 1).reshape(len(x), -1, 4).float())  # (B, H * W * 3, 4)
+        return torch.cat(logits, 1), torch.cat(deltas, 1)
+
+    def with_anchors(self, maps: Sequence[Tensor], logits: Tensor, deltas: Tensor) -> Predictions:
+        """Return the outputs for maps with what they refer to."""
         grids = [(x.shape[2], x.shape[3]) for x in maps]
-        anchors = make_anchors(grids, maps[0].device)
-        return Predictions(torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), grids)
+        return Predictions(logits, deltas, torch.cat(make_anchors(grids, maps[0].device)), grids)
 
     @torch.no_grad()
     def propose(self, predictions: Predictions, frames: Sequence[Frame]) -> Proposals:

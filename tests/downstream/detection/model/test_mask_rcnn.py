@@ -1,13 +1,21 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 from downstream.backbone import MLLABackbone, TimmBackbone
+from downstream.detection.data.dataset import Batch
 from downstream.detection.model.mask_rcnn import MaskRCNN
 from downstream.detection.model.masks import paste_masks
 from downstream.detection.model.structures import Frame, Target
+from downstream.detection.task import Detection, DetectionLosses
+from models import use_kernels
 from tests.helpers import GOLDEN, MICRO, fill_weights, random_values
+from tests.utils.speed.test_shape_graphs import DEVICES, simulate
+from utils.speed.shape_graphs import ShapeGraphs
 
 ALL = 10**9  # samplers that take every positive and negative
 
@@ -55,7 +63,8 @@ def test_golden_detections(golden: dict[str, np.ndarray], model: MaskRCNN) -> No
     first = np.unpackbits(golden["masks_first20"]).reshape(20, 125, 190)
     assert (masks[:20].numpy() != first).sum(axis=(1, 2)).max() <= 2
     with torch.no_grad():
-        proposals = model.rpn_head.propose(model.rpn_head(model.neck(model.backbone(images))), frames)
+        *maps, logits, deltas = model.features(images)
+        proposals = model.rpn_head.propose(model.rpn_head.with_anchors(maps, logits, deltas), frames)
     np.testing.assert_allclose(proposals.boxes[0, :50], golden["proposals"][:, :4], atol=1e-3, rtol=0)
     np.testing.assert_allclose(proposals.scores[0, :50], golden["proposals"][:, 4], atol=1e-5, rtol=0)
 
@@ -80,21 +89,30 @@ def training_batch(golden: dict[str, np.ndarray]) -> tuple[Tensor, list[Frame], 
 
 
 @pytest.mark.slow
-def test_golden_losses_and_gradients(golden: dict[str, np.ndarray]) -> None:
-    model = MaskRCNN(MLLABackbone(**MICRO)).train()
+@pytest.mark.parametrize("device", DEVICES)
+def test_golden_losses_and_gradients(golden: dict[str, np.ndarray], device: str) -> None:
+    """On a GPU from CUDA graphs, with kernels."""
+    model = MaskRCNN(use_kernels(MLLABackbone(**MICRO))).train()
     fill_weights(model)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     model.rpn_head.samples_per_image = model.roi_head.samples_per_image = ALL
-    losses = model(*training_batch(golden))
+    images, frames, targets = training_batch(golden)
+    images, targets = images.to(device), [target.to(torch.device(device)) for target in targets]
+    part = ShapeGraphs(model.to(device).features, model.feature_parameters(), num_calls=device == "cuda" and 10**6)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        if device == "cuda":
+            part(images)
+        losses = model.losses(part(images), frames, targets)
+        sum(losses.values()).backward()
+    assert part.frequent.num_recorded == (device == "cuda")
     assert set(losses) == {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask"}
     for name, loss in losses.items():
-        assert loss.item() == pytest.approx(golden[f"loss/{name}"].item(), rel=1e-5), name
-    sum(losses.values()).backward()
+        assert loss.item() == pytest.approx(golden[f"loss/{name}"].item(), rel=1e-5 if device == "cpu" else 1e-3), name
     for name, parameter in model.named_parameters():
         norm = golden[f"gradnorm/{name}"].item()
-        assert parameter.grad.norm().item() == pytest.approx(norm, rel=1e-3), name
+        assert parameter.grad.norm().item() == pytest.approx(norm, rel=1e-3 if device == "cpu" else 1e-2), name
 
 
 def small_detector() -> MaskRCNN:
@@ -105,6 +123,31 @@ def small_detector() -> MaskRCNN:
 def objects(count: int) -> Target:
     boxes = torch.tensor([[8.0 * i, 4.0, 8.0 * i + 30, 40.0] for i in range(count)]).reshape(-1, 4)
     return Target(boxes, torch.arange(count) % 3, ellipses(boxes, 64, 96))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_losses_from_recorded_features(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Equal, bit by bit, to those of the steps without graphs, for two shapes of images."""
+    simulate(monkeypatch, device)
+    batches = [
+        Batch(torch.randn(2, 3, 64, side, device=device), [Frame((60, 60), (64, 64), (60, 60))] * 2, [], [])
+        for side in (64, 96)
+    ]
+    results: list[list[Tensor]] = []
+    for num_calls in (0, 10**6):
+        losses_of = DetectionLosses(Detection(), CfgNode(), small_detector().to(device).train())
+        losses_of.record_fixed_part(partial(ShapeGraphs, num_calls=num_calls))
+        results.append([])
+        for batch in batches * 2:
+            torch.manual_seed(1)
+            targets = [objects(count).to(torch.device(device)) for count in (4, 1)]
+            losses = losses_of(batch._replace(targets=targets), 0)
+            losses_of.detector.zero_grad()
+            sum(losses.values()).backward()
+            gradients = [p.grad.clone() for p in losses_of.detector.parameters()]
+            results[-1] += [*losses.values(), *(gradients if device == "cpu" else [])]  # GPUs add in any order
+        assert losses_of.fixed_part.frequent.num_recorded == (2 if num_calls else 0)
+    assert all(one.equal(other) for one, other in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("counts", [(0, 0), (0, 3), (4, 1)])
