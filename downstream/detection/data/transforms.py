@@ -9,7 +9,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from downstream.detection.model.structures import Frame, Size
+from downstream.detection.model.structures import Frame, Size, constant
 from downstream.transforms import fitting_size
 
 MULTIPLE = 32  # sides of padded images are multiples of this
@@ -111,8 +111,9 @@ def stack_images(images: Sequence[np.ndarray]) -> Tensor:
 
 def normalize(batch: Tensor, frames: Sequence[Frame]) -> Tensor:
     """Return a batch (B, 3, H, W) uint8 normalized by ImageNet's mean and deviation, float32; 0 outside the images."""
-    mean = 255 * batch.new_tensor(IMAGENET_DEFAULT_MEAN, dtype=torch.float32)[:, None, None]
-    std = 255 * batch.new_tensor(IMAGENET_DEFAULT_STD, dtype=torch.float32)[:, None, None]
+    mean, std = (
+        255 * constant(values, batch.device)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    )
     normalized = (batch - mean) / std
     for image, frame in zip(normalized, frames, strict=True):
         height, width = frame.size

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from downstream.detection.model.structures import Size
+from downstream.detection.model.structures import Size, constant
 
 STRIDES = (4, 8, 16, 32, 64)
 ANCHOR_SCALE = 8  # side of a square anchor over the stride
@@ -22,7 +22,7 @@ def make_anchors(grids: Sequence[Size], device: torch.device) -> list[Tensor]:
 
     Centers are multiples of the level's stride for any image size; nothing is rounded.
     """
-    ratios = torch.tensor(ASPECT_RATIOS, device=device)
+    ratios = constant(ASPECT_RATIOS, device)
     heights, widths = ratios.sqrt(), ratios.rsqrt()
     corners = torch.stack((-widths, -heights, widths, heights), dim=1) / 2  # (3, 4)
     levels = []
@@ -51,7 +51,7 @@ def encode(references: Tensor, boxes: Tensor, stds: Sequence[float]) -> Tensor:
     centers, sides = centers_and_sides(references)
     box_centers, box_sides = centers_and_sides(boxes)
     deltas = torch.cat(((box_centers - centers) / sides, (box_sides / sides).log()), dim=-1)
-    return deltas / deltas.new_tensor(stds)
+    return deltas / constant(stds, deltas.device)
 
 
 def decode(references: Tensor, deltas: Tensor, stds: Sequence[float], limits: Tensor | None = None) -> Tensor:
@@ -63,7 +63,7 @@ def decode(references: Tensor, deltas: Tensor, stds: Sequence[float], limits: Te
         limits: (..., 4), width, height, width, height: clip the boxes to that; None: do not clip.
     """
     centers, sides = centers_and_sides(references)
-    shifts, logs = (deltas * deltas.new_tensor(stds)).split(2, dim=-1)
+    shifts, logs = (deltas * constant(stds, deltas.device)).split(2, dim=-1)
     centers = centers + shifts * sides
     half = sides * logs.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() / 2
     boxes = torch.cat((centers - half, centers + half), dim=-1)
@@ -78,5 +78,4 @@ def centers_and_sides(boxes: Tensor) -> tuple[Tensor, Tensor]:
 
 def limits_of(sizes: Sequence[Size], device: torch.device) -> Tensor:
     """Return sizes (height, width) of B images as (B, 4): width, height, width, height."""
-    limits = torch.tensor([[width, height, width, height] for height, width in sizes], dtype=torch.float32)
-    return limits.to(device, non_blocking=True)
+    return constant([[width, height, width, height] for height, width in sizes], device)

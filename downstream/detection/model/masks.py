@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
+from downstream.detection.model.boxes import limits_of
+
 MASK_SIZE = 28
 CHUNK_PIXELS = 2**26  # pixels of masks that are pasted at a time; 256 MiB
 
@@ -15,7 +17,7 @@ def mask_targets(masks: Tensor, boxes: Tensor, gt_indices: Tensor) -> Tensor:
     A cell is 1 if the mean of the object's mask over it, masks[gt_indices[k]] of masks (G, H, W), is at least a half.
     """
     height, width = masks.shape[1:]
-    limits = boxes.new_tensor([width, height, width, height])
+    (limits,) = limits_of([(height, width)], boxes.device)
     regions = torch.cat((gt_indices[:, None].to(boxes), torch.minimum(boxes.clamp(min=0), limits)), dim=1)  # (K, 5)
     cells = roi_align(masks[:, None].float(), regions, MASK_SIZE, sampling_ratio=0, aligned=True)  # (K, 1, 28, 28)
     return (cells[:, 0] >= 0.5).float()

@@ -18,7 +18,7 @@ from downstream.detection.model.boxes import (
     make_anchors,
 )
 from downstream.detection.model.matching import RPN_THRESHOLDS, assign, sample
-from downstream.detection.model.structures import Frame, Size, Target, rows
+from downstream.detection.model.structures import Frame, Size, Target, constant, rows
 
 NMS_THRESHOLD = 0.7
 POSITIVE_FRACTION = 0.5
@@ -105,7 +105,7 @@ class RPNHead(nn.Module):
         scores = predictions.logits.gather(1, indices).sigmoid()
         boxes = decode(predictions.anchors[indices], rows(predictions.deltas, indices), RPN_STDS, limits)  # (B, N, 4)
         # Shift levels side by side, so that one call suppresses within each of them.
-        shift = torch.cat(levels)[:, None] * (limits + 1) * limits.new_tensor([1, 0, 1, 0])  # (B, N, 4)
+        shift = torch.cat(levels)[:, None] * (limits + 1) * constant([1, 0, 1, 0], limits.device)  # (B, N, 4)
         is_kept = torch.zeros_like(scores, dtype=torch.bool)
         for image, side_by_side in enumerate(boxes + shift):
             is_kept[image].index_fill_(0, nms(side_by_side, scores[image], NMS_THRESHOLD), True)

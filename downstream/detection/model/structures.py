@@ -1,5 +1,6 @@
 """Inputs of the detector beside images, and its outputs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ class Target:
 
     def boxes_or_dummy(self) -> Tensor:
         """Return the boxes, or one dummy box if there are none, so that indexing works."""
-        return self.boxes if len(self.boxes) else self.boxes.new_tensor([[0.0, 0.0, 1.0, 1.0]])
+        return self.boxes if len(self.boxes) else constant([[0.0, 0.0, 1.0, 1.0]], self.boxes.device)
 
     def labels_or_dummy(self) -> Tensor:
         """Return the labels, or one 0 if there are none."""
@@ -69,6 +70,11 @@ class Detections(NamedTuple):
 
     def cpu(self) -> "Detections":
         return Detections(*(x.cpu() for x in self))
+
+
+def constant(values: Sequence[float] | Sequence[Sequence[float]], device: torch.device) -> Tensor:
+    """Return values as a float32 tensor on the device, without waiting for it, as `new_tensor` does."""
+    return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
 
 
 def rows(values: Tensor, indices: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def test_proposals_against_one_level_at_a_time(is_training: bool) -> None:
     maps = [torch.randn(2, 8, -(-96 // s), -(-160 // s)) for s in (4, 8, 16, 32, 64)]
     frames = [Frame((96, 160), (96, 160), (96, 160)), Frame((70, 90), (96, 96), (70, 90))]
     with torch.no_grad():
-        predictions: Predictions = head(maps)
+        predictions: Predictions = head.with_anchors(maps, *head(maps))
     proposals = head.propose(predictions, frames)
     from downstream.detection.model.boxes import RPN_STDS, decode, limits_of
 

@@ -1,0 +1,54 @@
+"""The training step of segmentation as one CUDA graph, simulated on the CPU, real on a GPU."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from downstream.segmentation.config import load_config
+from downstream.segmentation.task import Segmentation
+from tests.utils.speed.test_compile import SimulatedCapture
+from tests.utils.speed.test_shape_graphs import DEVICES
+from utils.distributed.process import Process
+from utils.training import build, graphed_step
+from utils.training.graphed_step import GraphedTrainStep
+from utils.training.train_step import TrainStep
+
+BACKBONE = {"MODEL.MLLA.EMBED_DIM": 16, "MODEL.MLLA.DEPTHS": [1, 1, 1, 1], "MODEL.MLLA.NUM_HEADS": [1, 1, 2, 4]}
+MODEL = {**BACKBONE, "MODEL.HEAD.CHANNELS": 8, "MODEL.HEAD.AUXILIARY_CHANNELS": 4}
+DATA = {"DATA.BATCH_SIZE": 2, "AUG.CROP_SIZE": 64, "MODEL.NUM_CLASSES": 5}
+
+
+def train(monkeypatch: pytest.MonkeyPatch, device: str, mode: str) -> tuple[TrainStep, list[Tensor]]:
+    """Take eight steps; return the step, losses, weights and statistics."""
+    task, process = Segmentation(), Process(0, 1, torch.device(device))
+    config = load_config("mlla_t_upernet", flags={**MODEL, **DATA, "TRAIN.COMPILE": mode})
+    torch.manual_seed(0)
+    model = task.build_model(config, process, None).to(device).train()
+    derived = task.derive(config, num_processes=1, num_train_images=100)
+    optimizer = build.build_optimizer(config, task.parameter_groups(config, model))
+    parts: Any = (task, config, model, process, optimizer, None, build.build_precision(config, process.device), derived)
+    step = build.build_train_step(*parts, num_steps=1000)
+    if device == "cpu":
+        monkeypatch.setattr(graphed_step, "Capture", partial(SimulatedCapture, optimizer))
+    losses = []
+    for i in range(8):
+        torch.manual_seed(i)
+        losses.append(step([task.synthetic_batch(config, model, process.device)], step=i, learning_rate=1e-3).loss)
+        losses[-1] = losses[-1].clone()
+    return step, [*losses, *model.state_dict().values()]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_step_is_one_graph(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    _, eager = train(monkeypatch, device, "off")
+    monkeypatch.setattr(build, "compile_regions", lambda *_: None)
+    if device == "cpu":
+        monkeypatch.setattr(build, "graph_unsupported_reason", lambda _: "")
+    step, graphed = train(monkeypatch, device, "reduce-overhead")
+    assert isinstance(step, GraphedTrainStep)
+    assert step.capture is not None
+    for one, other in zip(eager, graphed, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)  # AdamW enlarges rounding
