@@ -16,6 +16,7 @@ from tests.utils.training.test_train_step import batch, small_step
 from utils.speed import compile
 from utils.speed.compile import (
     GRAPHS,
+    MIN_RECORDED_STEPS,
     MIN_TRAINING_STEPS,
     CapturedModel,
     compile_regions,
@@ -46,6 +47,9 @@ def test_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_training_mode("auto", gpu, num_steps=MIN_TRAINING_STEPS, auto="default") == "default"
     monkeypatch.setattr(compile, "compile_unsupported_reason", lambda _: "Triton is not installed")
     assert resolve_inference_mode("auto", gpu, for_speed=True) == GRAPHS
+    for num_steps, mode in ((MIN_RECORDED_STEPS - 1, "off"), (MIN_RECORDED_STEPS, GRAPHS)):
+        assert resolve_training_mode("auto", gpu, num_steps=num_steps, auto=GRAPHS) == mode
+    assert resolve_training_mode("auto", CPU, num_steps=10**6, auto=GRAPHS) == "off"
     assert uses_graphs(GRAPHS, gpu)
     assert uses_graphs("reduce-overhead", torch.device("cuda"))
     assert not uses_graphs("reduce-overhead", CPU)
