@@ -55,6 +55,7 @@ class Segmentation(DenseTask):
         *STEP_PANELS,
     )
     has_one_image_size = True  # crops have one size
+    auto_training_mode = "default"
 
     def build_data(self, config: CfgNode, process: Process) -> SegmentationData:
         shared = process.num_processes if config.MODEL.HEAD.SYNC_NORM else 1

@@ -5,6 +5,7 @@ import inspect
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,8 @@ from utils.speed.streams import on_side_stream, side_stream
 GRAPHS = "graphs"
 INDUCTOR_MODES = {"default": None, "reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
 GRAPH_MODES = ("reduce-overhead", "max-autotune", GRAPHS)
+# The default, "global", forbids all threads to allocate, and a data loader's thread may allocate pinned memory.
+CAPTURE_ERROR_MODE = "thread_local"
 RECORDING = "recording"  # stream of captures and of their warm-up: a captured graph must not wait for another stream
 MIN_TRAINING_STEPS = 500  # compiling takes as long as 300 to 600 steps gain
 MIN_RECORDED_STEPS = 100  # as many as allow one recording, see shape_graphs.py
@@ -174,6 +177,10 @@ class Capture:
         warmup_calls: calls before the capture.
         pool: memory pool that it shares with other captures, which are replayed in the order of their capture, or do
             not need each other's results; None: its own.
+
+    Raises:
+        RuntimeError: the function cannot be captured, for the reason that its own error tells. What it has changed
+            stays changed, but streams, memory and random numbers are as usable as before.
     """
 
     def __init__(self, function: Callable[[], Any], warmup_calls: int = 3, pool: Any = None) -> None:
@@ -184,15 +191,41 @@ class Capture:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         self.graph = torch.cuda.CUDAGraph()
-        # The default, "global", forbids all threads to allocate, and a data loader's thread may allocate pinned memory.
-        stream, mode = side_stream(device, RECORDING), "thread_local"
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode=mode):
-            self.result = function()
+        stream, pool = side_stream(device, RECORDING), pool or torch.cuda.graph_pool_handle()
+        cause: BaseException | None = None
+        try:
+            # The outer context restores the current stream after a failure too, which the inner one does not.
+            with torch.cuda.stream(stream), torch.cuda.graph(self.graph, pool, stream, CAPTURE_ERROR_MODE):
+                try:
+                    self.result = function()
+                except BaseException as error:
+                    cause = error
+                    raise
+        except BaseException as error:
+            clean_up_failed_capture(device, pool)
+            raise cause or error from None  # ending the capture fails as well, but does not say why
+        finally:
+            cause = None  # its traceback would keep this frame alive, and so the memory of the capture
 
     def __call__(self) -> Any:
         """Replay the graph; the result is in the same tensors each time."""
         self.graph.replay()
         return self.result
+
+
+def clean_up_failed_capture(device: torch.device, pool: Any) -> None:
+    """Restore what torch leaves as it is during a capture if that fails: memory allocator and random generator.
+
+    Else tensors that several streams have used would never be freed, and the next random number would be an error.
+    """
+    with suppress(RuntimeError):  # of a capture that had been ended
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
+    stream = side_stream(device, RECORDING)
+    # A capture that succeeds ends the generator's part in the failed one.
+    with suppress(RuntimeError), torch.cuda.stream(stream):
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), None, stream, CAPTURE_ERROR_MODE):
+            torch.zeros(1, device=device)
 
 
 class CapturedModel(nn.Module):

@@ -207,7 +207,8 @@ def dense_copy(tensor: Tensor, layout: Tensor) -> Tensor:
 class ShapeGraphs:
     """A network's part that replays CUDA graphs for frequent shapes of images, and runs as it is for others.
 
-    Results of both are the same, bit by bit. Random numbers continue from the generator's state.
+    Results of both are the same, bit by bit. Random numbers continue from the generator's state. Forward and backward
+    pass must run on the stream of captures, as in SideStreamStep.
 
     Args:
         part: maps images to tensors. It must neither wait for the device nor branch on values.

@@ -20,7 +20,12 @@ from utils.training.amp import Precision, make_precision
 from utils.training.derived import Derived
 from utils.training.ema import ModelEma
 from utils.training.fused_update_support import make_fused_update
-from utils.training.graphed_step import GraphedTrainStep, graph_unsupported_reason, part_unsupported_reason
+from utils.training.graphed_step import (
+    GraphedTrainStep,
+    SideStreamStep,
+    graph_unsupported_reason,
+    part_unsupported_reason,
+)
 from utils.training.inference import InferenceModel
 from utils.training.lr_schedule import ClassificationSchedule
 from utils.training.optimizer import make_optimizer
@@ -144,7 +149,7 @@ def build_train_step(
     if has_part:
         num_calls = num_steps * config.TRAIN.ACCUMULATION_STEPS
         compute_losses.record_fixed_part(partial(ShapeGraphs, num_calls=num_calls))  # type: ignore[attr-defined]
-        return train_step
+        return SideStreamStep(*parts, **options)
     return GraphedTrainStep(*parts, **options)
 
 

@@ -100,6 +100,18 @@ class GraphedTrainStep(TrainStep):
                 group.update(previous)
 
 
+class SideStreamStep(TrainStep):
+    """A TrainStep on the stream of captures, for losses of which a part is captured (see shape_graphs.py).
+
+    A capture must not wait for another stream. It would, if autograd still held gradient accumulators of parameters
+    that were created there: they live as long as any loss of an earlier micro-batch.
+    """
+
+    def run(self, micro_batches: Sequence[Any], step: int) -> StepResult:
+        with on_side_stream(self.found_inf.device, RECORDING):
+            return super().run(micro_batches, step)
+
+
 def graph_unsupported_reason(train_step: TrainStep) -> str:
     """Return why a step cannot be one CUDA graph, or an empty string."""
     if reason := part_unsupported_reason(train_step):
