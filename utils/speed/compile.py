@@ -218,14 +218,16 @@ def clean_up_failed_capture(device: torch.device, pool: Any) -> None:
 
     Else tensors that several streams have used would never be freed, and the next random number would be an error.
     """
+    names = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")  # torch 2.6 has the second
+    end_allocate = next(getattr(torch._C, name) for name in names if hasattr(torch._C, name))
     with suppress(RuntimeError):  # of a capture that had been ended
-        torch._C._cuda_endAllocateToPool(device.index, pool)
+        end_allocate(device.index, pool)
         torch._C._cuda_releasePool(device.index, pool)
-    stream = side_stream(device, RECORDING)
     # A capture that succeeds ends the generator's part in the failed one.
-    with suppress(RuntimeError), torch.cuda.stream(stream):
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), None, stream, CAPTURE_ERROR_MODE):
-            torch.zeros(1, device=device)
+    stream = side_stream(device, RECORDING)
+    again = torch.cuda.graph(torch.cuda.CUDAGraph(), None, stream, CAPTURE_ERROR_MODE)
+    with suppress(RuntimeError), torch.cuda.stream(stream), again:
+        torch.zeros(1, device=device)
 
 
 class CapturedModel(nn.Module):

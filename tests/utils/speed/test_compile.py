@@ -1,6 +1,7 @@
 """Compile modes, and the graphed training step, with a CUDA graph that is simulated on the CPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from utils.speed.compile import (
     GRAPHS,
     MIN_RECORDED_STEPS,
     MIN_TRAINING_STEPS,
+    Capture,
     CapturedModel,
     compile_regions,
     effective_mode,
@@ -113,6 +115,62 @@ def test_regions_are_compiled_or_else_the_model(monkeypatch: pytest.MonkeyPatch)
     linear = nn.Linear(2, 2)
     compile_regions(linear, "max-autotune")
     assert compiled == [linear]
+
+
+@pytest.fixture
+def failing_capture(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let captures on the CPU fail at their end as CUDA's do after an error inside; return what is called."""
+    calls: list[str] = []
+
+    @contextmanager
+    def graph(graph: str, pool: object, stream: object, mode: str) -> Iterator[None]:  # noqa: ARG001
+        calls.append(graph)
+        try:
+            yield
+        except ValueError:
+            raise RuntimeError("a capture has failed before") from None
+
+    cuda = {"current_device": lambda: 0, "synchronize": lambda: None, "empty_cache": lambda: None, "graph": graph}
+    cuda |= {"CUDAGraph": lambda: f"graph {len(calls)}", "graph_pool_handle": lambda: (0, 7)}
+    for name, function in {**cuda, "stream": lambda _: nullcontext()}.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: calls.append("zeros"))
+    monkeypatch.setattr(compile, "on_side_stream", lambda *_: nullcontext())
+    monkeypatch.setattr(compile, "side_stream", lambda *_: None)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *args, name=name: calls.append(f"{name} {args}"), raising=False)
+    return calls
+
+
+def test_a_failed_capture_is_cleaned_up_and_says_why(failing_capture: list[str]) -> None:
+    """The memory pool is closed, and another capture sets the random generator right."""
+
+    def fail() -> None:
+        raise ValueError("what the function itself says")
+
+    with pytest.raises(ValueError, match="the function itself"):
+        Capture(fail, warmup_calls=0)
+    pool = ["_cuda_endAllocateToPool (0, (0, 7))", "_cuda_releasePool (0, (0, 7))"]
+    assert failing_capture == ["graph 0", *pool, "graph 3", "zeros"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_everything_works_after_a_failed_capture() -> None:
+    """Random numbers continue, also those of earlier graphs; memory is freed; and the current stream is the same."""
+    device, stream, x = torch.device("cuda", 0), torch.cuda.current_stream(), torch.zeros(4, device="cuda")
+    torch.manual_seed(0)
+    drawn = [torch.rand(4, device=device) for _ in range(3)]
+    earlier = Capture(lambda: torch.rand(4, device=device), warmup_calls=0)
+    reserved = torch.cuda.memory_reserved()
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="captur"):
+            Capture(lambda: (torch.rand(2**22, device=device), x.sum().item()), warmup_calls=0)
+    torch.cuda.empty_cache()
+    assert torch.cuda.current_stream() == stream
+    assert torch.cuda.memory_reserved() <= reserved + 2**22
+    torch.manual_seed(0)
+    found = [torch.rand(4, device=device), earlier().clone(), torch.rand(4, device=device)]
+    assert all(one.equal(other) for one, other in zip(drawn, found, strict=True))
 
 
 class SimulatedCapture:

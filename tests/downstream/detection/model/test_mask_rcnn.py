@@ -15,7 +15,9 @@ from downstream.detection.task import Detection, DetectionLosses
 from models import use_kernels
 from tests.helpers import GOLDEN, MICRO, fill_weights, random_values
 from tests.utils.speed.test_shape_graphs import DEVICES, simulate
+from utils.speed.compile import RECORDING
 from utils.speed.shape_graphs import ShapeGraphs
+from utils.speed.streams import on_side_stream
 
 ALL = 10**9  # samplers that take every positive and negative
 
@@ -101,7 +103,8 @@ def test_golden_losses_and_gradients(golden: dict[str, np.ndarray], device: str)
     images, frames, targets = training_batch(golden)
     images, targets = images.to(device), [target.to(torch.device(device)) for target in targets]
     part = ShapeGraphs(model.to(device).features, model.feature_parameters(), num_calls=device == "cuda" and 10**6)
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    on_stream = on_side_stream(images.device, RECORDING)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), on_stream:
         if device == "cuda":
             part(images)
         losses = model.losses(part(images), frames, targets)
@@ -141,9 +144,10 @@ def test_losses_from_recorded_features(monkeypatch: pytest.MonkeyPatch, device: 
         for batch in batches * 2:
             torch.manual_seed(1)
             targets = [objects(count).to(torch.device(device)) for count in (4, 1)]
-            losses = losses_of(batch._replace(targets=targets), 0)
             losses_of.detector.zero_grad()
-            sum(losses.values()).backward()
+            with on_side_stream(torch.device(device), RECORDING):
+                losses = losses_of(batch._replace(targets=targets), 0)
+                sum(losses.values()).backward()
             gradients = [p.grad.clone() for p in losses_of.detector.parameters()]
             results[-1] += [*losses.values(), *(gradients if device == "cpu" else [])]  # GPUs add in any order
         assert losses_of.fixed_part.frequent.num_recorded == (2 if num_calls else 0)
