@@ -63,28 +63,29 @@ def resize_crops(packed: Tensor, crops: Tensor, device: torch.device) -> Tensor:
         BrokenImageError: a JPEG cannot be decoded.
     """
     rows = [Crop(*row) for row in crops.tolist()]
-    size, num_bytes = rows[0].size, [crop.num_bytes for crop in rows]
+    size, starts = rows[0].size, crops[:, 0].cumsum(0) - crops[:, 0]
     on_device = packed if all(crop.jpeg_pixels for crop in rows) else packed.to(device, non_blocking=True)
     resized = torch.empty(len(rows), size, size, 3, device=device)
     small = torch.tensor([i for i, crop in enumerate(rows) if is_small(crop)], dtype=torch.int64)
-    starts = crops[:, 0].cumsum(0) - crops[:, 0]
     for part in small.split(max(1, MAX_VALUES // (3 * SMALL_SIDE * size))):
         if len(part):
             pixels = resize_small(on_device, starts[part], crops[part])
             resized.index_copy_(0, part.to(device, non_blocking=True), pixels)
-    files, parts = packed.split(num_bytes), on_device.split(num_bytes)
-    jpegs = [(file, crop.jpeg_pixels) for file, crop in zip(files, rows, strict=True) if crop.jpeg_pixels]
-    images = decode_in_groups([file for file, _ in jpegs], [count for _, count in jpegs], device)
-    for crop, part, target in zip(rows, parts, resized, strict=True):
+    jpegs = [(i, crop) for i, crop in enumerate(rows) if crop.jpeg_pixels]
+    begins = starts.tolist()
+    files = [packed[begins[i] : begins[i] + crop.num_bytes] for i, crop in jpegs]
+    images = decode_in_groups(files, [crop.jpeg_pixels for _, crop in jpegs], device)
+    for i, crop in enumerate(rows):
+        if is_small(crop):
+            continue
         if crop.jpeg_pixels:
             cut = next(images)[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-        elif is_small(crop):
-            continue
         else:
-            cut = part.view(crop.height, crop.width, 3).permute(2, 0, 1)  # (3, height, width)
+            pixels = on_device[begins[i] : begins[i] + crop.num_bytes]
+            cut = pixels.view(crop.height, crop.width, 3).permute(2, 0, 1)  # (3, height, width)
         mode = "bicubic" if crop.is_bicubic else "bilinear"
         image = functional.interpolate(cut[None].float(), size=(size, size), mode=mode, antialias=True)[0]
-        target.copy_(image.permute(1, 2, 0))
+        resized[i].copy_(image.permute(1, 2, 0))
     pixels = resized.round_().clamp_(0, 255).to(torch.uint8)  # (B, size, size, 3)
     flipped = torch.tensor([i for i, crop in enumerate(rows) if crop.is_flipped], dtype=torch.int64)
     index = flipped.to(device, non_blocking=True)

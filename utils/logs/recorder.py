@@ -53,7 +53,7 @@ class RunRecorder:
         with output_errors(folder):
             self.drop_from(start_epoch)
             self.tensorboard = EventFile(folder, purge_step=start_epoch)
-        self.last_drawn = 0.0
+        self.last_drawn = time.monotonic()
         self.unsaved: list[dict[str, Any]] = []  # records of metrics.jsonl that a full disk refused
 
     def drop_from(self, start_epoch: int) -> None:
@@ -92,7 +92,7 @@ class RunRecorder:
             self.wandb.add_image("predictions", predictions, epoch)
 
     def draw_curves(self, *, is_last: bool) -> None:
-        """Draw curves.png again: after the last epoch, else at most once a minute."""
+        """Draw curves.png again: after the last epoch, else once a minute."""
         if is_last or time.monotonic() - self.last_drawn > CURVES_SECONDS:
             self.last_drawn = time.monotonic()
             with self.errors_logged():
