@@ -62,6 +62,7 @@ def build_detector(config: CfgNode, num_classes: int) -> MaskRCNN:
         rpn_samples=sizes.RPN_SAMPLES,
         roi_samples=sizes.ROI_SAMPLES,
         max_proposals=sizes.MAX_PROPOSALS,
+        kernels=config.MODEL.KERNELS,
     )
 
 

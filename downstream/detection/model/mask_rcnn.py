@@ -22,6 +22,7 @@ class MaskRCNN(nn.Module):
         rpn_samples: anchors per image that the losses see.
         roi_samples: proposals per image that the losses see.
         max_proposals: slots for proposals per image.
+        kernels: MODEL.KERNELS, for the proposals.
     """
 
     def __init__(
@@ -34,11 +35,12 @@ class MaskRCNN(nn.Module):
         rpn_samples: int = 256,
         roi_samples: int = 512,
         max_proposals: int = 1000,
+        kernels: str = "torch",
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.neck = FPN(backbone.widths, width)  # type: ignore[arg-type]
-        self.rpn_head = RPNHead(width, samples_per_image=rpn_samples, max_proposals=max_proposals)
+        self.rpn_head = RPNHead(width, samples_per_image=rpn_samples, max_proposals=max_proposals, kernels=kernels)
         self.roi_head = RoIHead(num_classes, width, hidden=hidden, samples_per_image=roi_samples)
 
     def forward(self, images: Tensor, frames: Sequence[Frame], targets: Sequence[Target]) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import nms
 
 from downstream.detection.model.boxes import (
     ASPECT_RATIOS,
@@ -18,6 +17,7 @@ from downstream.detection.model.boxes import (
     make_anchors,
 )
 from downstream.detection.model.matching import RPN_THRESHOLDS, assign, sample
+from downstream.detection.model.nms import suppress_in_levels
 from downstream.detection.model.structures import Frame, Size, Target, constant, rows
 
 NMS_THRESHOLD = 0.7
@@ -62,10 +62,12 @@ class RPNHead(nn.Module):
         samples_per_image: anchors per image that the losses see.
         max_proposals: slots for proposals per image. Non-maximum suppression sees as many candidates of each level,
             twice as many in training.
+        kernels: MODEL.KERNELS.
     """
 
-    def __init__(self, width: int, *, samples_per_image: int, max_proposals: int) -> None:
+    def __init__(self, width: int, *, samples_per_image: int, max_proposals: int, kernels: str = "torch") -> None:
         super().__init__()
+        self.kernels = kernels
         self.samples_per_image = samples_per_image
         self.max_proposals = max_proposals
         self.rpn_conv = nn.Conv2d(width, width, 3, padding=1)
@@ -95,20 +97,19 @@ class RPNHead(nn.Module):
         limits = limits_of([frame.size for frame in frames], predictions.logits.device)[:, None]  # (B, 1, 4)
         lengths = [height * width * len(ASPECT_RATIOS) for height, width in predictions.grids]
         most = self.max_proposals * (2 if self.training else 1)
+        counts = [min(most, length) for length in lengths]
         levels, chosen, start = [], [], 0
         for level, logits in enumerate(predictions.logits.split(lengths, dim=1)):
-            indices = logits.topk(min(most, lengths[level]), dim=1).indices  # (B, K)
+            indices = logits.topk(counts[level], dim=1).indices  # (B, K)
             chosen.append(indices + start)
             levels.append(torch.full_like(indices[0], level))
             start += lengths[level]
         indices = torch.cat(chosen, dim=1)  # (B, N)
         scores = predictions.logits.gather(1, indices).sigmoid()
         boxes = decode(predictions.anchors[indices], rows(predictions.deltas, indices), RPN_STDS, limits)  # (B, N, 4)
-        # Shift levels side by side, so that one call suppresses within each of them.
+        # Levels side by side do not overlap.
         shift = torch.cat(levels)[:, None] * (limits + 1) * constant([1, 0, 1, 0], limits.device)  # (B, N, 4)
-        is_kept = torch.zeros_like(scores, dtype=torch.bool)
-        for image, side_by_side in enumerate(boxes + shift):
-            is_kept[image].index_fill_(0, nms(side_by_side, scores[image], NMS_THRESHOLD), True)
+        is_kept = suppress_in_levels(boxes + shift, scores, counts, NMS_THRESHOLD, kernels=self.kernels)
         is_kept &= (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
         best, slots = torch.where(is_kept, scores, -1).topk(min(self.max_proposals, scores.shape[1]), dim=1)  # (B, P)
         return Proposals(rows(boxes, slots), best.clamp(min=0), best >= 0)
