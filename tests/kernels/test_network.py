@@ -32,16 +32,19 @@ def train_once(kernels: str, images: Tensor, *, training: bool, **changes: Any) 
     ("kernels", "training", "changes"),
     [
         ("auto", True, {"use_checkpoint": True}),  # with the self-test inside of a checkpoint
-        ("triton", True, {"use_checkpoint": True}),
-        ("triton", True, {"drop_path_rate": 0.5}),
+        ("triton", True, {"use_checkpoint": True, "drop_path_rate": 0.5}),
         ("auto", True, {"drop_rate": 0.1}),
         ("triton", False, {}),
         ("triton", False, {"qkv_bias": False, "mlp_ratio": 2.0}),
     ],
     ids=str,
 )
-def test_modes(device: torch.device, kernels: str, training: bool, changes: dict[str, Any]) -> None:
+def test_modes(
+    request: pytest.FixtureRequest, device: torch.device, kernels: str, training: bool, changes: dict[str, Any]
+) -> None:
     """ "triton" fails where eager PyTorch would take over."""
+    if "drop_rate" in changes:
+        request.getfixturevalue("trusted")
     images = torch.randn(2, 3, 12, 20, device=device)
     results, model = train_once(kernels, images, training=training, **changes)
     expected, eager = train_once("torch", images, training=training, **changes)
