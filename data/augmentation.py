@@ -159,8 +159,8 @@ def neighbors(pixels: np.ndarray, starts: np.ndarray, count: int) -> np.ndarray:
     out = np.empty((height, count, 3), dtype=np.uint8)
     bounds = np.flatnonzero(np.diff(starts)) + 1  # adjacent rows mostly have the same start
     for top, bottom in zip([0, *bounds], [*bounds, height], strict=True):
-        start = starts[top]
-        left, right = np.clip([-start, width - start], 0, count)  # of the columns inside the image
+        start = int(starts[top])
+        left, right = (min(max(x, 0), count) for x in (-start, width - start))  # of the columns inside the image
         rows = pixels[top:bottom]
         out[top:bottom, :left] = rows[:, :1]
         out[top:bottom, left:right] = rows[:, start + left : start + right]
