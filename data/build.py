@@ -27,6 +27,7 @@ from data.transforms import EvalTransform, TrainTransform
 from data.workers import RestartingDataLoader, choose_num_workers
 
 logger = logging.getLogger("mlla.data")
+MAX_KEPT_BYTES = 2**26  # of a process's evaluation images, which then are loaded once in a run
 TargetMaker = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -228,7 +229,8 @@ def eval_loader(
     transform = EvalTransform(config.DATA.IMG_SIZE, crop=config.TEST.CROP, interpolation=config.DATA.INTERPOLATION)
     dataset = ImageDataset(source, transform, config.SEED, is_exact=config.DATA.EXACT_EVAL)
     sampler = EvalSampler(len(source), rank=rank, num_processes=num_processes)
-    return make_loader(config, dataset, sampler, device, drop_last=False)
+    keeps_batches = len(sampler) * 3 * config.DATA.IMG_SIZE**2 <= MAX_KEPT_BYTES
+    return make_loader(config, dataset, sampler, device, drop_last=False, keeps_batches=keeps_batches)
 
 
 def make_loader(
@@ -238,6 +240,7 @@ def make_loader(
     device: torch.device,
     *,
     drop_last: bool,
+    keeps_batches: bool = False,
 ) -> DeviceLoader:
     num_workers = choose_num_workers(config.DATA.NUM_WORKERS, device)
     loader = RestartingDataLoader(
@@ -249,6 +252,7 @@ def make_loader(
         pin_memory=config.DATA.PIN_MEMORY and device.type == "cuda",
         drop_last=drop_last,
         persistent_workers=num_workers > 0,
+        keeps_batches=keeps_batches,
         generator=torch.Generator(),  # else each epoch's start draws from the generator of dropout
     )
     return DeviceLoader(

@@ -109,6 +109,7 @@ class RestartingDataLoader(DataLoader):
 
     Args:
         set_up_worker: called in each worker with the worker's number.
+        keeps_batches: keep the batches of the first whole iteration in memory, and give the same ones in later ones.
         options: those of DataLoader, except worker_init_fn and multiprocessing_context.
 
     Attributes:
@@ -118,7 +119,13 @@ class RestartingDataLoader(DataLoader):
         WorkerStartError: when iterated, if workers did not start in `MAX_STARTS` attempts.
     """
 
-    def __init__(self, *args: Any, set_up_worker: Callable[[int], None] = leave_process_group, **options: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        set_up_worker: Callable[[int], None] = leave_process_group,
+        keeps_batches: bool = False,
+        **options: Any,
+    ) -> None:
         self.started: Synchronized[int] = multiprocessing.get_context(START_METHOD).Value("i", 0)
         if options.get("num_workers"):
             options["multiprocessing_context"] = START_METHOD
@@ -126,14 +133,27 @@ class RestartingDataLoader(DataLoader):
         super().__init__(*args, **options)
         self.next_loader: RestartingDataLoader | None = None
         self.started_iterator: Any = None
+        self.keeps_batches = keeps_batches
+        self.kept: list[Any] | None = None
 
     def __iter__(self) -> Any:
+        if self.kept is not None:
+            return iter(self.kept)
         iterator, self.started_iterator = self.started_iterator or super().__iter__(), None
-        return one_line_user_errors(iterator) if self.num_workers else iterator
+        batches = one_line_user_errors(iterator) if self.num_workers else iterator
+        return self.kept_after(batches) if self.keeps_batches else batches
+
+    def kept_after(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Iterate; keep the batches if that comes to the end."""
+        kept = []
+        for batch in batches:
+            kept.append(batch)
+            yield batch
+        self.kept = kept
 
     def start(self) -> None:
         """Let the workers, if there are any, load the first batches of the next iteration, as many as it prefetches."""
-        if self.num_workers and self.started_iterator is None:
+        if self.num_workers and self.started_iterator is None and self.kept is None:
             self.started_iterator = super().__iter__()
 
     def _get_iterator(self) -> Any:

@@ -1,6 +1,7 @@
 """Loader workers that hang at their start, and errors that come from workers."""
 
 import gc
+import itertools
 import logging
 import multiprocessing
 import os
@@ -197,6 +198,20 @@ def test_workers_of_the_next_loader_begin_when_those_of_this_one_run_out_of_work
         assert [batch.item() for batch in evaluation] == list(range(20))
         assert evaluation.started_iterator is None
     assert state.equal(torch.get_rng_state())
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_kept_batches_are_loaded_once(num_workers: int) -> None:
+    data = Counted()
+    options = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
+    loader = RestartingDataLoader(data, keeps_batches=True, **options)
+    for count in (1, 4):  # an iteration that is broken off keeps nothing
+        assert [int(batch) for batch in itertools.islice(loader, count)] == list(range(count))
+    first = list(loader)
+    asked = data.reads.value
+    loader.start()
+    assert all(a is b for a, b in zip(first, loader, strict=True))
+    assert data.reads.value == asked
 
 
 def test_a_next_loader_that_is_not_used_ends(monkeypatch: pytest.MonkeyPatch) -> None:
