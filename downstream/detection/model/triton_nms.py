@@ -19,24 +19,23 @@ WARPS = 8
 
 @triton.jit
 def load_boxes(boxes, index, count):
-    """Return x1, y1, x2, y2 and area of boxes; zeros from `count` on."""
+    """Return x1, y1, x2, y2 of boxes; zeros from `count` on."""
     ok = index < count
     x1 = tl.load(boxes + 4 * index, mask=ok, other=0.0)
     y1 = tl.load(boxes + 4 * index + 1, mask=ok, other=0.0)
     x2 = tl.load(boxes + 4 * index + 2, mask=ok, other=0.0)
     y2 = tl.load(boxes + 4 * index + 3, mask=ok, other=0.0)
-    return x1, y1, x2, y2, (x2 - x1) * (y2 - y1)
+    return x1, y1, x2, y2
 
 
 @triton.jit
-def overlap_more(first, second, threshold):
+def overlap_more(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, threshold):
     """Return whether the IoU of pairs of boxes is larger than the threshold; not where it is 0 / 0."""
-    ax1, ay1, ax2, ay2, a_area = first
-    bx1, by1, bx2, by2, b_area = second
     width = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0.0)
     height = tl.maximum(tl.minimum(ay2, by2) - tl.maximum(ay1, by1), 0.0)
     shared = width * height
-    return tl.div_rn(shared, a_area + b_area - shared) > threshold
+    areas = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1)
+    return tl.div_rn(shared, areas - shared) > threshold
 
 
 @triton.jit(do_not_specialize=["num_boxes"])
@@ -50,14 +49,16 @@ def suppress_kernel(boxes, starts, survives, num_boxes, threshold, BLOCK: tl.con
     row = tl.arange(0, BLOCK)[:, None]  # of the better boxes
     column = tl.arange(0, BLOCK)[None, :]
     for begin in range(0, count, BLOCK):
-        own = load_boxes(boxes, begin + column, count)
+        x1, y1, x2, y2 = load_boxes(boxes, begin + column, count)
         is_hit = tl.zeros((BLOCK, BLOCK), dtype=tl.int32)
         for earlier in range(0, begin, BLOCK):
             is_better = tl.load(survives + earlier + row).to(tl.int32)
-            overlaps = overlap_more(load_boxes(boxes, earlier + row, count), own, threshold)
+            left, top, right, bottom = load_boxes(boxes, earlier + row, count)
+            overlaps = overlap_more(left, top, right, bottom, x1, y1, x2, y2, threshold)
             is_hit |= tl.where(overlaps, is_better, 0)
         is_open = tl.where(begin + column < count, 1 - tl.max(is_hit, axis=0, keep_dims=True), 0)  # (1, BLOCK)
-        overlaps = overlap_more(load_boxes(boxes, begin + row, count), own, threshold) & (row < column)
+        left, top, right, bottom = load_boxes(boxes, begin + row, count)
+        overlaps = overlap_more(left, top, right, bottom, x1, y1, x2, y2, threshold) & (row < column)
         # A box survives if no survivor before it overlaps. Each round settles at least one box more; when nothing
         # changes, all are.
         found = is_open
