@@ -76,6 +76,8 @@ class GraphedTrainStep(TrainStep):
             logger.warning("The step runs without a CUDA graph, which could not be captured: %s", error)
             self.capture, self.is_recordable, self.inputs = None, False, []
             self.optimizer.zero_grad(set_to_none=True)
+            if self.precision.scaler.is_enabled():
+                self.precision.scaler._per_optimizer_states.clear()  # of a step that may have ended in the middle
             torch.cuda.empty_cache()
 
     def agree(self, error: str) -> str:

@@ -263,16 +263,19 @@ def test_capture_restores_the_optimizer_settings(monkeypatch: pytest.MonkeyPatch
     assert train_step.optimizer.param_groups == before
 
 
-def test_a_step_that_cannot_be_captured_runs_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_step_that_cannot_be_captured_runs_without_a_graph(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """Also where the capture fails between the unscaling of gradients and the update."""
     said: list[str] = []
     monkeypatch.setattr(graphed_step.logger, "warning", lambda line, *args: said.append(line % args))
 
     def fail(*_: object, **__: object) -> None:
+        train_step.precision.scaler.unscale_(train_step.optimizer)
         raise RuntimeError("operation not permitted when stream is capturing")
 
     weights = []
     for is_graphed in (False, True):
-        model, train_step = small_step()
+        model, train_step = small_step(dtype)
         step: Any = graphed(train_step) if is_graphed else train_step
         monkeypatch.setattr(graphed_step, "Capture", fail)
         torch.manual_seed(1)
