@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -178,13 +179,10 @@ def open_split(config: CfgNode, split: str) -> ImageSource:
 def train_loader(
     config: CfgNode, source: ImageSource, rank: int, num_processes: int, device: torch.device
 ) -> DeviceLoader:
-    on_device = config.DATA.AUGMENT_ON == "gpu"
-    if on_device and device.type != "cuda":
-        raise DataError(f"DATA.AUGMENT_ON gpu: this process trains on {device.type}; set it to cpu")
     decodes_on_device = config.DATA.DECODE_ON == "gpu"
     if decodes_on_device:
         check_support(device)
-    transform = train_transform(config, on_device=on_device)
+    transform = train_transform(config, device)
     if decodes_on_device and transform.pads:
         raise DataError(
             f"DATA.DECODE_ON gpu: images of DATA.IMG_SIZE {config.DATA.IMG_SIZE} are padded by the workers; "
@@ -208,8 +206,13 @@ def train_loader(
     return make_loader(config, dataset, sampler, device, drop_last=True)
 
 
-def train_transform(config: CfgNode, *, on_device: bool) -> TrainTransform:
-    return TrainTransform(
+def train_transform(config: CfgNode, device: torch.device) -> TrainTransform:
+    """Return the transform for where DATA.AUGMENT_ON says; "auto" leaves to the CPU what the GPU does not support."""
+    place = config.DATA.AUGMENT_ON
+    if place == "gpu" and device.type != "cuda":
+        raise DataError(f"DATA.AUGMENT_ON gpu: this process trains on {device.type}; set it to cpu or auto")
+    make = partial(
+        TrainTransform,
         config.DATA.IMG_SIZE,
         interpolation=config.DATA.INTERPOLATION,
         scale=tuple(config.AUG.SCALE) if config.AUG.SCALE else None,
@@ -219,8 +222,15 @@ def train_transform(config: CfgNode, *, on_device: bool) -> TrainTransform:
         color_jitter=config.AUG.COLOR_JITTER,
         erase_prob=config.AUG.REPROB,
         erase_count=config.AUG.RECOUNT,
-        on_device=on_device,
     )
+    if place == "cpu" or device.type != "cuda":
+        return make(on_device=False)
+    try:
+        return make(on_device=True)
+    except DataError:
+        if place == "gpu":
+            raise
+        return make(on_device=False)
 
 
 def eval_loader(

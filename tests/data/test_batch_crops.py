@@ -64,7 +64,9 @@ def test_small_crops_are_resized_together_as_alone(size: int, device: str) -> No
 
 def test_batches_are_the_same_from_a_worker(image_folder: Path) -> None:
     """It passes the packed crops in shared memory."""
-    transform = train_transform(load_config("cfgs/mlla_t.yaml", ["DATA.IMG_SIZE", "32"]), on_device=True)
+    transform = train_transform(
+        load_config("cfgs/mlla_t.yaml", ["DATA.IMG_SIZE", "32", "DATA.AUGMENT_ON", "gpu"]), torch.device("cuda")
+    )
     dataset = ImageDataset(ImageFolder(str(image_folder), "train"), transform, 0)
     sampler = TrainSampler(len(dataset), rank=0, num_processes=1, seed=0)
     here, there = (list(DataLoader(dataset, 4, sampler=sampler, num_workers=n, collate_fn=keep_batch)) for n in (0, 1))

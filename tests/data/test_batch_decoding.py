@@ -121,7 +121,7 @@ def loader(folder: Path, *opts: str, decode_on: str, workers: int = 0, device: t
     sampler = TrainSampler(len(source), rank=0, num_processes=1, seed=0)
     dataset = ImageDataset(
         source,
-        train_transform(config, on_device=True),
+        train_transform(config, torch.device("cuda")),
         seed=0,
         on_device=decode_on == "gpu",
         replacements=sampler.order,
@@ -195,7 +195,7 @@ def test_refusals(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"^DATA\.DECODE_ON.* set DATA\.AUGMENT_ON gpu too"):
         load_config("cfgs/mlla_t.yaml", opts)
     opts += ["DATA.AUGMENT_ON", "gpu"]
-    with pytest.raises(DataError, match=r"^DATA\.AUGMENT_ON gpu: this process trains on cpu; set it to cpu"):
+    with pytest.raises(DataError, match=r"^DATA\.AUGMENT_ON gpu: this process trains on cpu; set it to cpu or auto"):
         build_data(load_config("cfgs/mlla_t.yaml", opts))
     check_support(CPU)
     monkeypatch.setattr(batch_decoding, "torchvision", SimpleNamespace(__version__="0.99"))

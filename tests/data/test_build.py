@@ -35,7 +35,7 @@ def folder_config(folder: Path, *opts: str) -> CfgNode:
 )
 def test_small_images_are_padded_unless_the_file_has_a_scale(file: str, pads: bool) -> None:
     size = [] if file != "mlla_t" else ["DATA.IMG_SIZE", "32"]
-    assert train_transform(load_config(f"cfgs/{file}.yaml", size), on_device=False).pads == pads
+    assert train_transform(load_config(f"cfgs/{file}.yaml", size), torch.device("cpu")).pads == pads
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(image_folder: Path) -> None:
@@ -285,8 +285,25 @@ def test_every_policy_runs_at_its_highest_magnitude(image_folder: Path, policy: 
             assert torch.isfinite(images).all()
 
 
+@pytest.mark.parametrize(
+    ("place", "device", "policy", "is_on_device"),
+    [
+        ("auto", "cuda", "rand-m9-mstd0.5-inc1", True),
+        ("auto", "cuda", "augmix-m3-w3", False),
+        ("auto", "cpu", "rand-m9-mstd0.5-inc1", False),
+        ("cpu", "cuda", "rand-m9-mstd0.5-inc1", False),
+    ],
+)
+def test_where_images_are_augmented(place: str, device: str, policy: str, is_on_device: bool) -> None:
+    config = load_config(
+        "cfgs/mlla_t.yaml", ["DATA.AUGMENT_ON", place, "AUG.AUTO_AUGMENT", policy, "AUG.COLOR_JITTER", "0"]
+    )
+    transform = train_transform(config, torch.device(device))
+    assert (transform.recorded_policy is not None) == is_on_device
+
+
 def test_augmentation_on_a_gpu_needs_one(image_folder: Path) -> None:
-    with pytest.raises(DataError, match=r"^DATA\.AUGMENT_ON gpu: this process trains on cpu; set it to cpu"):
+    with pytest.raises(DataError, match=r"^DATA\.AUGMENT_ON gpu: this process trains on cpu; set it to cpu or auto"):
         build_data(folder_config(image_folder, "DATA.AUGMENT_ON", "gpu"))
 
 
