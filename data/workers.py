@@ -88,6 +88,11 @@ class PromptIterator(_MultiProcessingDataLoaderIter):
 
     def kill_workers(self) -> None:
         """Kill the workers that are left; they have nothing to lose."""
+        pinning: threading.Thread | None = getattr(self, "_pin_memory_thread", None)
+        if pinning is not None and pinning.is_alive():  # it would report batches of dead workers as errors
+            self._pin_memory_thread_done_event.set()
+            self._worker_result_queue.put((None, None))
+            pinning.join(END_SECONDS)
         if self._worker_pids_set:
             _utils.signal_handling._remove_worker_pids(id(self))  # the DataLoader takes a killed worker for an error
             self._worker_pids_set = False

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -127,6 +128,26 @@ def test_the_end_of_python_does_not_wait_for_each_worker(monkeypatch: pytest.Mon
         process.join(20)
     assert {process.exitcode for process in processes} == {-signal.SIGKILL}
     del batches
+
+
+def test_the_thread_that_pins_memory_ends_before_the_workers() -> None:
+    """It reads from them, and would print a traceback."""
+    others = set(multiprocessing.active_children())
+    iterator = RestartingDataLoader(Slow(), batch_size=1, num_workers=1)._get_iterator()
+    (worker,) = set(multiprocessing.active_children()) - others
+    iterator._pin_memory_thread_done_event = threading.Event()
+    was_alive: list[bool] = []
+
+    def pin() -> None:
+        iterator._pin_memory_thread_done_event.wait(20)
+        was_alive.append(worker.is_alive())
+
+    iterator._pin_memory_thread = threading.Thread(target=pin)
+    iterator._pin_memory_thread.start()
+    iterator.kill_workers()
+    worker.join(20)
+    assert was_alive == [True]
+    assert worker.exitcode == -signal.SIGKILL
 
 
 def test_workers_end_at_sigterm_whatever_the_training_process_does_with_it() -> None:
