@@ -45,6 +45,7 @@ class DenseTask(Task):
     lr_batch_size = 16  # two images on each of 8 GPUs
     ema_batch_size = 16
     compiled_module = "backbone"
+    losses_class = DenseLosses
     auto_inference_mode = "off"  # a graph for each new image size would take more time than it saves
     smaller_images = "lower the image sizes, AUG.* and TEST.*"
     user_errors = (UserError, KernelsUnavailableError)
@@ -86,7 +87,7 @@ class DenseTask(Task):
         ema: ModelEma | None,  # noqa: ARG002
         derived: Derived,  # noqa: ARG002
     ) -> ComputeLosses:
-        return (FixedShapeLosses if self.has_one_image_size else DenseLosses)(self, config, network)
+        return self.losses_class(self, config, network)
 
     def memory_request(self, config: CfgNode) -> tuple[str, int]:
         return ("evaluation", 1) if config.EVAL_MODE else super().memory_request(config)

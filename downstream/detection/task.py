@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,10 +31,8 @@ from utils.speed.flops import profile_table
 from utils.speed.shape_graphs import Part
 from utils.training.build import build_precision
 from utils.training.derived import Derived
-from utils.training.ema import ModelEma
 from utils.training.lr_schedule import DenseSchedule
 from utils.training.task import Run
-from utils.training.train_step import ComputeLosses
 
 LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask")
 NUM_PREVIEWS = 12
@@ -47,21 +45,22 @@ class DetectionLosses(DenseLosses):
         fixed_part: what the detector computes from the images alone; CUDA graphs may take its place.
     """
 
-    def __init__(self, task: "Detection", config: CfgNode, detector: MaskRCNN) -> None:
-        super().__init__(task, config, detector)
-        self.detector = detector
-        self.fixed_part: Part = detector.features
+    network: MaskRCNN
+
+    def __init__(self, task: DenseTask, config: CfgNode, network: nn.Module) -> None:
+        super().__init__(task, config, network)
+        self.fixed_part: Part = self.network.features
 
     def record_fixed_part(self, make: Callable[[Part, list[nn.Parameter]], Part]) -> None:
         """Replace `fixed_part` by what `make` makes of it and its parameters."""
-        self.fixed_part = make(self.detector.features, self.detector.feature_parameters())
+        self.fixed_part = make(self.network.features, self.network.feature_parameters())
 
     def __call__(self, batch: Batch, _: int) -> Mapping[str, Tensor]:
         return self.task.batch_losses(self.config, self.compute, batch)
 
     def compute(self, images: Tensor, frames: Sequence[Frame], targets: Sequence[Target]) -> dict[str, Tensor]:
         """Return what calling the detector returns."""
-        return self.detector.losses(self.fixed_part(images), frames, targets)
+        return self.network.losses(self.fixed_part(images), frames, targets)
 
 
 class Detection(DenseTask):
@@ -81,6 +80,7 @@ class Detection(DenseTask):
         *STEP_PANELS,
     )
 
+    losses_class = DetectionLosses
     auto_training_mode = "off"  # a compilation for each new image size would outlast many runs
 
     def __init__(self) -> None:
@@ -118,15 +118,6 @@ class Detection(DenseTask):
 
     def batch_losses(self, config: CfgNode, network: Callable[..., Any], batch: Batch) -> Mapping[str, Tensor]:  # noqa: ARG002
         return network(batch.images, batch.frames, batch.targets)
-
-    def losses(
-        self,
-        config: CfgNode,
-        network: nn.Module,
-        ema: ModelEma | None,  # noqa: ARG002
-        derived: Derived,  # noqa: ARG002
-    ) -> ComputeLosses:
-        return DetectionLosses(self, config, cast("MaskRCNN", network))
 
     def evaluate(self, run: Run, models: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
         local: dict[str, list[Result]] = {name: [] for name in models}

@@ -22,7 +22,7 @@ from downstream.segmentation.metrics import ConfusionMatrix, SegmentationScores,
 from downstream.segmentation.model.inference import Inference
 from downstream.segmentation.model.losses import segmentation_loss
 from downstream.segmentation.pictures import save_comparison, save_prediction
-from downstream.task import DenseTask
+from downstream.task import DenseTask, FixedShapeLosses
 from utils.benchmark.measure import synthetic_images
 from utils.config.errors import ConfigError
 from utils.distributed.process import Process, gather_objects
@@ -55,6 +55,7 @@ class Segmentation(DenseTask):
         *STEP_PANELS,
     )
     has_one_image_size = True  # crops have one size
+    losses_class = FixedShapeLosses
     auto_training_mode = "default"
 
     def build_data(self, config: CfgNode, process: Process) -> SegmentationData:

@@ -144,11 +144,11 @@ def test_losses_from_recorded_features(monkeypatch: pytest.MonkeyPatch, device: 
         for batch in batches * 2:
             torch.manual_seed(1)
             targets = [objects(count).to(torch.device(device)) for count in (4, 1)]
-            losses_of.detector.zero_grad()
+            losses_of.network.zero_grad()
             with on_side_stream(torch.device(device), RECORDING):
                 losses = losses_of(batch._replace(targets=targets), 0)
                 sum(losses.values()).backward()
-            gradients = [p.grad.clone() for p in losses_of.detector.parameters()]
+            gradients = [p.grad.clone() for p in losses_of.network.parameters()]
             results[-1] += [*losses.values(), *(gradients if device == "cpu" else [])]  # GPUs add in any order
         assert losses_of.fixed_part.frequent.num_recorded == (2 if num_calls else 0)
     assert all(one.equal(other) for one, other in zip(*results, strict=True))
