@@ -77,14 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--output", type=Path, default=Path("output/ablation"), help="folder for runs and results")
+    study.add_arguments(parser, "output/ablation", num_seeds=3)
     parser.add_argument(
         "--rows",
         nargs="+",
         default=[row.name for row in ABLATIONS],
         help="names of rows, by default the paper's; also mlla_like",
     )
-    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--scale",
         type=Path,
@@ -92,14 +91,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="YAML file of sizes, data and schedule",
     )
     parser.add_argument("--epochs", type=at_least(1), help="override TRAIN.EPOCHS")
-    parser.add_argument("--amp", action="store_true", help="mixed precision")
     parser.add_argument(
         "--jobs",
         type=at_least(1),
         default=1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1),
         help="concurrent runs, which GPUs take in turns",
     )
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")
     return parser.parse_args(argv)
 
 

@@ -74,14 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--output", type=Path, default=Path("output/mesa"), help="folder for runs and results")
+    study.add_arguments(parser, "output/mesa")
     parser.add_argument("--models", nargs="+", default=list(LABELS), choices=list(LABELS))
-    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--epochs", type=at_least(1), help="override TRAIN.EPOCHS of cfgs/mesa/mlla.yaml")
     parser.add_argument("--equal-time", action="store_true", help="as many epochs as take MLLA's time without MESA")
-    parser.add_argument("--amp", action="store_true", help="mixed precision")
     parser.add_argument("--jobs", type=at_least(1), default=1, help="concurrent runs, which GPUs take in turns")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")
     parser.add_argument(
         "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="settings that override all files"
     )

@@ -137,17 +137,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--output", type=Path, default=Path("output/finetune_study"), help="folder for runs and results"
-    )
+    study.add_arguments(parser, "output/finetune_study")
     parser.add_argument("--data-path", default="/usr/share/datasets/fashion-mnist", help="Fashion-MNIST's four files")
     parser.add_argument("--datasets", nargs="+", default=list(DATASETS), choices=list(DATASETS))
     parser.add_argument("--settings", nargs="+", default=MAIN_SETTINGS, choices=["all", *SETTINGS])
-    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--epochs", type=at_least(1), help="override TRAIN.EPOCHS of cfgs/finetune.yaml")
-    parser.add_argument("--amp", action="store_true", help="mixed precision")
     parser.add_argument("--jobs", type=at_least(1), default=1, help="concurrent runs, which GPUs take in turns")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")
     args = parser.parse_args(argv)
     if "all" in args.settings:
         args.settings = list(SETTINGS)

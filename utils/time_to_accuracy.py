@@ -18,11 +18,11 @@ import torch
 from yacs.config import CfgNode
 
 from config import load_config
-from utils.config.command_line import Parser, at_least, report_user_errors
+from utils.config.command_line import Parser, report_user_errors
 from utils.config.errors import UserError, file_errors
 from utils.logs.environment import device_name
 from utils.logs.recorder import read_records
-from utils.tools.study import Job, read_results, run_jobs
+from utils.tools.study import Job, add_arguments, read_results, run_jobs
 
 SECONDS = ("process_seconds", "train_seconds", "eval_seconds")
 
@@ -93,13 +93,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file of the run")
     parser.add_argument("--target", type=float, required=True, help="top-1 accuracy in percent")
-    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--amp", action="store_true", help="mixed precision")
     parser.add_argument(
         "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="settings over the file's"
     )
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")
-    parser.add_argument("--output", type=Path, default=Path("output/time_to_accuracy"), help="folder for the runs")
+    add_arguments(parser, "output/time_to_accuracy")
     return parser.parse_args(argv)
 
 

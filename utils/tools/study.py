@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from utils.config.command_line import Parser, at_least
 from utils.config.errors import UserError
 from utils.logs.recorder import append_records
 
@@ -26,6 +27,20 @@ class Job(NamedTuple):
     name: str
     args: list[str]
     folder: Path
+
+
+def add_arguments(parser: Parser, output: str, *, num_seeds: int = 5) -> None:
+    """Add the options that all studies have: --output, --seeds, --amp and --minutes.
+
+    Args:
+        parser: of the study.
+        output: default folder.
+        num_seeds: the default is so many seeds, from 0 on.
+    """
+    parser.add_argument("--output", type=Path, default=Path(output), help="folder for runs and results")
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=list(range(num_seeds)))
+    parser.add_argument("--amp", action="store_true", help="mixed precision")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")
 
 
 def run_jobs(
