@@ -115,10 +115,10 @@ class RestartingDataLoader(DataLoader):
     Args:
         set_up_worker: called in each worker with the worker's number.
         keeps_batches: keep the batches of the first whole iteration in memory, and give the same ones in later ones.
-        options: those of DataLoader, except worker_init_fn and multiprocessing_context.
+        options: passed to DataLoader, without worker_init_fn and multiprocessing_context.
 
     Attributes:
-        next_loader: loader that is iterated next: its workers begin as soon as those of this one run out of work.
+        next_loader: loader that is iterated next: its workers begin as soon as this one's run out of work.
 
     Raises:
         WorkerStartError: when iterated, if workers did not start in `MAX_STARTS` attempts.

@@ -1,4 +1,4 @@
-"""Compare settings for fine-tuning: those of cfgs/finetune.yaml, from scratch, a frozen backbone, the paper's recipe.
+"""Compare settings for fine-tuning: cfgs/finetune.yaml, no pretraining, a frozen backbone, the paper's recipe.
 
 python -m utils.finetune_study --jobs 8                    Fashion-MNIST and digits, five seeds each
 python -m utils.finetune_study --jobs 8 --settings all     also finetune.yaml with one setting changed at a time
