@@ -80,8 +80,7 @@ def start_worker(reader: Connection, device: torch.device) -> None:
     threading.Thread(target=end_with_parent, args=(reader,), daemon=True).start()
     torch.set_num_threads(1)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.zeros(1, device=device)
+        torch.cuda.set_device(torch.zeros(1, device=device).device)  # `device` may have no index
 
 
 def end_with_parent(reader: Connection) -> None:
