@@ -1,6 +1,7 @@
 """JPEGs that a GPU decodes: which of them the workers leave to it, and their decoding (nvJPEG, through torchvision).
 
-The pixels differ from libjpeg's, so that evaluation never uses them.
+The pixels differ from libjpeg's, since nvJPEG repeats subsampled chroma, which libjpeg interpolates: evaluation never
+uses them.
 """
 
 import io
