@@ -48,12 +48,6 @@ def all_digits(output: Path, *opts: str, epochs: int = 2, batch_size: int = 128)
     return [*args, "--opts", *SMALL, "TRAIN.EPOCHS", str(epochs), "TRAIN.BASE_LR", "0.01", *opts]
 
 
-@pytest.fixture
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hide the GPU from main.py in this process."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs of the digits on two CPU processes through torchrun, with AMP, EMA and MESA."""

@@ -126,6 +126,7 @@ def test_evaluation_compiles_the_backbone_and_gives_the_same_metrics(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
+@pytest.mark.usefixtures("on_the_cpu")  # a GPU adds gradients in any order
 def test_a_failure_in_evaluation_costs_no_epoch(
     run: Run, task: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -121,6 +121,7 @@ def stopping_after(calls: int) -> Iterator[None]:
     raise RuntimeError("killed")
 
 
+@pytest.mark.usefixtures("on_the_cpu")  # a GPU adds gradients in any order
 def test_resuming_within_an_epoch_gives_the_same_weights(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +157,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run: Run, monkeypatch: pytest.M
     assert "the loss or gradient is not finite in epoch 1, step 1" in out
 
 
+@pytest.mark.usefixtures("on_the_cpu")
 def test_two_processes_evaluate_every_image_once(run: Run, shapes: Path, tmp_path: Path) -> None:
     """Nine training and five validation images: every validation image is judged once, as by one process."""
     pairs = [word for pair in {**SMALL, "TRAIN.EPOCHS": "1"}.items() for word in pair]
