@@ -7,10 +7,9 @@ python main.py --cfg cfgs/mlla_t.yaml --data-path imagenet --eval --resume mlla_
 """
 
 import itertools
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -37,6 +36,7 @@ from utils.speed.flops import profile, profile_table
 from utils.training.build import build_classification_schedule, model_uses, trains
 from utils.training.derived import Derived
 from utils.training.ema import REACH, ModelEma
+from utils.training.launch import run_and_end
 from utils.training.losses import ClassificationLoss
 from utils.training.lr_schedule import CLASSIFICATION_BATCH_SIZE, ClassificationSchedule
 from utils.training.metrics import Scores, evaluate
@@ -253,5 +253,10 @@ def mesa_start_epoch(derived: Derived) -> int:
     return int(MESA_START * derived.total_epochs)
 
 
+def command() -> NoReturn:
+    """Run the program as a process of its own, which it ends."""
+    run_and_end(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

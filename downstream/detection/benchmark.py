@@ -3,7 +3,6 @@
 python -m downstream.detection.benchmark --amp --output output/detection_speed.md
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from utils.config.errors import UserError, file_errors
 from utils.speed.compile import compile_regions
 from utils.speed.memory import peak_memory_mib
 from utils.training.amp import Precision, make_precision
-from utils.training.launch import MissingCompilerError, explain_missing_compiler
+from utils.training.launch import MissingCompilerError, explain_missing_compiler, run_and_end
 
 CFGS = Path(__file__).parent / "cfgs"
 TORCHVISION = "torchvision"
@@ -218,4 +217,4 @@ class Bench:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_end(main)

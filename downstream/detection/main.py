@@ -6,14 +6,15 @@ python -m downstream.detection.main --cfg downstream/detection/cfgs/mlla_t_mrcnn
     --eval --resume DETECTOR.pth
 """
 
-import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from downstream.detection.config import SCHEMA, load_config
 from downstream.detection.task import Detection
 from utils.benchmark.throughput import run_throughput
 from utils.checkpoint.stored_config import load_config_of
 from utils.config.command_line import parse_command_line, report_user_errors
+from utils.training.launch import run_and_end
 from utils.training.run import run_task
 
 
@@ -23,5 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_task(Detection(), config, run_throughput=run_throughput)
 
 
+def command() -> NoReturn:
+    """Run the program as a process of its own, which it ends."""
+    run_and_end(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -5,7 +5,6 @@ python -m downstream.segmentation.benchmark --amp --output segmentation_speed.js
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from utils.config.command_line import Parser, at_least, report_user_errors
 from utils.config.errors import UserError, file_errors
 from utils.speed.memory import peak_memory_mib
 from utils.training.amp import Precision, make_precision
+from utils.training.launch import run_and_end
 from utils.training.optimizer import dense_parameter_groups, make_optimizer
 from utils.training.train_step import TrainStep
 
@@ -187,4 +187,4 @@ def table(rows: Sequence[Row]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_end(main)

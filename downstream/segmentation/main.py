@@ -7,14 +7,15 @@ python -m downstream.segmentation.main --cfg downstream/segmentation/cfgs/mlla_b
     --data-path ADEChallengeData2016 --eval --resume upernet_mlla_b.pth --multi-scale
 """
 
-import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from downstream.segmentation.config import FLAGS, SCHEMA, load_config
 from downstream.segmentation.task import Segmentation
 from utils.benchmark.throughput import run_throughput
 from utils.checkpoint.stored_config import load_config_of
 from utils.config.command_line import parse_command_line, report_user_errors
+from utils.training.launch import run_and_end
 from utils.training.run import run_task
 
 
@@ -24,5 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_task(Segmentation(), config, run_throughput=run_throughput)
 
 
+def command() -> NoReturn:
+    """Run the program as a process of its own, which it ends."""
+    run_and_end(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import threading
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -12,7 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from utils.config.errors import UserError
+from utils.config.standard_streams import flush_standard_streams
 from utils.distributed.heartbeat import HANG_SECONDS, Heartbeat, record_cuda_event
+
+STOP_SECONDS = 8.0  # launchers kill 30 s after SIGTERM, of which a step and a checkpoint may take 20
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,24 @@ class Process:
     num_processes: int
     device: torch.device
     heartbeat: Heartbeat | None = field(default=None, compare=False)
+    has_stopped: threading.Event = field(default_factory=threading.Event, compare=False)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def limit_stop(self, exit_code: int) -> None:
+        """End this process in STOP_SECONDS if `stop_process` is not through by then. Everything has been saved.
+
+        Freeing what a run used waits for loader workers, for the GPU, and for other processes.
+        """
+
+        def end_late() -> None:
+            if not self.has_stopped.wait(STOP_SECONDS):
+                flush_standard_streams()
+                os._exit(exit_code)
+
+        threading.Thread(target=end_late, name="limit of the stop", daemon=True).start()
 
 
 def start_process(local_rank: int = 0) -> Process:
@@ -120,6 +138,7 @@ def stop_process(process: Process) -> None:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         dist.destroy_process_group()
+    process.has_stopped.set()
 
 
 def sum_over_processes(values: Tensor) -> Tensor:

@@ -37,6 +37,10 @@ class Cause(IntEnum):
             Cause.SAVING_FAILED: "a checkpoint could not be saved",
         }.get(self, self.name)
 
+    def exit_code(self, num_processes: int) -> int:
+        """Return the exit code of a stopped run. The launcher of several processes had the Ctrl-C itself."""
+        return INTERRUPTED if self is Cause.SIGINT and num_processes == 1 else 0
+
 
 class StopRequest:
     """Context in which signals do not end the process but request a stop, so that the run can save first.

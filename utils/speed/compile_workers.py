@@ -4,20 +4,17 @@ They are a process ("sidecar") with a pool of its own, in which torch.compile bu
 waits for them without a timeout.
 """
 
-import atexit
 import signal
 import threading
 import time
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from functools import cache
-from subprocess import TimeoutExpired
 from typing import Any
 
 # The main process decides what they do: a launcher and a terminal send them to the whole group.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 POLL_SECONDS = 1.0
-EXIT_SECONDS = 10.0
 
 
 class CompileWorkersDiedError(RuntimeError):
@@ -49,7 +46,6 @@ def start_compile_workers() -> Any:
     if not all(hasattr(pool, name) for name in ("process", "pending_futures", "futures_lock")):
         return None
     threading.Thread(target=fail_jobs_of_dead_pool, args=(pool,), name="compile workers", daemon=True).start()
-    end_soon_at_exit(pool)
     return pool
 
 
@@ -62,29 +58,6 @@ def fail_jobs_of_dead_pool(pool: Any) -> None:
             if not future.done():
                 future.set_exception(CompileWorkersDiedError(f"exit code {pool.process.returncode}"))
         pool.pending_futures.clear()
-
-
-def end_soon_at_exit(pool: Any) -> None:
-    """Keep the workers, which do not heed SIGTERM, from delaying the end of this process.
-
-    At exit, torch tells them to end, with SIGTERM in newer releases, and waits up to 300 s.
-    """
-    wait = pool.process.wait
-
-    def wait_or_kill(timeout: float | None = None) -> int:  # noqa: ARG001
-        try:
-            return wait(EXIT_SECONDS)
-        except TimeoutExpired:
-            pool.process.kill()
-            return wait()
-
-    def let_idle_workers_end() -> None:
-        if hasattr(pool, "quiesce"):
-            with suppress(OSError, RuntimeError, ValueError):  # the pool is closed already
-                pool.quiesce()
-
-    pool.process.wait = wait_or_kill
-    atexit.register(let_idle_workers_end)  # runs before torch's, which was registered before
 
 
 def have_workers_died(error: BaseException) -> bool:

@@ -1,11 +1,14 @@
 """Start and end of a process: errors become one clear line, or a traceback, and an exit code."""
 
+import multiprocessing
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import NoReturn
 
 import torch
 
@@ -59,6 +62,24 @@ def is_from_library(error: Exception, *parts: str) -> bool:
     return isinstance(error, RuntimeError) and any(part in text for part in parts)
 
 
+def run_and_end(main: Callable[[], int]) -> NoReturn:
+    """Run a program, then end this process at once with its exit code.
+
+    Python's own end would wait for the compile workers, and free compiled code and CUDA graphs. After SIGTERM that took
+    more than the 30 s after which launchers kill. The program has saved and closed everything.
+    """
+    try:
+        code: object = main()
+    except SystemExit as end:
+        code = end.code or 0
+    if not isinstance(code, int):
+        sys.exit(str(code))
+    flush_standard_streams()
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
+
+
 class LaunchedProcess:
     """Context in which this process works as one of those that the launcher started.
 
@@ -98,11 +119,13 @@ class LaunchedProcess:
             report(error, self.process, self.user_errors, self.explain_out_of_memory)
             self.exit_code = 2 if isinstance(error, self.user_errors) else 1
         elif error is not None:  # SystemExit
+            self.process.has_stopped.set()
             return False
         flush_standard_streams()
         if self.exit_code and self.process.num_processes > 1:
             # Other processes may wait for this one forever, and so would an orderly exit: the launcher ends them.
             os._exit(self.exit_code)
+        self.process.limit_stop(self.exit_code)
         stop_process(self.process)
         return True
 

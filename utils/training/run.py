@@ -21,7 +21,6 @@ from utils.config.schema import with_setting
 from utils.config.standard_streams import print_error
 from utils.config.yaml_file import flatten
 from utils.distributed.process import Process
-from utils.distributed.stop_signal import INTERRUPTED, Cause
 from utils.logs.environment import record_environment
 from utils.logs.logger import logger
 from utils.logs.output_dir import lock_output_dir, open_output_dir, output_errors, save_config
@@ -123,8 +122,10 @@ def run_training(task: Task, config: CfgNode, process: Process) -> None:
         if training.is_complete:
             logger.info("this run is complete; to train longer raise its length, for another run name another --tag")
         elif not (trainer := training.make_trainer(lock.check if lock else lambda: None)).run():  # asked to stop
-            if trainer.stop.cause is Cause.SIGINT and process.num_processes == 1:
-                sys.exit(INTERRUPTED)  # several processes end in order: the launcher has had the signal too
+            code = trainer.stop.cause.exit_code(process.num_processes)
+            process.limit_stop(code)
+            if code:
+                sys.exit(code)
             return
         if process.is_main:
             log_results(task, run, training.state)

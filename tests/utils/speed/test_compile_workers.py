@@ -1,4 +1,4 @@
-"""Inductor's compile workers: signals, their death, and the end of the main process."""
+"""Inductor's compile workers: signals, and their death."""
 
 import os
 import re
@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -19,7 +18,6 @@ from tests.helpers import ROOT, is_running, wait_for
 from utils.speed import compile_workers
 from utils.speed.compile_workers import (
     CompileWorkersDiedError,
-    end_soon_at_exit,
     fail_jobs_of_dead_pool,
     have_workers_died,
 )
@@ -82,10 +80,6 @@ class FakePool:
         self.process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         self.futures_lock = threading.Lock()
         self.pending_futures: dict[int, Future[Any]] = {0: Future()}
-        self.is_quiet = False
-
-    def quiesce(self) -> None:
-        self.is_quiet = True
 
 
 @pytest.fixture
@@ -116,15 +110,3 @@ def test_errors_that_come_from_a_dead_worker_are_recognized(pool: FakePool) -> N
     assert not have_workers_died(ValueError("a shape"))
     pool.process.kill()
     pool.process.wait()
-
-
-def test_a_process_that_does_not_end_at_exit_is_killed(pool: FakePool, monkeypatch: pytest.MonkeyPatch) -> None:
-    at_exit: list[Any] = []
-    monkeypatch.setattr(compile_workers, "EXIT_SECONDS", 0.1)
-    monkeypatch.setattr(compile_workers.atexit, "register", at_exit.append)
-    end_soon_at_exit(pool)
-    at_exit[0]()
-    assert pool.is_quiet
-    start = time.monotonic()
-    assert pool.process.wait(300) == -signal.SIGKILL
-    assert time.monotonic() - start < 20

@@ -1,11 +1,20 @@
 """What ends a process becomes one line, or a traceback, and an exit code."""
 
+import atexit
 import logging
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
 
 from utils.config.errors import UserError
-from utils.training.launch import LaunchedProcess
+from utils.distributed import process
+from utils.distributed.process import Process, stop_process
+from utils.training.launch import LaunchedProcess, run_and_end
 
 
 @pytest.mark.parametrize(
@@ -28,3 +37,41 @@ def test_errors_that_end_a_process(
     assert " ".join(message.split()).startswith(line)
     assert ("Traceback" in message) == ("defect" in str(error))
     assert launched.exit_code == exit_code
+
+
+def exit_code_of_fork(target: Callable[[], object]) -> int | None:
+    fork = multiprocessing.get_context("fork").Process(target=target)
+    fork.start()
+    fork.join(20)
+    is_running = fork.is_alive()
+    fork.kill()
+    return None if is_running else fork.exitcode
+
+
+@pytest.mark.parametrize(("end", "exit_code"), [(lambda: 3, 3), (lambda: 0, 0), (lambda: sys.exit(130), 130)])
+def test_a_program_ends_without_waiting_for_libraries(end: Callable[[], Any], exit_code: int) -> None:
+    def program() -> int:
+        atexit.register(time.sleep, 60)
+        multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,)).start()
+        return end()
+
+    assert exit_code_of_fork(lambda: run_and_end(program)) == exit_code
+
+
+def test_a_program_whose_last_word_is_text_prints_it(capfd: pytest.CaptureFixture[str]) -> None:
+    assert exit_code_of_fork(lambda: run_and_end(lambda: sys.exit("no such folder"))) == 1
+    assert "no such folder" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("is_late", [True, False])
+def test_the_end_of_a_stopped_process_is_limited(monkeypatch: pytest.MonkeyPatch, is_late: bool) -> None:
+    monkeypatch.setattr(process, "STOP_SECONDS", 0.2)
+
+    def stop() -> None:
+        this_process = Process(0, 1, torch.device("cpu"))
+        this_process.limit_stop(5)
+        if not is_late:
+            stop_process(this_process)
+        time.sleep(60 if is_late else 0.5)
+
+    assert exit_code_of_fork(stop) == (5 if is_late else 0)
