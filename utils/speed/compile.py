@@ -94,7 +94,9 @@ def compile_unsupported_reason(device: torch.device) -> str:
     return reason
 
 
-def compile_regions(model: nn.Module, mode: str, activation_budget: float = 1.0) -> nn.Module:
+def compile_regions(
+    model: nn.Module, mode: str, activation_budget: float = 1.0, *, has_one_shape: bool = False
+) -> nn.Module:
     """Compile in place the modules of the model that have `is_region`, or the model itself if none has.
 
     The blocks of a stage share one graph, so a deep model compiles as fast as a shallow one. Names in the state_dict do
@@ -105,6 +107,8 @@ def compile_regions(model: nn.Module, mode: str, activation_budget: float = 1.0)
         mode: a resolved compile mode; "off" and "graphs" do nothing.
         activation_budget: share of the activations that a training step keeps in memory; the backward pass recomputes
             the others, the cheap ones first.
+        has_one_shape: all inputs have one shape, so that each graph is compiled for its sizes alone: on a GPU, graphs
+            after the first one otherwise get symbolic sizes, which take longer to trace.
     """
     if mode in ("off", GRAPHS):
         return model
@@ -119,11 +123,12 @@ def compile_regions(model: nn.Module, mode: str, activation_budget: float = 1.0)
         # The backward pass is compiled in the forward call, where it can fall back; torch 2.6 has no such switch.
         torch._functorch.config.force_non_lazy_backward_lowering = True
     merge_small_kernels()
-    start_compile_workers()
     regions = [module for module in model.modules() if getattr(module, "is_region", False)]
     remember_autograd_functions(regions)
-    # Inductor of torch 2.14 fails on views of symbolic sizes, "cannot determine truth value of Relational".
-    is_dynamic = False if all(parameter.device.type == "cpu" for parameter in model.parameters()) else None
+    start_compile_workers()
+    # Inductor's code for CPUs fails on views of symbolic sizes, "cannot determine truth value of Relational".
+    is_on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    is_dynamic = False if has_one_shape or is_on_cpu else None
     failed: set[type[nn.Module]] = set()
     for module in regions or [model]:
         module.compile(mode=INDUCTOR_MODES[mode], dynamic=is_dynamic)
@@ -144,7 +149,8 @@ def merge_small_kernels() -> None:
 def remember_autograd_functions(regions: Sequence[nn.Module]) -> None:
     """Let torch.compile's cache on disk hold code with autograd functions, as long as the regions' source is the same.
 
-    torch leaves such code out by default, since its key has no hash of the functions' source.
+    torch leaves such code out by default, since its key has no hash of the functions' source. The compile workers,
+    which read the key for timed kernels that is in their environment, must be started later.
     """
     name = "autograd_cache_allow_custom_autograd_functions"  # since torch 2.8
     if not (hasattr(torch._functorch.config, name) and hasattr(torch.compiler.config, "cache_key_tag")):
@@ -153,6 +159,7 @@ def remember_autograd_functions(regions: Sequence[nn.Module]) -> None:
     files = sorted(file for folder in folders for glob in ("*.py", "*/*.py") for file in folder.glob(glob))
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     torch.compiler.config.cache_key_tag = digest
+    os.environ["TORCH_COMPILE_CACHE_KEY_TAG"] = digest  # where it differs, each start times the kernels again
     setattr(torch._functorch.config, name, True)
 
 

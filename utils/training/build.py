@@ -81,6 +81,12 @@ def model_uses(task: Task, config: CfgNode, device: torch.device) -> set[str]:
     return uses
 
 
+def has_one_training_shape(task: Task, config: CfgNode, device: torch.device) -> bool:
+    """Return whether modules compiled for training see one shape: evaluation with TEST.COMPILE off uses them too."""
+    inference_mode = resolve_inference_mode(config.TEST.COMPILE, device, auto=task.auto_inference_mode)
+    return task.has_one_image_size and inference_mode != "off"
+
+
 def compile_setting(config: CfgNode) -> str:
     """Return the compile keys in use with their values, for messages."""
     used = {
@@ -137,8 +143,10 @@ def build_train_step(
     train_step = TrainStep(*parts, **options)
     mode = training_mode(task, config, process.device, num_steps=num_steps)
     teacher = getattr(compute_losses, "teacher", None)
+    has_one_shape = has_one_training_shape(task, config, process.device)
     for module in filter(None, (model, teacher)):
-        compile_regions(module.get_submodule(task.compiled_module), mode, config.TRAIN.ACTIVATION_BUDGET)
+        part = module.get_submodule(task.compiled_module)
+        compile_regions(part, mode, config.TRAIN.ACTIVATION_BUDGET, has_one_shape=has_one_shape)
     if mode not in GRAPH_MODES:
         return train_step
     has_part = hasattr(compute_losses, "fixed_part")

@@ -84,7 +84,8 @@ class Task(ABC):
         compiled_module: name of the submodule that is compiled and captured in CUDA graphs; "": the model.
         auto_training_mode: compile mode that TRAIN.COMPILE auto stands for on a GPU.
         auto_inference_mode: compile mode that TEST.COMPILE auto stands for on a GPU.
-        has_one_image_size: all training images have one size, for which cuDNN's algorithms are timed.
+        has_one_image_size: all training images have one size, for which cuDNN's algorithms are timed and code is
+            compiled.
         smaller_images: remedy for running out of memory.
         user_errors: errors that a user can mend.
     """

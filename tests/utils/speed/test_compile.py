@@ -24,7 +24,6 @@ from utils.speed.compile import (
     CapturedModel,
     compile_regions,
     effective_mode,
-    remember_autograd_functions,
     resolve_inference_mode,
     resolve_training_mode,
     uses_graphs,
@@ -116,6 +115,18 @@ def test_regions_are_compiled_or_else_the_model(monkeypatch: pytest.MonkeyPatch)
     linear = nn.Linear(2, 2)
     compile_regions(linear, "max-autotune")
     assert compiled == [linear]
+
+
+@pytest.mark.parametrize(
+    ("device", "has_one_shape", "is_dynamic"), [("meta", True, False), ("meta", False, None), ("cpu", False, False)]
+)
+def test_sizes_are_symbolic_only_where_they_vary_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, device: str, has_one_shape: bool, is_dynamic: bool | None
+) -> None:
+    kept: list[dict[str, Any]] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda _, **settings: kept.append(settings))
+    compile_regions(nn.Linear(2, 2, device=device), "default", has_one_shape=has_one_shape)
+    assert kept == [{"mode": None, "dynamic": is_dynamic}]
 
 
 @pytest.fixture
@@ -371,10 +382,20 @@ def test_the_cache_of_compiled_code_knows_the_source_of_the_regions(
     monkeypatch.setattr(torch._functorch.config, "autograd_cache_allow_custom_autograd_functions", False)
     monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
     monkeypatch.setattr(compile.inspect, "getfile", lambda _: str(tmp_path / "region.py"))
-    tags = []
+    monkeypatch.setenv("TORCH_COMPILE_CACHE_KEY_TAG", "")
+    tags_of_workers = []
+    environment = compile.os.environ
+    monkeypatch.setattr(
+        *(compile, "start_compile_workers"),
+        lambda: tags_of_workers.append(environment["TORCH_COMPILE_CACHE_KEY_TAG"]),
+    )
+    note_compiled_modules(monkeypatch)
+    region, tags = nn.Linear(1, 1), []
+    region.is_region = True  # type: ignore[assignment]
     for text in ("x = 1", "x = 2", "x = 1"):
         (tmp_path / "region.py").write_text(text)
-        remember_autograd_functions([nn.Linear(1, 1)])
+        compile_regions(region, "default")
         tags.append(torch.compiler.config.cache_key_tag)
     assert torch._functorch.config.autograd_cache_allow_custom_autograd_functions
     assert tags[0] == tags[2] != tags[1]
+    assert tags_of_workers == tags

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from config import load_config
+from downstream.segmentation.task import Segmentation
 from main import Classification
-from utils.training.build import model_uses
+from utils.training.build import has_one_training_shape, model_uses
 
 EVAL, THROUGHPUT = {"EVAL_MODE": True}, {"THROUGHPUT_MODE": True}
 TIMES_TRAINING = {**THROUGHPUT, "BENCHMARK.TRAIN": True}
@@ -34,3 +35,13 @@ def test_uses_of_the_model(flags: dict[str, Any], on_gpu: str, on_cpu: str) -> N
     config = load_config("cfgs/digits.yaml", flags={"AUG.MESA": 0.0, **flags})
     for device, uses in (("cuda", on_gpu), ("cpu", on_cpu)):
         assert model_uses(Classification(), config, torch.device(device)) == set(uses.split())
+
+
+def test_modules_compiled_for_training_see_one_shape_unless_evaluation_uses_them() -> None:
+    config = load_config("cfgs/digits.yaml", flags=COMPILED)
+    gpu = torch.device("cuda")
+    assert has_one_training_shape(Classification(), config, gpu)
+    assert not has_one_training_shape(Classification(), load_config("cfgs/digits.yaml", flags=OFF), gpu)
+    automatic = load_config("cfgs/digits.yaml", flags={"TEST.COMPILE": "auto"})
+    assert has_one_training_shape(Classification(), automatic, gpu)
+    assert not has_one_training_shape(Segmentation(), automatic, gpu)
