@@ -9,6 +9,7 @@
 # make test-kernels       the tests of the Triton kernels: on a GPU, or on a CPU through Triton's interpreter
 # make test-oldest        the tests with the oldest supported torch, torchvision and timm, in .venv-oldest
 # make soak               inject faults into training for half an hour; results must equal those of runs left alone; SOAK='--minutes 5' for less
+# make gpus               measure this machine's GPUs together: speed, scaling, exactness, survival; GPUS='--gpus 2 --minutes 7' for less
 # make bench-data         measure images per second and core of the data pipeline, beside timm's
 # make clean              remove the virtual environments and build folders; keep output/
 
@@ -19,7 +20,7 @@ DEMO_RUN := $(DEMO_OUTPUT)/mlla_digits/default
 # One process per GPU, at most two; two on a CPU.
 COUNT_PROCESSES := import torch; print(min(2, torch.cuda.device_count() or 2))
 
-.PHONY: demo fashion demo-detection demo-segmentation finetune ablation test test-fast test-kernels test-oldest lint soak bench-data clean
+.PHONY: demo fashion demo-detection demo-segmentation finetune ablation test test-fast test-kernels test-oldest lint soak gpus bench-data clean
 
 demo: .venv/installed
 	processes=$$($(BIN)/python -c '$(COUNT_PROCESSES)') && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} && \
@@ -94,6 +95,9 @@ lint: .venv/installed
 
 soak: .venv/installed
 	$(BIN)/python tests/soak.py $(SOAK)
+
+gpus: .venv/installed
+	$(BIN)/python tests/gpus.py $(GPUS)
 
 bench-data: .venv/installed
 	$(BIN)/python -m data.benchmark

@@ -187,7 +187,7 @@ RULES = [
     Rule(r"python -m (data|utils|mlla)\.\w+", helps),
     Rule(r"python -m utils\.(time_to_accuracy|finetune_study) .*", parses),
     Rule(r"python -m models\.\w+( .*)?", parses),
-    Rule(r"python tests/soak\.py --gpu", parses),
+    Rule(r"python tests/(soak|gpus)\.py --\w+( \d+)?", parses),
     Rule(r"python -m [\w.]+\.benchmark .*", parses),
     Rule(r"python -m utils\.convert IN OUT --to .*", converts),
     Rule(r"python -m data\.verify PATH( \[--zip\])?", both),

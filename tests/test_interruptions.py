@@ -18,10 +18,10 @@ import torch
 import data.sources.digits
 from tests.faults.campaign import EQUAL, Campaign, Trial, table
 from tests.faults.injections import FAULTS
-from tests.faults.processes import descendants
+from tests.faults.processes import descendants, is_running
 from tests.faults.runs import Run, differing
 from tests.faults.tasks import SETTINGS, SMALL
-from tests.helpers import ROOT, THREE_DIGITS, is_running, run_python, wait_for
+from tests.helpers import ROOT, THREE_DIGITS, run_python, wait_for
 from utils.logs.output_dir import lock_output_dir
 
 pytestmark = pytest.mark.slow

@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 from data import workers
 from data.errors import BrokenImageError, DataError
 from data.workers import MAX_AUTO_WORKERS, RestartingDataLoader, WorkerStartError, choose_num_workers, share_of_cores
-from tests.helpers import is_running, wait_for
+from tests.faults.processes import is_running
+from tests.helpers import wait_for
 
 NUMBERS = list(range(6))
 

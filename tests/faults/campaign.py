@@ -63,12 +63,13 @@ class Campaign:
         self.folder, self.epochs, self.injections, self.forked, self.gpu = folder, epochs, injections, forked, gpu
         self.expected: dict[tuple[str, int], dict[str, Any]] = {}
 
-    def run(self, name: str, task: str, processes: int, *, save_steps: int) -> Run:
+    def run(self, name: str, task: str, processes: int, *, save_steps: int, max_restarts: int = 0) -> Run:
         """Return a run, in mixed precision if it has one process or is on a GPU."""
         data = self.folder / f"data_{task}" if TASKS[task].make_data else None
         if data is not None and not data.exists():
             TASKS[task].make_data(data)  # type: ignore[misc]
-        settings = {"epochs": self.epochs, "amp": processes == 1 or bool(self.gpu), "gpu": self.gpu}
+        amp = processes == 1 or bool(self.gpu)
+        settings = {"epochs": self.epochs, "amp": amp, "gpu": self.gpu, "max_restarts": max_restarts}
         return Run(self.folder / name, task=task, data=data, processes=processes, save_steps=save_steps, **settings)
 
     def expected_result(self, task: str, processes: int) -> dict[str, Any]:

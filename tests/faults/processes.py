@@ -177,6 +177,14 @@ def send(number: int, pids: Iterable[int]) -> None:
             os.kill(pid, number)
 
 
+def is_running(pid: int) -> bool:
+    """Return whether a process exists and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def kill_all(process: Started) -> None:
     """Kill a process and all its descendants."""
     send(signal.SIGKILL, [process.pid, *descendants(process.pid)])

@@ -1,7 +1,7 @@
 """`--throughput`: speed of a task's inference or training step, beside other models; table, JSON lines and chart."""
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -40,7 +40,8 @@ MakeModel = Callable[[], nn.Module]
 def run_throughput(task: Task, config: CfgNode, process: Process) -> None:
     """Measure the configured model and BENCHMARK.BASELINES; print a table, append to throughput.jsonl, draw a chart.
 
-    Training is measured on one process and on all together, inference on the first one, which also writes the files.
+    Training is measured on one process and on all together, inference on the first one, which also writes the files:
+    each row as soon as it is measured.
     """
     with report_user_errors(task.user_errors, out_of_memory=False):
         folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
@@ -53,16 +54,31 @@ def run_throughput(task: Task, config: CfgNode, process: Process) -> None:
             )
         logger.info("speed of %s on synthetic images; each measurement takes ten seconds or more", ", ".join(factories))
         measure_rows = training_rows if config.BENCHMARK.TRAIN else inference_rows
-        rows = [row for name, make in factories.items() for row in measure_rows(task, config, process, name, make)]
+        rows: list[Throughput] = []
+        for name, make in factories.items():
+            for row in measure_rows(task, config, process, name, make):
+                rows.append(row)
+                if process.is_main:
+                    write_row(folder, row)
     if not process.is_main:
         return
     print(throughput_table(rows))
     by_size = size_rows(task, config, process, factories[config.MODEL.NAME])
     if by_size:
         print(pixel_table(by_size))
-    append_records(folder / "throughput.jsonl", [asdict(row) for row in (*rows, *by_size)])
+    for row in by_size:
+        write_row(folder, row)
     draw_bars(rows, folder / "throughput.png")
     logger.info("speeds are in %s: throughput.jsonl and throughput.png", folder)
+
+
+def write_row(folder: Path, row: Throughput) -> None:
+    """Append a row to throughput.jsonl, and log its speed."""
+    append_records(folder / "throughput.jsonl", [asdict(row)])
+    logger.info(
+        "%s of %s, batch %d on each of %d: %.1f img/s, %.2f ms/batch",
+        *(row.work, row.model, row.batch, row.processes, row.images_per_second, row.milliseconds_per_batch),
+    )
 
 
 def baseline_config(config: CfgNode, name: str) -> CfgNode:
@@ -71,12 +87,15 @@ def baseline_config(config: CfgNode, name: str) -> CfgNode:
     return with_setting(config, "MODEL.TIMM.ARGS", "") if "TIMM" in config.MODEL else config
 
 
-def inference_rows(task: Task, config: CfgNode, process: Process, name: str, make_model: MakeModel) -> list[Throughput]:
-    """Measure inference at the configured batch size and at batch size 1."""
+def inference_rows(
+    task: Task, config: CfgNode, process: Process, name: str, make_model: MakeModel
+) -> Iterator[Throughput]:
+    """Yield the speed of inference at the configured batch size and at batch size 1."""
     model = build_inference_model(task, config, process.device, for_speed=True)
     prepared = model(make_model())
     sizes = sorted({config.DATA.BATCH_SIZE, 1}, reverse=True)
-    return [inference_row(task, config, process, name, prepared, model.mode, batch_size) for batch_size in sizes]
+    for batch_size in sizes:
+        yield inference_row(task, config, process, name, prepared, model.mode, batch_size)
 
 
 def inference_row(
@@ -95,32 +114,30 @@ def inference_row(
     return measure_inference(predict, conditions, name=name, batch_size=batch_size, size=size)
 
 
-def training_rows(task: Task, config: CfgNode, process: Process, name: str, make_model: MakeModel) -> list[Throughput]:
-    """Measure a run's own training step, and with MESA once more with the teacher.
+def training_rows(
+    task: Task, config: CfgNode, process: Process, name: str, make_model: MakeModel
+) -> Iterator[Throughput]:
+    """Yield the speed of a run's own training step, and with MESA once more with the teacher.
 
     Several processes are measured after the first one alone, which gives the scaling.
     """
     if process.num_processes == 1:
-        return step_rows(task, config, process, name, make_model())
-    alone: list[Throughput] = []
+        yield from step_rows(task, config, process, name, make_model())
+        return
+    speeds: dict[str, float] = {}
     if process.is_main:
-        alone = step_rows(task, config, replace(process, num_processes=1), name, make_model())
+        for row in step_rows(task, config, replace(process, num_processes=1), name, make_model()):
+            speeds[row.work] = process.num_processes * row.images_per_second
+            yield row
         free_memory(process.device)
     gather_objects(None)  # the others wait
-    together = step_rows(task, config, process, name, make_model())
+    for row in step_rows(task, config, process, name, make_model()):
+        yield replace(row, scaling=100 * row.images_per_second / speeds[row.work] if row.work in speeds else None)
     free_memory(process.device)
-    speeds = {row.work: process.num_processes * row.images_per_second for row in alone}
-    return [
-        *alone,
-        *(
-            replace(row, scaling=100 * row.images_per_second / speeds[row.work] if row.work in speeds else None)
-            for row in together
-        ),
-    ]
 
 
-def step_rows(task: Task, config: CfgNode, process: Process, name: str, model: nn.Module) -> list[Throughput]:
-    """Measure a model's training step on the processes of `process`, all together."""
+def step_rows(task: Task, config: CfgNode, process: Process, name: str, model: nn.Module) -> Iterator[Throughput]:
+    """Yield the speed of a model's training step on the processes of `process`, all together."""
     derived = task.derive(config, num_processes=process.num_processes, num_train_images=NUM_TRAIN_IMAGES)
     ema = build_ema(config, model, derived)
     if ema is not None:
@@ -137,12 +154,10 @@ def step_rows(task: Task, config: CfgNode, process: Process, name: str, model: n
     if getattr(step.compute_losses, "teacher", None) is not None:
         steps["training, MESA"] = step.compute_losses.mesa_start_step  # type: ignore[attr-defined]
     size = task.image_size(config, training=True)
-    return [
-        measure_training(
+    for work, number in steps.items():
+        yield measure_training(
             step, batch, conditions, name=name, batch_size=config.DATA.BATCH_SIZE, size=size, step=number, work=work
         )
-        for work, number in steps.items()
-    ]
 
 
 def size_rows(task: Task, config: CfgNode, process: Process, make_model: MakeModel) -> list[Throughput]:

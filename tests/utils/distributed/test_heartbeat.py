@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.faults.processes import descendants
+from tests.faults.processes import descendants, is_running
 from tests.faults.runs import Run
-from tests.helpers import is_running, wait_for
+from tests.helpers import wait_for
 from utils.distributed import heartbeat
 from utils.distributed.heartbeat import FINISHED, HANG_SECONDS, HANG_SECONDS_DEVICE, INTERVAL_SECONDS, Heartbeat
 

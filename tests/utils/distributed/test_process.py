@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import is_running, run_python, wait_for
+from tests.faults.processes import is_running
+from tests.helpers import run_python, wait_for
 from tests.utils.distributed.distributed_worker import make_model, run
 from utils.config.errors import UserError
 from utils.distributed.process import Process, start_process

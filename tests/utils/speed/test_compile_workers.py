@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.faults.processes import descendants
-from tests.helpers import ROOT, is_running, wait_for
+from tests.faults.processes import descendants, is_running
+from tests.helpers import ROOT, wait_for
 from utils.speed import compile_workers
 from utils.speed.compile_workers import (
     CompileWorkersDiedError,
