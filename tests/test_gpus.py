@@ -1,5 +1,6 @@
 """The command that measures a machine of several GPUs: its jobs, files and table; `python tests/gpus.py` runs it."""
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 from data.sources.idx import IdxImages
 from tests import gpus
+from tests.faults.injections import Fault
 from tests.machine import commands, exactness, measurements, survival
 from tests.machine.jobs import Guard, Job, Results, Row, run_jobs
 
@@ -187,3 +189,45 @@ def test_steps_in_a_log() -> None:
     assert survival.has_step_after(f"resumed from y\n{line}", "resumed from")
     assert not survival.has_step_after(f"{line}resumed from y\n", "resumed from")
     assert not survival.has_step_after(line, "resumed from")
+
+
+def test_what_was_measured_before_a_failure_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Guard, args: list[str], **__: object) -> None:
+        folder = Path(args[args.index("--output") + 1]) / "mlla_tiny" / "default"
+        folder.mkdir(parents=True)
+        (folder / "throughput.jsonl").write_text(json.dumps(SPEED) + "\n")
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(measurements, "run", fail)
+    results = Results(tmp_path, {})
+    (line,) = run_all(results, *measurements.throughput_jobs(tmp_path, "throughput", ["t512"], [2]))
+    assert "5,000 img/s" in line
+    assert "out of memory" in line
+    assert [speed["milliseconds_per_batch"] for speed in results.values("throughput")] == [102.4]
+    assert results.has_faults(["throughput"])
+
+
+def test_a_run_left_alone_is_made_once_and_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began: list[str] = []
+
+    class FakeRun:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def finish(self) -> None:
+            began.append(self.name)
+
+        def result(self) -> dict[str, str]:
+            return {"model": self.name}
+
+    all_survival = survival.Survival(tmp_path, gpu="", epochs=2, kills=1)
+    monkeypatch.setattr(all_survival, "new_run", lambda _, name, processes, **__: FakeRun(f"{name} {processes}"))
+    monkeypatch.setattr(survival, "FAULTS", {"kill-training": Fault("", "", lambda run, _: run.name)})
+    all_jobs = {(item.name, item.processes): item for item in all_survival.jobs([1, 2])}
+    (row,) = all_jobs["killed runs", 2].run(Guard(30))
+    assert began == ["alone 2", "killed 2"]
+    assert (row.is_good, row.result) == (False, "1 times; DIFFERENT: model")
+    (row,) = all_jobs["run left alone", 2].run(Guard(30))
+    assert row.result.startswith("2 epochs")
+    assert began == ["alone 2", "killed 2"]
+    assert {item.processes for item in all_survival.jobs([1])} == {1}

@@ -46,7 +46,9 @@ print(json.dumps({
 def console_commands() -> dict[str, str]:
     """Return the names of pyproject.toml by module."""
     text = (ROOT / "pyproject.toml").read_text()
-    return {module: name for name, module in re.findall(r'^([\w-]+) = "(mlla[\w.]+):(?:main|command)"$', text, flags=re.M)}
+    return {
+        module: name for name, module in re.findall(r'^([\w-]+) = "(mlla[\w.]+):(?:main|command)"$', text, flags=re.M)
+    }
 
 
 def python(*args: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
