@@ -67,11 +67,11 @@ def test_a_failure_is_a_line_and_only_failed_jobs_run_again(tmp_path: Path) -> N
 
 
 def test_the_end_of_its_time_ends_a_job_and_its_processes(tmp_path: Path) -> None:
-    started = []
+    guards = []
 
     def sleep(guard: Guard) -> list[Row]:
-        process = commands.start(guard, ["-c", "import time; time.sleep(60)"], processes=1, output=tmp_path / "out.txt")
-        started.append(process)
+        guards.append(guard)
+        commands.start(guard, ["-c", "import time; time.sleep(60)"], processes=1, output=tmp_path / "out.txt")
         guard.wait_for(lambda: False, of="answer")
         return []
 
@@ -79,11 +79,11 @@ def test_the_end_of_its_time_ends_a_job_and_its_processes(tmp_path: Path) -> Non
     run_all(results, job("sleep", sleep, seconds=0.3))
     (record,) = results.records.values()
     assert "time limit" in record["error"]
-    assert "no answer within 0 s" in record["error"]
-    assert started[0].poll() is not None
+    (held,) = guards[0].held
+    assert held.process.poll() is not None
     lines = run_all(results, job("late", sleep), seconds=-1)
     assert "not started" in lines[0]
-    assert len(started) == 1
+    assert len(guards) == 1
 
 
 def test_a_command_that_fails_is_quoted(tmp_path: Path) -> None:
@@ -93,6 +93,8 @@ def test_a_command_that_fails_is_quoted(tmp_path: Path) -> None:
     process = commands.start(guard, ["-c", ""], processes=1, output=tmp_path / "out.txt")
     with pytest.raises(RuntimeError, match="exit code 0 before first step"):
         guard.wait_for(lambda: False, process, of="first step")
+    with pytest.raises(RuntimeError, match="no answer within 0 s"):
+        Guard(0).wait_for(lambda: False, of="answer")
 
 
 def test_timed_jobs_run_alone(tmp_path: Path) -> None:
