@@ -13,6 +13,7 @@ from models.rope import position_tables, rotate_pairs, spread_over_grid
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the norm of each result
 COLUMNS = 6
 FULL_SIZE = 2**14 + 2**13  # images times channels that keep a GPU busy: kernels take the tiles that training takes
+LEAST_FULL_BATCH = 112  # likewise, of the widest tokens
 INFERENCE_ONLY = ("inference_mixer", "inference_mlp", "mlp", "stem_conv_relu")  # without gradient
 EPS = 1e-5  # of the norms
 Outputs = tuple[Tensor, ...]
@@ -20,7 +21,7 @@ Outputs = tuple[Tensor, ...]
 
 def full_batch(device: torch.device, channels: int) -> int:
     """Return the batch size of the self-test: on a GPU large enough for the tiles of training."""
-    return max(2, FULL_SIZE // channels) if device.type == "cuda" else 2
+    return max(LEAST_FULL_BATCH, FULL_SIZE // channels) if device.type == "cuda" else 2
 
 
 def find_error(
@@ -110,8 +111,10 @@ def problem(
         return [draw(channels, of=torch.float32), draw(channels, of=torch.float32)]
 
     if kernel.startswith("stem_conv"):
-        inputs = [draw(batch, 3, 4 * rows, 4 * columns).detach(), draw(channels, 3, 3, 3, scale=0.2, of=torch.float32)]
-        inputs += [draw(channels, of=torch.float32)] if kernel == "stem_conv_relu" else []
+        with_relu = kernel == "stem_conv_relu"  # for inference, whose weights are cast once
+        images = draw(batch, 3, 4 * rows, 4 * columns).detach()
+        of = images.dtype if with_relu else torch.float32
+        inputs = [images, draw(channels, 3, 3, 3, scale=0.2, of=of), *([draw(channels, of=of)] if with_relu else [])]
         return fused_stem, reference_stem, inputs
     if kernel == "wide_conv":
         narrow = max(1, channels // 8)

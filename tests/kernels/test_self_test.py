@@ -81,6 +81,49 @@ def test_a_wrong_or_failing_kernel_does_not(device: torch.device, monkeypatch: p
         assert words in problems.find_error("mixer", device, torch.float32, 32, 32, rows=6, batch=2)
 
 
+def launched(kernel: str, shape: tuple[int, int, int, int], patch: pytest.MonkeyPatch) -> set[tuple[Any, ...]]:
+    """Return what Triton would compile for tokens (B, H, W, C), forward and backward, without computing anything."""
+    from triton.runtime import interpreter
+
+    found = set()
+
+    def run(function: Any, *args: Any, grid: Any, warmup: bool, **settings: Any) -> None:  # noqa: ARG001
+        values = dict(zip(function.arg_names, args, strict=False)) | settings
+        for name in function.kwargs.get("do_not_specialize") or ():
+            del values[name]
+        found.add((function.__name__, *((name, specialization(name, value)) for name, value in values.items())))
+
+    def draw(*shape: int, scale: float = 1.0, of: torch.dtype = torch.bfloat16) -> torch.Tensor:  # noqa: ARG001
+        return torch.zeros(shape, dtype=of, requires_grad=kernel not in problems.INFERENCE_ONLY)
+
+    patch.setattr(interpreter.InterpretedFunction, "run", run)
+    fused, _, inputs = problems.problem(kernel, draw, shape, 32)
+    results = fused(*inputs)
+    if results[0].requires_grad:
+        trained = [tensor for tensor in inputs if tensor.requires_grad]
+        torch.autograd.grad(results, trained, [torch.ones_like(result) for result in results])
+    return found
+
+
+def specialization(name: str, value: Any) -> Any:
+    """Return what of an argument a compiled kernel depends on; constants have names in upper case."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype
+    is_size = isinstance(value, int) and not isinstance(value, bool) and name.islower() and name != "num_warps"
+    return (value == 1, value % 16 == 0) if is_size else value
+
+
+@pytest.mark.parametrize("kernel", ["mixer", "mlp_branch", "wide_conv", "stem_conv", "inference_mixer"])
+def test_other_grids_and_batches_need_no_other_compiled_kernels(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, kernel: str
+) -> None:
+    if device.type != "cpu":
+        pytest.skip("only Triton's interpreter takes kernels that are not compiled")
+    tested = launched(kernel, (16, 17, problems.COLUMNS, 64), monkeypatch)
+    for batch, side in ((16, 32), (24, 28)):
+        assert launched(kernel, (batch, side, side, 64), monkeypatch) <= tested
+
+
 def test_cases_of_a_model() -> None:
     """Grids of 17 x 17 tokens at width 16, 9 x 9 at 32; each case once, none for modules that are not "auto"."""
     model = MLLA(**SIZES)  # type: ignore[arg-type]

@@ -71,7 +71,7 @@ def load_state(matrix, mean, part_stride, mean_part_stride, head_index, parts, D
     return total, vector
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "width", "tokens_per_part"])
 def key_value_kernel(
     qk, v, cos, sin, matrix, mean, num_tokens, width, heads, tokens_per_part,
     BLOCK: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, MIXED: tl.constexpr,
@@ -106,7 +106,7 @@ def key_value_kernel(
     tl.store(mean + base + i, tl.sum(k_sum, 0) / num_tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "width", "parts", "tokens_per_program"])
 def attend_kernel(
     qk, cos, sin, matrix, mean, out, num_tokens, width, heads, parts, tokens_per_program,
     BLOCK: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, MIXED: tl.constexpr,

@@ -22,7 +22,7 @@ from models.kernels.triton.launch import matmul_precision, on_its_device
 from models.kernels.triton.math import positive, positive_gradient, reciprocal, rescale, sigmoid
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "width", "parts", "tokens_per_part"])
 def query_backward_kernel(
     grad, scale, qk, gate, ungated, cos, sin, matrix, mean,
     grad_qk, grad_gate, grad_ungated, gated, grad_matrix, grad_mean, sums,
@@ -104,7 +104,7 @@ def query_backward_kernel(
     tl.store(sums + 2 * channels + i, tl.sum(gate_sum, 0) / 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "width", "parts", "tokens_per_program"])
 def key_value_backward_kernel(
     qk, v, cos, sin, grad_matrix, grad_mean, grad_qk, grad_v, sums, num_tokens, width, heads, parts, tokens_per_program,
     BLOCK: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, MIXED: tl.constexpr,

@@ -45,7 +45,7 @@ def finish(
     tl.store(second_out + offset, result.to(second_out.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_blocks", "height", "width"])
 def conv_forward_kernel(
     x, weight, bias, norm_weight, norm_bias, later_bias, attended, gate, out, second_out,
     num_pairs, num_blocks, height, width, channels, x_token_stride, gate_token_stride, eps,

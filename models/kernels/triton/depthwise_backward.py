@@ -15,7 +15,7 @@ from models.kernels.triton.math import as_tile
 from models.kernels.triton.sums import empty_parts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_blocks", "height", "width"])
 def conv_backward_kernel(
     grad, x, weight, extra, grad_x, partials,
     num_pairs, num_blocks, height, width, channels, grad_token_stride, x_token_stride,

@@ -26,7 +26,7 @@ def load_three(pointer, ok_left, ok, channels):
     return a, b, c
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_columns", "num_blocks", "height", "width"])
 def strided_forward_kernel(
     x, weight, bias, out, num_columns, num_blocks, height, width, channels,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -68,7 +68,7 @@ def load_relu_grad(grad, out, index, ok):
     return tl.where(tl.load(out + index, mask=ok, other=0.0) > 0, value, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_columns", "num_blocks", "height", "width"])
 def strided_backward_kernel(
     grad, x, weight, out, grad_x, partials, num_columns, num_blocks, height, width, channels,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,

@@ -20,6 +20,9 @@ WINDOW = tl.constexpr(16)  # values of a pair in one row of an image; the first 
 TAPS = tl.constexpr(27)
 LARGEST_TILE, LARGEST_EXACT_TILE = 8192, 2048  # elements, what registers hold; in float32 products are unrolled
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 8, 2  # per multiprocessor
+# Whether they are 1 or divisible by 16 makes no kernel faster, and each such case would be compiled by itself.
+SIZES = ["num_pairs", "num_blocks", "height", "pairs_per_row", "image_stride", "row_stride"]
+SIZES += [f"weight_{name}_stride" for name in ("output", "input", "row", "column")]
 
 
 @triton.jit
@@ -54,7 +57,7 @@ def locate_weights(n, k, channels, output_stride, input_stride, column_stride):
     return output, offset, (column >= 0) & (column < 3) & (n < 2 * channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def stem_forward_kernel(
     images, weight, bias, out, num_pairs, num_blocks, height, pairs_per_row, channels,
     image_stride, channel_stride, row_stride, column_stride,
@@ -89,7 +92,7 @@ def stem_forward_kernel(
         tl.store(target, result.to(dtype), mask=ok & (n < 2 * channels))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def stem_backward_kernel(
     grad, images, parts, num_pairs, num_blocks, height, pairs_per_row, channels,
     image_stride, channel_stride, row_stride, column_stride,
