@@ -146,8 +146,8 @@ def step_rows(task: Task, config: CfgNode, process: Process, name: str, model: n
     batch = task.synthetic_batch(config, model, process.device)
     precision = build_precision(config, process.device)
     parts = (task, config, model, process, optimizer, ema, precision, derived)
-    step = build_train_step(*parts, num_steps=derived.total_steps)
-    mode = training_mode(task, config, process.device, num_steps=derived.total_steps)
+    step = build_train_step(*parts)
+    mode = training_mode(task, config, model, process.device, derived)
     mode = effective_mode(mode, is_captured=is_captured(step))
     conditions = conditions_of(config, process, mode, process.num_processes)
     steps = {"training": STEP_WITHOUT_TEACHER}

@@ -13,7 +13,13 @@ from utils.distributed.gradient_exchange import GradientExchange
 from utils.distributed.process import Process
 from utils.logs.logger import logger
 from utils.logs.wandb_logger import WandbLogger
-from utils.speed.compile import GRAPH_MODES, compile_regions, resolve_inference_mode, resolve_training_mode
+from utils.speed.compile import (
+    GRAPH_MODES,
+    compile_regions,
+    resolve_inference_mode,
+    resolve_training_mode,
+    training_flops,
+)
 from utils.speed.memory import out_of_memory_message
 from utils.speed.shape_graphs import ShapeGraphs
 from utils.training.amp import Precision, make_precision
@@ -110,9 +116,13 @@ def describe_out_of_memory(task: Task, config: CfgNode, error: torch.OutOfMemory
     )
 
 
-def training_mode(task: Task, config: CfgNode, device: torch.device, *, num_steps: int) -> str:
-    """Return the compile mode of a training step, of which `num_steps` are to come."""
-    return resolve_training_mode(config.TRAIN.COMPILE, device, num_steps=num_steps, auto=task.auto_training_mode)
+def training_mode(task: Task, config: CfgNode, model: nn.Module, device: torch.device, derived: Derived) -> str:
+    """Return the compile mode of a model's training step: the same for all parts of a run that is interrupted."""
+    num_images = derived.total_steps * config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    flops = training_flops(num_parameters, task.image_size(config, training=True), num_images)
+    auto = task.auto_training_mode
+    return resolve_training_mode(config.TRAIN.COMPILE, device, num_steps=derived.total_steps, flops=flops, auto=auto)
 
 
 def build_train_step(
@@ -124,13 +134,8 @@ def build_train_step(
     ema: ModelEma | None,
     precision: Precision,
     derived: Derived,
-    *,
-    num_steps: int,
 ) -> TrainStep:
-    """Return the training step of a model on all processes together, compiled as TRAIN.COMPILE says.
-
-    `num_steps` are to come.
-    """
+    """Return the training step of a model on all processes together, compiled as TRAIN.COMPILE says."""
     exchange = None
     if process.num_processes > 1:
         exchange = GradientExchange(model, find_unused=config.TRAIN.FIND_UNUSED_PARAMS)
@@ -141,7 +146,7 @@ def build_train_step(
     if config.MODEL.KERNELS != "torch":
         options["fused_update"] = make_fused_update(optimizer, ema, precision.scaler, is_alone=exchange is None)
     train_step = TrainStep(*parts, **options)
-    mode = training_mode(task, config, process.device, num_steps=num_steps)
+    mode = training_mode(task, config, model, process.device, derived)
     teacher = getattr(compute_losses, "teacher", None)
     has_one_shape = has_one_training_shape(task, config, process.device)
     for module in filter(None, (model, teacher)):
@@ -155,7 +160,7 @@ def build_train_step(
         logger.info("TRAIN.COMPILE %s: the step has no CUDA graph: %s", config.TRAIN.COMPILE, reason)
         return train_step
     if has_part:
-        num_calls = num_steps * config.TRAIN.ACCUMULATION_STEPS
+        num_calls = derived.total_steps * config.TRAIN.ACCUMULATION_STEPS
         compute_losses.record_fixed_part(partial(ShapeGraphs, num_calls=num_calls))  # type: ignore[attr-defined]
         return SideStreamStep(*parts, **options)
     return GraphedTrainStep(*parts, **options)

@@ -233,9 +233,7 @@ class Training:
     def build_step(self) -> TrainStep:
         run, state, derived = self.run, self.state, self.derived
         parts = (run.config, run.model, run.process, state.optimizer, state.ema, run.precision, derived)
-        epochs, steps = state.progress
-        num_steps = derived.total_steps - epochs * derived.steps_per_epoch - steps
-        return build_train_step(self.task, *parts, num_steps=num_steps)
+        return build_train_step(self.task, *parts)
 
     def log_start(self) -> None:
         config, run, derived = self.run.config, self.run, self.derived

@@ -30,7 +30,7 @@ def train(monkeypatch: pytest.MonkeyPatch, device: str, mode: str) -> tuple[Trai
     derived = task.derive(config, num_processes=1, num_train_images=100)
     optimizer = build.build_optimizer(config, task.parameter_groups(config, model))
     parts: Any = (task, config, model, process, optimizer, None, build.build_precision(config, process.device), derived)
-    step = build.build_train_step(*parts, num_steps=1000)
+    step = build.build_train_step(*parts)
     if device == "cpu":
         monkeypatch.setattr(graphed_step, "Capture", partial(SimulatedCapture, optimizer))
     losses = []

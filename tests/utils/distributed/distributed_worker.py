@@ -69,7 +69,7 @@ def run(process: Process, batch_size: int, accumulation_steps: int) -> dict[str,
             module.eval()
     ema = build_ema(config, model, derived)
     optimizer = build_optimizer(config, task.parameter_groups(config, model))
-    train_step = build_train_step(task, config, model, process, optimizer, ema, precision, derived, num_steps=STEPS)
+    train_step = build_train_step(task, config, model, process, optimizer, ema, precision, derived)
     schedule = task.schedule(config, derived)
     batches = iter(train_loader(config, Noise(), process.rank, process.num_processes, process.device))
     grad_norms = []

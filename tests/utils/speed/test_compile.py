@@ -19,13 +19,14 @@ from utils.speed import compile
 from utils.speed.compile import (
     GRAPHS,
     MIN_RECORDED_STEPS,
-    MIN_TRAINING_STEPS,
+    MIN_TRAINING_FLOPS,
     Capture,
     CapturedModel,
     compile_regions,
     effective_mode,
     resolve_inference_mode,
     resolve_training_mode,
+    training_flops,
     uses_graphs,
 )
 from utils.training import graphed_step
@@ -46,7 +47,7 @@ def test_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_inference_mode("auto", gpu, for_speed=True, auto="off") == "off"
     monkeypatch.setattr(compile, "compile_unsupported_reason", lambda _: "")
     assert resolve_inference_mode("auto", gpu, for_speed=True) == "reduce-overhead"
-    assert resolve_training_mode("auto", gpu, num_steps=MIN_TRAINING_STEPS, auto="default") == "default"
+    assert resolve_training_mode("auto", gpu, num_steps=10**6, auto="default") == "default"
     monkeypatch.setattr(compile, "compile_unsupported_reason", lambda _: "Triton is not installed")
     assert resolve_inference_mode("auto", gpu, for_speed=True) == GRAPHS
     for num_steps, mode in ((MIN_RECORDED_STEPS - 1, "off"), (MIN_RECORDED_STEPS, GRAPHS)):
@@ -88,11 +89,17 @@ def test_auto_leaves_a_short_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile.logger, "info", lambda line, *args: said.append(line % args))
     monkeypatch.setattr(compile, "compile_unsupported_reason", lambda _: "")
     gpu = torch.device("cuda", 0)
-    assert resolve_training_mode("auto", gpu, num_steps=MIN_TRAINING_STEPS - 1) == GRAPHS
-    assert len(said) == 1
-    assert f"{MIN_TRAINING_STEPS - 1} steps" in said[0]
-    assert resolve_training_mode("auto", gpu, num_steps=1, auto="default") == "off"
-    assert resolve_training_mode("reduce-overhead", gpu, num_steps=1) == "reduce-overhead"
+    assert resolve_training_mode("auto", gpu, num_steps=10**6, flops=MIN_TRAINING_FLOPS) == "reduce-overhead"
+    assert resolve_training_mode("auto", gpu, num_steps=10**6, flops=2e15) == GRAPHS
+    assert said == ["TRAIN.COMPILE auto: graphs, since the run is short: 2 PFLOP; compiling pays off from 30 on"]
+    assert resolve_training_mode("auto", gpu, num_steps=10**6, flops=2e15, auto="default") == "off"
+    assert resolve_training_mode("reduce-overhead", gpu, num_steps=1, flops=0) == "reduce-overhead"
+
+
+@pytest.mark.parametrize(("parameters_m", "gmacs"), [(25.0, 4.2), (43.0, 7.3), (96.0, 16.2), (25.6, 4.1), (28.6, 4.5)])
+def test_training_flops_follow_from_the_parameters(parameters_m: float, gmacs: float) -> None:
+    """MLLA-T, S, B in the paper's table 3; ResNet-50; ConvNeXt-T."""
+    assert training_flops(int(parameters_m * 1e6), (224, 224), 10) == pytest.approx(60e9 * gmacs, rel=0.25)
 
 
 def test_missing_c_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ class GoldenRun:
         self.schedule = task.schedule(self.config, derived)
         self.precision = make_precision(CPU, amp=False, dtype="auto")
         parts = (self.config, self.model, ALONE, self.optimizer, ema, self.precision, derived)
-        self.train_step = build_train_step(task, *parts, num_steps=24)
+        self.train_step = build_train_step(task, *parts)
         self.train_step.compute_losses.mesa_start_step = 8  # type: ignore[attr-defined]  # where the recording has it
 
     @staticmethod
