@@ -21,12 +21,18 @@ STOP_SECONDS = 8.0  # launchers kill 30 s after SIGTERM, of which a step and a c
 
 @dataclass(frozen=True)
 class Process:
-    """This process: rank from 0 to num_processes - 1, number of processes, device, and heartbeat if several."""
+    """This process: rank from 0 to num_processes - 1, number of processes, device, and heartbeat if several.
+
+    Attributes:
+        has_sigterm: whether training has got SIGTERM, which a launcher sends once another process has failed.
+        has_stopped: whether `stop_process` is through.
+    """
 
     rank: int
     num_processes: int
     device: torch.device
     heartbeat: Heartbeat | None = field(default=None, compare=False)
+    has_sigterm: threading.Event = field(default_factory=threading.Event, compare=False)
     has_stopped: threading.Event = field(default_factory=threading.Event, compare=False)
 
     @property

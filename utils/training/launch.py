@@ -152,7 +152,8 @@ def report(
         message = "%sout of memory (%s); lower DATA.BATCH_SIZE, DATA.NUM_WORKERS, or the sizes of images and model"
         logger.error(message, rank, reason)
     elif isinstance(error, torch.distributed.DistError) or is_from_library(error, *LOST_CONTACT):
-        time.sleep(SECONDARY_RANK_DELAY_SECONDS)  # the launcher ends this process after it has seen the first failure
+        if not process.has_sigterm.is_set():  # the launcher ends this process after it has seen the first failure
+            time.sleep(SECONDARY_RANK_DELAY_SECONDS)
         logger.error("%slost contact with the other processes, one of which has failed (%s)", rank, text[:200])
     elif is_from_library(error, DEAD_LOADER_WORKER):
         logger.error(

@@ -158,6 +158,8 @@ class Trainer:
                 while state.progress.epochs < self.config.total_epochs and self.train_epoch():
                     self.finish_epoch()
         finally:
+            if self.stop.asked is Cause.SIGTERM:
+                self.process.has_sigterm.set()
             self.writer.wait()
             if self.recorder is not None:
                 self.recorder.close()

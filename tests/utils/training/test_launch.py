@@ -14,6 +14,7 @@ import torch
 from utils.config.errors import UserError
 from utils.distributed import process
 from utils.distributed.process import Process, stop_process
+from utils.training import launch
 from utils.training.launch import LaunchedProcess, run_and_end
 
 
@@ -37,6 +38,21 @@ def test_errors_that_end_a_process(
     assert " ".join(message.split()).startswith(line)
     assert ("Traceback" in message) == ("defect" in str(error))
     assert launched.exit_code == exit_code
+
+
+@pytest.mark.parametrize(("has_sigterm", "waits"), [(False, [launch.SECONDARY_RANK_DELAY_SECONDS]), (True, [])])
+def test_a_lost_contact_waits_for_the_launchers_signal_unless_it_came(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, has_sigterm: bool, waits: list[float]
+) -> None:
+    monkeypatch.setattr(logging.getLogger("mlla"), "propagate", True)
+    slept: list[float] = []
+    monkeypatch.setattr(launch.time, "sleep", slept.append)
+    with LaunchedProcess() as this_process:
+        if has_sigterm:
+            this_process.has_sigterm.set()
+        raise RuntimeError("[gloo] Connection closed by peer")
+    assert [seconds for seconds in slept if seconds > 1] == waits
+    assert "lost contact with the other processes" in caplog.text
 
 
 def exit_code_of_fork(target: Callable[[], object]) -> int | None:

@@ -371,6 +371,18 @@ def test_a_run_that_is_stopped_at_once_saves_nothing(tmp_path: Path) -> None:
     assert run.saved == run.step.calls == []
 
 
+@pytest.mark.parametrize("cause", [Cause.SIGTERM, Cause.NONE])
+def test_the_process_knows_that_sigterm_came_before_a_failure(tmp_path: Path, cause: Cause) -> None:
+    def fail(run: FakeRun, _: int) -> None:
+        run.trainer.stop.ask(cause)
+        raise RuntimeError("Connection closed by peer")
+
+    run = FakeRun(tmp_path / "run", before_step=fail)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        run.trainer.run()
+    assert run.trainer.process.has_sigterm.is_set() == (cause is Cause.SIGTERM)
+
+
 def test_a_stop_right_after_a_checkpoint_does_not_save_it_again(tmp_path: Path) -> None:
     run = FakeRun(tmp_path / "run", save_steps=2, before_step=stop_before(1))
     assert not run.trainer.run()
