@@ -23,7 +23,7 @@ SAVE_STEPS = 5
 LONG = 100_000  # epochs, of a run that is to be stopped
 HANG_SECONDS = 60.0
 STOP_SECONDS = 30.0
-SECONDS = 240
+SECONDS = 200
 STEP = re.compile(r" Train: \[(\d+)/\d+\]\[(\d+)/(\d+)\] ")
 STOPPED = re.compile(r"SIGTERM: stopped in epoch (\d+) after step (\d+) of (\d+)")
 
