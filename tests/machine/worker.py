@@ -102,7 +102,8 @@ def exchange(process: Process, args: argparse.Namespace) -> dict[str, Any]:
 
     On GPUs it is a CUDA graph, as in the step.
     """
-    model = prepare_model(TASK, load_config(args.cfg, ["AUG.MESA", "0"]), process, None)
+    config = load_config(args.cfg, ["MODEL.KERNELS", "torch"])  # which need not be compiled for this
+    model = prepare_model(TASK, config, process, None)
     gradients = GradientExchange(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     for parameter in parameters:
