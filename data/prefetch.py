@@ -111,11 +111,16 @@ class DeviceLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches.
+        """Start the workers, and return an iterator over the batches.
 
         Raises:
             BrokenImageError: an image cannot be used and is not skipped, or too many were skipped.
         """
+        self.loader.start()
+        return self.prepared_batches()
+
+    def prepared_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches, as `__iter__`."""
         num_ahead = 0 if self.stream is None else 1
         with ThreadPoolExecutor(1) if num_ahead and self.dataset.on_device else SameThread() as executor:
             prepared: deque[tuple[Batch, Future[Prepared]]] = deque()

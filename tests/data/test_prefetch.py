@@ -31,6 +31,10 @@ class Batches:
         self.batches = batches
         self.sampler: object = None
         self.dataset = SimpleNamespace(on_device=False)
+        self.is_started = False
+
+    def start(self) -> None:
+        self.is_started = True
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -160,3 +164,10 @@ def test_skipped_images_are_counted_and_logged_once(caplog: pytest.LogCaptureFix
 def test_normalizer_takes_any_memory_order() -> None:
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 5, 4), dtype=np.uint8))
     assert Normalizer()(images).equal(Normalizer()(images.contiguous(memory_format=torch.channels_last)))
+
+
+def test_workers_begin_before_the_first_batch_is_asked_for() -> None:
+    batches = loader(batch())
+    iterator = iter(batches)
+    assert batches.loader.is_started  # type: ignore[attr-defined]
+    assert len(list(iterator)) == 1

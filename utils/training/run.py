@@ -2,9 +2,10 @@
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -209,6 +210,7 @@ class Training:
 
     def make_trainer(self, check_folder: Callable[[], object]) -> Trainer:
         task, run = self.task, self.run
+        batches = self.start_loading()
         as_compiled = build_inference_model(task, run.config, run.process.device)
         if task.has_one_image_size:
             as_compiled.warm_up(self.state.model, run.config, run.precision)
@@ -217,7 +219,7 @@ class Training:
             self.state,
             self.build_step(),
             folder=run.folder,
-            batches=lambda epoch, first: task.batches(run, epoch, first),
+            batches=batches,
             evaluate=lambda models: task.evaluate(run, as_compiled.together(models)),
             metadata={"config": run.config.dump(), "classes": run.data.classes},
             draw_predictions=lambda model, weights: draw_predictions(task, run, as_compiled(model), weights),
@@ -229,6 +231,19 @@ class Training:
         # What set-up draws (torch does for an all-reduce on the meta device) it draws at every start: it must not show.
         restore_rng_state(self.rng, run.process.device)
         return trainer
+
+    def start_loading(self) -> Callable[[int, int], Iterator[Any]]:
+        """Let the loader's workers begin, beside set-up and compilation; return the trainer's function `batches`."""
+        task, run, progress = self.task, self.run, self.state.progress
+        started: dict[tuple[int, int], Iterator[Any]] = {}
+        if progress.steps < self.derived.steps_per_epoch:
+            first = progress.epochs, progress.steps * run.config.TRAIN.ACCUMULATION_STEPS
+            started[first] = task.batches(run, *first)
+
+        def batches(epoch: int, first: int) -> Iterator[Any]:
+            return started.pop((epoch, first), None) or task.batches(run, epoch, first)
+
+        return batches
 
     def build_step(self) -> TrainStep:
         run, state, derived = self.run, self.state, self.derived

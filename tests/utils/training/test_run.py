@@ -85,6 +85,8 @@ class FakeTask(Task):
         return iter(self.numbers.split(run.config.DATA.BATCH_SIZE)[first:])
 
     def losses(self, config: CfgNode, network: nn.Module, ema: ModelEma | None, derived: Derived) -> ComputeLosses:  # noqa: ARG002
+        self.calls.append(("losses",))
+
         def compute(numbers: Tensor, step: int) -> dict[str, Tensor]:
             if step == self.signal_at:
                 os.kill(os.getpid(), self.signal)
@@ -161,6 +163,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRun:
 def test_training_learns_and_saves_state_and_metadata(run: FakeRun) -> None:
     assert run() == 0
     assert run.calls("model") == [[2]]
+    assert run.task.calls.index(("batches", 0, 0)) < run.task.calls.index(("losses",))  # workers load during set-up
     assert run.calls("batches") == [[0, 0], [1, 0]]
     assert [name for name, _ in run.calls("evaluate")] == ["model", "EMA"] * 2
     records = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
