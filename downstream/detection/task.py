@@ -27,6 +27,7 @@ from utils.distributed.process import Process, gather_objects
 from utils.logs.logger import errors_logged, logger, with_bar
 from utils.logs.output_dir import output_errors
 from utils.logs.plots import STEP_PANELS, Panel
+from utils.speed.compile import GRAPHS
 from utils.speed.flops import profile_table
 from utils.speed.shape_graphs import Part
 from utils.training.build import build_precision
@@ -81,7 +82,7 @@ class Detection(DenseTask):
     )
 
     losses_class = DetectionLosses
-    auto_training_mode = "off"  # a compilation for each new image size would outlast many runs
+    auto_training_mode = GRAPHS  # a compilation for each new image size would outlast many runs
 
     def __init__(self) -> None:
         self.evaluator: CocoEvaluator | None = None  # made once, on the first process

@@ -56,7 +56,6 @@ class Segmentation(DenseTask):
     )
     has_one_image_size = True  # crops have one size
     losses_class = FixedShapeLosses
-    auto_training_mode = "default"
 
     def build_data(self, config: CfgNode, process: Process) -> SegmentationData:
         shared = process.num_processes if config.MODEL.HEAD.SYNC_NORM else 1

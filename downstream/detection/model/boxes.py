@@ -20,11 +20,13 @@ BOX_HEAD_STDS = (0.1, 0.1, 0.2, 0.2)
 def make_anchors(grids: Sequence[Size], device: torch.device) -> list[Tensor]:
     """Return the anchors of each level, (H * W * 3, 4) for a grid (H, W): by row, column, then aspect ratio.
 
-    Centers are multiples of the level's stride for any image size; nothing is rounded.
+    Centers are multiples of the level's stride for any image size; nothing is rounded. Sides have the same bits on all
+    devices: a GPU's square root may differ in the last one, and then anchors no longer tie for a ground truth.
     """
-    ratios = constant(ASPECT_RATIOS, device)
+    ratios = torch.tensor(ASPECT_RATIOS)
     heights, widths = ratios.sqrt(), ratios.rsqrt()
     corners = torch.stack((-widths, -heights, widths, heights), dim=1) / 2  # (3, 4)
+    corners = corners.to(device, non_blocking=True)
     levels = []
     for stride, (height, width) in zip(STRIDES, grids, strict=True):
         ys, xs = torch.meshgrid(

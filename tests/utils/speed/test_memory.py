@@ -53,7 +53,7 @@ def test_a_run_reports_it_in_one_line(
     monkeypatch.setattr("models.MLLA.forward", fail)
     code, out, err = run_main("--cfg", "cfgs/digits.yaml", "--output", tmp_path, "--batch-size", 30, *args)
     assert code == 1
-    (line,) = [line for line in (out + err).splitlines() if "memory" in line]
+    (line,) = [line for line in (out + err).splitlines() if "out of GPU memory" in line]
     assert "out of GPU memory (23.65 GiB) with DATA.BATCH_SIZE 30 images of 32x32 per process: add --amp, or" in line
     assert ("--use-checkpoint" in line) == (args != ["--throughput"])
     assert "Traceback" not in out + err

@@ -13,6 +13,7 @@ from downstream.detection.model.boxes import (
     limits_of,
     make_anchors,
 )
+from tests.utils.speed.test_shape_graphs import DEVICES
 
 ROOT2 = math.sqrt(2)
 
@@ -29,6 +30,14 @@ def test_anchors_by_hand() -> None:
     torch.testing.assert_close(levels[0][16], torch.tensor([8 - half, 4 - half, 8 + half, 4 + half]))  # row 1, column 2
     torch.testing.assert_close(levels[1][4], torch.tensor([8.0 - 32, -32, 8 + 32, 32]))
     torch.testing.assert_close(levels[4][1], torch.tensor([-256.0, -256, 256, 256]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_anchors_have_the_same_bits_on_all_devices(device: str) -> None:
+    """Else anchors that tie for a ground truth on one device do not on another, and fewer or more are positive."""
+    wide = make_anchors([(1, 1)] * 5, torch.device(device))[0][0].cpu()
+    sides = wide.new_tensor([float.fromhex("0x1.6a09e6p+4"), float.fromhex("0x1.6a09e6p+3")])
+    assert wide.equal(torch.cat((-sides, sides)))
 
 
 def test_strides_do_not_depend_on_the_image_size() -> None:
