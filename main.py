@@ -108,9 +108,11 @@ class Classification(Task):
     def check_kernels(self, config: CfgNode, device: torch.device) -> None:
         check_mode(config.MODEL.KERNELS, device)
 
-    def test_kernels(self, config: CfgNode, model: nn.Module, dtype: torch.dtype) -> None:
+    def test_kernels(
+        self, config: CfgNode, model: nn.Module, dtype: torch.dtype, meanwhile: Callable[[], object] | None = None
+    ) -> None:
         device = next(model.parameters()).device
-        run_self_test(model, dtype, config.DATA.IMG_SIZE, model_uses(self, config, device))
+        run_self_test(model, dtype, config.DATA.IMG_SIZE, model_uses(self, config, device), meanwhile)
 
     def prepare_for_inference(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         return prepare_for_inference(model, dtype)

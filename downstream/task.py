@@ -58,9 +58,13 @@ class DenseTask(Task):
     def check_kernels(self, config: CfgNode, device: torch.device) -> None:
         check_mode(config.MODEL.KERNELS, device)
 
-    def test_kernels(self, config: CfgNode, model: nn.Module, dtype: torch.dtype) -> None:
+    def test_kernels(
+        self, config: CfgNode, model: nn.Module, dtype: torch.dtype, meanwhile: Callable[[], object] | None = None
+    ) -> None:
         uses = model_uses(self, config, next(model.parameters()).device)
-        run_self_test(model, dtype, image_size=512, uses=uses)  # larger grids are in the same class
+        run_self_test(
+            model, dtype, image_size=512, uses=uses, meanwhile=meanwhile
+        )  # larger grids are in the same class
 
     def prepare_for_inference(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         return prepare_for_inference(model, dtype)

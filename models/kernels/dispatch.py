@@ -16,7 +16,9 @@ HEAD_DIMS = (16, 32, 64, 128)
 # Grids of up to so many rows share their tiles; the self-test takes the number of rows beside it for them.
 GRID_CLASSES = ((7, 6), (14, 12))
 LARGE_GRID_ROWS = 17
-VERDICTS: dict[tuple[torch.device, torch.dtype, Case], str] = {}  # of this process
+Problem = tuple[torch.device, torch.dtype, Case]
+VERDICTS: dict[Problem, str] = {}  # of this process
+ASSUMED: list[set[Problem]] = []  # where there is one, problems without a verdict go there, and count as passed
 
 logger = logging.getLogger("mlla")
 
@@ -156,6 +158,9 @@ def self_test_verdict(
     """Return a kernel's verdict, from this process's table, from the disk, or else by running its self-test."""
     case = kernel, channels, head_dim, rows
     if case not in known_verdicts([case], device, dtype):
+        if ASSUMED:
+            ASSUMED[-1].add((device, dtype, case))
+            return ""
         add_verdicts({case: solve(case, device, dtype)}, device, dtype)
     return VERDICTS[device, dtype, case]
 

@@ -7,7 +7,7 @@ of verdicts and runs a missing test at the first call; `verdicts` keeps them on 
 import os
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 
 import torch
@@ -50,7 +50,11 @@ FEWEST_CASES = 3  # for which workers are worth their start
 
 
 def run_self_test(
-    model: nn.Module, dtype: torch.dtype, image_size: int | tuple[int, int], uses: Collection[str]
+    model: nn.Module,
+    dtype: torch.dtype,
+    image_size: int | tuple[int, int],
+    uses: Collection[str],
+    meanwhile: Callable[[], object] | None = None,
 ) -> None:
     """Test the kernels that a model uses, and log that they passed or what falls back to eager PyTorch.
 
@@ -59,6 +63,8 @@ def run_self_test(
         dtype: what it computes in, autocast's where there is autocast.
         image_size: height and width of its images in pixels, or the side of square ones.
         uses: what will be done with the model, of KERNELS; only kernels that this needs are tested.
+        meanwhile: called while other processes test, if they do, to compile code with kernels. These count as passed
+            then, and do nothing; if one fails after all, the code is compiled again when it is next called.
 
     Raises:
         KernelsUnavailableError: a module has kernels "triton", and there is no Triton for the device.
@@ -78,7 +84,15 @@ def run_self_test(
         verdicts.fix_triton_cache_dir()
     start = time.monotonic()
     is_remembered = not reason and len(dispatch.known_verdicts(cases, device, dtype)) == len(cases)
-    reasons = {reason} if reason else set(find_verdicts(cases, device, dtype).values())
+    assumed: set[dispatch.Problem] = set()
+    compile_code = partial(compile_untested, meanwhile, assumed) if meanwhile else None
+    reasons = {reason} if reason else set(find_verdicts(cases, device, dtype, compile_code).values())
+    found = [
+        dispatch.self_test_verdict(kernel, at, of, channels, head_dim, rows)
+        for at, of, (kernel, channels, head_dim, rows) in assumed
+    ]
+    if any(found):
+        torch._dynamo.reset()  # compile again, without the kernels that have failed
     for reason in sorted(filter(None, reasons)):
         dispatch.log_fallback(reason)
     if reasons == {""}:
@@ -90,7 +104,9 @@ def run_self_test(
         )
 
 
-def find_verdicts(cases: list[Case], device: torch.device, dtype: torch.dtype) -> dict[Case, str]:
+def find_verdicts(
+    cases: list[Case], device: torch.device, dtype: torch.dtype, meanwhile: Callable[[], object] | None = None
+) -> dict[Case, str]:
     """Return the verdicts on all cases: known ones, those of this machine's first process, or by testing."""
     known = dispatch.known_verdicts(cases, device, dtype)
     missing = sorted(set(cases) - set(known), key=lambda case: (-SECONDS[case[0]], case))
@@ -99,6 +115,9 @@ def find_verdicts(cases: list[Case], device: torch.device, dtype: torch.dtype) -
     workers = num_workers(missing, device)
     seconds = estimate_seconds(missing, workers)
     if verdicts.local_rank() > 0:
+        if meanwhile and verdicts.can_save(device):
+            meanwhile()
+            meanwhile = None
         deadline = time.monotonic() + 60 + 2 * seconds
         while len(known) < len(cases) and time.monotonic() < deadline and verdicts.can_save(device):
             time.sleep(0.2)
@@ -108,19 +127,38 @@ def find_verdicts(cases: list[Case], device: torch.device, dtype: torch.dtype) -
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         start = "" if known else "first start on this machine, "
         dispatch.logger.info("Compiling kernels for %s (%sabout %.0f s)", name, start, seconds)
-        dispatch.add_verdicts(run_cases(missing, device, dtype, workers), device, dtype)
+        dispatch.add_verdicts(run_cases(missing, device, dtype, workers, meanwhile), device, dtype)
     return dispatch.known_verdicts(cases, device, dtype)
 
 
-def run_cases(cases: list[Case], device: torch.device, dtype: torch.dtype, workers: int) -> dict[Case, str]:
+def compile_untested(compile_code: Callable[[], object], assumed: set[dispatch.Problem]) -> None:
+    """Call what compiles code with kernels: those without a verdict count as passed, see `assumed`, and none runs."""
+    from models.kernels.triton.launch import without_launches
+
+    dispatch.ASSUMED.append(assumed)
+    try:
+        with without_launches():
+            compile_code()
+    finally:
+        dispatch.ASSUMED.pop()
+
+
+def run_cases(
+    cases: list[Case],
+    device: torch.device,
+    dtype: torch.dtype,
+    workers: int,
+    meanwhile: Callable[[], object] | None = None,
+) -> dict[Case, str]:
     """Test cases in so many worker processes, or here; what does not pass in a worker is tested here."""
     is_shown = verdicts.local_rank() == 0 and sys.stderr.isatty()
     passed: set[Case] = set()
     with tqdm(total=len(cases), desc="compiling kernels", leave=False, dynamic_ncols=True, disable=not is_shown) as bar:
         if workers > 1:
             solve = partial(dispatch.solve, device=device, dtype=dtype)
+            settings = {"num_workers": workers, "advance": bar.update, "meanwhile": meanwhile or (lambda: None)}
             try:
-                passed = passed_in_workers(solve, cases, device=device, num_workers=workers, advance=bar.update)
+                passed = passed_in_workers(solve, cases, device=device, **settings)
             except Exception as error:  # for whatever reason the system has
                 text = f"{type(error).__name__}: {error}"
                 dispatch.logger.info("Compiling kernels in this process, since the workers failed (%s)", text)

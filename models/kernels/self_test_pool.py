@@ -31,6 +31,7 @@ def passed_in_workers(
     device: torch.device,
     num_workers: int,
     advance: Callable[[], object],
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> set[T]:
     """Return the cases that passed in worker processes. The others may have failed for the workers' reasons only.
 
@@ -40,6 +41,7 @@ def passed_in_workers(
         device: a GPU, on which each worker gets a CUDA context of its own, or the CPU.
         num_workers: number of processes.
         advance: called after each case.
+        meanwhile: called once, while they work.
 
     Raises:
         Exception: the workers could not be started, or one of them died, or they took longer than TIMEOUT_SECONDS.
@@ -51,6 +53,7 @@ def passed_in_workers(
     try:
         with clean_start():
             futures = {executor.submit(solve_quietly, solve, case): case for case in cases}
+        meanwhile()
         for future in as_completed(futures, timeout=TIMEOUT_SECONDS):
             if future.result() == "":
                 passed.add(futures[future])

@@ -304,6 +304,43 @@ def test_what_does_not_pass_in_a_worker_is_tested_here(
     assert log == [COMPILING % 26]
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("other", ["norm", "mlp"], ids=["passes", "fails"])
+def test_code_compiled_meanwhile_takes_kernels_for_right_and_is_compiled_again_if_one_is_wrong(
+    tested: list[Case], device: torch.device, monkeypatch: pytest.MonkeyPatch, rank: str, other: str
+) -> None:
+    """While workers test CASES[0], code asks for its verdict and for another one's, which is tested later."""
+    resets: list[str] = []
+    x = torch.ones(1, 8, 8, 16, device=device)
+
+    def compile_code() -> None:
+        for kernel in ("mixer", other):
+            assert dispatch.failed_self_test(kernel, device, torch.float32, 32, 32, 6) == ""
+        assert not tested
+        problems.ops.gelu(x)  # not launched: the interpreter would say so
+        resets.append("compiled")
+
+    def workers(_: Any, cases: list[Case], **settings: Any) -> set[Case]:
+        settings["meanwhile"]()
+        return set(cases)
+
+    def no_launch(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(verdicts, "can_save", lambda _: not resets)  # a second process does not wait for the first
+    monkeypatch.setattr(self_test, "num_workers", lambda *_: 2)
+    monkeypatch.setattr(self_test, "passed_in_workers", workers)
+    monkeypatch.setattr(self_test, "kernel_cases", lambda *_: CASES[:1])
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append("reset"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("triton.runtime.interpreter.InterpretedFunction.run", no_launch)
+        run_self_test(torch.nn.Linear(1, 1, device=device), torch.float32, 32, ["training"], compile_code)
+    assert resets == ["compiled", "reset"][: 1 + (other == "mlp")]
+    assert tested == [(other, 32, 32, 6)]
+    assert not dispatch.ASSUMED
+
+
 def test_without_workers_all_is_tested_here(
     tested: list[Case], log: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

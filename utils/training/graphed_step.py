@@ -12,7 +12,7 @@ from utils.distributed.process import gather_objects
 from utils.logs.logger import logger
 from utils.speed.compile import RECORDING, Capture
 from utils.speed.streams import on_side_stream
-from utils.training.train_step import StepResult, TrainStep
+from utils.training.train_step import StepResult, TrainStep, total_loss
 
 NUM_WARMUP_STEPS = 3  # eager steps of the run, in which libraries choose algorithms and allocate workspaces
 
@@ -57,6 +57,19 @@ class GraphedTrainStep(TrainStep):
             for target, source in zip(static, batch, strict=True):
                 target.copy_(source)
         return self.capture()
+
+    def compile_ahead(self, micro_batch: Any, step: int) -> None:
+        """Let torch.compile compile what a step calls, by a forward and backward pass without consequences.
+
+        Only the random number generators move on. `micro_batch` may have any values.
+        """
+        kept = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        with on_side_stream(self.found_inf.device, RECORDING):
+            with self.precision.autocast():
+                losses = self.compute_losses(micro_batch, step)
+            torch.autograd.grad(total_loss(losses), self.parameters, allow_unused=True)
+            for buffer, value in kept:
+                buffer.copy_(value)
 
     def record(self, micro_batches: Sequence[Sequence[Tensor]], step: int) -> None:
         """Capture the step on all processes; nothing is executed. If one process fails, none has a graph."""

@@ -3,7 +3,7 @@
 import copy
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from utils.training.build import (
 )
 from utils.training.derived import Derived, few_steps_warning
 from utils.training.determinism import use_deterministic_algorithms
+from utils.training.graphed_step import GraphedTrainStep
 from utils.training.launch import LaunchedProcess, explain_missing_compiler
 from utils.training.memory_check import memory_warning
 from utils.training.results import draw_predictions, log_results
@@ -118,7 +119,7 @@ def run_training(task: Task, config: CfgNode, process: Process) -> None:
         lock = lock_output_dir(folder) if process.is_main else None
     with lock or nullcontext():
         with report_user_errors(task.user_errors, out_of_memory=False):
-            run = open_run(task, config, process, folder)
+            run = open_run(task, config, process, folder, tests_kernels=False)
             training = Training(task, run)
         if training.is_complete:
             logger.info("this run is complete; to train longer raise its length, for another run name another --tag")
@@ -132,22 +133,28 @@ def run_training(task: Task, config: CfgNode, process: Process) -> None:
             log_results(task, run, training.state)
 
 
-def open_run(task: Task, config: CfgNode, process: Process, folder: Path) -> Run:
-    """Open the data and make the model; `folder` is the output folder."""
+def open_run(task: Task, config: CfgNode, process: Process, folder: Path, *, tests_kernels: bool = True) -> Run:
+    """Open the data and make the model; `folder` is the output folder, `tests_kernels` as for `prepare_model`."""
     data = task.build_data(config, process)
-    model = prepare_model(task, config, process, len(data.classes))
+    model = prepare_model(task, config, process, len(data.classes), tests_kernels=tests_kernels)
     precision = build_precision(config, process.device)
     if precision.dtype is torch.float16 and process.device.type == "cpu" and process.is_main:
         logger.warning("AMP_DTYPE float16: a CPU takes several times as long as for float32; use bfloat16, or no AMP")
     return Run(config, process, folder, data, model, precision)
 
 
-def prepare_model(task: Task, config: CfgNode, process: Process, num_classes: int | None) -> nn.Module:
-    """Return the model on the device, with weights that SEED determines; then seed each process differently."""
+def prepare_model(
+    task: Task, config: CfgNode, process: Process, num_classes: int | None, *, tests_kernels: bool = True
+) -> nn.Module:
+    """Return the model on the device, with weights that SEED determines; then seed each process differently.
+
+    Without `tests_kernels`, the caller has to test the kernels before the first forward pass.
+    """
     seed_everything(config.SEED)
     model = task.build_model(config, process, num_classes).to(process.device)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    task.test_kernels(config, model, build_precision(config, process.device).dtype)
+    if tests_kernels:
+        task.test_kernels(config, model, build_precision(config, process.device).dtype)
     seed_everything(config.SEED + process.rank)
     torch.backends.cudnn.benchmark = task.has_one_image_size and not config.TRAIN.DETERMINISTIC
     return model
@@ -210,14 +217,15 @@ class Training:
 
     def make_trainer(self, check_folder: Callable[[], object]) -> Trainer:
         task, run = self.task, self.run
-        batches = self.start_loading()
+        batches, step = self.start_loading(), self.build_step()
+        task.test_kernels(run.config, run.model, run.precision.dtype, lambda: self.compile_ahead(step))
         as_compiled = build_inference_model(task, run.config, run.process.device)
         if task.has_one_image_size:
             as_compiled.warm_up(self.state.model, run.config, run.precision)
         trainer = Trainer(
             build_trainer_config(task, run.config, self.derived, self.schedule),
             self.state,
-            self.build_step(),
+            step,
             folder=run.folder,
             batches=batches,
             evaluate=lambda models: task.evaluate(run, as_compiled.together(models)),
@@ -244,6 +252,16 @@ class Training:
             return started.pop((epoch, first), None) or task.batches(run, epoch, first)
 
         return batches
+
+    def compile_ahead(self, step: TrainStep) -> None:
+        """Compile the step, if it is compiled; what fails here fails again, with its reason, in the first step."""
+        run, (epochs, steps) = self.run, self.state.progress
+        is_compiled = any(module._compiled_call_impl is not None for module in run.model.modules())
+        may_wait = run.process.num_processes > 1 and self.task.compiled_module  # parts with batch norm of all processes
+        if is_compiled and not may_wait and isinstance(step, GraphedTrainStep):
+            with suppress(RuntimeError):
+                batch = self.task.synthetic_batch(run.config, run.model.train(), run.process.device)
+                step.compile_ahead(batch, epochs * self.derived.steps_per_epoch + steps)
 
     def build_step(self) -> TrainStep:
         run, state, derived = self.run, self.state, self.derived

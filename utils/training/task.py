@@ -119,8 +119,13 @@ class Task(ABC):
     def check_kernels(self, config: CfgNode, device: torch.device) -> None:  # noqa: B027
         """Raise one of `user_errors` if MODEL.KERNELS asks for GPU kernels that the device cannot run."""
 
-    def test_kernels(self, config: CfgNode, model: nn.Module, dtype: torch.dtype) -> None:  # noqa: B027
-        """Test the GPU kernels that a model uses, once it is on the device, before its first forward pass."""
+    def test_kernels(  # noqa: B027
+        self, config: CfgNode, model: nn.Module, dtype: torch.dtype, meanwhile: Callable[[], object] | None = None
+    ) -> None:
+        """Test the GPU kernels that a model uses, once it is on the device, before its first forward pass.
+
+        `meanwhile`, which compiles code with these kernels, is called while other processes test them.
+        """
 
     def prepare_for_inference(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:  # noqa: ARG002
         """Return a model that computes the same faster in evaluation; used where TEST.COMPILE is not off."""

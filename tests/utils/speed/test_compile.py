@@ -258,6 +258,26 @@ def test_graphed_step_equals_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> N
     assert NUM_WARMUP_STEPS < 6
 
 
+def test_compiling_ahead_has_no_consequences_and_leaves_nothing_to_compile() -> None:
+    model, train_step = small_step()
+    model.append(nn.BatchNorm1d(4))  # type: ignore[operator]
+    step, graphs = graphed(train_step), []
+
+    def compile_graph(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    model.compile(backend=compile_graph)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    step.compile_ahead(batch(8), 0)
+    assert len(graphs) == 1
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for i in range(2):
+        step([batch(8)], step=i, learning_rate=0.1)
+    assert len(graphs) == 1
+
+
 def test_graphed_step_stops_at_a_nonfinite_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     model, train_step = small_step()
     step = graphed(train_step, monkeypatch)
