@@ -1,6 +1,7 @@
-"""Crops of different sizes in one buffer, which a GPU resizes and flips, and decodes if they are JPEGs.
+"""Small crops and JPEGs of different sizes in one buffer, which a GPU decodes, resizes and flips.
 
-Small crops are resized all together: one by one, a GPU would wait for the CPU, which starts four kernels for each.
+Small crops are resized all together. Workers resize the larger ones of images that they decode: one by one, a GPU would
+wait for the CPU, which starts four kernels for each.
 """
 
 import math
@@ -30,6 +31,12 @@ class Crop(NamedTuple):
     size: int
     is_bicubic: bool
     is_flipped: bool
+
+
+def whole_crop(pixels: Tensor) -> Crop:
+    """Return the crop of pixels (size, size, 3) that are finished."""
+    size = len(pixels)
+    return Crop(pixels.numel(), 0, 0, 0, size, size, size, is_bicubic=True, is_flipped=False)
 
 
 def pack_bytes(images: Sequence[Tensor]) -> Tensor:

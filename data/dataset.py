@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from data.batch_crops import Crop, pack_bytes
+from data.batch_crops import Crop, pack_bytes, whole_crop
 from data.batch_decoding import DeviceJpeg, device_jpeg
 from data.decoding import decode_fast, decode_pillow, image_to_tensor
 from data.errors import BrokenImageError
@@ -56,7 +56,7 @@ class Batch(NamedTuple):
 
     images: Tensor  # (B, H, W, 3) uint8, or (bytes,): what the crops are made from, one after the other
     labels: Tensor  # (B,) int64
-    crops: Tensor  # (B, 9) int64: fields of each crop; (0, 9) if the images have their size
+    crops: Tensor  # (B, 9) int64: fields of each crop; (0, 9) if all images are finished
     operations: Tensor  # (O, 10) float64: image, place in its order, and fields of each operation to apply
     erasures: Tensor  # (E, 6) int64: image, top, left, height, width and seed of each box to erase
     failures: list[Failure]
@@ -119,7 +119,7 @@ class ImageDataset(Dataset[Batch]):
         """Return a batch, after which the generators are in another state."""
         pixels: list[Tensor] = []
         labels: list[int] = []
-        crops: list[Crop] = []
+        crops: list[Crop | None] = []
         operations: list[tuple[float, ...]] = []
         erasures: list[tuple[int, ...]] = []
         failures: list[Failure] = []
@@ -140,17 +140,19 @@ class ImageDataset(Dataset[Batch]):
                 seconds[0] += was_read - start
                 seconds[1] += was_decoded - was_read
                 seconds[2] += time.perf_counter() - was_decoded
-                crops += [sample.crop] if sample.crop else []
+                crops.append(sample.crop)
                 operations += [(len(pixels), place, *op) for place, op in enumerate(sample.operations)]
                 erasures += [(len(pixels), *box) for box in sample.erasures]
                 pixels.append(sample.pixels)
                 labels.append(int(self.source.labels[index]))
                 break
-        collate = pack_bytes if crops else default_collate
+        leaves_crops = any(crops)
+        collate = pack_bytes if leaves_crops else default_collate
+        rows = [crop or whole_crop(image) for crop, image in zip(crops, pixels, strict=True)] if leaves_crops else []
         return Batch(
             collate(pixels) if pixels else torch.empty(0, 1, 1, 3, dtype=torch.uint8),
             torch.tensor(labels, dtype=torch.int64),
-            torch.tensor(crops, dtype=torch.int64).reshape(-1, len(Crop._fields)),
+            torch.tensor(rows, dtype=torch.int64).reshape(-1, len(Crop._fields)),
             torch.tensor(operations, dtype=torch.float64).reshape(-1, 10),
             torch.tensor(erasures, dtype=torch.int64).reshape(-1, 6),
             failures,

@@ -88,13 +88,16 @@ class DeviceLoader:
     def advice(self) -> str:
         """Return what loading the epoch so far took the workers' time, and how it may become faster, for a log line."""
         slowest = STAGES[int(self.stage_seconds.argmax())]
+        transform = self.dataset.transform
+        may_augment = self.device.type == "cuda" and getattr(transform, "may_move_to_device", False)
+        may_decode = may_augment or getattr(transform, "recorded_policy", None) is not None
         remedies = {
-            "reading": "faster storage, or --zip with --cache-mode",
-            "decoding": "smaller images" if self.dataset.on_device else "DATA.DECODE_ON gpu, or smaller images",
-            "transforming": "DATA.AUGMENT_ON gpu",
+            "reading": ["faster storage, or --zip with --cache-mode"],
+            "decoding": ["DATA.DECODE_ON gpu"] * (may_decode and not self.dataset.on_device) + ["smaller images"],
+            "transforming": ["DATA.AUGMENT_ON gpu"] * may_augment,
         }
         more = more_workers(self.loader.num_workers)
-        return f"loading is {self.stage_shares()}; {more}, or try {remedies[slowest]}"
+        return ", or ".join([f"loading is {self.stage_shares()}; {more}", *remedies[slowest]])
 
     def stage_shares(self) -> str:
         """Return the shares of the workers' time in the epoch so far that each stage takes, the largest first."""

@@ -18,7 +18,7 @@ from torchvision.transforms import InterpolationMode
 
 from data.augmentation import fast_policy
 from data.batch_augmentation import Operation, RecordedPolicy, unsupported_reason
-from data.batch_crops import Crop
+from data.batch_crops import SMALL_SIDE, Crop
 from data.batch_decoding import DeviceJpeg
 from data.decoding import MAX_PIXELS
 from data.errors import DataError
@@ -28,7 +28,6 @@ PADDING = 4  # pixels around such images, before training crops them
 ERASED_AREA = (0.02, 1 / 3)  # fraction of the image; both ranges as in timm's RandomErasing
 ERASED_ASPECT = (0.3, 1 / 0.3)
 ERASING_ATTEMPTS = 10
-MAX_CROP_AREA = 8  # times the result's area: larger crops, of large photographs, would fill the memory of a batch
 FILTER_MARGIN = 16  # pixels that the resizing filter sees beside the crop
 
 
@@ -71,7 +70,10 @@ class TrainTransform:
         color_jitter: strength of the color jitter, which takes the place of a policy that is "none".
         erase_prob: probability of random erasing.
         erase_count: boxes to erase at most.
-        on_device: leave resizing, flip and policy to the device.
+        on_device: leave the policy to the device, and resizing and flip of JPEGs that it decodes and of small crops.
+
+    Attributes:
+        may_move_to_device: whether `on_device` is off, and could be on.
 
     Raises:
         DataError: timm does not understand the augmentation policy, or the device does not support it.
@@ -110,8 +112,10 @@ class TrainTransform:
         self.crop: RandomResizedCropAndInterpolation = geometry.transforms[0]
         self.hflip = hflip
         self.recorded_policy = None
+        reason = unsupported_reason(colors.transforms)
+        self.may_move_to_device = not on_device and not reason
         if on_device:
-            if reason := unsupported_reason(colors.transforms):
+            if reason:
                 raise DataError(f"DATA.AUGMENT_ON gpu: {reason} there; set it to cpu, or change AUG.AUTO_AUGMENT")
             self.recorded_policy = RecordedPolicy(colors.transforms)
         self.policy = fast_policy([] if on_device else colors.transforms)
@@ -123,17 +127,20 @@ class TrainTransform:
         if self.recorded_policy is None:
             assert isinstance(image, Tensor)
             return Sample(self.policy(self.flip(self.resized_crop(image))), erasures=self.draw_erasures())
+        crop = None
         if isinstance(image, DeviceJpeg):
             pixels = torch.frombuffer(bytearray(image.data), dtype=torch.uint8)
             box, mode = self.draw_box(image.height, image.width)
-            jpeg_pixels = image.height * image.width
+            is_bicubic = mode == InterpolationMode.BICUBIC
+            crop = Crop(len(pixels), image.height * image.width, *box, self.size, is_bicubic, self.draw_flip())
         else:
             pixels, mode = self.draw_crop(image)
-            if pixels.shape[0] * pixels.shape[1] > MAX_CROP_AREA * self.size**2:
-                pixels = resize(pixels, self.size, self.size, mode)
-            box, jpeg_pixels = (0, 0, *pixels.shape[:2]), 0
-        is_bicubic = mode == InterpolationMode.BICUBIC
-        crop = Crop(pixels.numel(), jpeg_pixels, *box, self.size, is_bicubic, self.draw_flip())
+            is_bicubic = mode == InterpolationMode.BICUBIC
+            height, width = pixels.shape[:2]
+            if max(self.size, height, width) <= SMALL_SIDE:
+                crop = Crop(pixels.numel(), 0, 0, 0, height, width, self.size, is_bicubic, self.draw_flip())
+            else:
+                pixels = self.flip(resize(pixels, self.size, self.size, mode))
         return Sample(pixels, crop, self.recorded_policy(self.size, self.size), self.draw_erasures())
 
     def resized_crop(self, pixels: Tensor) -> Tensor:

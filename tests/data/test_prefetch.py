@@ -75,15 +75,31 @@ def test_images_are_normalized_as_torchvision_does(device: torch.device) -> None
     torch.testing.assert_close(denormalize(images.cpu()), host.images.permute(0, 3, 1, 2) / 255)
 
 
-def test_advice_names_the_slowest_stage() -> None:
-    slow = loader(batch(), batch()._replace(seconds=[0.0, 0.2, 0.0]))
+MORE_WORKERS = "raise DATA.NUM_WORKERS, which is 3 (2 CPU cores for this process)"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "transform", "device", "remedies"),
+    [
+        ([0.0, 0.2, 0.0], {"may_move_to_device": True}, "cuda", ", or DATA.DECODE_ON gpu, or smaller images"),
+        ([0.0, 0.2, 0.0], {"may_move_to_device": True}, "cpu", ", or smaller images"),
+        ([0.0, 0.0, 9.0], {"may_move_to_device": True}, "cuda", ", or DATA.AUGMENT_ON gpu"),
+        ([0.0, 0.0, 9.0], {"may_move_to_device": False}, "cuda", ""),
+        ([9.0, 0.0, 0.0], {}, "cuda", ", or faster storage, or --zip with --cache-mode"),
+    ],
+)
+def test_advice_names_the_slowest_stage_and_what_is_not_yet_in_use(
+    seconds: list[float], transform: dict[str, bool], device: str, remedies: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.workers.share_of_cores", lambda: 2)
+    slow = loader(batch(), batch()._replace(seconds=seconds))
     slow.loader.num_workers = 3
+    slow.loader.dataset.transform = SimpleNamespace(**transform)  # type: ignore[attr-defined]
     list(slow)
-    advice = slow.advice()
-    assert advice.startswith(
-        "loading is 70% decoding, 20% transforming, 10% reading; raise DATA.NUM_WORKERS, which is 3 "
-    )
-    assert advice.endswith(", or try DATA.DECODE_ON gpu, or smaller images")
+    slow.device = torch.device(device)
+    assert slow.advice().partition("; ")[2] == MORE_WORKERS + remedies
+    shares = {0.2: "70% decoding, 20% transforming, 10% reading"}
+    assert slow.advice().startswith(f"loading is {shares.get(seconds[1], '')}")
 
 
 @pytest.mark.parametrize("device", DEVICES)

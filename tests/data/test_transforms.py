@@ -12,7 +12,7 @@ from torchvision import transforms
 
 from data.augmentation import posterize
 from data.batch_augmentation import augment
-from data.batch_crops import pack_bytes, resize_crops
+from data.batch_crops import pack_bytes, resize_crops, whole_crop
 from data.decoding import image_to_tensor
 from data.errors import DataError
 from data.prefetch import Normalizer
@@ -120,9 +120,9 @@ def test_the_whole_pipeline_matches_timm_at_the_same_draws() -> None:
         assert bool(erasures) == (following <= 0.25)
 
 
-@pytest.mark.parametrize("size", [64, 20])
-def test_work_left_to_the_device_has_the_same_draws(size: int) -> None:
-    """The crops of photographs are more than eight times as large as images of 20x20: they are resized at once."""
+@pytest.mark.parametrize(("size", "num_left"), [(72, 0), (64, 41), (20, 41)])
+def test_work_left_to_the_device_has_the_same_draws(size: int, num_left: int) -> None:
+    """Crops of up to 64 pixels that become such images are left to the device, but not larger ones."""
     settings = {"auto_augment": "rand-m9-mstd0.5-inc1", "interpolation": "random", "erase_prob": 0.5}
     host, device = make_transform(size, **settings), make_transform(size, **settings, on_device=True)
     pixels = image_to_tensor(photo(90, 70))
@@ -132,16 +132,16 @@ def test_work_left_to_the_device_has_the_same_draws(size: int) -> None:
             seed_all(seed)
             results.append(transform(pixels))
         assert samples[-1].erasures == expected[-1].erasures
-    crops = [sample.crop for sample in samples]
-    assert any(crop.height * crop.width > 8 * size**2 for crop in crops) is False
-    assert {crop.is_flipped for crop in crops} == {crop.is_bicubic for crop in crops} == {True, False}
+    assert sum(sample.crop is not None for sample in samples) == num_left
+    crops = [sample.crop or whole_crop(sample.pixels) for sample in samples]
     packed = pack_bytes([sample.pixels for sample in samples])
     images = resize_crops(packed, torch.tensor(crops, dtype=torch.int64), CPU)
     rows = [(i, place, *op) for i, sample in enumerate(samples) for place, op in enumerate(sample.operations)]
     assert 30 < len(rows) < 90  # two per image with probability 0.5
     images = augment(images, torch.tensor(rows, dtype=torch.float64))
     difference = (images.int() - torch.stack([sample.pixels for sample in expected]).int()).abs()
-    assert (difference > 1).float().mean() < 0.02  # operations may enlarge the one level of resizing
+    # Operations may enlarge the one level of resizing.
+    assert (difference > 1).float().mean() < (0.02 if num_left else 1e-3)
 
 
 def test_a_policy_that_the_device_does_not_support_is_named() -> None:
