@@ -10,23 +10,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import maskrcnn_resnet50_fpn
+from yacs.config import CfgNode
 
 from downstream.detection.build import build_detector
 from downstream.detection.config import load_config
+from downstream.detection.data.dataset import Batch
 from downstream.detection.model.masks import paste_masks
-from downstream.detection.synthetic import NUM_CLASSES, sharpen_until_busy, synthetic_inputs
+from downstream.detection.model.structures import Target
+from downstream.detection.synthetic import NUM_CLASSES, FixedDetections, synthetic_inputs
+from downstream.detection.task import Detection
 from utils.benchmark.measure import chip_name, median_seconds, reset_peak_memory
 from utils.config.command_line import Parser, at_least, report_user_errors
 from utils.config.errors import UserError, file_errors
+from utils.config.schema import with_setting
+from utils.distributed.process import Process
 from utils.speed.compile import compile_regions
 from utils.speed.memory import peak_memory_mib
 from utils.training.amp import Precision, make_precision
+from utils.training.build import build_optimizer, build_train_step, is_captured
 from utils.training.launch import MissingCompilerError, explain_missing_compiler, run_and_end
 
 CFGS = Path(__file__).parent / "cfgs"
 TORCHVISION = "torchvision"
 MODELS = ("mlla_t", "mlla_s", "mlla_b", "timm:swin_tiny_patch4_window7_224", "timm:convnext_tiny", TORCHVISION)
-WARMUP_CALLS, ROUNDS = 3, 5
+WARMUP_CALLS, ROUNDS = 6, 5  # the first steps of a size are recorded
+NUM_TRAIN_IMAGES = 117_266  # of COCO, with objects
 
 
 class Row(NamedTuple):
@@ -108,6 +116,7 @@ class Bench:
         self.precision = precision
         self.seconds = seconds
         self.is_torchvision = name == TORCHVISION
+        self.config = self.load_config()
         torch.manual_seed(0)
         self.model = self.make_model().to(device)
         self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -121,49 +130,59 @@ class Bench:
                 min_size=min(self.size),
                 max_size=max(self.size),
             )
+        return build_detector(self.config, NUM_CLASSES)
+
+    def load_config(self) -> CfgNode:
+        """Return the recipe's configuration; that of MLLA-T for a backbone of timm."""
         opts = ["MODEL.TYPE", self.name] if self.name.startswith("timm:") else []
-        path = CFGS / f"{'mlla_t' if opts else self.name}_mrcnn_1x.yaml"
+        path = CFGS / f"{'mlla_t' if opts or self.is_torchvision else self.name}_mrcnn_1x.yaml"
         if path not in CFGS.iterdir():
             raise UserError(f"--models {self.name}: known are {', '.join(MODELS)} and other timm:NAME")
-        return build_detector(load_config(path, opts), NUM_CLASSES)
+        return load_config(path, opts)
 
     def compile(self) -> None:
-        """Compile the backbone as TRAIN.COMPILE does; sizes in the rest depend on the detections."""
+        """Compile the backbone from now on; sizes in the rest depend on the detections."""
         compile_regions(self.model.backbone, "default")  # type: ignore[arg-type]
         self.name += ", compiled"
 
     def train(self, batch: int) -> Row:
-        """Measure forward, backward and AdamW."""
+        """Measure the step of a training run with its defaults; torchvision's detector has forward, backward, AdamW."""
         self.model.train()
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         images, frames, targets = synthetic_inputs(batch, self.size, self.device)
-        torchvision_targets = [{"boxes": t.boxes, "labels": t.labels + 1, "masks": t.masks} for t in targets]
+        if self.is_torchvision:
+            return self.measured("train", batch, self.torchvision_step(images, targets))
+        config = with_setting(self.config, "DATA.BATCH_SIZE", batch)
+        task, process = Detection(), Process(0, 1, self.device)
+        derived = task.derive(config, num_processes=1, num_train_images=NUM_TRAIN_IMAGES)
+        optimizer = build_optimizer(config, task.parameter_groups(config, self.model))
+        train_step = build_train_step(task, config, self.model, process, optimizer, None, self.precision, derived)
+        data = Batch(images, frames, [0] * batch, targets)
+        row = self.measured("train", batch, lambda: train_step([data], step=0, learning_rate=1e-6))
+        return row._replace(note="CUDA graphs" if is_captured(train_step) else "")
+
+    def torchvision_step(self, images: Tensor, targets: Sequence[Target]) -> Callable[[], object]:
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
         cropped = [image[:, : self.size[0], : self.size[1]] for image in images]
+        own_targets = [{"boxes": t.boxes, "labels": t.labels + 1, "masks": t.masks} for t in targets]
 
         def step() -> None:
             with self.precision.autocast():
-                args = (cropped, torchvision_targets) if self.is_torchvision else (images, frames, targets)
-                total = torch.stack(list(self.model(*args).values())).sum()
+                total = torch.stack(list(self.model(cropped, own_targets).values())).sum()
             total.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        def backbone_step() -> None:
-            with self.precision.autocast():
-                total = torch.stack([x.float().mean() for x in self.backbone(images)]).sum()
-            total.backward()
-
-        return self.measured("train", batch, step, backbone_step)
+        return step
 
     @torch.no_grad()
     def detect(self, batch: int) -> Row:
-        """Measure inference: images to boxes, classes and masks of the image's size."""
+        """Measure inference: images to boxes, classes and masks of the image's size; and the backbone's share."""
         self.model.eval()
         images, frames, _ = synthetic_inputs(batch, self.size, self.device)
         cropped = [image[:, : self.size[0], : self.size[1]] for image in images]
         num_detections = 0
 
-        def step() -> int:
+        def step() -> None:
             nonlocal num_detections
             with self.precision.autocast(), torch.no_grad():
                 if self.is_torchvision:
@@ -174,21 +193,23 @@ class Bench:
                     for output in outputs:
                         paste_masks(output.mask_probabilities, output.boxes, *self.size)
             num_detections = sum(map(len, boxes)) // batch
-            return num_detections
 
         def backbone_step() -> None:
             with self.precision.autocast(), torch.no_grad():
                 self.backbone(images)
 
-        sharpen_until_busy(self.classifier_weight, step)
+        classifier, background = self.classifier()
+        hook = classifier.register_forward_hook(FixedDetections(batch, background))
         row = self.measured("inference", batch, step, backbone_step)
+        hook.remove()
         return row._replace(note=f"{num_detections} detections per image")
 
-    @property
-    def classifier_weight(self) -> Tensor:
+    def classifier(self) -> tuple[nn.Module, int]:
+        """Return the box classifier, and the index of the background among its logits."""
         model: Any = self.model
-        layer = model.roi_heads.box_predictor.cls_score if self.is_torchvision else model.roi_head.bbox_head.fc_cls
-        return layer.weight.data
+        if self.is_torchvision:
+            return model.roi_heads.box_predictor.cls_score, 0
+        return model.roi_head.bbox_head.fc_cls, NUM_CLASSES
 
     def backbone(self, images: Tensor) -> list[Tensor]:
         """Return the four maps; torchvision's backbone without its feature pyramid."""
@@ -196,12 +217,14 @@ class Bench:
             return list(self.model.backbone.body(images).values())  # type: ignore[union-attr, operator]
         return self.model.backbone(images)  # type: ignore[operator]
 
-    def measured(self, mode: str, batch: int, step: Callable[[], object], backbone_step: Callable[[], object]) -> Row:
+    def measured(
+        self, mode: str, batch: int, step: Callable[[], object], part: Callable[[], object] | None = None
+    ) -> Row:
         reset_peak_memory(self.device)
         try:
             seconds = self.seconds_of(step)
             memory = peak_memory_mib(self.device)
-            share = 100 * self.seconds_of(backbone_step) / seconds
+            share = 100 * self.seconds_of(part) / seconds if part else None
         except torch.OutOfMemoryError:
             return Row(self.name, mode, batch, 0.0, None, 0.0, "")
         finally:

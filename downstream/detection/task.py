@@ -20,7 +20,7 @@ from downstream.detection.model.mask_rcnn import MaskRCNN
 from downstream.detection.model.masks import paste_masks
 from downstream.detection.model.structures import Frame, Target
 from downstream.detection.pictures import LabeledObjects, objects_of_results, save_comparison
-from downstream.detection.synthetic import NUM_CLASSES, sharpen_until_busy, synthetic_inputs
+from downstream.detection.synthetic import NUM_CLASSES, FixedDetections, synthetic_inputs
 from downstream.task import DenseLosses, DenseTask
 from utils.benchmark.measure import synthetic_images
 from utils.distributed.process import Process, gather_objects
@@ -30,7 +30,6 @@ from utils.logs.plots import STEP_PANELS, Panel
 from utils.speed.compile import GRAPHS
 from utils.speed.flops import profile_table
 from utils.speed.shape_graphs import Part
-from utils.training.build import build_precision
 from utils.training.derived import Derived
 from utils.training.lr_schedule import DenseSchedule
 from utils.training.task import Run
@@ -195,7 +194,7 @@ class Detection(DenseTask):
 
     def inference_call(
         self,
-        config: CfgNode,
+        config: CfgNode,  # noqa: ARG002
         model: nn.Module,
         batch_size: int,
         size: tuple[int, int],
@@ -204,14 +203,12 @@ class Detection(DenseTask):
         images, frames, _ = synthetic_inputs(batch_size, size, device)
         detector: Any = model
 
-        def detect() -> int:
-            detections = detector.detect(images, frames)
-            for item in detections:
+        def detect() -> None:
+            for item in detector.detect(images, frames):
                 paste_masks(item.mask_probabilities, item.boxes, *size)
-            return sum(len(item.boxes) for item in detections) // batch_size
 
-        with torch.no_grad(), build_precision(config, device).autocast():
-            sharpen_until_busy(detector.roi_head.bbox_head.fc_cls.weight.data, detect)
+        classifier = detector.roi_head.bbox_head.fc_cls
+        classifier.register_forward_hook(FixedDetections(batch_size, background=classifier.out_features - 1))
         return detect
 
 
