@@ -11,7 +11,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from data.batch_augmentation import augment
+from data.augmentation_dispatch import augment_on_device
 from data.batch_crops import resize_crops
 from data.dataset import STAGES, Batch, ImageDataset
 from data.errors import BrokenImageError
@@ -201,7 +201,7 @@ class DeviceLoader:
             images = resize_crops(batch.images, batch.crops, self.device)
         else:
             images = batch.images.to(self.device, non_blocking=True)
-        images = augment(images, batch.operations)  # (B, H, W, 3)
+        images = augment_on_device(images, batch.operations)  # (B, H, W, 3)
         normalized = self.normalizer(images.permute(0, 3, 1, 2))  # (B, 3, H, W)
         for index, top, left, height, width, seed in batch.erasures.tolist():
             self.erase(normalized[index, :, top : top + height, left : left + width], seed)
