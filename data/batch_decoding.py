@@ -65,10 +65,15 @@ def decode_in_groups(jpegs: Sequence[Tensor], num_pixels: Sequence[int], device:
     Raises:
         BrokenImageError: one of them cannot be decoded.
     """
-    ends = itertools.accumulate(num_pixels)
-    groups = itertools.groupby(zip(jpegs, ends, strict=True), key=lambda item: item[1] // MAX_GROUP_PIXELS)
-    for _, group in groups:
-        yield from decode_on(device, [jpeg for jpeg, _ in group])
+    for group in pixel_groups(num_pixels):
+        yield from decode_on(device, [jpegs[i] for i in group])
+
+
+def pixel_groups(num_pixels: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the indices of images in groups of about MAX_GROUP_PIXELS."""
+    ends = list(itertools.accumulate(num_pixels))
+    for _, group in itertools.groupby(range(len(ends)), key=lambda i: ends[i] // MAX_GROUP_PIXELS):
+        yield list(group)
 
 
 def decode_on(device: torch.device, jpegs: list[Tensor]) -> list[Tensor]:

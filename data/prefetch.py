@@ -11,10 +11,9 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from data.augmentation_dispatch import augment_on_device
-from data.batch_crops import resize_crops
 from data.dataset import STAGES, Batch, ImageDataset
 from data.errors import BrokenImageError
+from data.kernel_dispatch import augment_on_device, erase_on_gpu, resize_on_device
 from data.samplers import SampleKey, TrainSampler
 from data.workers import RestartingDataLoader, more_workers
 
@@ -198,13 +197,14 @@ class DeviceLoader:
             BrokenImageError: the device found a broken JPEG.
         """
         if len(batch.crops):
-            images = resize_crops(batch.images, batch.crops, self.device)
+            images = resize_on_device(batch.images, batch.crops, self.device)
         else:
             images = batch.images.to(self.device, non_blocking=True)
         images = augment_on_device(images, batch.operations)  # (B, H, W, 3)
         normalized = self.normalizer(images.permute(0, 3, 1, 2))  # (B, 3, H, W)
-        for index, top, left, height, width, seed in batch.erasures.tolist():
-            self.erase(normalized[index, :, top : top + height, left : left + width], seed)
+        if not erase_on_gpu(normalized, batch.erasures, self.erase_mode):
+            for index, top, left, height, width, seed in batch.erasures.tolist():
+                self.erase(normalized[index, :, top : top + height, left : left + width], seed)
         return normalized, batch.labels.to(self.device, non_blocking=True)
 
     def erase(self, box: Tensor, seed: int) -> None:
