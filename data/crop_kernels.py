@@ -47,6 +47,8 @@ def launch_resizing(result: Tensor, crops: Tensor, index: Tensor, places: Sequen
     """
     size = result.shape[1]
     rows = torch.stack([index, *places, *crops[index][:, (4, 5, 7, 8)].T], dim=1)  # (N, 9)
+    if result.is_cuda:
+        rows = rows.pin_memory()  # else the copy might wait for the stream
     grid = (len(index), triton.cdiv(size * size, BLOCK))
     resize_blocks[grid](result, rows.to(result.device, non_blocking=True), size, BLOCK=BLOCK, enable_fp_fusion=False)
 
