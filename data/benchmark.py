@@ -171,7 +171,7 @@ def training_pipelines(config: CfgNode) -> dict[str, Pipeline]:
     transform: Any = loader.dataset.transform  # type: ignore[attr-defined]
 
     def seed(data: bytes) -> bytes:
-        seed_generators(0, 0, len(data))
+        seed_generators(len(data), len(data), len(data))
         return data
 
     def draw_erasures(pixels: torch.Tensor) -> torch.Tensor:

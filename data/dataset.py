@@ -18,6 +18,7 @@ from data.batch_decoding import DeviceJpeg, device_jpeg
 from data.decoding import decode_fast, decode_pillow, image_to_tensor
 from data.errors import BrokenImageError
 from data.samplers import SampleKey
+from data.seeds import sample_seeds
 from data.transforms import Transform
 
 STAGES = ("reading", "decoding", "transforming")
@@ -124,7 +125,8 @@ class ImageDataset(Dataset[Batch]):
         erasures: list[tuple[int, ...]] = []
         failures: list[Failure] = []
         seconds = [0.0] * len(STAGES)
-        for key in keys:
+        seeds = sample_seeds([(self.seed, key.epoch, key.position) for key in keys])
+        for key, seeds_of_sample in zip(keys, seeds, strict=True):
             for index in self.candidates(key):
                 start = time.perf_counter()
                 try:
@@ -135,7 +137,7 @@ class ImageDataset(Dataset[Batch]):
                 except BrokenImageError as error:
                     failures.append(Failure(self.source.name(index), str(error)))
                     continue
-                seed_generators(self.seed, key.epoch, key.position)
+                seed_generators(*seeds_of_sample)
                 sample = self.transform(image)
                 seconds[0] += was_read - start
                 seconds[1] += was_decoded - was_read
@@ -206,9 +208,8 @@ def kept_generators() -> Iterator[None]:
             torch.set_rng_state(states[2])
 
 
-def seed_generators(*entropy: int) -> None:
+def seed_generators(python: int, numpy: int, torch_cpu: int) -> None:
     """Seed Python's, NumPy's and torch's CPU generators."""
-    seeds = np.random.SeedSequence(entropy).generate_state(3)
-    random.seed(int(seeds[0]))
-    np.random.seed(seeds[1])
-    torch.default_generator.manual_seed(int(seeds[2]))  # torch.manual_seed would reseed GPUs too
+    random.seed(python)
+    np.random.seed(numpy)
+    torch.default_generator.manual_seed(torch_cpu)  # torch.manual_seed would reseed GPUs too
