@@ -191,7 +191,7 @@ class DeviceLoader:
     def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Copy a batch to the device and finish it there, on the current stream.
 
-        It waits for the device only to decode JPEGs.
+        It waits for the device only to decode JPEGs, and to check the kernels before their first use.
 
         Raises:
             BrokenImageError: the device found a broken JPEG.

@@ -3,8 +3,19 @@
 import pytest
 import torch
 
-from data import augmentation_kernels, crop_kernels
-from data.kernel_dispatch import check_augmenting, check_erasing, check_resizing, failure, kernel_works
+from data import augmentation_kernels, crop_kernels, kernel_dispatch
+from data.batch_augmentation import IDENTITY, Kind
+from data.batch_crops import whole_crop
+from data.kernel_dispatch import (
+    augment_on_device,
+    check_augmenting,
+    check_erasing,
+    check_resizing,
+    erase_on_gpu,
+    failure,
+    kernel_works,
+    resize_on_device,
+)
 
 CHECKS = [
     (check_augmenting, augmentation_kernels, "augment_with_kernels"),
@@ -33,3 +44,24 @@ def test_a_kernel_that_does_not_run_is_named_once(caplog: pytest.LogCaptureFixtu
     message = "resizing images on the GPU falls back to PyTorch, which is slower: Triton's kernel: no C compiler"
     assert caplog.messages == [message]
     assert not kernel_works(check_augmenting, torch.device("cpu"))
+
+
+def test_a_batch_takes_the_kernels_that_work(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    monkeypatch.setattr(kernel_dispatch, "kernel_works", lambda check, _: used.append(check) is None)
+    pixels = kernel_dispatch.random_bytes(2, 8, 8, 3)
+    crops = torch.tensor([whole_crop(image) for image in pixels])
+    images = resize_on_device(pixels.flatten(), crops, device)
+    assert images.cpu().equal(pixels)
+    no_operations = torch.empty(0, 10, dtype=torch.float64)
+    assert augment_on_device(images, no_operations) is images
+    inverted = augment_on_device(images, torch.tensor([[1, 0, Kind.INVERT, 0, *IDENTITY]], dtype=torch.float64))
+    assert inverted.cpu().equal(torch.stack([pixels[0], 255 - pixels[1]]))
+    values = torch.ones(2, 3, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
+    boxes = torch.tensor([[0, 0, 0, 4, 4, 1], [0, 2, 2, 4, 4, 2]])
+    assert not erase_on_gpu(values, boxes[:0], "const")
+    assert not erase_on_gpu(values, boxes, "const")  # they overlap
+    assert (values == 1).all()
+    assert erase_on_gpu(values, boxes[1:], "const")
+    assert values.sum() == values.numel() - 3 * 16
+    assert used == [check_resizing, check_augmenting, check_erasing]
