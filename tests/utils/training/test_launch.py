@@ -4,6 +4,7 @@ import atexit
 import logging
 import multiprocessing
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -46,7 +47,12 @@ def test_a_lost_contact_waits_for_the_launchers_signal_unless_it_came(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("mlla"), "propagate", True)
     slept: list[float] = []
-    monkeypatch.setattr(launch.time, "sleep", slept.append)
+
+    def sleep(seconds: float) -> None:
+        if threading.current_thread() is threading.main_thread():  # other tests may have left threads
+            slept.append(seconds)
+
+    monkeypatch.setattr(launch.time, "sleep", sleep)
     with LaunchedProcess() as this_process:
         if has_sigterm:
             this_process.has_sigterm.set()
@@ -85,9 +91,9 @@ def test_the_end_of_a_stopped_process_is_limited(monkeypatch: pytest.MonkeyPatch
 
     def stop() -> None:
         this_process = Process(0, 1, torch.device("cpu"))
-        this_process.limit_stop(5)
         if not is_late:
             stop_process(this_process)
+        this_process.limit_stop(5)
         time.sleep(60 if is_late else 0.5)
 
     assert exit_code_of_fork(stop) == (5 if is_late else 0)
