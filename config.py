@@ -99,7 +99,7 @@ _C.DATA.CACHE_MODE = Key(
     help="zip archives kept in memory: none (no), each process's share (part) or all (full)",
 )
 _C.DATA.AUGMENT_ON = Key(
-    "cpu", one_of("auto", "cpu", "gpu"), help="where training images are augmented; auto: on a GPU, if there is one"
+    "auto", one_of("auto", "cpu", "gpu"), help="where training images are augmented; auto: on a GPU, if there is one"
 )
 _C.DATA.DECODE_ON = Key(
     "cpu", one_of("cpu", "gpu"), help="where JPEGs for training are decoded; gpu needs AUGMENT_ON gpu"

@@ -61,15 +61,14 @@ DATASETS = {
 SCRATCH = "MODEL.LAYER_DECAY 1.0 TRAIN.WEIGHT_DECAY 0.05 TRAIN.BASE_LR 1.6e-2 TRAIN.WARMUP_LR 1e-5 TRAIN.MIN_LR 1e-5"
 SETTINGS = {
     "finetune": Settings("`cfgs/finetune.yaml`"),
-    "scratch": Settings("from scratch, 20 times the rate, no layer decay", SCRATCH, is_pretrained=False),
+    "scratch": Settings("from scratch, 5 times the rate, no layer decay", SCRATCH, is_pretrained=False),
     "frozen": Settings("`--freeze-backbone`", "TRAIN.FREEZE True"),
-    "frozen_fast": Settings("`--freeze-backbone`, 20 times the rate", "TRAIN.FREEZE True TRAIN.BASE_LR 1.6e-2"),
+    "frozen_fast": Settings("`--freeze-backbone`, 5 times the rate", "TRAIN.FREEZE True TRAIN.BASE_LR 1.6e-2"),
     "recipe": Settings("`cfgs/mlla_t.yaml`", "TRAIN.WARMUP_EPOCHS 2", "mlla_t.yaml"),
     # Below: finetune.yaml with one setting changed.
     "no_layer_decay": Settings("no layer decay", "MODEL.LAYER_DECAY 1.0"),
-    "lower_rate": Settings("a quarter of the rate", "TRAIN.BASE_LR 2e-4"),
-    "higher_rate": Settings("4 times the rate", "TRAIN.BASE_LR 3.2e-3"),
-    "highest_rate": Settings("16 times the rate", "TRAIN.BASE_LR 1.28e-2"),
+    "lower_rate": Settings("a quarter of the rate", "TRAIN.BASE_LR 8e-4"),
+    "higher_rate": Settings("4 times the rate", "TRAIN.BASE_LR 1.28e-2"),
     "batch_128": Settings("batch size 128", "DATA.BATCH_SIZE 128"),
     "drop_path": Settings("drop path 0.2", "MODEL.DROP_PATH_RATE 0.2"),
     "weight_decay": Settings("weight decay 0.05", "TRAIN.WEIGHT_DECAY 0.05"),
