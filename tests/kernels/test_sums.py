@@ -8,6 +8,8 @@ from torch import Tensor
 
 sums = pytest.importorskip("models.kernels.triton.sums", exc_type=ImportError)
 ops = pytest.importorskip("models.kernels.ops", exc_type=ImportError)
+launch = pytest.importorskip("models.kernels.triton.launch", exc_type=ImportError)
+crop_kernels = pytest.importorskip("data.crop_kernels", exc_type=ImportError)
 
 SHAPES = [(300, 1, 48), (7, 3, 16), (1, 11, 20), (256, 10, 32), (513, 9, 4)]  # parts, rows, channels
 
@@ -57,3 +59,16 @@ def test_programs_without_tokens_store_zeros(draw: Callable[..., Tensor], monkey
         assert buffer[0].any()
         assert not buffer[-1].any()
         assert buffer.isfinite().all()
+
+
+def test_only_the_networks_kernels_can_be_left_out(draw: Callable[..., Tensor], device: torch.device) -> None:
+    """While a step is compiled ahead, another thread may prepare images with kernels."""
+    buffer = draw(*SHAPES[0])
+    images = torch.ones(1, 3, 16, 16).to(device, memory_format=torch.channels_last)
+    total = sums.sum_parts(buffer)
+    with launch.without_launches():
+        left_out = sums.sum_parts(buffer.clone() + 1)
+        crop_kernels.erase_with_kernel(images, torch.tensor([[0, 2, 3, 4, 5, 7]]), "const")
+    assert images.sum() == 3 * (16 * 16 - 4 * 5)
+    assert not left_out.equal(sums.sum_parts(buffer + 1))
+    assert sums.sum_parts(buffer).equal(total)

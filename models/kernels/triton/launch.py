@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache, wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
+PACKAGE = __name__.rpartition(".")[0]
 P = ParamSpec("P")
 R = TypeVar("R")
 INTERPRETED_MULTIPROCESSORS = 2  # on a CPU, where Triton's interpreter runs the kernels one program at a time
@@ -29,13 +30,27 @@ def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
 
 @contextmanager
 def without_launches() -> Iterator[None]:
-    """Context in which kernels do nothing, so that their results are whatever is in memory."""
+    """Context in which this package's kernels do nothing, so that their results are whatever is in memory.
+
+    This is so in all threads: autograd has one of its own. Another thread may need the kernels of other packages.
+    """
     launcher = KernelInterface.__getitem__
-    KernelInterface.__getitem__ = lambda *_: lambda *_, **__: None
+
+    def choose(kernel: Any, grid: Any) -> Callable[..., Any]:
+        own = kernel
+        while hasattr(own, "fn"):  # decorators
+            own = own.fn
+        return do_nothing if own.__module__.startswith(PACKAGE) else launcher(kernel, grid)
+
+    KernelInterface.__getitem__ = choose
     try:
         yield
     finally:
         KernelInterface.__getitem__ = launcher
+
+
+def do_nothing(*_: object, **__: object) -> None:
+    pass
 
 
 def token_stride(x: Tensor) -> tuple[Tensor, int]:
