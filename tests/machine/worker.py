@@ -69,7 +69,7 @@ def steps(process: Process, args: argparse.Namespace) -> dict[str, Any]:
     derived = TASK.derive(config, num_processes=process.num_processes, num_train_images=STEPS * args.batch_size)
     parts = build_ema(config, model, derived), build_precision(config, process.device), derived
     optimizer = build_optimizer(config, TASK.parameter_groups(config, model))
-    step = build_train_step(TASK, config, model, process, optimizer, *parts, num_steps=STEPS)
+    step = build_train_step(TASK, config, model, process, optimizer, *parts)
     model.train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
