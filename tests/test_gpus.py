@@ -1,6 +1,8 @@
 """The command that measures a machine of several GPUs: its jobs, files and table; `python tests/gpus.py` runs it."""
 
+import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -11,8 +13,9 @@ import torch
 from data.sources.idx import IdxImages
 from tests import gpus
 from tests.faults.injections import Fault
-from tests.machine import commands, exactness, measurements, survival
+from tests.machine import commands, exactness, measurements, survival, worker
 from tests.machine.jobs import Guard, Job, Results, Row, run_jobs
+from utils.distributed.process import Process
 
 SPEED = {"model": "mlla_tiny", "work": "training", "batch": 512, "compile": "reduce-overhead", "scaling": None}
 SPEED |= {"images_per_second": 5000.0, "milliseconds_per_batch": 102.4, "processes": 1}
@@ -156,6 +159,14 @@ def test_difference_of_weights() -> None:
     assert exactness.largest_difference(one, other) == pytest.approx(0.5 / 5)
     with pytest.raises(ValueError, match="different models"):
         exactness.largest_difference(one, {})
+
+
+def test_weights_after_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "STEPS", 1)
+    args = argparse.Namespace(batch_size=2, dtype="float64", weights=tmp_path / "weights.pt")
+    result = worker.steps(Process(0, 1, torch.device("cpu")), args)
+    assert math.isfinite(result["loss"])
+    assert {value.dtype for value in torch.load(args.weights).values() if value.is_floating_point()} == {torch.float64}
 
 
 def test_metrics_of_an_evaluation_must_be_equal(tmp_path: Path) -> None:
