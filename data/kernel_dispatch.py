@@ -32,13 +32,17 @@ def augment_on_device(images: Tensor, operations: Tensor) -> Tensor:
 
 
 def erase_on_gpu(images: Tensor, erasures: Tensor, mode: str) -> bool:
-    """Erase boxes as `erase_with_kernel`, on a GPU where that works, if no image has several; return whether it did."""
-    has_several = bool((erasures[1:, 0] == erasures[:-1, 0]).any())  # which may overlap
-    if not len(erasures) or has_several or not kernel_works(check_erasing, images.device):
+    """Erase boxes as `erase_with_kernel`, on a GPU where that works; return whether it did.
+
+    If an image has several, which may overlap, each box takes a launch. Its noise is the same in any batch.
+    """
+    if not len(erasures) or not kernel_works(check_erasing, images.device):
         return False
     from data.crop_kernels import erase_with_kernel
 
-    erase_with_kernel(images, erasures, mode)
+    has_several = bool((erasures[1:, 0] == erasures[:-1, 0]).any())
+    for boxes in erasures.split(1 if has_several else len(erasures)):
+        erase_with_kernel(images, boxes, mode)
     return True
 
 

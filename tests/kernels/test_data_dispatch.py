@@ -60,8 +60,19 @@ def test_a_batch_takes_the_kernels_that_work(device: torch.device, monkeypatch: 
     values = torch.ones(2, 3, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
     boxes = torch.tensor([[0, 0, 0, 4, 4, 1], [0, 2, 2, 4, 4, 2]])
     assert not erase_on_gpu(values, boxes[:0], "const")
-    assert not erase_on_gpu(values, boxes, "const")  # they overlap
-    assert (values == 1).all()
-    assert erase_on_gpu(values, boxes[1:], "const")
-    assert values.sum() == values.numel() - 3 * 16
+    assert erase_on_gpu(values, boxes, "const")
+    assert values.sum() == values.numel() - 3 * (2 * 16 - 4)
     assert used == [check_resizing, check_augmenting, check_erasing]
+
+
+def test_a_box_has_the_same_noise_beside_others_that_overlap(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_dispatch, "kernel_works", lambda *_: True)
+    empty = torch.zeros(2, 3, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
+    together, alone = empty.clone(), empty.clone()
+    boxes = torch.tensor([[0, 0, 0, 4, 4, 1], [0, 2, 2, 4, 4, 2]])
+    assert erase_on_gpu(together, boxes, "pixel")
+    assert erase_on_gpu(alone, boxes[1:], "pixel")
+    assert together[0, :, 2:6, 2:6].equal(alone[0, :, 2:6, 2:6])  # the later box lies above
+    assert alone.any()
