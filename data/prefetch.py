@@ -89,10 +89,11 @@ class DeviceLoader:
         slowest = STAGES[int(self.stage_seconds.argmax())]
         transform = self.dataset.transform
         may_augment = self.device.type == "cuda" and getattr(transform, "may_move_to_device", False)
-        may_decode = may_augment or getattr(transform, "recorded_policy", None) is not None
+        augments = getattr(transform, "recorded_policy", None) is not None
+        may_decode = (may_augment or augments) and not self.dataset.on_device
         remedies = {
             "reading": ["faster storage, or --zip with --cache-mode"],
-            "decoding": ["DATA.DECODE_ON gpu"] * (may_decode and not self.dataset.on_device) + ["smaller images"],
+            "decoding": ["DATA.DECODE_ON gpu with DATA.AUGMENT_ON gpu"] * may_decode + ["smaller images"],
             "transforming": ["DATA.AUGMENT_ON gpu"] * may_augment,
         }
         more = more_workers(self.loader.num_workers)

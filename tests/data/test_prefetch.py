@@ -76,12 +76,13 @@ def test_images_are_normalized_as_torchvision_does(device: torch.device) -> None
 
 
 MORE_WORKERS = "raise DATA.NUM_WORKERS, which is 3 (2 CPU cores for this process)"
+DECODE_THERE = "DATA.DECODE_ON gpu with DATA.AUGMENT_ON gpu"
 
 
 @pytest.mark.parametrize(
     ("seconds", "transform", "device", "remedies"),
     [
-        ([0.0, 0.2, 0.0], {"may_move_to_device": True}, "cuda", ", or DATA.DECODE_ON gpu, or smaller images"),
+        ([0.0, 0.2, 0.0], {"may_move_to_device": True}, "cuda", f", or {DECODE_THERE}, or smaller images"),
         ([0.0, 0.2, 0.0], {"may_move_to_device": True}, "cpu", ", or smaller images"),
         ([0.0, 0.0, 9.0], {"may_move_to_device": True}, "cuda", ", or DATA.AUGMENT_ON gpu"),
         ([0.0, 0.0, 9.0], {"may_move_to_device": False}, "cuda", ""),

@@ -28,7 +28,7 @@ GRAPH_MODES = ("reduce-overhead", "max-autotune", GRAPHS)
 # The default, "global", forbids all threads to allocate, and a data loader's thread may allocate pinned memory.
 CAPTURE_ERROR_MODE = "thread_local"
 RECORDING = "recording"  # stream of captures and of their warm-up: a captured graph must not wait for another stream
-# Compiling gains about 15% of the time, and takes as long as an H200 needs for 1e16 FLOPs: a minute and a half.
+# Compiling gains about 15% of the time, and takes half a minute, in which an H200 computes 4e15 FLOPs.
 MIN_TRAINING_FLOPS = 3e16  # an epoch of ImageNet-1K with MLLA-T at 224x224
 FLOP_TOKEN_PIXELS = 16 * 16  # see training_flops
 MIN_RECORDED_STEPS = 100  # as many as allow one recording, see shape_graphs.py
