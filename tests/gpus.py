@@ -67,8 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "float64"], help="of exactness")
     parser.add_argument("--output", type=Path, default=Path("output/gpus"), help="folder of the results")
     args = parser.parse_args(argv)
-    if num_gpus and not 1 <= args.gpus <= num_gpus:
-        parser.error(f"--gpus {args.gpus}: this machine has {num_gpus}")
+    if args.gpus < 1 or (num_gpus and args.gpus > num_gpus):
+        limit = f"at most {num_gpus}, as many as this machine has" if args.gpus > 0 else "at least 1"
+        parser.error(f"--gpus {args.gpus}: must be {limit}")
     available = PARTS if num_gpus else CPU_PARTS
     if missing := set(args.parts or ()) - set(available):
         parser.error(f"--parts {' '.join(sorted(missing))}: needs a GPU")

@@ -121,9 +121,14 @@ def test_timed_jobs_run_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "message"), [(["--parts", "throughput"], "needs a GPU"), (["--parts", "speed"], "invalid choice")]
+    ("args", "message"),
+    [
+        (["--parts", "throughput"], "needs a GPU"),
+        (["--parts", "speed"], "invalid choice"),
+        (["--gpus", "0"], "--gpus 0: must be at least 1"),
+    ],
 )
-def test_parts_that_there_are_not(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_arguments(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available() and message == "needs a GPU":
         pytest.skip("there is one")
     with pytest.raises(SystemExit):

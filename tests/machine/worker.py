@@ -1,4 +1,4 @@
-"""What the processes of exactness.py and measurements.py compute; torchrun starts them.
+"""Work of the processes that exactness.py and measurements.py start with torchrun.
 
 worker.py steps OUT.json --batch-size GLOBAL --weights OUT.pt [--dtype float64]
 worker.py evaluation OUT.json --data FOLDER
@@ -49,7 +49,7 @@ def batch_of(step: int, batch_size: int, dtype: torch.dtype) -> tuple[Tensor, Te
 def steps(process: Process, args: argparse.Namespace) -> dict[str, Any]:
     """Train the small model of cfgs/digits.yaml, and save its weights.
 
-    The first process's share of a batch has no other statistics than the whole: batch norms use their running ones.
+    Batch norms use their running statistics: those of a process's share of a batch are not those of the whole batch.
     """
     torch.backends.cudnn.allow_tf32 = False
     dtype = getattr(torch, args.dtype)
