@@ -62,9 +62,8 @@ class DenseTask(Task):
         self, config: CfgNode, model: nn.Module, dtype: torch.dtype, meanwhile: Callable[[], object] | None = None
     ) -> None:
         uses = model_uses(self, config, next(model.parameters()).device)
-        run_self_test(
-            model, dtype, image_size=512, uses=uses, meanwhile=meanwhile
-        )  # larger grids are in the same class
+        # Grids of larger images are in the same class.
+        run_self_test(model, dtype, image_size=512, uses=uses, meanwhile=meanwhile)
 
     def prepare_for_inference(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         return prepare_for_inference(model, dtype)
