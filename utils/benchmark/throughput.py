@@ -15,7 +15,7 @@ from utils.config.command_line import report_user_errors
 from utils.config.schema import with_setting
 from utils.distributed.process import Process, gather_objects
 from utils.logs.logger import logger
-from utils.logs.output_dir import open_output_dir
+from utils.logs.output_dir import open_output_dir, output_errors
 from utils.logs.plots import plot_bars
 from utils.logs.recorder import append_records
 from utils.speed.compile import effective_mode, uses_graphs
@@ -68,13 +68,19 @@ def run_throughput(task: Task, config: CfgNode, process: Process) -> None:
         print(pixel_table(by_size))
     for row in by_size:
         write_row(folder, row)
-    draw_bars(rows, folder / "throughput.png")
+    with output_errors(folder):
+        draw_bars(rows, folder / "throughput.png")
     logger.info("speeds are in %s: throughput.jsonl and throughput.png", folder)
 
 
 def write_row(folder: Path, row: Throughput) -> None:
-    """Append a row to throughput.jsonl, and log its speed."""
-    append_records(folder / "throughput.jsonl", [asdict(row)])
+    """Append a row to throughput.jsonl, and log its speed.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with output_errors(folder):
+        append_records(folder / "throughput.jsonl", [asdict(row)])
     logger.info(
         "%s of %s, batch %d on each of %d: %.1f img/s, %.2f ms/batch",
         *(row.work, row.model, row.batch, row.processes, row.images_per_second, row.milliseconds_per_batch),

@@ -9,7 +9,8 @@ import pytest
 
 from tests.helpers import run_python
 from utils.benchmark.measure import Throughput
-from utils.benchmark.throughput import draw_bars, throughput_table
+from utils.benchmark.throughput import draw_bars, throughput_table, write_row
+from utils.logs.output_dir import OutputError
 
 ROW = Throughput(
     *("mlla_tiny", "training", "NVIDIA H200", "2.11.0", "bfloat16", "channels_last", "reduce-overhead"),
@@ -45,6 +46,12 @@ def test_the_chart_has_a_bar_of_the_official_code(monkeypatch: pytest.MonkeyPatc
     ]
     assert list(values) == [4700, 672, 4700, 4700]
     assert len(set(drawn["colors"][:3])) == 3
+
+
+def test_a_row_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "throughput.jsonl").mkdir()
+    with pytest.raises(OutputError, match=r"throughput\.jsonl: cannot be written"):
+        write_row(tmp_path, ROW)
 
 
 @pytest.mark.slow
