@@ -36,8 +36,8 @@ class WorkerStartError(UserError):
     """The worker processes of a DataLoader did not start."""
 
 
-def leave_process_group(_: int) -> None:
-    """Shield this worker from signals to the process group of training.
+def ignore_signals(_: int) -> None:
+    """Shield this worker from signals that are meant for training.
 
     Launchers send SIGTERM, and terminals Ctrl-C, to a whole group. The training process must save a checkpoint first,
     which it could not with dead workers. It ends its workers itself, and they end when it is gone.
@@ -47,6 +47,8 @@ def leave_process_group(_: int) -> None:
     """
     os.setpgrp()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGUSR1):  # some tools send them to each process
+        signal.signal(number, signal.SIG_IGN)
 
 
 def set_up_and_count(started: "Synchronized[int]", set_up: Callable[[int], None], worker: int) -> None:
@@ -127,7 +129,7 @@ class RestartingDataLoader(DataLoader):
     def __init__(
         self,
         *args: Any,
-        set_up_worker: Callable[[int], None] = leave_process_group,
+        set_up_worker: Callable[[int], None] = ignore_signals,
         keeps_batches: bool = False,
         **options: Any,
     ) -> None:

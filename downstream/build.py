@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
-from data.workers import RestartingDataLoader, choose_num_workers, leave_process_group
+from data.workers import RestartingDataLoader, choose_num_workers, ignore_signals
 from downstream.backbone import MLLABackbone, TimmBackbone
 from models import use_kernels
 from models.build import mlla_sizes
@@ -49,5 +49,5 @@ def make_loader(config: CfgNode, dataset: Dataset[Any], **options: Any) -> Resta
 
 def set_up_worker(number: int) -> None:
     """Detach a loader's worker from the signals of the training process, and keep OpenCV to one core."""
-    leave_process_group(number)
+    ignore_signals(number)
     cv2.setNumThreads(0)

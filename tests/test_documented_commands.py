@@ -251,7 +251,7 @@ def test_rules_and_blocks_are_all_accounted_for() -> None:
     others = [b for b in documentation.blocks() if b.language in ("", "bash", "sh")]
     others = [b for b in others if " ".join(b.text.split("\n")[0].rstrip("\\").split()) not in " ".join(COMMANDS)]
     assert {b.text for b in others if not b.text.startswith(NO_COMMANDS)} == set()
-    assert {b.language for b in documentation.blocks()} <= {"", "bash", "python", "bibtex", "yaml"}
+    assert {b.language for b in documentation.blocks()} <= {"", "bash", "python", "bibtex", "yaml", "text"}
 
 
 def run_python_block(block: Block, argv: list[str]) -> dict[str, Any]:

@@ -151,6 +151,17 @@ def test_the_thread_that_pins_memory_ends_before_the_workers() -> None:
     assert worker.exitcode == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_signals_for_training_do_not_end_its_workers(number: int) -> None:
+    """Some tools send them to every process."""
+    others = set(multiprocessing.active_children())
+    batches = iter(RestartingDataLoader(NUMBERS, num_workers=1))
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - others
+    os.kill(worker.pid, number)
+    assert [batch.item() for batch in batches] == NUMBERS[1:]
+
+
 def test_workers_end_at_sigterm_whatever_the_training_process_does_with_it() -> None:
     previous = signal.signal(signal.SIGTERM, lambda *_: None)
     try:

@@ -17,6 +17,7 @@ from utils.config.standard_streams import flush_standard_streams
 from utils.distributed.heartbeat import HANG_SECONDS, Heartbeat, record_cuda_event
 
 STOP_SECONDS = 8.0  # launchers kill 30 s after SIGTERM, of which a step and a checkpoint may take 20
+is_program = threading.Event()  # this Python process is for a run alone, unlike a notebook or a test
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Process:
         return self.rank == 0
 
     def limit_stop(self, exit_code: int) -> None:
-        """End this process in STOP_SECONDS if `stop_process` is not through by then. Everything has been saved.
+        """End a program's process in STOP_SECONDS if `stop_process` is not through by then. Everything has been saved.
 
         Freeing what a run used waits for loader workers, for the GPU, and for other processes.
         """
@@ -50,7 +51,8 @@ class Process:
                 flush_standard_streams()
                 os._exit(exit_code)
 
-        threading.Thread(target=end_late, name="limit of the stop", daemon=True).start()
+        if is_program.is_set():
+            threading.Thread(target=end_late, name="limit of the stop", daemon=True).start()
 
 
 def start_process(local_rank: int = 0) -> Process:

@@ -15,7 +15,7 @@ import torch
 from utils.config.command_line import SECONDARY_RANK_DELAY_SECONDS, report_user_errors
 from utils.config.errors import UserError, memory_reason
 from utils.config.standard_streams import flush_standard_streams
-from utils.distributed.process import Process, start_process, stop_process
+from utils.distributed.process import Process, is_program, start_process, stop_process
 from utils.distributed.stop_signal import INTERRUPTED
 from utils.logs.logger import logger
 from utils.speed.compile_fallback import MISSING_C_COMPILER, MISSING_CPP_COMPILER
@@ -68,6 +68,7 @@ def run_and_end(main: Callable[[], int]) -> NoReturn:
     Python's own end would wait for the compile workers, and free compiled code and CUDA graphs. After SIGTERM that took
     more than the 30 s after which launchers kill. The program has saved and closed everything.
     """
+    is_program.set()
     try:
         code: object = main()
     except SystemExit as end:

@@ -259,7 +259,7 @@ class Training:
         is_compiled = any(module._compiled_call_impl is not None for module in run.model.modules())
         may_wait = run.process.num_processes > 1 and self.task.compiled_module  # parts with batch norm of all processes
         if is_compiled and not may_wait and isinstance(step, GraphedTrainStep):
-            with suppress(RuntimeError):
+            with suppress(Exception):  # of torch.compile, of any type
                 batch = self.task.synthetic_batch(run.config, run.model.train(), run.process.device)
                 step.compile_ahead(batch, epochs * self.derived.steps_per_epoch + steps)
 

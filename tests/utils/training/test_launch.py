@@ -90,6 +90,7 @@ def test_the_end_of_a_stopped_process_is_limited(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(process, "STOP_SECONDS", 0.2)
 
     def stop() -> None:
+        process.is_program.set()
         this_process = Process(0, 1, torch.device("cpu"))
         if not is_late:
             stop_process(this_process)
