@@ -200,7 +200,7 @@ def transform_affine(pixels, output, row, x, y, mask, height, width, kind):
 
 @triton.jit
 def load_clamped(pixels, column, line, width, height, mask):
-    """Load values of a channel; positions outside the image are those of its edge."""
+    """Load values of a channel; outside the image, values of its edge."""
     column, line = tl.minimum(tl.maximum(column, 0), width - 1), tl.minimum(tl.maximum(line, 0), height - 1)
     return tl.load(pixels + 3 * (line * width + column), mask=mask, other=0).to(tl.float32)
 

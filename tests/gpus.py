@@ -7,7 +7,7 @@ python tests/gpus.py --parts exactness --gpus 8 --dtype float32 float64    on a 
 
 The results of each job are added to <output>/results.jsonl as soon as it ends. The same command again runs what is not
 there yet, or has failed. <output>/table.md is written at the end, and printed. Each job has a time limit; one that
-fails is a line of the table, and the others go on. The exit code is 1 if a job failed or missed its goal.
+fails is a line of the table, and the others run. The exit code is 1 if a job failed or missed its goal.
 
 Parts, in this order; the first four share the machine:
   compile        the models of throughput and scaling

@@ -133,7 +133,7 @@ class Bench:
         return build_detector(self.config, NUM_CLASSES)
 
     def load_config(self) -> CfgNode:
-        """Return the recipe's configuration; that of MLLA-T for a backbone of timm."""
+        """Return the recipe's configuration; for a backbone of timm, MLLA-T's."""
         opts = ["MODEL.TYPE", self.name] if self.name.startswith("timm:") else []
         path = CFGS / f"{'mlla_t' if opts or self.is_torchvision else self.name}_mrcnn_1x.yaml"
         if path not in CFGS.iterdir():

@@ -220,7 +220,7 @@ def run_job(job: Job, results: Results, end: float) -> str:
     try:
         for row in job.run(guard):
             rows.append(row)
-    except Exception as failure:  # whatever it is, the other jobs go on
+    except Exception as failure:  # whatever it is, the other jobs run
         text = " ".join(f"{type(failure).__name__}: {failure}".split())
         limit = f"ended after its time limit of {seconds:.0f} s; " if guard.is_over else ""
         error = limit + (text if len(text) < 400 else f"{text[:100]} ... {text[-300:]}")

@@ -30,25 +30,8 @@ CAPTURE_ERROR_MODE = "thread_local"
 RECORDING = "recording"  # stream of captures and of their warm-up: a captured graph must not wait for another stream
 # Compiling gains about 15% of the time, and takes half a minute, in which an H200 computes 4e15 FLOPs.
 MIN_TRAINING_FLOPS = 3e16  # an epoch of ImageNet-1K with MLLA-T at 224x224
-FLOP_TOKEN_PIXELS = 16 * 16  # see training_flops
 MIN_RECORDED_STEPS = 100  # as many as allow one recording, see shape_graphs.py
 MAX_VARIANTS = 64  # compiled graphs per region: one per grid size, with and without gradient
-
-
-def training_flops(num_parameters: int, image_size: tuple[int, int], num_images: int) -> float:
-    """Estimate the FLOPs of training a vision network, as 6 per parameter and token.
-
-    A network with stages of strides 4 to 32 does as much as if all of its layers had the tokens of stride 16: within
-    20% for MLLA, Swin, ConvNeXt and ResNet-50. The factor is of Kaplan et al., "Scaling Laws for Neural Language
-    Models": 2 in the forward and 4 in the backward pass.
-
-    Args:
-        num_parameters: of the network.
-        image_size: height and width in pixels.
-        num_images: how many it is trained on, repetitions included.
-    """
-    height, width = image_size
-    return 6.0 * num_parameters * (height * width / FLOP_TOKEN_PIXELS) * num_images
 
 
 def resolve_training_mode(
@@ -62,7 +45,7 @@ def resolve_training_mode(
         mode: TRAIN.COMPILE.
         device: where the model is trained.
         num_steps: optimizer steps of the run.
-        flops: of the run on this device, see `training_flops`.
+        flops: of the run on this device, see flops.py.
         auto: the mode that "auto" stands for.
     """
     if mode != "auto":

@@ -18,8 +18,8 @@ from utils.speed.compile import (
     compile_regions,
     resolve_inference_mode,
     resolve_training_mode,
-    training_flops,
 )
+from utils.speed.flops import training_flops
 from utils.speed.memory import out_of_memory_message
 from utils.speed.shape_graphs import ShapeGraphs
 from utils.training.amp import Precision, make_precision

@@ -5,7 +5,7 @@ from torch import nn
 
 from models import MLLA, PAPER_PROFILES
 from tests.helpers import MICRO
-from utils.speed.flops import profile, profile_table
+from utils.speed.flops import profile, profile_table, training_flops
 
 
 def test_counts_by_hand() -> None:
@@ -62,3 +62,9 @@ def test_table() -> None:
         *("part", "patch_embed", "layers.0", "layers.1", "layers.2", "layers.3", "norm", "head", "total", "paper")
     ]
     assert table[-1].split()[1:] == ["25", "M", "4.2"]
+
+
+@pytest.mark.parametrize(("parameters_m", "gmacs"), [(25.0, 4.2), (43.0, 7.3), (96.0, 16.2), (25.6, 4.1), (28.6, 4.5)])
+def test_training_flops_follow_from_the_parameters(parameters_m: float, gmacs: float) -> None:
+    """MLLA-T, S, B in the paper's table 3; ResNet-50; ConvNeXt-T."""
+    assert training_flops(int(parameters_m * 1e6), (224, 224), 10) == pytest.approx(60e9 * gmacs, rel=0.25)
