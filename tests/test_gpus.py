@@ -45,7 +45,10 @@ def test_a_failure_is_a_line_and_only_failed_jobs_run_again(tmp_path: Path) -> N
         if counts["bad"] == 1:
             raise ValueError("a | b\nof the first start")
 
-    some = job("good", good), job("bad", bad)
+    some = (
+        job("good", good, is_timed=True),
+        job("bad", bad, is_timed=True),
+    )  # one after the other: rows are in this order
     results = Results(tmp_path, {"chip": "H"})
     run_all(results, *some)
     assert sorted(results.write_table(["data"]).splitlines()[2:]) == [
