@@ -188,10 +188,11 @@ def test_metrics_of_an_evaluation_must_be_equal(tmp_path: Path) -> None:
 
 
 def test_rows_of_speeds() -> None:
-    two = {**SPEED, "processes": 2, "scaling": 98.4, "milliseconds_per_batch": 104.0}
+    two = {**SPEED, "processes": 2, "scaling": 98.4, "milliseconds_per_batch": 104.0, "alone": [5000.0, 4900.0]}
     alone, together = measurements.throughput_rows("t", 512, [SPEED, two])
     assert (alone.is_good, alone.result) == (None, "5,000 img/s, 102.40 ms")
     assert (together.is_good, together.goal) == (False, "98.5%")
+    assert together.result == "5,000 img/s, 104.00 ms, 98.4% of 5,000 + 4,900"
     assert measurements.throughput_rows("s", 64, [two])[0].is_good is None
     measured = {"exchange_gb_per_second": 200.0, "exchange_ms": 0.5, "megabytes": 97.6, "slices": 5}
     measured["bus_gb_per_second"] = {"32": 300.0}

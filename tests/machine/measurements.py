@@ -52,7 +52,7 @@ def compile_jobs(folder: Path, models: Sequence[str], num_gpus: int) -> list[Job
 
 
 def throughput_jobs(folder: Path, part: str, models: Sequence[str], counts: Sequence[int]) -> list[Job]:
-    """Return jobs that time each model on one process and on several together, by the numbers of these."""
+    """Return jobs that time each model on every process by itself and on all together, by the numbers of processes."""
 
     def measure(guard: Guard, model: str, batch_size: int, processes: int) -> Iterator[Row]:
         output = folder / f"throughput_{model}_{batch_size}_{processes}_{time.time_ns()}"
@@ -84,9 +84,8 @@ def throughput_rows(model: str, batch_size: int, speeds: Sequence[Mapping[str, A
             rows.append(Row(what, speed["processes"], told, values=speed))
             continue
         is_good = None if goal is None else scaling >= goal
-        rows.append(
-            Row(what, speed["processes"], f"{told}, {scaling:.1f}%", f"{goal}%" if goal else "", is_good, speed)
-        )
+        told += f", {scaling:.1f}% of {' + '.join(f'{alone:,.0f}' for alone in speed['alone'])}"
+        rows.append(Row(what, speed["processes"], told, f"{goal}%" if goal else "", is_good, speed))
     return rows
 
 

@@ -26,7 +26,8 @@ WARMUP_STEPS = 8  # enough for a training step to be captured as a CUDA graph
 class Throughput:
     """One row of the table; memory is the peak, of the GPU's allocator or of the whole process on a CPU.
 
-    `scaling` is the speed of several processes in per cent of as many times that of one; None where it is unknown.
+    `alone` has the images per second of each process by itself, all at the same time, where several work together:
+    GPUs of a machine differ, and the slowest one sets the pace. `scaling` is their common speed in per cent of the sum.
     """
 
     model: str
@@ -45,6 +46,7 @@ class Throughput:
     rounds: int
     batches_per_round: int
     scaling: float | None = None
+    alone: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,8 @@ MakeModel = Callable[[], nn.Module]
 def run_throughput(task: Task, config: CfgNode, process: Process) -> None:
     """Measure the configured model and BENCHMARK.BASELINES; print a table, append to throughput.jsonl, draw a chart.
 
-    Training is measured on one process and on all together, inference on the first one, which also writes the files:
-    each row as soon as it is measured.
+    Training is measured on each process by itself and on all together, inference on the first one, which also writes
+    the files: each row as soon as it is measured.
     """
     with report_user_errors(task.user_errors, out_of_memory=False):
         folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
@@ -85,6 +85,11 @@ def write_row(folder: Path, row: Throughput) -> None:
         "%s of %s, batch %d on each of %d: %.1f img/s, %.2f ms/batch",
         *(row.work, row.model, row.batch, row.processes, row.images_per_second, row.milliseconds_per_batch),
     )
+    if row.scaling is not None:
+        logger.info(
+            "that is %.1f%% of what the processes reach by themselves at the same time: %s img/s",
+            *(row.scaling, ", ".join(f"{speed:.1f}" for speed in row.alone)),
+        )
 
 
 def baseline_config(config: CfgNode, name: str) -> CfgNode:
@@ -125,20 +130,20 @@ def training_rows(
 ) -> Iterator[Throughput]:
     """Yield the speed of a run's own training step, and with MESA once more with the teacher.
 
-    Several processes are measured after the first one alone, which gives the scaling.
+    Several processes are measured by themselves first, all at the same time, which gives the scaling.
     """
     if process.num_processes == 1:
         yield from step_rows(task, config, process, name, make_model())
         return
     speeds: dict[str, float] = {}
-    if process.is_main:
-        for row in step_rows(task, config, replace(process, num_processes=1), name, make_model()):
-            speeds[row.work] = process.num_processes * row.images_per_second
-            yield row
-        free_memory(process.device)
-    gather_objects(None)  # the others wait
+    for row in step_rows(task, config, replace(process, num_processes=1), name, make_model()):
+        speeds[row.work] = row.images_per_second
+        yield row
+    free_memory(process.device)
+    of_all = gather_objects(speeds)
     for row in step_rows(task, config, process, name, make_model()):
-        yield replace(row, scaling=100 * row.images_per_second / speeds[row.work] if row.work in speeds else None)
+        alone = tuple(speeds_of_one[row.work] for speeds_of_one in of_all)
+        yield replace(row, scaling=100 * row.images_per_second / sum(alone), alone=alone)
     free_memory(process.device)
 
 

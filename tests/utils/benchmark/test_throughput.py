@@ -66,5 +66,6 @@ def test_two_processes_are_compared_with_one(tmp_path: Path) -> None:
     lines = (tmp_path / "mlla_digits" / "default" / "throughput.jsonl").read_text().splitlines()
     alone, together = map(json.loads, lines)
     assert (alone["processes"], together["processes"]) == (1, 2)
-    assert alone["scaling"] is None
-    assert together["scaling"] == pytest.approx(100 * together["images_per_second"] / 2 / alone["images_per_second"])
+    assert (alone["scaling"], alone["alone"]) == (None, [])
+    assert (len(together["alone"]), together["alone"][0]) == (2, alone["images_per_second"])
+    assert together["scaling"] == pytest.approx(100 * together["images_per_second"] / sum(together["alone"]))
