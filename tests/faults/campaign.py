@@ -69,8 +69,17 @@ class Campaign:
         if data is not None and not data.exists():
             TASKS[task].make_data(data)  # type: ignore[misc]
         amp = processes == 1 or bool(self.gpu)
-        settings = {"epochs": self.epochs, "amp": amp, "gpu": self.gpu, "max_restarts": max_restarts}
-        return Run(self.folder / name, task=task, data=data, processes=processes, save_steps=save_steps, **settings)
+        return Run(
+            self.folder / name,
+            task=task,
+            data=data,
+            processes=processes,
+            epochs=self.epochs,
+            save_steps=save_steps,
+            amp=amp,
+            max_restarts=max_restarts,
+            gpu=self.gpu,
+        )
 
     def expected_result(self, task: str, processes: int) -> dict[str, Any]:
         """Return the result of a run left alone."""

@@ -4,6 +4,7 @@ import json
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +50,7 @@ def exactness_jobs(folder: Path, counts: Sequence[int], *, dtypes: Sequence[str]
     if max(counts) == 1:
         return []
     return [
-        Job("exactness", f"weights in {dtype}", max(counts), lambda guard, d=dtype: compare(guard, d), SECONDS)
-        for dtype in dtypes
+        Job("exactness", f"weights in {dtype}", max(counts), partial(compare, dtype=dtype), SECONDS) for dtype in dtypes
     ]
 
 

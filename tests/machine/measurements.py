@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def compile_jobs(folder: Path, models: Sequence[str], num_gpus: int) -> list[Job
             "compile",
             f"{m} {b}",
             1,
-            lambda guard, m=m, b=b, gpu=i % num_gpus: compile_model(guard, m, b, gpu),
+            partial(compile_model, model=m, batch_size=b, gpu=i % num_gpus),
             COMPILE_SECONDS,
         )
         for i, (m, b) in enumerate(MODELS[name] for name in models)
@@ -63,7 +64,14 @@ def throughput_jobs(folder: Path, part: str, models: Sequence[str], counts: Sequ
             yield from throughput_rows(model, batch_size, speeds_in(output))
 
     return [
-        Job(part, f"{m} {b}", n, lambda guard, m=m, b=b, n=n: measure(guard, m, b, n), MEASURE_SECONDS, is_timed=True)
+        Job(
+            part,
+            f"{m} {b}",
+            n,
+            partial(measure, model=m, batch_size=b, processes=n),
+            MEASURE_SECONDS,
+            is_timed=True,
+        )
         for n in counts
         for m, b in (MODELS[name] for name in models)
     ]
@@ -191,7 +199,7 @@ def startup_jobs(folder: Path, processes: int) -> list[Job]:
             log, begin = output / NAMES["t"] / "default" / "log_rank0.txt", time.monotonic()
             command = training_command(data, output, "PRINT_FREQ", "1")
             process = start(guard, command, processes=processes, output=output / "printed.txt", env=caches)
-            guard.wait_for(lambda log=log: log.exists() and STEPS.search(log.read_text()), process, of="first step")
+            guard.wait_for(partial(has_step, log), process, of="first step")
             seconds = time.monotonic() - begin
             process.terminate()
             process.wait()
@@ -199,3 +207,8 @@ def startup_jobs(folder: Path, processes: int) -> list[Job]:
             yield Row(what, processes, f"{seconds:.1f} s", f"{goal:.0f} s", seconds <= goal, {"seconds": seconds})
 
     return [Job("startup", "official command", processes, measure, START_SECONDS, True)]
+
+
+def has_step(log: Path) -> bool:
+    """Return whether a run's log has a line of training."""
+    return log.exists() and STEPS.search(log.read_text()) is not None

@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +122,11 @@ def exchange(process: Process, args: argparse.Namespace) -> dict[str, Any]:
     tensors = {name: torch.zeros(size // 4, device=process.device) for name, size in sizes.items()}
     calls: dict[str, Callable[[], object]] = {"exchange": captured(call, process)}
     for name, tensor in tensors.items():
-        calls[f"{name} MiB"] = captured(lambda tensor=tensor: dist.all_reduce(tensor), process)
-    settings = {"rounds": 3, "round_seconds": 0.3, "warmup": 3, "num_processes": process.num_processes}
-    seconds = {name: s for name, (s, _) in median_seconds(calls, process.device, **settings).items()}
+        calls[f"{name} MiB"] = captured(partial(dist.all_reduce, tensor), process)
+    measured = median_seconds(
+        calls, process.device, rounds=3, round_seconds=0.3, warmup=3, num_processes=process.num_processes
+    )
+    seconds = {name: s for name, (s, _) in measured.items()}
     share = 2 * (process.num_processes - 1) / process.num_processes  # of the bytes, that each process sends
     gb_per_second = {name: share * size / seconds[f"{name} MiB"] / 1e9 for name, size in sizes.items()}
     return {
