@@ -21,10 +21,11 @@ from utils.config.errors import ConfigError
 from utils.config.schema import with_setting
 from utils.config.standard_streams import print_error
 from utils.config.yaml_file import flatten
-from utils.distributed.process import Process
+from utils.distributed.process import Process, is_program
 from utils.logs.environment import record_environment
 from utils.logs.logger import logger
 from utils.logs.output_dir import lock_output_dir, open_output_dir, output_errors, save_config
+from utils.logs.process_clock import StartClock, launch_seconds
 from utils.logs.wandb_logger import WandbLogger
 from utils.training.build import (
     build_ema,
@@ -58,6 +59,7 @@ def run_task(task: Task, config: CfgNode, *, run_throughput: Callable[[Task, Cfg
             print_error(f"counting parameters and MACs of {config.MODEL.NAME}, in seconds, or a minute for a detector")
             print(task.profile(config))
         return 0
+    start = StartClock(launch_seconds() if is_program.is_set() else None)
     if config.TRAIN.DETERMINISTIC:
         use_deterministic_algorithms()
     launched = LaunchedProcess(
@@ -68,12 +70,13 @@ def run_task(task: Task, config: CfgNode, *, run_throughput: Callable[[Task, Cfg
     with launched as process, explain_missing_compiler(compile_setting(config)):
         with report_user_errors(task.user_errors):
             task.check_kernels(config, process.device)
+        start.end("GPU and process group")
         if config.THROUGHPUT_MODE:
             run_throughput(task, config, process)
         elif config.EVAL_MODE:
             run_evaluation(task, config, process)
         else:
-            run_training(task, config, process)
+            run_training(task, config, process, start)
     return launched.exit_code
 
 
@@ -112,15 +115,16 @@ def choose_evaluation_precision(config: CfgNode) -> CfgNode:
     return with_setting(config, "AMP", False)
 
 
-def run_training(task: Task, config: CfgNode, process: Process) -> None:
+def run_training(task: Task, config: CfgNode, process: Process, start: StartClock) -> None:
     """Train from the newest checkpoint in the output folder, if any, to the last epoch."""
     with report_user_errors(task.user_errors, out_of_memory=False):
         folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
         lock = lock_output_dir(folder) if process.is_main else None
     with lock or nullcontext():
         with report_user_errors(task.user_errors, out_of_memory=False):
-            run = open_run(task, config, process, folder, tests_kernels=False)
+            run = open_run(task, config, process, folder, start, tests_kernels=False)
             training = Training(task, run)
+            start.end("model")
         if training.is_complete:
             logger.info("this run is complete; to train longer raise its length, for another run name another --tag")
         elif not (trainer := training.make_trainer(lock.check if lock else lambda: None)).run():  # asked to stop
@@ -133,14 +137,33 @@ def run_training(task: Task, config: CfgNode, process: Process) -> None:
             log_results(task, run, training.state)
 
 
-def open_run(task: Task, config: CfgNode, process: Process, folder: Path, *, tests_kernels: bool = True) -> Run:
-    """Open the data and make the model; `folder` is the output folder, `tests_kernels` as for `prepare_model`."""
+def open_run(
+    task: Task,
+    config: CfgNode,
+    process: Process,
+    folder: Path,
+    start: StartClock | None = None,
+    *,
+    tests_kernels: bool = True,
+) -> Run:
+    """Open the data and make the model.
+
+    Args:
+        task: the task.
+        config: the configuration.
+        process: this process.
+        folder: the output folder.
+        start: counts the seconds of the start.
+        tests_kernels: as for `prepare_model`.
+    """
+    start = start or StartClock()
     data = task.build_data(config, process)
+    start.end("data")
     model = prepare_model(task, config, process, len(data.classes), tests_kernels=tests_kernels)
     precision = build_precision(config, process.device)
     if precision.dtype is torch.float16 and process.device.type == "cpu" and process.is_main:
         logger.warning("AMP_DTYPE float16: a CPU takes several times as long as for float32; use bfloat16, or no AMP")
-    return Run(config, process, folder, data, model, precision)
+    return Run(config, process, folder, data, model, precision, start)
 
 
 def prepare_model(
@@ -217,11 +240,13 @@ class Training:
 
     def make_trainer(self, check_folder: Callable[[], object]) -> Trainer:
         task, run = self.task, self.run
-        batches, step = self.start_loading(), self.build_step()
-        task.test_kernels(run.config, run.model, run.precision.dtype, lambda: self.compile_ahead(step))
+        batches = self.start_loading()
+        step = self.build_step()
+        self.prepare_code(step)
         as_compiled = build_inference_model(task, run.config, run.process.device)
         if task.has_one_image_size:
             as_compiled.warm_up(self.state.model, run.config, run.precision)
+        run.start.end("evaluation's graph")
         trainer = Trainer(
             build_trainer_config(task, run.config, self.derived, self.schedule),
             self.state,
@@ -235,6 +260,7 @@ class Training:
             loading_advice=run.data.loading_advice if run.process.device.type == "cuda" else None,
             tracker=self.tracker,
             check_folder=check_folder,
+            start=run.start,
         )
         # What set-up draws (torch does for an all-reduce on the meta device) it draws at every start: it must not show.
         restore_rng_state(self.rng, run.process.device)
@@ -247,11 +273,28 @@ class Training:
         if progress.steps < self.derived.steps_per_epoch:
             first = progress.epochs, progress.steps * run.config.TRAIN.ACCUMULATION_STEPS
             started[first] = task.batches(run, *first)
+            run.start.end("loader workers")
 
         def batches(epoch: int, first: int) -> Iterator[Any]:
             return started.pop((epoch, first), None) or task.batches(run, epoch, first)
 
         return batches
+
+    def prepare_code(self, step: TrainStep) -> None:
+        """Test the kernels and compile the step, at the same time where kernels have to be compiled as well."""
+        run, is_compiled = self.run, False
+
+        def compile_once() -> None:
+            nonlocal is_compiled
+            if not is_compiled:
+                is_compiled = True
+                run.start.end("kernels")
+                self.compile_ahead(step)
+                run.start.end("compiling")
+
+        self.task.test_kernels(run.config, run.model, run.precision.dtype, compile_once)
+        compile_once()
+        run.start.end("kernels")
 
     def compile_ahead(self, step: TrainStep) -> None:
         """Compile the step, if it is compiled; what fails here fails again, with its reason, in the first step."""
@@ -266,7 +309,9 @@ class Training:
     def build_step(self) -> TrainStep:
         run, state, derived = self.run, self.state, self.derived
         parts = (run.config, run.model, run.process, state.optimizer, state.ema, run.precision, derived)
-        return build_train_step(self.task, *parts)
+        step = build_train_step(self.task, *parts)
+        run.start.end("training step")
+        return step
 
     def log_start(self) -> None:
         config, run, derived = self.run.config, self.run, self.derived

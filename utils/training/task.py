@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from utils.checkpoint.weights import load_pretrained
 from utils.config.errors import UserError
 from utils.distributed.process import Process
 from utils.logs.plots import Panel
+from utils.logs.process_clock import StartClock
 from utils.speed.compile import GRAPHS
 from utils.training.amp import Precision
 from utils.training.derived import Derived, derive, steps_per_pass
@@ -59,6 +60,7 @@ class Run:
         folder: the output folder.
         data: the task's own data.
         model: on the device.
+        start: counts the seconds until the first step.
     """
 
     config: CfgNode
@@ -67,6 +69,7 @@ class Run:
     data: Any
     model: nn.Module
     precision: Precision
+    start: StartClock = field(default_factory=StartClock)
 
 
 class Task(ABC):

@@ -26,7 +26,7 @@ from utils.logs.logger import (
     logger,
 )
 from utils.logs.plots import Panel
-from utils.logs.process_clock import process_seconds
+from utils.logs.process_clock import StartClock, process_seconds
 from utils.logs.recorder import RunRecorder, weight_samples
 from utils.logs.wandb_logger import WandbLogger
 from utils.speed.data_wait import DataWait
@@ -100,6 +100,7 @@ class Trainer:
         loading_advice: returns how batches may be loaded faster, for a warning.
         tracker: an experiment tracker that also gets the metrics; on the first process.
         check_folder: called before anything is written to the folder; raises if another run may write there.
+        start: counts the seconds until the first step, for a line of the log; None: no such line.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class Trainer:
         loading_advice: Callable[[], str] | None = None,
         tracker: WandbLogger | None = None,
         check_folder: Callable[[], object] = lambda: None,
+        start: StartClock | None = None,
     ) -> None:
         self.config = config
         self.state = state
@@ -128,6 +130,7 @@ class Trainer:
         self.loading_advice = loading_advice
         self.tracker = tracker
         self.check_folder = check_folder
+        self.start_clock = start
         self.last_image_time = time.monotonic()
         self.folder = folder
         self.writer = CheckpointWriter(folder, in_background=config.save_in_background, keep_all=config.save_freq > 1)
@@ -192,6 +195,8 @@ class Trainer:
                 result = self.train_step(micro_batches, step=step, learning_rate=config.lr_at(step))
                 if self.process.heartbeat is not None:
                     self.process.heartbeat.watch_device()
+                if self.start_clock is not None:
+                    self.log_start(self.start_clock)
                 self.sums.add(result)
                 state.progress = Progress(epoch, index + 1)
                 bar.advance()
@@ -241,7 +246,16 @@ class Trainer:
     def next_batches(self, batches: Iterator[Any], count: int) -> list[Any]:
         """Return the next micro-batches; until then the device may wait for data."""
         with self.data_wait:
-            return [next(batches) for _ in range(count)]
+            result = [next(batches) for _ in range(count)]
+        if self.start_clock is not None:
+            self.start_clock.end("first batch")
+        return result
+
+    def log_start(self, clock: StartClock) -> None:
+        """Log, after the first step, what the time until then was spent on."""
+        clock.end("first step")
+        logger.info("First step after %s", clock, extra=DETAIL)
+        self.start_clock = None
 
     def report(self, bar: ProgressBar, step: int, result: StepResult) -> None:
         """Log the progress of the epoch. Waits for the device.

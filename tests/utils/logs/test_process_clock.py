@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -5,6 +6,7 @@ import pytest
 
 from tests.helpers import ROOT
 from utils.logs import process_clock
+from utils.logs.process_clock import StartClock
 
 
 def test_the_interpreters_start_counts() -> None:
@@ -18,3 +20,24 @@ def test_without_linux(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_clock.time, "monotonic", lambda: 102.5)
     monkeypatch.delattr(process_clock.time, "CLOCK_BOOTTIME")
     assert process_clock.process_seconds() == 2.5
+
+
+def test_a_start_is_counted_by_part() -> None:
+    times = iter((10.0, 12.25, 12.28, 13.25, 14.0))
+    clock = StartClock({"launcher": 1.5, "imports": 4.0}, lambda: next(times))
+    for part in ("kernels", "data", "compiling", "kernels"):
+        clock.end(part)
+    assert str(clock) == "9.5 s: launcher 1.5, imports 4.0, kernels 3.0, compiling 1.0"
+
+
+@pytest.mark.parametrize(("restarts", "launcher"), [("0", 2.0), ("1", 0.0), (None, 0.0)])
+def test_the_launchers_first_start_counts(
+    restarts: str | None, launcher: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {os.getpid(): 3.0, os.getppid(): 5.0}
+    monkeypatch.setattr(process_clock, "seconds_since_start_of", seconds.get)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if restarts is not None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    assert process_clock.launch_seconds() == {"launcher": launcher, "imports": 3.0}

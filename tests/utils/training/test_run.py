@@ -1,5 +1,6 @@
 """The run that all tasks share, around a fake task: a linear model that learns to double eight numbers."""
 
+import itertools
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from tests.faults.runs import is_same
 from tests.helpers import exit_code
 from utils.checkpoint.weights_file import load_checkpoint
 from utils.distributed.process import Process
+from utils.logs.process_clock import StartClock
 from utils.training.derived import Derived
 from utils.training.ema import ModelEma
 from utils.training.optimizer import parameter_groups
@@ -448,3 +450,15 @@ def test_another_number_of_images_is_refused_within_an_epoch(run: FakeRun, capfd
     assert run() == 2
     assert "was saved within an epoch with number of training images 8, now it is 6" in capfd.readouterr().err
     assert run.calls("batches") == []
+
+
+def test_the_log_says_where_the_start_went(run: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.count()
+    clock = StartClock({"imports": 7.0}, lambda: next(seconds))
+    monkeypatch.setattr("utils.training.run.StartClock", lambda _: clock)
+    assert run(TRAIN__EPOCHS=1) == 0
+    expected = (
+        "First step after 18.0 s: imports 7.0, GPU and process group 1.0, data 1.0, model 1.0, loader workers 1.0, "
+        "training step 1.0, kernels 2.0, compiling 1.0, evaluation's graph 1.0, first batch 1.0, first step 1.0"
+    )
+    assert expected in run.log
