@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
-from downstream.detection.model import nms as choice
 from downstream.detection.model.nms import suppress_in_levels
 
 kernel = pytest.importorskip("downstream.detection.model.triton_nms", exc_type=ImportError)
@@ -61,6 +60,5 @@ def test_both_ways_agree(device: torch.device, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         kernel, "suppress_with_kernel", lambda *args, run=kernel.suppress_with_kernel: calls.append(1) or run(*args)
     )
-    monkeypatch.setattr(choice, "can_run", lambda *_: True)
     assert suppress_in_levels(boxes, scores, (90, 90), 0.5, kernels="triton").equal(expected)
     assert calls

@@ -22,7 +22,7 @@ class MaskRCNN(nn.Module):
         rpn_samples: anchors per image that the losses see.
         roi_samples: proposals per image that the losses see.
         max_proposals: slots for proposals per image.
-        kernels: MODEL.KERNELS, for the proposals.
+        kernels: MODEL.KERNELS, for proposals and regions.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class MaskRCNN(nn.Module):
         self.backbone = backbone
         self.neck = FPN(backbone.widths, width)  # type: ignore[arg-type]
         self.rpn_head = RPNHead(width, samples_per_image=rpn_samples, max_proposals=max_proposals, kernels=kernels)
-        self.roi_head = RoIHead(num_classes, width, hidden=hidden, samples_per_image=roi_samples)
+        self.roi_head = RoIHead(num_classes, width, hidden=hidden, samples_per_image=roi_samples, kernels=kernels)
 
     def forward(self, images: Tensor, frames: Sequence[Frame], targets: Sequence[Target]) -> dict[str, Tensor]:
         """Return the five losses, scalars, of images (B, 3, H, W), normalized; H and W are multiples of 32."""

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
-from models.kernels.dispatch import can_run
-
-KERNEL_MODES = ("triton",)  # of MODEL.KERNELS; not "auto", before the kernel's tests have passed on a GPU
+from downstream.detection.model.kernel_dispatch import kernel_works
 
 
 def suppress_in_levels(
@@ -23,11 +21,30 @@ def suppress_in_levels(
         threshold: a box is suppressed by better ones that survive and whose IoU with it is larger.
         kernels: MODEL.KERNELS. The Triton kernel does not wait for the GPU, as torchvision's function does.
     """
-    if kernels in KERNEL_MODES and can_run(kernels, boxes):
+    if kernel_works(kernels, boxes, check_suppressing):
         from downstream.detection.model.triton_nms import suppress_with_kernel  # imports Triton
 
         return suppress_with_kernel(boxes, counts, threshold)
+    return suppress_with_torchvision(boxes, scores, threshold)
+
+
+def suppress_with_torchvision(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+    """Return which boxes (B, N, 4) survive suppression by better ones of the same image, (B, N) bool."""
     survives = torch.zeros_like(scores, dtype=torch.bool)
     for own, own_boxes, own_scores in zip(survives, boxes, scores, strict=True):
         own.index_fill_(0, nms(own_boxes, own_scores, threshold), True)
     return survives
+
+
+def check_suppressing(device: torch.device) -> Tensor:
+    """Return where the kernel's results differ from those of torchvision on the CPU."""
+    from downstream.detection.model.triton_nms import suppress_with_kernel
+
+    generator, counts = torch.Generator().manual_seed(0), (150, 40)
+    centers = torch.randint(0, 60, (2, sum(counts), 2), generator=generator)
+    sides = torch.randint(1, 40, (2, sum(counts), 2), generator=generator)
+    boxes = torch.cat((centers - sides, centers + sides), dim=2).float() / 2
+    boxes[:, counts[0] :] += 1000  # the second level's
+    scores = torch.cat([torch.linspace(1, 0, count) for count in counts]).expand(2, -1)
+    found = suppress_with_kernel(boxes.to(device), counts, 0.7).cpu()
+    return found != suppress_with_torchvision(boxes, scores, 0.7)

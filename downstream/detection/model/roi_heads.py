@@ -5,40 +5,21 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms, roi_align
+from torchvision.ops import batched_nms
 
 from downstream.detection.model.boxes import BOX_HEAD_STDS, decode, encode, limits_of
 from downstream.detection.model.fpn import NamedConv
 from downstream.detection.model.masks import mask_targets
 from downstream.detection.model.matching import ROI_THRESHOLDS, UNUSED, Sample, assign, sample
+from downstream.detection.model.pooling import pool_regions
 from downstream.detection.model.rpn import Proposals
 from downstream.detection.model.structures import Detections, Frame, Target, rows
 
 BOX_GRID, MASK_GRID = 7, 14
-STRIDES = (4, 8, 16, 32)
-FINEST_SIDE = 56  # pixels; boxes twice as large (square root of the area) use the next coarser map
 POSITIVE_FRACTION = 0.25
 SCORE_THRESHOLD = 0.05
 NMS_THRESHOLD = 0.5
 MAX_DETECTIONS = 100
-
-
-def pool_regions(maps: Sequence[Tensor], boxes: Tensor, images: Tensor, grid: int) -> Tensor:
-    """Return RoIAlign of boxes (R, 4) of images (R,), each from the map for its size: (R, C, grid, grid).
-
-    Every map pools every box, but boxes of other maps as if they had no area, which reads nothing and gives 0. So no
-    host sync is needed to sort the boxes.
-    """
-    sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1).sqrt()
-    levels = torch.floor(torch.log2(sides / FINEST_SIDE + 1e-6)).clamp(0, len(STRIDES) - 1)  # (R,)
-    pooled: Tensor | None = None
-    for level, (stride, x) in enumerate(zip(STRIDES, maps, strict=False)):  # the fifth is the RPN's alone
-        own = torch.where((levels == level)[:, None], boxes, 0)
-        regions = torch.cat((images[:, None].to(boxes), own), dim=1)  # (R, 5)
-        part = roi_align(x, regions, grid, 1 / stride, sampling_ratio=0, aligned=True)
-        pooled = part if pooled is None else pooled + part
-    assert pooled is not None
-    return pooled
 
 
 class BoxHead(nn.Module):
@@ -92,10 +73,14 @@ class RoIHead(nn.Module):
         width: channels of the maps.
         hidden: width of the box head.
         samples_per_image: proposals per image that the losses see.
+        kernels: MODEL.KERNELS.
     """
 
-    def __init__(self, num_classes: int, width: int, *, hidden: int, samples_per_image: int) -> None:
+    def __init__(
+        self, num_classes: int, width: int, *, hidden: int, samples_per_image: int, kernels: str = "torch"
+    ) -> None:
         super().__init__()
+        self.kernels = kernels
         self.num_classes = num_classes
         self.samples_per_image = samples_per_image
         self.bbox_head = BoxHead(num_classes, width, hidden)
@@ -112,7 +97,7 @@ class RoIHead(nn.Module):
         box_targets = encode(boxes.flatten(0, 1), torch.cat(matched), BOX_HEAD_STDS)  # (B * K, 4)
 
         images = torch.arange(num_images, device=boxes.device).repeat_interleave(slots)
-        logits, deltas = self.bbox_head(pool_regions(maps, boxes.flatten(0, 1), images, BOX_GRID))
+        logits, deltas = self.bbox_head(pool_regions(maps, boxes.flatten(0, 1), images, BOX_GRID, kernels=self.kernels))
         total = is_used.sum().clamp(min=1)
         errors = F.cross_entropy(logits, classes, reduction="none")
         own_deltas = rows(deltas, torch.where(is_positive, classes, 0)[:, None])[:, 0]  # (B * K, 4)
@@ -154,7 +139,9 @@ class RoIHead(nn.Module):
             torch.tensor(counts).to(boxes.device, non_blocking=True),
             output_size=sum(counts),
         )
-        logits = self.mask_head(pool_regions(maps, torch.cat([own for own, _ in positives]), images, MASK_GRID))
+        logits = self.mask_head(
+            pool_regions(maps, torch.cat([own for own, _ in positives]), images, MASK_GRID, kernels=self.kernels)
+        )
         if is_empty:
             return logits.sum() * 0
         with torch.no_grad():
@@ -171,7 +158,9 @@ class RoIHead(nn.Module):
         limits = limits_of([frame.size for frame in frames], device)  # (B, 4)
         scales = limits / limits_of([frame.original for frame in frames], device)
         images = torch.arange(num_images, device=device).repeat_interleave(slots)
-        logits, deltas = self.bbox_head(pool_regions(maps, proposals.boxes.flatten(0, 1), images, BOX_GRID))
+        logits, deltas = self.bbox_head(
+            pool_regions(maps, proposals.boxes.flatten(0, 1), images, BOX_GRID, kernels=self.kernels)
+        )
         scores = logits.softmax(dim=1)[:, :-1].unflatten(0, (num_images, slots))  # (B, P, classes)
         scores = scores * proposals.is_valid[..., None]
         references = proposals.boxes[:, :, None]  # (B, P, 1, 4)
@@ -185,7 +174,7 @@ class RoIHead(nn.Module):
         )
         regions = torch.cat([own for own, _, _ in best]) * scales[images]
         labels = torch.cat([own for _, _, own in best])
-        mask_logits = self.mask_head(pool_regions(maps, regions, images, MASK_GRID))
+        mask_logits = self.mask_head(pool_regions(maps, regions, images, MASK_GRID, kernels=self.kernels))
         probabilities = mask_logits[torch.arange(len(labels), device=device), labels].sigmoid()  # (D, 28, 28)
         return [Detections(*own, masks) for own, masks in zip(best, probabilities.split(counts), strict=True)]
 

@@ -3,7 +3,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou, nms, roi_align
 
-from downstream.detection.model.roi_heads import SCORE_THRESHOLD, STRIDES, RoIHead, best_of_image, pool_regions
+from downstream.detection.model.pooling import STRIDES, pool_regions
+from downstream.detection.model.roi_heads import SCORE_THRESHOLD, RoIHead, best_of_image
 from downstream.detection.model.rpn import Predictions, Proposals, RPNHead
 from downstream.detection.model.structures import Frame, Target
 
