@@ -20,8 +20,8 @@ from config import SCHEMA, load_config
 from data import Data, build_data, build_targets
 from data.transforms import denormalize
 from models import PAPER_PROFILES, build_model, input_channels, prepare_for_inference
-from models.kernels.dispatch import KernelsUnavailableError, check_mode
-from models.kernels.self_test import run_self_test
+from models.kernels.dispatch import KernelsUnavailableError
+from models.kernels.self_test import expect_self_test, run_self_test
 from models.timm_interface import PyramidClassifier
 from utils.benchmark.measure import synthetic_images
 from utils.benchmark.throughput import run_throughput
@@ -106,7 +106,7 @@ class Classification(Task):
         return model
 
     def check_kernels(self, config: CfgNode, device: torch.device) -> None:
-        check_mode(config.MODEL.KERNELS, device)
+        expect_self_test(config.MODEL.KERNELS, device)
 
     def test_kernels(
         self, config: CfgNode, model: nn.Module, dtype: torch.dtype, meanwhile: Callable[[], object] | None = None

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from models import prepare_for_inference
-from models.kernels.dispatch import KernelsUnavailableError, check_mode
-from models.kernels.self_test import run_self_test
+from models.kernels.dispatch import KernelsUnavailableError
+from models.kernels.self_test import expect_self_test, run_self_test
 from utils.checkpoint.weights import load_pretrained
 from utils.config.errors import UserError
 from utils.training.build import model_uses
@@ -56,7 +56,7 @@ class DenseTask(Task):
         load_pretrained(getattr(backbone, "body", backbone), source)
 
     def check_kernels(self, config: CfgNode, device: torch.device) -> None:
-        check_mode(config.MODEL.KERNELS, device)
+        expect_self_test(config.MODEL.KERNELS, device)
 
     def test_kernels(
         self, config: CfgNode, model: nn.Module, dtype: torch.dtype, meanwhile: Callable[[], object] | None = None

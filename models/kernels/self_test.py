@@ -28,7 +28,7 @@ from models.kernels.fused_modules import (
     mlp_parts,
     stem_parts,
 )
-from models.kernels.self_test_pool import passed_in_workers
+from models.kernels.self_test_pool import passed_in_workers, start_server, stop_server
 from models.kernels.verdicts import Case
 from models.mlla import MLLA
 
@@ -47,6 +47,18 @@ START_SECONDS = 14  # of 16 workers at once: imports and CUDA contexts
 MOST_WORKERS = 16
 WORKER_BYTES = 2**31  # of GPU memory, with its CUDA context
 FEWEST_CASES = 3  # for which workers are worth their start
+
+
+def expect_self_test(mode: str, device: torch.device) -> None:
+    """Check MODEL.KERNELS; at the first start on a machine, let imports for the self-test's workers begin.
+
+    Raises:
+        KernelsUnavailableError: `mode` is "triton", and there is no Triton for the device.
+    """
+    dispatch.check_mode(mode, device)
+    is_tested = mode == "auto" and verdicts.local_rank() == 0 and not dispatch.missing_triton(device.type)
+    if is_tested and verdicts.describe(device) not in verdicts.read_file():
+        start_server()
 
 
 def run_self_test(
@@ -69,6 +81,20 @@ def run_self_test(
     Raises:
         KernelsUnavailableError: a module has kernels "triton", and there is no Triton for the device.
     """
+    try:
+        log_self_test(model, dtype, image_size, uses, meanwhile)
+    finally:
+        stop_server()
+
+
+def log_self_test(
+    model: nn.Module,
+    dtype: torch.dtype,
+    image_size: int | tuple[int, int],
+    uses: Collection[str],
+    meanwhile: Callable[[], object] | None,
+) -> None:
+    """Test the kernels that a model uses, as `run_self_test`."""
     device = next(model.parameters()).device
     if device.type == "meta":
         return

@@ -1,20 +1,25 @@
 """Worker processes in which the cases of the self-test compile and run beside each other.
 
-What they compile is in Triton's cache on disk afterwards, from which this process loads it.
+What they compile is in Triton's cache on disk afterwards, from which this process loads it. The workers are forks of a
+server that has imported what they need, once for all, and has no CUDA context, since its forks could not use the GPU.
 """
 
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import active_children, get_context
+from functools import partial
+from multiprocessing import active_children, current_process, forkserver, get_context, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +27,9 @@ T = TypeVar("T")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the main process decides what they do
 TIMEOUT_SECONDS = 600.0
+SERVER: Any = forkserver._forkserver  # type: ignore[attr-defined]
+IMPORTED = ["models.kernels.problems", "models.kernels.self_test_pool"]  # by the server
+SERVER_VARIABLES = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # torch.cuda.is_available without a CUDA context
 
 
 def passed_in_workers(
@@ -46,10 +54,74 @@ def passed_in_workers(
     Raises:
         Exception: the workers could not be started, or one of them died, or they took longer than TIMEOUT_SECONDS.
     """
-    context = get_context("spawn")
+    passed: set[T] = set()
+    work = partial(add_passed, passed, solve, cases, device=device, num_workers=num_workers, advance=advance)
+    try:
+        start_server()
+        work("forkserver", meanwhile)
+    except BrokenProcessPool:
+        if passed or device.type != "cuda":
+            raise
+        work("spawn", lambda: None)  # in case that a library has made a CUDA context in the server
+    finally:
+        stop_server()
+    return passed
+
+
+def start_server() -> None:
+    """Let the server begin its imports, if it does not run already; returns at once."""
+    if SERVER._forkserver_pid is not None:
+        return
+    resource_tracker.ensure_running()  # whose start unblocks SIGTERM and SIGINT
+    config: dict[str, Any] = current_process()._config  # type: ignore[attr-defined]
+    shared = config.get("tempdir")
+    with clean_start(), set_variables(SERVER_VARIABLES | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}):
+        config["tempdir"] = tempfile.mkdtemp(prefix="mlla-")  # its own would only be deleted by Python's orderly end
+        forkserver.set_forkserver_preload(IMPORTED)
+        forkserver.ensure_running()
+        config["tempdir"] = shared
+
+
+def stop_server() -> None:
+    """End the server, whose forks have ended, if `start_server` has started it."""
+    if SERVER._preload_modules is IMPORTED and SERVER._forkserver_pid is not None:
+        address = SERVER._forkserver_address
+        os.kill(SERVER._forkserver_pid, signal.SIGKILL)  # it may still import
+        SERVER._stop()
+        shutil.rmtree(Path(address).parent, ignore_errors=True)
+
+
+@contextmanager
+def set_variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Context with these environment variables."""
+    previous = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in previous.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def add_passed(
+    passed: set[T],
+    solve: Callable[[T], str],
+    cases: Sequence[T],
+    method: str,
+    meanwhile: Callable[[], object],
+    *,
+    device: torch.device,
+    num_workers: int,
+    advance: Callable[[], object],
+) -> None:
+    """Add the cases that passed to a set, as `passed_in_workers`, in workers started by a method of multiprocessing."""
+    context = get_context(method)
     reader, writer = context.Pipe(duplex=False)
     executor = ProcessPoolExecutor(num_workers, context, initializer=start_worker, initargs=(reader, device))
-    passed, others = set(), set(active_children())
+    others = set(active_children())
     try:
         with clean_start():
             futures = {executor.submit(solve_quietly, solve, case): case for case in cases}
@@ -66,7 +138,6 @@ def passed_in_workers(
         executor.shutdown(cancel_futures=True)
         writer.close()
         reader.close()
-    return passed
 
 
 def solve_quietly(solve: Callable[[T], str], case: T) -> str:

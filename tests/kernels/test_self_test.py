@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from models import MLLA, prepare_for_inference, use_kernels
-from models.kernels import dispatch, self_test, verdicts
+from models.kernels import dispatch, self_test, self_test_pool, verdicts
 from models.kernels.dispatch import KernelsUnavailableError
 from models.kernels.self_test import KERNELS, estimate_seconds, find_verdicts, kernel_cases, run_self_test
 from models.kernels.verdicts import Case
@@ -376,3 +376,30 @@ def test_estimated_seconds() -> None:
     """12 + 2 + 2 seconds of work: one after the other, or beside each other after 14 seconds of start."""
     assert (estimate_seconds(CASES, 1), estimate_seconds(CASES, 3)) == (16, 26)
     assert estimate_seconds(CASES[:1] * 8, 4) == 14 + 24
+
+
+@pytest.mark.parametrize("change", ["", "mode", "rank", "tested", "no Triton"])
+def test_imports_of_the_workers_begin_early_at_the_first_start(
+    change: str,
+    log: list[str],  # noqa: ARG001, for its set-up
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[bool] = []
+    monkeypatch.setattr(self_test, "start_server", lambda: started.append(True))
+    if change != "no Triton":
+        monkeypatch.setattr(dispatch, "missing_triton", lambda _: "")
+    if change == "rank":
+        monkeypatch.setenv("LOCAL_RANK", "1")
+    if change == "tested":
+        verdicts.save(CPU, torch.float32, {CASES[0]: ""})
+    self_test.expect_self_test("torch" if change == "mode" else "auto", CPU)
+    assert started == ([True] if not change else [])
+
+
+def test_a_server_that_was_not_needed_ends() -> None:
+    self_test_pool.start_server()
+    folder = Path(self_test_pool.SERVER._forkserver_address).parent
+    assert folder.is_dir()
+    run_self_test(torch.nn.Linear(1, 1), torch.float32, 32, ["training"])
+    assert self_test_pool.SERVER._forkserver_pid is None
+    assert not folder.exists()

@@ -7,17 +7,24 @@ import sys
 import textwrap
 import time
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from models.kernels import dispatch
+from models.kernels import dispatch, self_test_pool
 from models.kernels.self_test_pool import passed_in_workers
 from tests.helpers import ROOT
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def _small_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_test_pool, "IMPORTED", ["models.kernels.self_test_pool"])
 
 
 def signal_itself(_: object) -> str:
@@ -36,12 +43,14 @@ def test_workers_find_what_this_process_finds(device: torch.device) -> None:
     assert len(done) == 2
 
 
+@pytest.mark.usefixtures("_small_server")
 def test_signals_to_the_group_do_not_end_workers() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     assert passed_in_workers(signal_itself, [1], device=CPU, num_workers=1, advance=int) == {1}
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
+@pytest.mark.usefixtures("_small_server")
 def test_a_worker_that_dies() -> None:
     with pytest.raises(BrokenProcessPool):
         passed_in_workers(os._exit, [1, 2], device=CPU, num_workers=1, advance=int)  # type: ignore[arg-type]
@@ -55,11 +64,12 @@ def test_workers_of_an_unguarded_script_end_with_it(tmp_path: Path) -> None:
         import sys
         sys.path.insert(0, {str(ROOT)!r})
         import torch
-        from models.kernels.self_test_pool import passed_in_workers
+        from models.kernels import self_test_pool
         sys.path.pop(0)
         print("once", flush=True)
         command = "import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
-        passed_in_workers(exec, [command], device=torch.device("cpu"), num_workers=1, advance=int)
+        self_test_pool.IMPORTED = []
+        self_test_pool.passed_in_workers(exec, [command], device=torch.device("cpu"), num_workers=1, advance=int)
         """)
     )
     with subprocess.Popen([sys.executable, script], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
@@ -72,3 +82,25 @@ def test_workers_of_an_unguarded_script_end_with_it(tmp_path: Path) -> None:
     while worker.exists() and "\nState:\tZ" not in (worker / "status").read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not worker.exists() or "\nState:\tZ" in (worker / "status").read_text()
+
+
+@pytest.mark.parametrize("passed", [set(), {1}])
+def test_where_forks_cannot_use_the_gpu_workers_are_spawned(passed: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server with a CUDA context, unlike a worker that dies later."""
+    methods: list[str] = []
+
+    def add(found: set[int], _: object, cases: list[int], method: str, meanwhile: Any, **__: Any) -> None:
+        methods.append(method)
+        meanwhile()
+        found |= passed if method == "forkserver" else set(cases)
+        if method == "forkserver":
+            raise BrokenProcessPool
+
+    monkeypatch.setattr(self_test_pool, "add_passed", add)
+    monkeypatch.setattr(self_test_pool, "start_server", lambda: None)
+    calls: list[int] = []
+    settings = {"num_workers": 2, "advance": int, "meanwhile": lambda: calls.append(1)}
+    with pytest.raises(BrokenProcessPool) if passed else nullcontext():
+        assert passed_in_workers(str, [1, 2], device=torch.device("cuda"), **settings) == {1, 2}
+    assert methods == ["forkserver"] if passed else ["forkserver", "spawn"]
+    assert calls == [1]
