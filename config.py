@@ -55,6 +55,12 @@ SIZES = Rule(
         not value or all(re.fullmatch("[0-9]{1,5}", size) and 8 <= int(size) <= 16384 for size in value.split(","))
     ),
 )
+BATCH_SIZES = Rule(
+    "whole numbers from 1 to 65536, with commas between",
+    lambda value: (
+        not value or all(re.fullmatch("[0-9]{1,5}", size) and 1 <= int(size) <= 65536 for size in value.split(","))
+    ),
+)
 
 ALPHA = Rule("0, or from 0.001 to 1000", lambda value: value == 0 or 0.001 <= value <= 1000)
 SUBFOLDER = Rule(
@@ -315,6 +321,9 @@ _C.BENCHMARK.BASELINES = Key(
 _C.BENCHMARK.SIZES = Key(
     "", SIZES, help="with --throughput: image sides for a table of time per pixel, such as 224,384,512"
 )
+_C.BENCHMARK.LOADING = Key(
+    "", BATCH_SIZES, help="with --throughput: batch sizes, such as 128,512, for a table of training from DATA.DATA_PATH"
+)
 
 _C.PROFILE_MODE = Key(False, help="only count parameters and MACs")
 _C.LOCAL_RANK = Key(0, between(0, 1023), help="set by the launcher")
@@ -366,14 +375,19 @@ def check_modes(values: Mapping[str, Any]) -> None:
 
 
 def check_benchmark_flags(values: Mapping[str, Any], typed: Set[str]) -> None:
-    """Raise ConfigError if a BENCHMARK key was typed without --throughput: it would be ignored.
+    """Raise ConfigError if a BENCHMARK key was typed without --throughput, or beside LOADING: it would be ignored.
 
     Files may hold it, as the configuration that a measurement leaves behind does.
     """
-    for name in sorted(typed):
-        if name.startswith("BENCHMARK.") and values[name] and not values["THROUGHPUT_MODE"]:
-            flag = {"TRAIN": "--train", "BASELINES": "--baseline", "SIZES": "--sizes"}[name.removeprefix("BENCHMARK.")]
+    flags = {"TRAIN": "--train", "BASELINES": "--baseline", "SIZES": "--sizes", "LOADING": "BENCHMARK.LOADING"}
+    for leaf, flag in flags.items():
+        name = f"BENCHMARK.{leaf}"
+        if name not in typed or not values[name]:
+            continue
+        if not values["THROUGHPUT_MODE"]:
             refuse(values, name, f"{flag} says what --throughput measures; add --throughput")
+        if leaf != "LOADING" and values.get("BENCHMARK.LOADING"):
+            refuse(values, name, f"BENCHMARK.LOADING measures training from files alone; leave out {flag}")
 
 
 def check_data(values: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from models import PAPER_PROFILES, build_model, input_channels, prepare_for_infe
 from models.kernels.dispatch import KernelsUnavailableError
 from models.kernels.self_test import expect_self_test, run_self_test
 from models.timm_interface import PyramidClassifier
+from utils.benchmark.loading import run_loading
 from utils.benchmark.measure import synthetic_images
 from utils.benchmark.throughput import run_throughput
 from utils.checkpoint.stored_config import load_config_of
@@ -53,7 +54,8 @@ MESA_START = 0.25  # share of the run's epochs, cool-down included
 def main(argv: Sequence[str] | None = None) -> int:
     with report_user_errors():
         config = load_config_of(load_config, *parse_command_line(__doc__, argv, schema=SCHEMA))
-    return run_task(Classification(), config, run_throughput=run_throughput)
+    measure = run_loading if config.BENCHMARK.LOADING else run_throughput
+    return run_task(Classification(), config, run_throughput=measure)
 
 
 def check_batch_size(config: CfgNode, model: nn.Module) -> None:
@@ -132,6 +134,12 @@ class Classification(Task):
         loader.set_epoch(epoch, first * run.config.DATA.BATCH_SIZE)
         make_targets = build_targets(run.config, len(run.data.classes))
         return (make_targets(*batch) for batch in loader)
+
+    def loading_choices(self, config: CfgNode, device: torch.device) -> list[dict[str, str]]:
+        if config.DATA.AUGMENT_ON != "auto" or device.type != "cuda":
+            return [{}]
+        places = ("cpu", "cpu"), ("gpu", "cpu"), ("gpu", "gpu")
+        return [{"DATA.AUGMENT_ON": augment, "DATA.DECODE_ON": decode} for augment, decode in places]
 
     def losses(self, config: CfgNode, network: nn.Module, ema: ModelEma | None, derived: Derived) -> ClassificationLoss:
         return ClassificationLoss(

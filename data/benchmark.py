@@ -1,21 +1,24 @@
 """Measure images per second and core of this pipeline and of timm's on Pillow (the reference), by stage.
 
 python -m data.benchmark [--workers 0 1 2] [--images 384] [--rounds 5] [--profile]
-python -m data.benchmark --end-to-end [--images 26000] [--opts KEY VALUE ...]
+python -m data.benchmark --end-to-end [--batch-sizes 128 512] [--processes 1] [--opts KEY VALUE ...]
 
 The images are scikit-learn's photographs, as JPEGs of 500x375 pixels and about 72 kB, which is typical of ImageNet.
 Rounds of the pipelines alternate; results are medians over rounds. Stages are measured in CPU time, which depends
 little on other work on the machine; whole loaders and reading in wall-clock time.
 
---end-to-end trains MLLA-T for three epochs instead, with the settings after --opts. It reports the last epoch: the
-speed of loading and of the steps, alone and together, and the share of the time that the steps wait.
+--end-to-end trains MLLA-T from such files instead, for a few seconds with images prepared by the CPU, and with
+augmentation, and also decoding, on the GPU. It prints the speed of loading and of the steps, alone and together, and
+the share of the time that the steps wait, and draws a chart. With your own images, run main.py: see data/README.md.
 """
 
+import argparse
 import cProfile
 import io
 import os
 import pstats
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,31 +36,35 @@ from yacs.config import CfgNode
 
 from config import load_config
 from data.augmentation import posterize
-from data.build import eval_loader, open_split, train_loader
+from data.build import eval_loader, train_loader
 from data.dataset import ImageSource, seed_generators
 from data.decoding import decode_fast, decode_pillow
-from data.end_to_end import EPOCHS, HEADS, rows
 from data.photographs import SIZE, save_photographs
-from data.prefetch import DeviceLoader
 from data.samplers import TrainSampler
 from data.sources.image_folder import ImageFolder
 from data.sources.zip_folder import ZipFolder
 from utils.config.command_line import Parser, at_least
 
 BATCH = 32
+ROOT = Path(__file__).parents[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--workers", type=at_least(0), nargs="+", default=[0, 1, 2], help="numbers of loader workers")
-    parser.add_argument("--images", type=at_least(1), help="images per round (384), or for training (26000)")
+    parser.add_argument("--images", type=at_least(1), help="images per round (384), or for training (100000)")
     parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--profile", action="store_true", help="print the functions that take most CPU time")
     parser.add_argument("--end-to-end", action="store_true", help="train from the files, and measure waiting")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="settings for --end-to-end")
+    whole = parser.add_argument_group("settings of --end-to-end")
+    whole.add_argument("--batch-sizes", type=at_least(1), nargs="+", default=[128, 512], metavar="N")
+    whole.add_argument("--processes", type=at_least(1), default=1, help="training processes, one per GPU")
+    whole.add_argument("--eval-images", type=at_least(1), default=20_000, help="images of the evaluation")
+    whole.add_argument("--output", default="output", help="folder of the results")
+    whole.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="settings of the training")
     args = parser.parse_args(argv)
     if args.end_to_end:
-        return print_end_to_end(args.images or 26_000, args.opts)  # 600 steps of 128 images
+        return run_end_to_end(args)
     args.images = args.images or 384
     torch.set_num_threads(1)  # as in a loader worker
     with tempfile.TemporaryDirectory() as folder:
@@ -75,22 +82,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def print_end_to_end(num_images: int, opts: Sequence[str]) -> int:
-    """Print a table of loading and training together. Returns the exit code."""
+def run_end_to_end(args: argparse.Namespace) -> int:
+    """Measure loading and training together in main.py, on images made for it. Returns its exit code."""
     with tempfile.TemporaryDirectory() as folder:
-        mean_bytes = save_photographs(Path(folder), num_images)
-        print(
-            f"{num_images} JPEGs, {SIZE[0]}x{SIZE[1]}, {mean_bytes / 1000:.0f} kB; epoch {EPOCHS} of {EPOCHS}",
-            flush=True,
-        )
-        print(table(HEADS, rows(Path(folder), opts, open_loader)))
-    return 0
-
-
-def open_loader(opts: Sequence[str]) -> DeviceLoader:
-    """Return the training loader of MLLA-T with these settings, for the GPU if there is one."""
-    config, device = load_config("cfgs/mlla_t.yaml", opts), "cuda" if torch.cuda.is_available() else "cpu"
-    return train_loader(config, open_split(config, "train"), 0, 1, torch.device(device))
+        num_images = args.images or 100_000
+        mean_bytes = save_photographs(Path(folder), num_images, args.eval_images)
+        print(f"{num_images} JPEGs, {SIZE[0]}x{SIZE[1]}, {mean_bytes / 1000:.0f} kB, in the page cache", flush=True)
+        command = ["main.py", "--cfg", "cfgs/mlla_t.yaml", "--amp", "--throughput", "--data-path", folder]
+        command += ["--output", str(Path(args.output).resolve()), "--tag", "loading"]
+        command += ["--opts", "BENCHMARK.LOADING", ",".join(map(str, args.batch_sizes)), *args.opts]
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"]
+        return subprocess.call([sys.executable, *(launcher if args.processes > 1 else []), *command], cwd=ROOT)
 
 
 class Pipeline:

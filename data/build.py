@@ -60,6 +60,15 @@ class Data:
         """Return how training images may be loaded faster, for a log line."""
         return "" if self.train is None else self.train.advice()
 
+    def loading_stages(self) -> str:
+        """Return what takes the time of the training loader's workers."""
+        return "" if self.train is None else self.train.stage_shares()
+
+    @property
+    def num_workers(self) -> int:
+        """Number of loader workers of this process."""
+        return self.val.loader.num_workers
+
     def preview(self, count: int) -> tuple[Tensor, list[int]]:
         """Return up to `count` evenly spaced validation images (N, 3, H, W), normalized, on the CPU, and labels."""
         return next(self.previews(count, batch_size=count))

@@ -1,6 +1,7 @@
 """Photographs for benchmarks: scikit-learn's two, in 12 versions, as JPEGs that are typical of ImageNet."""
 
 import io
+import os
 import statistics
 from pathlib import Path
 
@@ -11,10 +12,10 @@ SIZE, FILE_BYTES = (500, 375), 72_000
 CLASSES = ("even", "odd")
 
 
-def save_photographs(root: Path, count: int) -> float:
-    """Save `count` training and `count` validation images, made of crops of the photographs and their mirror images.
+def save_photographs(root: Path, num_train: int, num_val: int | None = None) -> float:
+    """Save training images, and as many or `num_val` validation images: crops of the photographs and mirror images.
 
-    They are of two classes in turn.
+    They are of two classes in turn. From the second on, equal files are hard links.
 
     Returns:
         The mean size of a file in bytes.
@@ -28,11 +29,15 @@ def save_photographs(root: Path, count: int) -> float:
             part = photo.crop((left, 0, left + side, photo.height)).resize(SIZE, Image.Resampling.LANCZOS)
             mirrored = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             files += [jpeg_near(FILE_BYTES, part), jpeg_near(FILE_BYTES, mirrored)]
-    for split in ("train", "val"):
+    for split, count in (("train", num_train), ("val", num_train if num_val is None else num_val)):
         for name in CLASSES:
             (root / split / name).mkdir(parents=True)
-        for index in range(count):
-            (root / split / CLASSES[index % len(CLASSES)] / f"{index:06}.jpg").write_bytes(files[index % len(files)])
+        paths = [root / split / CLASSES[i % len(CLASSES)] / f"{i:06}.jpg" for i in range(count)]
+        for i, path in enumerate(paths):
+            if i < len(files):
+                path.write_bytes(files[i])
+            else:
+                os.link(paths[i % len(files)], path)
     return statistics.mean(len(file) for file in files)
 
 

@@ -171,6 +171,11 @@ def test_lists_are_not_shared() -> None:
             "digits, which comes without archives",
         ),
         (["DATA.CLASSES", "['1']"], "DATA.CLASSES", "works with DATA.DATASET digits, not imagenet"),
+        (
+            ["BENCHMARK.TRAIN", "True", "BENCHMARK.LOADING", "8", "THROUGHPUT_MODE", "True"],
+            "BENCHMARK.TRAIN",
+            "leave out --train",
+        ),
         (["BENCHMARK.TRAIN", "True"], "BENCHMARK.TRAIN", "add --throughput"),
         (["BASE", "['other.yaml']"], "BASE", "only a configuration file"),
         (["TAG"], None, "pairs of KEY VALUE"),

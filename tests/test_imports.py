@@ -22,7 +22,17 @@ COMMAND = set(ALLOWED) - {"main"}  # of files that are run with `python -m`, as 
 UTILS_LAYERS = [{"config", "distributed"}, {"logs"}, {"checkpoint"}, {"speed"}, {"training"}, {"benchmark"}, {"tools"}]
 NETWORK = ("mlla", "attention", "rope", "layers")  # read top to bottom, without kernels
 ERRORS = "utils.config.errors"  # imports nothing, so that data may raise errors that users can mend
-READERS = ("build.py", "config.py", "main.py", "dense_config.py", "schema.py", "task.py", "run.py", "throughput.py")
+READERS = (
+    "build.py",
+    "config.py",
+    "main.py",
+    "dense_config.py",
+    "schema.py",
+    "task.py",
+    "run.py",
+    "throughput.py",
+    "loading.py",
+)
 FILES = [path for name in ALLOWED for path in [*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/**/*.py")]]
 
 

@@ -478,7 +478,7 @@ def test_mistakes_on_the_command_line(run_main: RunMain) -> None:
     assert "must be from 1 to" in mistake(run_main, *digits, "--batch-size", "0")
     assert "heads and 4 must divide" in mistake(run_main, *digits, "--opts", "MODEL.MLLA.NUM_HEADS", "[3, 3, 3, 3]")
     assert "comes without archives" in mistake(run_main, *digits, "--zip")
-    for args in ("--train", "--baseline timm:resnet18", "--sizes 32", "--opts BENCHMARK.TRAIN True"):
+    for args in ("--train", "--baseline timm:resnet18", "--sizes 32", "--opts BENCHMARK.LOADING 8"):
         assert "add --throughput" in mistake(run_main, *digits, "--eval", *args.split())
     assert "TRAIN.EPOCH " in mistake(run_main, *digits, "--opts", "TRAIN.EPOCH", "3", "--opts", "TAG", "x")
 

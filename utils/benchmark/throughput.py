@@ -28,8 +28,11 @@ from utils.training.build import (
     is_captured,
     training_mode,
 )
+from utils.training.derived import Derived
+from utils.training.ema import ModelEma
 from utils.training.run import prepare_model
 from utils.training.task import Task
+from utils.training.train_step import TrainStep
 
 NUM_TRAIN_IMAGES = 1_281_167  # ImageNet's: of the run whose training step is measured
 STEP_WITHOUT_TEACHER = -1  # before MESA, even if it begins at step 0
@@ -149,15 +152,8 @@ def training_rows(
 
 def step_rows(task: Task, config: CfgNode, process: Process, name: str, model: nn.Module) -> Iterator[Throughput]:
     """Yield the speed of a model's training step on the processes of `process`, all together."""
-    derived = task.derive(config, num_processes=process.num_processes, num_train_images=NUM_TRAIN_IMAGES)
-    ema = build_ema(config, model, derived)
-    if ema is not None:
-        ema.scores = {"model": 0.0, "EMA": 0.0}  # so that it is MESA's teacher, also in short runs
-    optimizer = build_optimizer(config, task.parameter_groups(config, model))
+    step, _, derived = new_train_step(task, config, model, process)
     batch = task.synthetic_batch(config, model, process.device)
-    precision = build_precision(config, process.device)
-    parts = (task, config, model, process, optimizer, ema, precision, derived)
-    step = build_train_step(*parts)
     mode = training_mode(task, config, model, process.device, derived)
     mode = effective_mode(mode, is_captured=is_captured(step))
     conditions = conditions_of(config, process, mode, process.num_processes)
@@ -169,6 +165,21 @@ def step_rows(task: Task, config: CfgNode, process: Process, name: str, model: n
         yield measure_training(
             step, batch, conditions, name=name, batch_size=config.DATA.BATCH_SIZE, size=size, step=number, work=work
         )
+
+
+def new_train_step(
+    task: Task, config: CfgNode, model: nn.Module, process: Process
+) -> tuple[TrainStep, ModelEma | None, Derived]:
+    """Return a model's training step in a run on ImageNet, its EMA, and the lengths of that run."""
+    derived = task.derive(config, num_processes=process.num_processes, num_train_images=NUM_TRAIN_IMAGES)
+    ema = build_ema(config, model, derived)
+    if ema is not None:
+        ema.scores = {"model": 0.0, "EMA": 0.0}  # so that it is MESA's teacher, also in short runs
+    optimizer, precision = (
+        build_optimizer(config, task.parameter_groups(config, model)),
+        build_precision(config, process.device),
+    )
+    return build_train_step(task, config, model, process, optimizer, ema, precision, derived), ema, derived
 
 
 def size_rows(task: Task, config: CfgNode, process: Process, make_model: MakeModel) -> list[Throughput]:

@@ -58,6 +58,21 @@ def device_name(device: torch.device) -> str:
     return models[0].split(":", 1)[1].strip() if models else platform.machine()
 
 
+def describe_cores() -> str:
+    """Return how many processors this process may use, and of how many physical cores they are if that is known.
+
+    A vCPU of a virtual machine is often one of two threads of a physical core.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return f"{os.cpu_count()} CPUs"
+    usable = os.sched_getaffinity(0)
+    info = Path("/proc/cpuinfo")
+    kind = "vCPUs" if info.exists() and " hypervisor" in info.read_text() else "hardware threads"
+    siblings = [Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in sorted(usable)]
+    physical = len({path.read_text() for path in siblings}) if all(path.exists() for path in siblings) else 0
+    return f"{len(usable)} {kind}" + (f" of {physical} physical cores" if physical else "")
+
+
 def version_of(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

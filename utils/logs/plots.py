@@ -160,6 +160,33 @@ def comparison_plot(
     return buffer.getvalue()
 
 
+def plot_grouped_bars(
+    labels: Sequence[str], values: Mapping[str, Sequence[float]], *, axis_label: str, title: str, path: Path
+) -> None:
+    """Plot groups of horizontal bars from the top down: in each a bar per name of `values`, with its value at the end.
+
+    Args:
+        labels: a label per group, perhaps of several lines.
+        values: a value per group by the name of the bars.
+        axis_label: of the values.
+        title: above the plot.
+        path: of the file.
+    """
+    height = 0.8 / len(values)
+    figure, axis = plt.subplots(figsize=(8, 1.6 + 0.36 * len(values) * len(labels)), layout="constrained")
+    for place, (name, row) in enumerate(values.items()):
+        bars = axis.barh(np.arange(len(labels)) + (place - (len(values) - 1) / 2) * height, row, height, label=name)
+        axis.bar_label(bars, labels=[f"{value:,.0f}" for value in row], padding=3)
+    axis.set_yticks(range(len(labels)), labels)
+    axis.invert_yaxis()
+    axis.margins(x=0.14)
+    axis.set_xlabel(axis_label)
+    axis.set_title(title, fontsize=11)
+    figure.legend(loc="outside lower center", ncols=len(values))
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def plot_bars(
     labels: Sequence[str],
     values: Sequence[float],

@@ -73,7 +73,12 @@ def build_classification_schedule(config: CfgNode, *, steps_per_epoch: int, lr_s
 def trains(config: CfgNode) -> bool:
     """Return whether training steps are run, if only to time them."""
     only_infers = config.EVAL_MODE or config.THROUGHPUT_MODE or config.PROFILE_MODE
-    return not only_infers or (config.THROUGHPUT_MODE and config.BENCHMARK.TRAIN)
+    return not only_infers or (config.THROUGHPUT_MODE and (config.BENCHMARK.TRAIN or measures_loading(config)))
+
+
+def measures_loading(config: CfgNode) -> bool:
+    """Return whether training from files is timed, with an evaluation; dense tasks do not have the key."""
+    return bool(config.THROUGHPUT_MODE and config.BENCHMARK.get("LOADING"))
 
 
 def model_uses(task: Task, config: CfgNode, device: torch.device) -> set[str]:

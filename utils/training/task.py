@@ -165,6 +165,10 @@ class Task(ABC):
     def batches(self, run: Run, epoch: int, first: int) -> Iterator[Any]:
         """Return this process's micro-batches of an epoch, on the device, from number `first` on."""
 
+    def loading_choices(self, config: CfgNode, device: torch.device) -> list[dict[str, str]]:  # noqa: ARG002
+        """Return settings, values by key, with which training from files is to be compared."""
+        return [{}]
+
     @abstractmethod
     def losses(self, config: CfgNode, network: nn.Module, ema: ModelEma | None, derived: Derived) -> ComputeLosses:
         """Return a function from (micro-batch, step) to the terms of the loss by name, scalars.

@@ -29,6 +29,7 @@ OFF, COMPILED, MESA = {"TEST.COMPILE": "off"}, {"TEST.COMPILE": "default"}, {"AU
         (THROUGHPUT, "prepared", "inference"),
         (TIMES_TRAINING, "training", "training"),
         ({**TIMES_TRAINING, **MESA}, "training inference", "training inference"),
+        ({**THROUGHPUT, "BENCHMARK.LOADING": "8"}, "training prepared", "training inference"),
     ],
 )
 def test_uses_of_the_model(flags: dict[str, Any], on_gpu: str, on_cpu: str) -> None:

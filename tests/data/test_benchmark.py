@@ -1,0 +1,38 @@
+"""The command that measures loading and training together: the images it makes, and the command it runs."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import main
+from data import benchmark
+from utils.config import command_line
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_end_to_end_measures_in_the_programs_own_process(
+    processes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[list[str]] = []
+
+    def call(command: list[str], **_: Any) -> int:
+        seen.append(command)
+        folder = Path(command[command.index("--data-path") + 1])
+        files = {split: list((folder / split).glob("*/*.jpg")) for split in ("train", "val")}
+        assert {split: len(paths) for split, paths in files.items()} == {"train": 40, "val": 8}
+        assert len({path.stat().st_ino for path in files["train"]}) == 12  # the others are links, which take no space
+        return 3
+
+    monkeypatch.setattr(subprocess, "call", call)
+    args = ["--images", "40", "--eval-images", "8", "--batch-sizes", "4", "16", "--processes", str(processes)]
+    assert benchmark.main(["--end-to-end", *args, "--output", str(tmp_path), "--opts", "AUG.MESA", "0"]) == 3
+    ((python, *command),) = seen
+    assert python == sys.executable
+    assert command[:2] == (["main.py", "--cfg"] if processes == 1 else ["-m", "torch.distributed.run"])
+    parsed = command_line.parse_command_line("", command[command.index("main.py") + 1 :], schema=main.SCHEMA)
+    config = main.load_config(*parsed)
+    assert Path(config.OUTPUT) == tmp_path
+    assert (config.BENCHMARK.LOADING, config.AUG.MESA) == ("4,16", 0)
