@@ -1,4 +1,4 @@
-"""Adding up gradients over processes while the backward pass runs; a CUDA graph can record it."""
+"""Adding up gradients over processes, during or after the backward pass; a CUDA graph can record it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from utils.config.errors import UserError
 from utils.distributed.process import average_buffers, broadcast_tensors, max_over_processes, trained_buffers
 
+# All-reduces beside the backward pass hide their time, but hold multiprocessors that its kernels then wait for. Above
+# this speed, which NVLink reaches and PCIe does not, a single one after the backward pass is faster.
+FAST_BYTES_PER_SECOND = 80e9
 SLICE_BYTES = 32 * 2**20
 # The network's first layers have their gradients last, when no work is left to hide an exchange, so theirs is short.
 LAST_SLICE_BYTES = 2**20
+TIMED_REDUCTIONS = 5
 ALIGNMENT = 64  # elements; the optimizer reads aligned tensors several elements at a time
 
 
@@ -50,6 +54,10 @@ class Slice:
 class GradientExchange:
     """Sums a model's gradients over all processes, slice by slice, in the order in which they become ready.
 
+    Where GPUs exchange data fast, all gradients are one slice, so that the exchange follows the backward pass.
+    Deterministic algorithms (`torch.use_deterministic_algorithms`) have slices whatever the speed, since sums over more
+    than two processes may depend on the slices.
+
     Call `start` before the last backward pass of a step and `finish` after it. Earlier backward passes accumulate
     gradients without exchange. On a GPU the exchange runs on a stream of its own, which `finish` joins; on a CPU it
     runs in gloo's threads.
@@ -62,17 +70,21 @@ class GradientExchange:
     Args:
         model: on its device; the same architecture on all processes.
         find_unused: allow parameters without gradient; those without one on every process are not updated.
+        overlaps: exchange during the backward pass; None: as is faster here.
     """
 
-    def __init__(self, model: nn.Module, *, find_unused: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, find_unused: bool = False, overlaps: bool | None = None) -> None:
         broadcast_tensors(list(model.state_dict().values()))
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = {id(p): name for name, p in named}
         self.find_unused = find_unused
         self.num_processes = dist.get_world_size()
-        self.slices = [Slice(parameters) for parameters in split_parameters([p for _, p in named])]
-        self.buffers = trained_buffers(model)
         device = named[0][1].device
+        if overlaps is None:
+            overlaps = should_overlap(all_reduce_speed(device))
+        split = split_parameters([p for _, p in named], overlaps=overlaps)
+        self.slices = [Slice(parameters) for parameters in split]
+        self.buffers = trained_buffers(model)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.works: list[dist.Work] = []
         self.num_sent = 0  # slices are sent in order, so that all processes agree
@@ -166,13 +178,37 @@ class GradientExchange:
             yield
 
 
-def split_parameters(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Split a network's parameters, given in the order of its layers, into slices in the order of its backward pass."""
+def all_reduce_speed(device: torch.device) -> float | None:
+    """Return the bytes per second that the slowest process sums with the others on GPUs; None on CPUs."""
+    if device.type != "cuda":
+        return None
+    tensor = torch.zeros(SLICE_BYTES, dtype=torch.uint8, device=device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for number in range(TIMED_REDUCTIONS + 2):  # the first connects the processes, the second lets them begin together
+        if number == 2:
+            start.record()
+        dist.all_reduce(tensor)
+    end.record()
+    end.synchronize()
+    milliseconds = torch.tensor(start.elapsed_time(end))
+    return TIMED_REDUCTIONS * SLICE_BYTES / (max_over_processes(milliseconds).item() / 1000)
+
+
+def should_overlap(speed: float | None) -> bool:
+    """Return whether to exchange during the backward pass, from the bytes per second of all-reduces on GPUs."""
+    return speed is None or speed < FAST_BYTES_PER_SECOND or torch.are_deterministic_algorithms_enabled()
+
+
+def split_parameters(parameters: Sequence[nn.Parameter], *, overlaps: bool = True) -> list[list[nn.Parameter]]:
+    """Split a network's parameters, given in the order of its layers, into slices in the order of its backward pass.
+
+    Without `overlaps`, a slice is all of a dtype.
+    """
     slices: list[list[nn.Parameter]] = []
     num_bytes, limit = 0, LAST_SLICE_BYTES
     for parameter in parameters:
         num_bytes += parameter.numel() * parameter.element_size()
-        if not slices or num_bytes > limit or parameter.dtype != slices[-1][0].dtype:
+        if not slices or (overlaps and num_bytes > limit) or parameter.dtype != slices[-1][0].dtype:
             limit = SLICE_BYTES if slices else LAST_SLICE_BYTES
             num_bytes = parameter.numel() * parameter.element_size()
             slices.append([])

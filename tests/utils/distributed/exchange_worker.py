@@ -21,7 +21,7 @@ from utils.training.optimizer import make_optimizer, parameter_groups
 from utils.training.train_step import TrainStep
 
 STEPS, IMAGES_PER_STEP = 4, 12
-CASES = ("plain", "accumulation", "unused", "frozen", "sgd")
+CASES = ("plain", "accumulation", "unused", "frozen", "sgd", "after_backward")
 
 
 class Network(nn.Module):
@@ -60,7 +60,10 @@ def train(process: Process, case: str) -> dict[str, Tensor]:
     if case != "unused":
         model.never.requires_grad_(False)
         model.seldom.requires_grad_(False)
-    exchange = GradientExchange(model, find_unused=case == "unused") if process.num_processes > 1 else None
+    exchange = None
+    if process.num_processes > 1:
+        exchange = GradientExchange(model, find_unused=case == "unused", overlaps=case != "after_backward")
+        assert (len(exchange.slices) == 1) == (case == "after_backward")
     ema = ModelEma(model, 0.9)
     groups = parameter_groups(model, 0.1, layer_decay=1.0)
     optimizer = make_optimizer("sgd" if case == "sgd" else "adamw", groups)

@@ -9,7 +9,7 @@ from torch import nn
 from tests.helpers import run_python
 from tests.utils.distributed.exchange_worker import CASES, Network, train
 from utils.distributed import gradient_exchange
-from utils.distributed.gradient_exchange import Slice, split_parameters
+from utils.distributed.gradient_exchange import Slice, should_overlap, split_parameters
 from utils.distributed.process import Process
 
 
@@ -52,6 +52,24 @@ def test_slices_follow_the_backward_pass_and_the_last_is_short(monkeypatch: pyte
     parameters = [nn.Parameter(torch.zeros(size)) for size in sizes]
     slices = split_parameters(parameters)
     assert [[p.numel() for p in s] for s in slices] == [[500], [20], [90], [60, 40], [10, 15]]
+
+
+def test_one_slice_for_each_dtype_after_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient_exchange, "LAST_SLICE_BYTES", 100)
+    dtypes = [torch.float32, torch.float32, torch.float64]
+    parameters = [nn.Parameter(torch.zeros(100, dtype=dtype)) for dtype in dtypes]
+    assert [len(s) for s in split_parameters(parameters, overlaps=False)] == [1, 2]
+
+
+def test_fast_gpus_exchange_after_the_backward_pass() -> None:
+    assert should_overlap(None)  # CPUs
+    assert should_overlap(25e9)  # PCIe
+    assert not should_overlap(240e9)  # NVLink
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert should_overlap(240e9)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_views_have_the_memory_format_of_their_parameters() -> None:
