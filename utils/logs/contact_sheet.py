@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
 WIDTH = 1200  # of a sheet, in pixels
@@ -163,6 +162,8 @@ def resized(image: np.ndarray, size: Size) -> np.ndarray:
 @cache
 def font(size: int = FONT_SIZE) -> ImageFont.FreeTypeFont:
     """Return matplotlib's own font."""
+    from matplotlib import font_manager  # which a run's start need not import
+
     return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
 
 

@@ -5,11 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 NEAR_100 = 90.0  # best scores from here on, in percent, get an axis of their own range
 HIDDEN_SHARE = 0.2  # of the values that such an axis leaves out
@@ -38,6 +34,16 @@ CLASSIFIER_PANELS = (
 )
 
 
+def pyplot() -> Any:
+    """Return matplotlib's pyplot for drawing to files. Its import takes up to half a second of a run's start."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def plot_curves(records: list[dict[str, Any]], panels: Sequence[Panel], path: Path) -> None:
     """Plot metrics by epoch from records of metrics.jsonl, two panels per row; curves without values are left out."""
     figure, axes = grid_of(len(panels), height=3.5)
@@ -45,7 +51,7 @@ def plot_curves(records: list[dict[str, Any]], panels: Sequence[Panel], path: Pa
         axis.set_title(panel.title)
         draw_alone(axis, records, panel)
     figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+    pyplot().close(figure)
 
 
 def draw_alone(axis: Any, records: Sequence[Mapping[str, Any]], panel: Panel) -> None:
@@ -58,7 +64,7 @@ def draw_alone(axis: Any, records: Sequence[Mapping[str, Any]], panel: Panel) ->
 def grid_of(count: int, *, height: float) -> tuple[Any, list[Any]]:
     """Return a figure and its `count` axes, two per row, each `height` inches high; a last one alone fills its row."""
     rows = -(-count // 2)
-    figure = plt.figure(figsize=(11, height * rows), layout="constrained")
+    figure = pyplot().figure(figsize=(11, height * rows), layout="constrained")
     grid = figure.add_gridspec(rows, 2)
     places = [(i // 2, slice(None) if i == count - 1 and not i % 2 else i % 2) for i in range(count)]
     return figure, [figure.add_subplot(grid[place]) for place in places]
@@ -109,6 +115,7 @@ def panel_svg(records: Sequence[Mapping[str, Any]], panel: Panel, *, dark: bool)
     ink = "#e6e6e6" if dark else "#1a1a1a"
     parts = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     # Text stays text; fixed ids, so that the same metrics give the same bytes.
+    plt = pyplot()
     colors = plt.cycler(color=BRIGHT) if dark else plt.rcParams["axes.prop_cycle"]
     settings: dict[Any, Any] = {
         "axes.prop_cycle": colors,
@@ -136,7 +143,7 @@ def comparison_plot(
         creator: name of the program, written into the file.
     """
     figure, axes = grid_of(len(panels), height=3.2)
-    colors = plt.get_cmap("tab10" if len(runs) <= 10 else "turbo")
+    colors = pyplot().get_cmap("tab10" if len(runs) <= 10 else "turbo")
     handles = {}
     for i, (name, records) in enumerate(runs.items()):
         color = colors(i if len(runs) <= 10 else i / (len(runs) - 1))
@@ -156,7 +163,7 @@ def comparison_plot(
     buffer = io.BytesIO()
     metadata = {"Software" if form == "png" else "Creator": creator}
     figure.savefig(buffer, format=form, dpi=110, bbox_inches="tight", metadata=metadata)
-    plt.close(figure)
+    pyplot().close(figure)
     return buffer.getvalue()
 
 
@@ -197,7 +204,7 @@ def plot_bars(
     path: Path,
 ) -> None:
     """Plot a horizontal bar per value, from the top down, with the value at its end."""
-    figure, axis = plt.subplots(figsize=(9, 1.4 + 0.36 * len(values)), layout="constrained")
+    figure, axis = pyplot().subplots(figsize=(9, 1.4 + 0.36 * len(values)), layout="constrained")
     bars = axis.barh(range(len(values)), values, color=colors)
     axis.bar_label(bars, labels=[f"{value:,.0f}" for value in values], padding=3)
     axis.set_yticks(range(len(values)), labels)
@@ -206,4 +213,4 @@ def plot_bars(
     axis.set_xlabel(axis_label)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+    pyplot().close(figure)

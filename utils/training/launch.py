@@ -1,5 +1,6 @@
 """Start and end of a process: errors become one clear line, or a traceback, and an exit code."""
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -69,6 +70,7 @@ def run_and_end(main: Callable[[], int]) -> NoReturn:
     more than the 30 s after which launchers kill. The program has saved and closed everything.
     """
     is_program.set()
+    gc.freeze()  # the garbage collector need not look at what imports have made, again and again while code is compiled
     try:
         code: object = main()
     except SystemExit as end:
