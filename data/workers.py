@@ -27,6 +27,7 @@ START_SECONDS = 180.0  # a fork takes milliseconds; other start methods import e
 START_METHOD = "fork" if sys.platform == "linux" else None
 MAX_STARTS = 3
 END_SECONDS = 2.0
+TERM_SECONDS = 30.0  # after SIGTERM; launchers give training processes as long
 MAX_AUTO_WORKERS = 32  # more than one GPU needs, and each takes memory
 
 logger = logging.getLogger("mlla.data")
@@ -39,15 +40,14 @@ class WorkerStartError(UserError):
 def ignore_signals(_: int) -> None:
     """Shield this worker from signals that are meant for training.
 
-    Launchers send SIGTERM, and terminals Ctrl-C, to a whole group. The training process must save a checkpoint first,
-    which it could not with dead workers. It ends its workers itself, and they end when it is gone.
-
-    A SIGTERM then comes from that process alone. A fork has inherited its handler, which only requests a stop: a
-    worker that survived would keep Python's exit, which sends SIGTERM to all workers and joins them, waiting.
+    Launchers send SIGTERM, and terminals Ctrl-C, to a whole group, and some tools, such as SLURM's, to each process.
+    The training process must save a checkpoint first, which it could not with dead workers. It kills its workers
+    itself, and they end when it is gone. Where a library sends them SIGTERM and waits, they end TERM_SECONDS later.
     """
     os.setpgrp()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for number in (signal.SIGINT, signal.SIGUSR1):  # some tools send them to each process
+    signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, TERM_SECONDS))  # SIGALRM ends it
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 

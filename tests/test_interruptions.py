@@ -260,16 +260,19 @@ def test_a_failing_process_ends_all_and_is_named(tmp_path: Path) -> None:
     assert "faulty_worker.py" in log  # with its traceback
 
 
-def test_ctrl_c_saves_on_all_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "text"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_a_signal_to_each_process_saves_on_all(tmp_path: Path, number: int, text: str) -> None:
+    """Also to loader workers and the launcher, as SLURM's scancel sends it."""
     run = Run(tmp_path, processes=2, epochs=200, save_steps=0, amp=False)
     process = run.start(forked=True)
     wait_for(run.step_lines)
     workers = descendants(process.pid)
     for pid in [process.pid, *workers]:
-        os.kill(pid, signal.SIGINT)
+        os.kill(pid, number)
     process.wait(60)
     wait_for(lambda: not any(map(is_running, workers)), 30)
-    assert "Ctrl-C: stopped in epoch" in run.printed()
+    assert f"{text}: stopped in epoch" in run.printed()
+    assert "has died" not in run.printed()
     assert list(tmp_path.glob("**/ckpt_epoch_*_step_*.pth"))
 
 
