@@ -180,7 +180,7 @@ def plot_grouped_bars(
         path: of the file.
     """
     height = 0.8 / len(values)
-    figure, axis = plt.subplots(figsize=(8, 1.6 + 0.36 * len(values) * len(labels)), layout="constrained")
+    figure, axis = pyplot().subplots(figsize=(8, 1.6 + 0.36 * len(values) * len(labels)), layout="constrained")
     for place, (name, row) in enumerate(values.items()):
         bars = axis.barh(np.arange(len(labels)) + (place - (len(values) - 1) / 2) * height, row, height, label=name)
         axis.bar_label(bars, labels=[f"{value:,.0f}" for value in row], padding=3)
@@ -191,7 +191,7 @@ def plot_grouped_bars(
     axis.set_title(title, fontsize=11)
     figure.legend(loc="outside lower center", ncols=len(values))
     figure.savefig(path, dpi=100)
-    plt.close(figure)
+    pyplot().close(figure)
 
 
 def plot_bars(
