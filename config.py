@@ -311,6 +311,9 @@ _C.LOG.WANDB = Key("", help="project at Weights & Biases to log to besides Tenso
 
 _C.SEED = Key(0, between(0, 2**31), help="seed of weights, data order and augmentation")
 _C.EVAL_MODE = Key(False, help="only evaluate")
+_C.EVAL_EMA = Key(
+    None, type=bool, optional=True, help="with --eval: the EMA's weights, or with False the model's; null: both"
+)
 _C.THROUGHPUT_MODE = Key(False, help="only measure speed, on synthetic images")
 
 _C.BENCHMARK = Section()
@@ -345,7 +348,7 @@ def load_config(source: str | Path, opts: Sequence[str] = (), flags: Mapping[str
     """
     values = merge_settings(SCHEMA, source, opts, flags, own=OWN)
     check_modes(values)
-    check_benchmark_flags(values, {*opts[::2], *(flags or {})})
+    check_flags_of_modes(values, {*opts[::2], *(flags or {})})
     check_data(values)
     check_timm(values)
     for section in ("MODEL.MLLA", "MODEL.LINEAR_VIT"):
@@ -374,11 +377,13 @@ def check_modes(values: Mapping[str, Any]) -> None:
         refuse(values, chosen[-1], f"only one mode at a time, and {others} is on: leave out all but one")
 
 
-def check_benchmark_flags(values: Mapping[str, Any], typed: Set[str]) -> None:
-    """Raise ConfigError if a BENCHMARK key was typed without --throughput, or beside LOADING: it would be ignored.
+def check_flags_of_modes(values: Mapping[str, Any], typed: Set[str]) -> None:
+    """Raise ConfigError if a key was typed without the mode that reads it, or beside LOADING: it would be ignored.
 
     Files may hold it, as the configuration that a measurement leaves behind does.
     """
+    if "EVAL_EMA" in typed and values["EVAL_EMA"] is not None and not values["EVAL_MODE"]:
+        refuse(values, "EVAL_EMA", "--ema and --no-ema choose the weights that --eval evaluates; add --eval")
     flags = {"TRAIN": "--train", "BASELINES": "--baseline", "SIZES": "--sizes", "LOADING": "BENCHMARK.LOADING"}
     for leaf, flag in flags.items():
         name = f"BENCHMARK.{leaf}"

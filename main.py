@@ -8,8 +8,9 @@ python main.py --cfg cfgs/mlla_t.yaml --data-path imagenet --eval --resume mlla_
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -263,9 +264,7 @@ def mesa_start_epoch(derived: Derived) -> int:
     return int(MESA_START * derived.total_epochs)
 
 
-def command() -> NoReturn:
-    """Run the program as a process of its own, which it ends."""
-    run_and_end(main)
+command = partial(run_and_end, main)  # the program as a process of its own, which it ends
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from config import _C as CLASSIFICATION
 from config import (
     MAX_FACTOR,
     MAX_STEPS,
-    check_benchmark_flags,
     check_channels,
+    check_flags_of_modes,
     check_modes,
     check_optimizer,
     check_stages,
@@ -59,6 +59,7 @@ _C = CLASSIFICATION.subset(
     "LOG",
     "SEED",
     "EVAL_MODE",
+    "EVAL_EMA",
     "THROUGHPUT_MODE",
     "BENCHMARK.TRAIN",
     "BENCHMARK.BASELINES",
@@ -95,7 +96,7 @@ _C.PRINT_FREQ = 10
 def check_dense(values: Mapping[str, Any], typed: Set[str]) -> None:
     """Raise ConfigError where shared settings contradict each other; `typed` are the keys of --opts and flags."""
     check_modes(values)
-    check_benchmark_flags(values, typed)
+    check_flags_of_modes(values, typed)
     check_optimizer(values)
     if len(values["MODEL.MLLA.DEPTHS"]) != 4:
         refuse(values, "MODEL.MLLA.DEPTHS", "dense tasks take four maps: must have four values")

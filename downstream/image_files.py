@@ -29,7 +29,7 @@ def files_by_name(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
         tree = find_files(folder, tuple(suffixes))
     if tree.dangling:
         raise MissingFileError(
-            f"{folder}: {len(tree.dangling)} link(s) lead nowhere, such as {tree.dangling[0]}; mend or remove them"
+            f"{folder}: dangling links, {len(tree.dangling)} in all, such as {tree.dangling[0]}; mend or remove them"
         )
     files: dict[str, Path] = {}
     for path in tree.paths:
@@ -97,4 +97,4 @@ def read_images(
         num_read += 1
         yield path, image, result
     if not num_read:
-        raise DataError(f"none of {len(results)} file(s) can be read as an image")
+        raise DataError("none of the files can be read as an image")

@@ -247,7 +247,7 @@ def run(args: Any) -> None:
         else:
             print(f"skipped {result[0]}: {result[1]}", file=sys.stderr)
     if not predictions:
-        raise PredictionError(f"none of {len(paths)} files can be read as an image")
+        raise PredictionError("none of the files can be read as an image")
     print(format_table(predictions))
     for table in tables:
         with user_file(table, "written"):

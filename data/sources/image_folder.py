@@ -55,7 +55,7 @@ class ImageFolder:
         if tree.left_out:
             logger.warning("%s: left out: %s", self.folder, tree.describe_left_out())
         if tree.dangling:
-            message = "%s: %d links lead nowhere, such as %s; DATA.ON_ERROR says what happens to such images"
+            message = "%s: dangling links, %d in all, such as %s; DATA.ON_ERROR says what happens to such images"
             logger.warning(message, self.folder, len(tree.dangling), tree.dangling[0])
 
     def __len__(self) -> int:

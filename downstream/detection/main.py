@@ -7,7 +7,7 @@ python -m downstream.detection.main --cfg downstream/detection/cfgs/mlla_t_mrcnn
 """
 
 from collections.abc import Sequence
-from typing import NoReturn
+from functools import partial
 
 from downstream.detection.config import SCHEMA, load_config
 from downstream.detection.task import Detection
@@ -24,9 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_task(Detection(), config, run_throughput=run_throughput)
 
 
-def command() -> NoReturn:
-    """Run the program as a process of its own, which it ends."""
-    run_and_end(main)
+command = partial(run_and_end, main)  # the program as a process of its own, which it ends
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ python -m downstream.segmentation.main --cfg downstream/segmentation/cfgs/mlla_b
 """
 
 from collections.abc import Sequence
-from typing import NoReturn
+from functools import partial
 
 from downstream.segmentation.config import FLAGS, SCHEMA, load_config
 from downstream.segmentation.task import Segmentation
@@ -25,9 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_task(Segmentation(), config, run_throughput=run_throughput)
 
 
-def command() -> NoReturn:
-    """Run the program as a process of its own, which it ends."""
-    run_and_end(main)
+command = partial(run_and_end, main)  # the program as a process of its own, which it ends
 
 
 if __name__ == "__main__":

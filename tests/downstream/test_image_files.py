@@ -63,5 +63,5 @@ def test_broken_images_are_skipped_and_reported(capsys: pytest.CaptureFixture[st
     results = {Path("broken"): Path("x"), Path("good"): Path("y")}
     assert [(path, result) for path, _, result in read_images(results, read)] == [(Path("good"), Path("y"))]
     assert capsys.readouterr().err == "skipped broken: damaged\n"
-    with pytest.raises(DataError, match=r"none of 1 file\(s\) can be read"):
+    with pytest.raises(DataError, match=r"none of the files can be read"):
         list(read_images({Path("broken"): Path("x")}, read))

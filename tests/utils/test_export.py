@@ -283,5 +283,5 @@ def test_benchmark(
     monkeypatch.setattr(export_formats.torch, "compile", lambda model: model)  # which takes long
     assert run(tmp_path / "m.pt", weights, "torchscript", "--size", "32", "--benchmark") == 0
     out = capsys.readouterr().out
-    assert "one image of 32x32, 1 thread(s), median of 15 calls in turns" in out
+    assert "one image of 32x32, torch threads 1, median of 15 calls in turns" in out
     assert all(re.search(rf"^{name} +\d+\.\d ms$", out, re.M) for name in ("PyTorch", "torch.compile", "torchscript"))

@@ -153,7 +153,7 @@ def test_released_weights_by_timm_name(name: str) -> None:
         (["no.jpg", "--weights", "W"], "no.jpg: no such file or folder"),
         (["/dev/zero", "--weights", "W"], "/dev/zero: must be a file or a folder, not a device or a pipe"),
         (["empty", "--weights", "W"], "empty: no images in it"),
-        (["empty/x.jpg", "--weights", "W"], "none of 1 files can be read"),
+        (["empty/x.jpg", "--weights", "W"], "none of the files can be read"),
         (["empty/x.jpg"], "no model is named"),
         (
             ["empty/x.jpg", "--weights", "bare.pth"],

@@ -64,11 +64,16 @@ def choose_weights(content: Mapping[str, Any], source: str, *, ema: bool | None 
     if sets.model is None or sets.ema is None:
         wanted = {True: sets.ema, False: sets.model, None: sets.ema or sets.model}[ema]
         if wanted is None and sets != (None, None):
-            flag, kind = ("--ema", "EMA") if ema else ("--no-ema", "model")
-            raise CheckpointError(f"{source}: has no {kind} weights; leave out {flag}")
+            raise lacking_weights(source, ema=bool(ema))
         return wanted, ""
     takes_ema = is_ema_better(scores) if ema is None else ema
     return (sets.ema if takes_ema else sets.model), describe_choice("EMA" if takes_ema else "model", scores)
+
+
+def lacking_weights(source: str, *, ema: bool) -> CheckpointError:
+    """Return the error for a file without the weights that --ema or --no-ema asks for."""
+    flag, kind = ("--ema", "EMA") if ema else ("--no-ema", "model")
+    return CheckpointError(f"{source}: has no {kind} weights; leave out {flag}")
 
 
 def print_choice(text: str) -> None:

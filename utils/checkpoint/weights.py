@@ -9,7 +9,7 @@ import yaml
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from utils.checkpoint.best_weights import choose_weights, is_ema_better, scores_in
+from utils.checkpoint.best_weights import choose_weights, is_ema_better, lacking_weights, scores_in
 from utils.checkpoint.weight_sets import (
     EMA_KEYS,
     MODEL_KEYS,
@@ -42,6 +42,19 @@ class FileWeights(NamedTuple):
     def uses_ema(self) -> bool:
         """Whether the EMA's weights are the better ones by the file's own scores, or the only ones."""
         return self.ema is not None and (self.model is None or is_ema_better(self.scores))
+
+    def chosen(self, source: str, *, ema: bool | None) -> dict[str, Weights]:
+        """Return the weights by "model" and "EMA": both as far as there are, or of `ema` the EMA's or the model's.
+
+        Raises:
+            CheckpointError: the file, `source`, lacks those.
+        """
+        names = {None: ("model", "EMA"), True: ("EMA",), False: ("model",)}[ema]
+        both = {"model": self.model, "EMA": self.ema}
+        found = {name: weights for name in names if (weights := both[name]) is not None}
+        if not found:
+            raise lacking_weights(source, ema=bool(ema))
+        return found
 
 
 def read_weights(source: str | Path, *, tolerant: bool = False) -> FileWeights:

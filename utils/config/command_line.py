@@ -40,6 +40,7 @@ FLAGS = {
     "--freeze-backbone": "TRAIN.FREEZE",
     "--amp": "AMP",
     "--eval": "EVAL_MODE",
+    "--ema": "EVAL_EMA",
     "--throughput": "THROUGHPUT_MODE",
     "--train": "BENCHMARK.TRAIN",
     "--profile": "PROFILE_MODE",
@@ -88,11 +89,13 @@ class Parser(argparse.ArgumentParser):
 
     def hint(self, word: str, flags: Sequence[str]) -> str:
         """Return what to type in place of an unknown word: the setting or the flag that its name is nearest to."""
-        from utils.config.schema import keys_called  # whose own imports take long
+        from utils.config.schema import keys_called, keys_nearest  # whose own imports take long
 
-        if word.startswith("--") and word not in flags and (keys := keys_called(self.schema, word)):
-            return f"set it with --opts {keys[0]} VALUE"
+        is_unknown = word.startswith("--") and not {word, word.replace("_", "-")} & set(flags)
         near = difflib.get_close_matches(word, flags, n=1) if word.startswith("-") else []
+        keys = keys_called(self.schema, word) or ([] if near else keys_nearest(self.schema, word))
+        if is_unknown and keys:
+            return f"set it with --opts {keys[0]} VALUE"
         return f"did you mean {near[0]}?" if near else "see --help"
 
 

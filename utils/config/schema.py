@@ -52,7 +52,10 @@ ABOVE_0_TO_1 = above(0, 1)
 
 
 # What other programs call a setting
-OTHER_NAMES = {"LR": "BASE_LR", "LEARNING_RATE": "BASE_LR", "WD": "WEIGHT_DECAY", "WORKERS": "NUM_WORKERS"}
+OTHER_NAMES = {
+    **{"LR": "BASE_LR", "LEARNING_RATE": "BASE_LR", "WD": "WEIGHT_DECAY", "WORKERS": "NUM_WORKERS"},
+    **{"IMAGE_SIZE": "IMG_SIZE", "NUM_EPOCHS": "EPOCHS"},
+}
 
 
 class Key:
@@ -263,9 +266,18 @@ def parse_text(schema: Schema, name: str, text: str) -> Any:
 
 def keys_called(schema: Schema, name: str) -> list[str]:
     """Return the keys whose last part is the same as in `name`, which may be a flag such as --weight-decay or --lr."""
-    last = name.split(".")[-1].lstrip("-").upper().replace("-", "_")
-    last = OTHER_NAMES.get(last, last)
-    return [key for key in schema if key.split(".")[-1] == last]
+    last = last_part(name)
+    return [key for key in schema if last_part(key) == OTHER_NAMES.get(last, last)]
+
+
+def keys_nearest(schema: Schema, name: str) -> list[str]:
+    """Return the keys whose last part is the nearest to the one in `name`: TRAIN.EPOCHS for --epoch; [] if none is."""
+    near = difflib.get_close_matches(last_part(name), {last_part(key) for key in schema}, n=1, cutoff=0.8)
+    return [key for key in schema if last_part(key) in near]
+
+
+def last_part(name: str) -> str:
+    return name.split(".")[-1].lstrip("-").upper().replace("-", "_")
 
 
 def checked(schema: Schema, name: str, value: Any, origin: str) -> Any:

@@ -162,7 +162,7 @@ class GradientExchange:
         absent = [self.names[id(p)] for p in parameters if p.grad is None]
         if absent:
             raise UserError(
-                f"TRAIN.FIND_UNUSED_PARAMS False: {len(absent)} parameter(s) have no gradient, such as {absent[0]}; "
+                f"TRAIN.FIND_UNUSED_PARAMS False: parameters without gradient, {len(absent)}, such as {absent[0]}; "
                 f"freeze them, or add --find-unused-params"
             )
         return []

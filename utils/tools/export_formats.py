@@ -140,7 +140,7 @@ def latency_table(model: nn.Module, runner: Runner, file_format: str, images: Te
     shape = "x".join(map(str, images.shape[2:]))
     return "\n".join(
         [
-            f"one image of {shape}, {torch.get_num_threads()} thread(s), median of {ROUNDS} calls in turns:",
+            f"one image of {shape}, torch threads {torch.get_num_threads()}, median of {ROUNDS} calls in turns:",
             *(f"{name:18} {value:8.1f} ms" for name, value in medians.items()),
         ]
     )

@@ -81,7 +81,7 @@ def run_task(task: Task, config: CfgNode, *, run_throughput: Callable[[Task, Cfg
 
 
 def run_evaluation(task: Task, config: CfgNode, process: Process) -> None:
-    """Evaluate the weights of MODEL.RESUME: the model's and the EMA's if the file has both."""
+    """Evaluate the weights of MODEL.RESUME: the model's and the EMA's if the file has both, or those of EVAL_EMA."""
     with report_user_errors(task.user_errors, out_of_memory=False):
         if not config.MODEL.RESUME:
             message = "MODEL.RESUME is empty: evaluation needs weights, name them with --resume FILE"
@@ -93,8 +93,7 @@ def run_evaluation(task: Task, config: CfgNode, process: Process) -> None:
         weights_file = read_weights(config.MODEL.RESUME, tolerant=True)
         num_outputs = config.MODEL.get("NUM_CLASSES")
         check_classes(weights_file.classes, run.data.classes, config.MODEL.RESUME, num_outputs=num_outputs)
-        both = {"model": weights_file.model, "EMA": weights_file.ema}
-        candidates = {name: weights for name, weights in both.items() if weights is not None}
+        candidates = weights_file.chosen(config.MODEL.RESUME, ema=config.EVAL_EMA)
         first, *others = candidates
         models = {first: run.model} | {name: copy.deepcopy(run.model) for name in others}
         for name, model in models.items():

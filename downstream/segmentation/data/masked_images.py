@@ -64,7 +64,7 @@ class MaskedImages:
             if unpaired := sorted(files.keys() - others.keys()):
                 shown = ", ".join(str(files[name]) for name in unpaired[:MAX_NAMES_SHOWN])
                 more = ", ..." if len(unpaired) > MAX_NAMES_SHOWN else ""
-                raise DataError(f"{len(unpaired)} file(s) without {kind} of the same name: {shown}{more}")
+                raise DataError(f"files without {kind} of the same name, {len(unpaired)} in all: {shown}{more}")
         self.reduce_zero_label = reduce_zero_label
         self.names = sorted(images)
         self.image_paths = [images[name] for name in self.names]

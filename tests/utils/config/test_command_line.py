@@ -158,6 +158,26 @@ def test_refused_flags_of_swin(args: str, line: str, capsys: pytest.CaptureFixtu
     assert error.startswith(f"error: {line}")
 
 
+@pytest.mark.parametrize(
+    ("arg", "hint"),
+    [
+        ("--epochs", "set it with --opts TRAIN.EPOCHS VALUE"),
+        ("--epoch", "set it with --opts TRAIN.EPOCHS VALUE"),
+        ("--num-epochs", "set it with --opts TRAIN.EPOCHS VALUE"),
+        ("--img_size", "set it with --opts DATA.IMG_SIZE VALUE"),
+        ("--image-size", "set it with --opts DATA.IMG_SIZE VALUE"),
+        ("--lr", "set it with --opts TRAIN.BASE_LR VALUE"),
+        ("--data_path", "did you mean --data-path?"),
+        ("--batchsize", "did you mean --batch-size?"),
+        ("--qqq", "see --help"),
+    ],
+)
+def test_hint_for_a_flag_that_there_is_not(arg: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_command_line("", ["--cfg", "x.yaml", arg, "1"], schema=SCHEMA)
+    assert capsys.readouterr().err == f"error: unrecognized arguments: {arg} 1; {hint}\n"
+
+
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_every_command_suggests_the_nearest_flag(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(importlib.import_module(name).main, ["--hepl"]) == 2
@@ -179,11 +199,8 @@ def test_resume_and_weights_are_one_flag(name: str, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     "name",
     [
-        "utils.predict",
-        "utils.export",
-        "utils.visualize",
-        "downstream.detection.predict",
-        "downstream.segmentation.predict",
+        *("utils.predict", "utils.export", "utils.visualize"),
+        *("downstream.detection.predict", "downstream.segmentation.predict"),
     ],
 )
 def test_commands_on_a_trained_model_have_the_same_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:

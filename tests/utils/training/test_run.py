@@ -347,6 +347,23 @@ def test_evaluation_loads_model_and_ema_one_after_the_other(run: FakeRun) -> Non
     assert predictions.exists()
 
 
+@pytest.mark.parametrize(("ema", "name"), [(True, "EMA"), (False, "model")])
+def test_evaluation_of_the_weights_that_are_asked_for(run: FakeRun, ema: bool, name: str) -> None:
+    assert run() == 0
+    scores = dict(run.calls("evaluate")[2:])
+    file = run.folder / "ckpt_epoch_1.pth"
+    assert run(EVAL_MODE=True, EVAL_EMA=ema, MODEL__RESUME=str(file)) == 0
+    assert run.calls("evaluate") == [[name, scores[name]]]
+    assert run.calls("draw")[0][2] == f"mlla_digits: {name} weights (score {scores[name]:.2f})"
+
+
+def test_evaluation_of_weights_that_the_file_lacks(run: FakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = run.output / "weights.pth"
+    torch.save(nn.Linear(1, 1).state_dict(), weights)
+    assert run(EVAL_MODE=True, EVAL_EMA=True, MODEL__RESUME=str(weights)) == 2
+    assert f"{weights}: has no EMA weights; leave out --ema" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("settings", "dtype"),
     [

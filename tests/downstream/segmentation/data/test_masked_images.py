@@ -123,7 +123,7 @@ def test_masks_of_another_size_are_refused(folder: Path) -> None:
 @pytest.mark.parametrize("kind", ["images/train/a.jpg", "masks/train/a.png"])
 def test_unpaired_files_are_refused(folder: Path, kind: str) -> None:
     (folder / kind).unlink()
-    with pytest.raises(DataError, match=r"1 file\(s\) without (a mask|an image) of the same name: .*/a\.(png|jpg)"):
+    with pytest.raises(DataError, match=r"files without (a mask|an image) of the same name, 1 in all: .*/a\.(png|jpg)"):
         open_folder(folder)
 
 
@@ -186,7 +186,7 @@ def test_hidden_folders_and_links(folder: Path, caplog: pytest.LogCaptureFixture
         assert f"1 files with the ending {other} (such as x{other})" in caplog.text
     assert caplog.text.count("1 hidden files or folders (such as .ipynb_checkpoints)") == 2
     (folder / "masks/train/c.png").symlink_to(folder / "c.png")
-    with pytest.raises(MissingFileError, match=r"masks/train: 1 link\(s\) lead nowhere, such as c\.png"):
+    with pytest.raises(MissingFileError, match=r"masks/train: dangling links, 1 in all, such as c\.png"):
         open_folder(folder)
 
 
