@@ -119,7 +119,8 @@ class FusedModule(nn.Module):
         return snapshot.reason
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "snapshots": {}}  # of copies and files: they have parts of their own
+        """Leave out what belongs to this module: its snapshots and, as nn.Module does, its compiled call."""
+        return {**super().__getstate__(), "snapshots": {}}
 
 
 def mixer_parts(block: MLLABlock) -> Parts:

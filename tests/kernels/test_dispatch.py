@@ -103,6 +103,23 @@ def test_copies_are_fused_and_watch_their_own_parts(how: str, device: torch.devi
     assert duplicate.unsupported(mixer_parts)
 
 
+def test_copies_of_compiled_modules_compute_with_their_own_weights() -> None:
+    """As those that an evaluation within a run prepares: the compiled call is of the original, in training mode."""
+    model = use_kernels(MLLA(**SIZES)).eval()
+    images = torch.randn(1, 3, 32, 32)
+    duplicate = copy.deepcopy(model)
+    expected = duplicate(images)
+    for region in model.modules():
+        if getattr(region, "is_region", False):
+            region.compile(backend="eager")
+    for copied in (copy.deepcopy(model), prepare_for_inference(model, torch.float32)):
+        for parameter in model.parameters():
+            nn.init.ones_(parameter)
+        assert all(module._compiled_call_impl is None for module in copied.modules())
+        torch.testing.assert_close(copied(images), expected, atol=1e-4, rtol=1e-4)
+        model.load_state_dict(duplicate.state_dict())
+
+
 def saved(block: nn.Module) -> nn.Module:
     file = io.BytesIO()
     torch.save(block, file)
