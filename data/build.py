@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from yacs.config import CfgNode
 from data.batch_decoding import check_support
 from data.dataset import ImageDataset, ImageSource, keep_batch
 from data.errors import DataError
+from data.kernel_dispatch import check_exactly_resizing, kernel_works
 from data.prefetch import DeviceLoader, Normalizer
 from data.samplers import EvalSampler, SampleKey, TrainSampler
 from data.sources.digits import Digits
@@ -78,7 +80,9 @@ class Data:
         indices = np.linspace(0, self.num_val_images - 1, min(count, self.num_val_images)).astype(int)
         num_batches = -(-len(indices) // batch_size)
         for first in range(num_batches):
-            batch = self.val.dataset.__getitems__([SampleKey(0, int(i)) for i in indices[first::num_batches]])
+            batch = self.val.dataset.without_device().__getitems__(
+                [SampleKey(0, int(i)) for i in indices[first::num_batches]]
+            )
             yield Normalizer()(batch.images.permute(0, 3, 1, 2)), batch.labels.tolist()
 
 
@@ -249,7 +253,13 @@ def eval_loader(
     dataset = ImageDataset(source, transform, config.SEED, is_exact=config.DATA.EXACT_EVAL)
     sampler = EvalSampler(len(source), rank=rank, num_processes=num_processes)
     keeps_batches = len(sampler) * 3 * config.DATA.IMG_SIZE**2 <= MAX_KEPT_BYTES
-    return make_loader(config, dataset, sampler, device, drop_last=False, keeps_batches=keeps_batches)
+
+    def choose_place() -> None:
+        if device.type == "cuda" and config.DATA.EXACT_EVAL and not keeps_batches:
+            transform.on_device = kernel_works(check_exactly_resizing, device, "Pillow, which is slower")
+
+    options = {"keeps_batches": keeps_batches, "before_start": choose_place}
+    return make_loader(config, dataset, sampler, device, drop_last=False, **options)
 
 
 def make_loader(
@@ -259,8 +269,9 @@ def make_loader(
     device: torch.device,
     *,
     drop_last: bool,
-    keeps_batches: bool = False,
+    **options: Any,
 ) -> DeviceLoader:
+    """Return a loader of a dataset; `options` are those of RestartingDataLoader."""
     num_workers = choose_num_workers(config.DATA.NUM_WORKERS, device)
     loader = RestartingDataLoader(
         dataset,
@@ -271,7 +282,7 @@ def make_loader(
         pin_memory=config.DATA.PIN_MEMORY and device.type == "cuda",
         drop_last=drop_last,
         persistent_workers=num_workers > 0,
-        keeps_batches=keeps_batches,
+        **options,
         generator=torch.Generator(),  # else each epoch's start draws from the generator of dropout
     )
     return DeviceLoader(

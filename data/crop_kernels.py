@@ -14,6 +14,7 @@ from data.batch_decoding import decode_on, pixel_groups
 
 BLOCK = 256  # pixels, or values to erase, of a program
 CROP_FIELDS = tl.constexpr(9)  # of a row of `resize_blocks`
+AXIS_FIELDS = tl.constexpr(9)  # of a row of `resize_axis`
 BOX_FIELDS = tl.constexpr(6)  # of a row of `erase_boxes`
 
 
@@ -51,6 +52,37 @@ def launch_resizing(result: Tensor, crops: Tensor, index: Tensor, places: Sequen
         rows = rows.pin_memory()  # else the copy might wait for the stream
     grid = (len(index), triton.cdiv(size * size, BLOCK))
     resize_blocks[grid](result, rows.to(result.device, non_blocking=True), size, BLOCK=BLOCK, enable_fp_fusion=False)
+
+
+def resize_exactly(packed: Tensor, crops: Tensor, device: torch.device) -> Tensor:
+    """Resize and crop images with Pillow's pixels.
+
+    Args:
+        packed: bytes of all parts of images (bytes,), uint8, on the CPU.
+        crops: rows (B, 13), int64, on the CPU: the fields of an ExactCrop each; all have the same size.
+        device: of the result.
+
+    Returns:
+        Pixels (B, size, size, 3), uint8.
+    """
+    count, size = len(crops), int(crops[0, 11])
+    num_bytes, part_top, part_left, num_rows, part_width, height, width, tall, wide, top, left, _, is_cubic = crops.T
+    num_lines, three = num_rows * size * 3, torch.full_like(num_bytes, 3)  # of each part, resized along its width
+    starts, line_starts = (sizes.cumsum(0) - sizes for sizes in (num_bytes, num_lines))
+    result_starts = 3 * size * size * torch.arange(count)
+    across = starts, line_starts, 3 * part_width, num_rows, width, wide, left, part_left, is_cubic
+    down = line_starts, result_starts, three, torch.full_like(three, size), height, tall, top, part_top, is_cubic
+    rows = torch.stack([torch.stack(across, dim=1), torch.stack(down, dim=1)])  # (2, B, 9)
+    if device.type == "cuda":
+        rows = rows.pin_memory()
+    rows, pixels = rows.to(device, non_blocking=True), packed.to(device, non_blocking=True)
+    lines = torch.empty(int(num_lines.sum()), dtype=torch.uint8, device=device)
+    result = torch.empty(count, size, size, 3, dtype=torch.uint8, device=device)
+    grid = count, triton.cdiv(size * int(num_rows.max()), BLOCK)
+    resize_axis[grid](pixels, lines, rows[0], size, 3, 3 * size, True, BLOCK=BLOCK, enable_fp_fusion=False)
+    grid = count, triton.cdiv(size * size, BLOCK)
+    resize_axis[grid](lines, result, rows[1], size, 3 * size, 3, False, BLOCK=BLOCK, enable_fp_fusion=False)
+    return result
 
 
 def erase_with_kernel(images: Tensor, erasures: Tensor, mode: str) -> None:
@@ -132,6 +164,69 @@ def round_to_byte(value):
     is_odd = floor - 2 * tl.floor(floor / 2)
     goes_up = (value - floor > 0.5) | ((value - floor == 0.5) & (is_odd == 1))
     return (floor + tl.where(goes_up, 1.0, 0.0)).to(tl.int32).to(tl.uint8)
+
+
+@triton.jit
+def resize_axis(source, target, rows, size, step, target_line, ALONG_LINES: tl.constexpr, BLOCK: tl.constexpr):
+    """Resize a block of an image's pixels along an axis, with Pillow's weights of 22 bits and sums of integers.
+
+    `step` bytes lie between the pixels of a line, which is a column of the image where ALONG_LINES is off.
+    """
+    row = rows + tl.program_id(0) * AXIS_FIELDS
+    source += tl.load(row)
+    target += tl.load(row + 1)
+    line_stride, num_lines = tl.load(row + 2), tl.load(row + 3).to(tl.int32)
+    side, first_place, first_pixel = tl.load(row + 4), tl.load(row + 6), tl.load(row + 7)
+    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < size * num_lines
+    if ALONG_LINES:
+        line, place = index // size, index % size
+    else:
+        line, place = index % num_lines, index // num_lines
+    scale = side.to(tl.float64) / tl.load(row + 5).to(tl.float64)
+    stretch = tl.maximum(scale, 1.0)
+    is_cubic = tl.load(row + 8) != 0
+    support = stretch * tl.where(is_cubic, 2.0, 1.0).to(tl.float64)
+    center = ((first_place + place).to(tl.float64) + 0.5) * scale
+    first = tl.maximum((center - support + 0.5).to(tl.int32), 0)
+    end = tl.minimum((center + support + 0.5).to(tl.int32), side.to(tl.int32))
+    narrowing = 1.0 / stretch
+    num_taps = (2 * support).to(tl.int32) + 2
+    total = tl.zeros((BLOCK,), tl.float64)
+    for tap in range(num_taps):
+        weight = exact_weight((first + tap - center + 0.5) * narrowing, is_cubic)
+        total += tl.where(first + tap < end, weight, 0.0)
+    total = tl.where(mask, total, 1.0)
+    red = tl.full((BLOCK,), 1 << 21, tl.int32)  # rounds
+    green, blue = red, red
+    for tap in range(num_taps):
+        is_used = mask & (first + tap < end)
+        weight = exact_weight((first + tap - center + 0.5) * narrowing, is_cubic) / total * 4194304.0
+        whole = (weight + tl.where(weight < 0, -0.5, 0.5)).to(tl.int32)
+        value = source + line * line_stride + (first + tap - first_pixel) * step
+        red += whole * tl.load(value, mask=is_used, other=0).to(tl.int32)
+        green += whole * tl.load(value + 1, mask=is_used, other=0).to(tl.int32)
+        blue += whole * tl.load(value + 2, mask=is_used, other=0).to(tl.int32)
+    output = target + line * target_line + place * step
+    tl.store(output, byte_of(red), mask=mask)
+    tl.store(output + 1, byte_of(green), mask=mask)
+    tl.store(output + 2, byte_of(blue), mask=mask)
+
+
+@triton.jit
+def exact_weight(distance, is_cubic):
+    """Return the weight at a distance, float64, in Pillow's order of operations."""
+    distance = tl.abs(distance)
+    near = (1.5 * distance - 2.5) * distance * distance + 1.0
+    far = (((distance - 5.0) * distance + 8.0) * distance - 4.0) * -0.5
+    cubic = tl.where(distance < 1.0, near, tl.where(distance < 2.0, far, 0.0))
+    return tl.where(is_cubic, cubic, tl.where(distance < 1.0, 1.0 - distance, 0.0))
+
+
+@triton.jit
+def byte_of(total):
+    """Drop the 22 bits after the point, and clip."""
+    return tl.minimum(tl.maximum(total >> 22, 0), 255).to(tl.uint8)
 
 
 @triton.jit

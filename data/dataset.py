@@ -17,10 +17,12 @@ from data.batch_crops import Crop, pack_bytes, whole_crop
 from data.batch_decoding import DeviceJpeg, device_jpeg
 from data.decoding import decode_fast, decode_pillow, image_to_tensor
 from data.errors import BrokenImageError
+from data.exact_crops import ExactCrop, whole_exact_crop
 from data.samplers import SampleKey
 from data.seeds import sample_seeds
-from data.transforms import Transform
+from data.transforms import EvalTransform, Transform
 
+WHOLE: dict[type, Callable[[Tensor], Crop | ExactCrop]] = {Crop: whole_crop, ExactCrop: whole_exact_crop}
 STAGES = ("reading", "decoding", "transforming")
 
 
@@ -57,7 +59,7 @@ class Batch(NamedTuple):
 
     images: Tensor  # (B, H, W, 3) uint8, or (bytes,): what the crops are made from, one after the other
     labels: Tensor  # (B,) int64
-    crops: Tensor  # (B, 9) int64: fields of each crop; (0, 9) if all images are finished
+    crops: Tensor  # (B, 9) int64: fields of each Crop, or (B, 13) of each ExactCrop; (0, 9) if all images are finished
     operations: Tensor  # (O, 10) float64: image, place in its order, and fields of each operation to apply
     erasures: Tensor  # (E, 6) int64: image, top, left, height, width and seed of each box to erase
     failures: list[Failure]
@@ -120,7 +122,7 @@ class ImageDataset(Dataset[Batch]):
         """Return a batch, after which the generators are in another state."""
         pixels: list[Tensor] = []
         labels: list[int] = []
-        crops: list[Crop | None] = []
+        crops: list[Crop | ExactCrop | None] = []
         operations: list[tuple[float, ...]] = []
         erasures: list[tuple[int, ...]] = []
         failures: list[Failure] = []
@@ -148,13 +150,13 @@ class ImageDataset(Dataset[Batch]):
                 pixels.append(sample.pixels)
                 labels.append(int(self.source.labels[index]))
                 break
-        leaves_crops = any(crops)
-        collate = pack_bytes if leaves_crops else default_collate
-        rows = [crop or whole_crop(image) for crop, image in zip(crops, pixels, strict=True)] if leaves_crops else []
+        kind = type(next(filter(None, crops), None))
+        rows = [crop or WHOLE[kind](image) for crop, image in zip(crops, pixels, strict=True)] if kind in WHOLE else []
+        collate = pack_bytes if rows else default_collate
         return Batch(
             collate(pixels) if pixels else torch.empty(0, 1, 1, 3, dtype=torch.uint8),
             torch.tensor(labels, dtype=torch.int64),
-            torch.tensor(rows, dtype=torch.int64).reshape(-1, len(Crop._fields)),
+            torch.tensor(rows, dtype=torch.int64).reshape(-1, len(rows[0] if rows else Crop._fields)),
             torch.tensor(operations, dtype=torch.float64).reshape(-1, 10),
             torch.tensor(erasures, dtype=torch.int64).reshape(-1, 6),
             failures,
@@ -171,9 +173,12 @@ class ImageDataset(Dataset[Batch]):
                 yield int(order[(key.slot + step) % len(order)])
 
     def without_device(self) -> "ImageDataset":
-        """Return the same dataset, which decodes all images itself."""
+        """Return the same dataset, which decodes all images itself, and for evaluation also resizes them."""
         changed = copy.copy(self)
         changed.on_device = False
+        if isinstance(self.transform, EvalTransform):
+            changed.transform = copy.copy(self.transform)
+            changed.transform.on_device = False
         return changed
 
     def decode(self, content: bytes | Image.Image | Tensor) -> Image.Image | Tensor | DeviceJpeg:

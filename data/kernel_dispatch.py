@@ -5,16 +5,23 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from data.batch_augmentation import Kind, augment, rotation
-from data.batch_crops import Crop, resize_crops
+from data.batch_crops import Crop, pack_bytes, resize_crops
+from data.exact_crops import ExactCrop
+from data.transforms import EvalTransform
 
 logger = logging.getLogger("mlla.data")
 
 
 def resize_on_device(packed: Tensor, crops: Tensor, device: torch.device) -> Tensor:
-    """Resize and flip crops as `resize_crops`; on a GPU with a kernel, if it works there."""
+    """Resize and flip crops as `resize_crops`; on a GPU with a kernel, if it works there. ExactCrops need a kernel."""
+    if crops.shape[1] == len(ExactCrop._fields):
+        from data.crop_kernels import resize_exactly
+
+        return resize_exactly(packed, crops, device)
     if kernel_works(check_resizing, device):
         from data.crop_kernels import resize_with_kernel
 
@@ -47,14 +54,18 @@ def erase_on_gpu(images: Tensor, erasures: Tensor, mode: str) -> bool:
 
 
 @lru_cache
-def kernel_works(check: Callable[[torch.device], Tensor], device: torch.device) -> bool:
-    """Return whether a kernel runs on a device, which a CPU is not, and passes its check; else log why not."""
+def kernel_works(
+    check: Callable[[torch.device], Tensor], device: torch.device, instead: str = "PyTorch, which is slower"
+) -> bool:
+    """Return whether a kernel runs on a device, which a CPU is not, and passes its check; else log why not, and what
+    is used instead.
+    """
     if device.type != "cuda":
         return False
     reason = failure(check, device)
     if reason:
-        name = check.__name__.removeprefix("check_")
-        logger.warning("%s images on the GPU falls back to PyTorch, which is slower: Triton's kernel: %s", name, reason)
+        name = check.__name__.removeprefix("check_").replace("_", " ")
+        logger.warning("%s images on the GPU falls back to %s: Triton's kernel: %s", name, instead, reason)
     return not reason
 
 
@@ -77,6 +88,20 @@ def check_resizing(device: torch.device) -> Tensor:
     packed = random_bytes(int(rows[:, 0].sum()))
     result = resize_with_kernel(packed, rows, device).cpu()
     return (result.int() - resize_crops(packed, rows, torch.device("cpu")).int()).abs() > 1
+
+
+def check_exactly_resizing(device: torch.device) -> Tensor:
+    """Return where the kernel's results differ from Pillow's."""
+    images = [Image.fromarray(random_bytes(*shape, 3).numpy()) for shape in ((40, 30), (31, 90), (20, 20), (9, 14))]
+    results, expected = [], []
+    for mode in ("bicubic", "bilinear"):
+        transform = EvalTransform(24, crop=True, interpolation=mode)
+        expected += [transform(image).pixels for image in images]
+        transform.on_device = True
+        samples = [transform(image) for image in images]
+        rows = torch.tensor([sample.crop for sample in samples], dtype=torch.int64)
+        results.append(resize_on_device(pack_bytes([sample.pixels for sample in samples]), rows, device).cpu())
+    return torch.cat(results) != torch.stack(expected)
 
 
 def check_augmenting(device: torch.device) -> Tensor:

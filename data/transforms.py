@@ -22,6 +22,7 @@ from data.batch_crops import SMALL_SIDE, Crop
 from data.batch_decoding import DeviceJpeg
 from data.decoding import MAX_PIXELS
 from data.errors import DataError
+from data.exact_crops import MAX_BYTES, ExactCrop, exact_crop, is_resized_along_width_first
 
 SMALL = 32  # pixels; images of a size up to this are not resized to it, as in the official code
 PADDING = 4  # pixels around such images, before training crops them
@@ -45,7 +46,7 @@ class Sample(NamedTuple):
     """A transformed image, and what remains to be done on the device, in this order."""
 
     pixels: Tensor  # (size, size, 3) uint8, or with a `crop` what it is made from: pixels, or a JPEG (bytes,)
-    crop: Crop | None = None
+    crop: Crop | ExactCrop | None = None
     operations: Sequence[Operation] = ()
     erasures: Sequence[Erasure] = ()
 
@@ -200,12 +201,16 @@ class EvalTransform:
     """Resize of the short side to 256/224 of the size and center crop; without `crop`, of both sides to the size.
 
     Images that have the size already, if it is SMALL at most, stay as they are.
+
+    Attributes:
+        on_device: leave the exact resizing to the device, which gets the part of the image that it needs.
     """
 
     def __init__(self, size: int, *, crop: bool, interpolation: str) -> None:
         self.size = size
         self.crop = crop
         self.mode = InterpolationMode("bilinear" if interpolation == "random" else interpolation)
+        self.on_device = False
         self.reference = (
             transforms.Compose([transforms.Resize(short_side(size), self.mode), transforms.CenterCrop(size)])
             if crop
@@ -217,20 +222,38 @@ class EvalTransform:
         if self.crop:
             image = self.without_ends(image)
         if isinstance(image, Image.Image):
-            resized = image if self.keeps(image.height, image.width) else self.reference(image)
-            return Sample(torch.from_numpy(np.array(resized)))
+            if self.keeps(image.height, image.width):
+                return Sample(torch.from_numpy(np.array(image)))
+            if self.on_device and (crop := self.exact_crop(image)):
+                left, top = crop.part_left, crop.part_top
+                part = image.crop((left, top, left + crop.part_width, top + crop.part_height))
+                return Sample(torch.from_numpy(np.array(part)), crop)
+            return Sample(torch.from_numpy(np.array(self.reference(image))))
         height, width = image.shape[:2]
         if self.keeps(height, width):
             return Sample(image)
+        height, width, top, left = self.geometry(height, width)
+        resized = resize(image, height, width, self.mode)
+        return Sample(resized[top : top + self.size, left : left + self.size])
+
+    def geometry(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Return height and width to which an image is resized, and top and left of the crop."""
         if self.crop:
             # As torchvision's Resize and CenterCrop: the long side rounded down, offsets rounded half to even.
             short = short_side(self.size)
             height, width = (int(short * side / min(height, width)) for side in (height, width))
         else:
             height = width = self.size
-        top, left = round((height - self.size) / 2), round((width - self.size) / 2)
-        resized = resize(image, height, width, self.mode)
-        return Sample(resized[top : top + self.size, left : left + self.size])
+        return height, width, round((height - self.size) / 2), round((width - self.size) / 2)
+
+    def exact_crop(self, image: Image.Image) -> ExactCrop | None:
+        """Return the crop of an image for the device, or None if it must be resized here."""
+        height, width, *offset = self.geometry(*(image_size := (image.height, image.width)))
+        if not is_resized_along_width_first(image_size, (height, width)):
+            return None
+        is_bicubic = self.mode == InterpolationMode.BICUBIC
+        crop = exact_crop(image_size, (height, width), (offset[0], offset[1]), self.size, is_bicubic=is_bicubic)
+        return crop if crop.num_bytes <= MAX_BYTES else None
 
     def without_ends(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
         """Cut the ends off a strip that would be resized to more than MAX_PIXELS pixels; the center crop has none."""

@@ -116,6 +116,7 @@ class RestartingDataLoader(DataLoader):
 
     Args:
         set_up_worker: called in each worker with the worker's number.
+        before_start: called before the workers start, or without workers before each iteration.
         keeps_batches: keep the batches of the first whole iteration in memory, and give the same ones in later ones.
         options: passed to DataLoader, without worker_init_fn and multiprocessing_context.
 
@@ -130,6 +131,7 @@ class RestartingDataLoader(DataLoader):
         self,
         *args: Any,
         set_up_worker: Callable[[int], None] = ignore_signals,
+        before_start: Callable[[], object] = lambda: None,
         keeps_batches: bool = False,
         **options: Any,
     ) -> None:
@@ -141,6 +143,7 @@ class RestartingDataLoader(DataLoader):
         self.next_loader: RestartingDataLoader | None = None
         self.started_iterator: Any = None
         self.keeps_batches = keeps_batches
+        self.before_start = before_start
         self.kept: list[Any] | None = None
 
     def __iter__(self) -> Any:
@@ -164,6 +167,7 @@ class RestartingDataLoader(DataLoader):
             self.started_iterator = super().__iter__()
 
     def _get_iterator(self) -> Any:
+        self.before_start()
         if self.num_workers == 0:
             return super()._get_iterator()
         for _ in range(MAX_STARTS):

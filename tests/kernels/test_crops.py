@@ -1,14 +1,23 @@
 """Kernels that resize crops and erase boxes, against the PyTorch operations."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from config import load_config
 from data import batch_decoding
 from data.batch_crops import Crop, pack_bytes, resize_crops
-from data.crop_kernels import erase_with_kernel, resize_with_kernel
+from data.build import eval_loader, open_split
+from data.crop_kernels import erase_with_kernel, resize_exactly, resize_with_kernel
 from data.decoding import image_to_tensor
+from data.exact_crops import whole_exact_crop
+from data.prefetch import Normalizer
+from data.samplers import SampleKey
+from data.transforms import EvalTransform
 from tests.helpers import encoded, photo
 
 
@@ -30,6 +39,44 @@ def test_crops_are_resized_as_with_pytorch(device: torch.device) -> None:
     assert result[4].cpu().equal(images[4])  # has the size
     for image, crop, pixels in zip(images, crops, result, strict=True):
         assert resize_with_kernel(image.flatten(), crop[None], device)[0].equal(pixels)
+
+
+@pytest.mark.parametrize(("mode", "crops"), [("bicubic", True), ("bicubic", False), ("bilinear", True)])
+def test_evaluation_has_pillows_pixels(device: torch.device, mode: str, crops: bool) -> None:
+    """Of images with noise, which is clipped, that get smaller or larger or stay, and of strips that Pillow resizes."""
+    shapes = [(21, 16), (10, 10), (13, 13), (13, 17), (3, 4), (11, 40), (1, 2), (54, 15)]
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.choice([0, 255, 99], (*shape, 3)).astype(np.uint8)) for shape in shapes]
+    transform = EvalTransform(12, crop=crops, interpolation=mode)
+    expected = torch.stack([transform(image).pixels for image in images])
+    transform.on_device = True
+    samples = [transform(image) for image in images]
+    assert [shape for shape, sample in zip(shapes, samples, strict=True) if sample.crop is None][-1] == (54, 15)
+    rows = torch.tensor([sample.crop or whole_exact_crop(sample.pixels) for sample in samples], dtype=torch.int64)
+    assert resize_exactly(pack_bytes([sample.pixels for sample in samples]), rows, device).cpu().equal(expected)
+
+
+def test_an_evaluation_loader_has_pillows_pixels_on_the_device(device: torch.device, tmp_path: Path) -> None:
+    """Among them broken images, which are named, and images that a worker resizes; previews stay on the CPU."""
+    for index, shape in enumerate([(50, 41), (90, 30), (34, 60), (40, 40)]):
+        path = tmp_path / "val" / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo(*shape).save(path)
+    (tmp_path / "val" / "a" / "9.png").write_bytes(b"")
+    opts = ["DATA.DATA_PATH", str(tmp_path), "DATA.IMG_SIZE", "36", "DATA.NUM_WORKERS", "0", "DATA.ON_ERROR", "skip"]
+    config = load_config("cfgs/mlla_t.yaml", opts)
+    source = open_split(config, "val")
+    exact = list(eval_loader(config, source, 0, 1, torch.device("cpu")))
+    loader = eval_loader(config, source, 0, 1, torch.device("cpu"))
+    loader.dataset.transform.on_device = True  # type: ignore[attr-defined]
+    loader.device = device
+    loader.normalizer = Normalizer(device)
+    ((images, labels),), ((expected, _),) = list(loader), exact
+    assert images.cpu().equal(expected)
+    assert labels.tolist() == [0, 0, 1, 1]
+    assert loader.broken == {str(tmp_path / "val" / "a" / "9.png")}
+    batch = loader.dataset.without_device().__getitems__([SampleKey(0, 0)])
+    assert batch.images.shape == (1, 36, 36, 3)
 
 
 def test_crops_of_jpegs_in_groups(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from data.kernel_dispatch import (
     augment_on_device,
     check_augmenting,
     check_erasing,
+    check_exactly_resizing,
     check_resizing,
     erase_on_gpu,
     failure,
@@ -21,6 +22,7 @@ CHECKS = [
     (check_augmenting, augmentation_kernels, "augment_with_kernels"),
     (check_resizing, crop_kernels, "resize_with_kernel"),
     (check_erasing, crop_kernels, "erase_with_kernel"),
+    (check_exactly_resizing, crop_kernels, "resize_exactly"),
 ]
 
 
@@ -31,6 +33,7 @@ def test_kernels_pass_their_checks_and_broken_ones_do_not(
     assert failure(check, device) == ""
     wrong = {"augment_with_kernels": lambda images, _: images, "erase_with_kernel": lambda *_: None}
     wrong["resize_with_kernel"] = lambda _, crops, device: torch.zeros(len(crops), 16, 16, 3, device=device)
+    wrong["resize_exactly"] = lambda _, crops, device: torch.zeros(len(crops), 24, 24, 3, device=device)
     monkeypatch.setattr(module, name, wrong[name])
     assert "values differ" in failure(check, device)
 
