@@ -115,7 +115,7 @@ class Classification(Task):
         self, config: CfgNode, model: nn.Module, dtype: torch.dtype, meanwhile: Callable[[], object] | None = None
     ) -> None:
         device = next(model.parameters()).device
-        run_self_test(model, dtype, config.DATA.IMG_SIZE, model_uses(self, config, device), meanwhile)
+        run_self_test(model, dtype, config.DATA.IMG_SIZE, model_uses(config, device), meanwhile)
 
     def prepare_for_inference(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         return prepare_for_inference(model, dtype)

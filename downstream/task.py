@@ -13,6 +13,7 @@ from models.kernels.dispatch import KernelsUnavailableError
 from models.kernels.self_test import expect_self_test, run_self_test
 from utils.checkpoint.weights import load_pretrained
 from utils.config.errors import UserError
+from utils.speed.inference_graphs import Function
 from utils.training.build import model_uses
 from utils.training.derived import Derived
 from utils.training.ema import ModelEma
@@ -46,7 +47,6 @@ class DenseTask(Task):
     ema_batch_size = 16
     compiled_module = "backbone"
     losses_class = DenseLosses
-    auto_inference_mode = "off"  # a graph for each new image size would take more time than it saves
     smaller_images = "lower the image sizes, AUG.* and TEST.*"
     user_errors = (UserError, KernelsUnavailableError)
 
@@ -61,9 +61,14 @@ class DenseTask(Task):
     def test_kernels(
         self, config: CfgNode, model: nn.Module, dtype: torch.dtype, meanwhile: Callable[[], object] | None = None
     ) -> None:
-        uses = model_uses(self, config, next(model.parameters()).device)
+        uses = model_uses(config, next(model.parameters()).device)
         # Grids of larger images are in the same class.
         run_self_test(model, dtype, image_size=512, uses=uses, meanwhile=meanwhile)
+
+    def record_inference(self, model: nn.Module, make: Callable[[Function], Function]) -> nn.Module:
+        """Let the model's `record_inference` replace what it computes in fixed shapes."""
+        model.record_inference(make)  # type: ignore[operator]
+        return model
 
     def prepare_for_inference(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         return prepare_for_inference(model, dtype)

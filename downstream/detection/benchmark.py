@@ -24,10 +24,12 @@ from utils.config.command_line import Parser, at_least, report_user_errors
 from utils.config.errors import UserError, file_errors
 from utils.config.schema import with_setting
 from utils.distributed.process import Process
-from utils.speed.compile import compile_regions
+from utils.speed.compile import compile_regions, resolve_inference_mode, uses_graphs
+from utils.speed.inference_graphs import InferenceGraphs
 from utils.speed.memory import peak_memory_mib
 from utils.training.amp import Precision, make_precision
 from utils.training.build import build_optimizer, build_train_step, is_captured
+from utils.training.inference import InferenceModel
 from utils.training.launch import MissingCompilerError, explain_missing_compiler, run_and_end
 
 CFGS = Path(__file__).parent / "cfgs"
@@ -117,6 +119,7 @@ class Bench:
         self.seconds = seconds
         self.is_torchvision = name == TORCHVISION
         self.config = self.load_config()
+        self.inference_mode = resolve_inference_mode(self.config.TEST.COMPILE, device)
         torch.manual_seed(0)
         self.model = self.make_model().to(device)
         self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -144,6 +147,7 @@ class Bench:
         """Compile the backbone from now on; sizes in the rest depend on the detections."""
         compile_regions(self.model.backbone, "default")  # type: ignore[arg-type]
         self.name += ", compiled"
+        self.inference_mode = "reduce-overhead"
 
     def train(self, batch: int) -> Row:
         """Measure the step of a training run with its defaults; torchvision's detector has forward, backward, AdamW."""
@@ -176,9 +180,9 @@ class Bench:
 
     @torch.no_grad()
     def detect(self, batch: int) -> Row:
-        """Measure inference: images to boxes, classes and masks of the image's size; and the backbone's share."""
-        self.model.eval()
+        """Measure inference as in a run: images to boxes, classes and masks of their size; and the backbone's share."""
         images, frames, _ = synthetic_inputs(batch, self.size, self.device)
+        model: Any = self.inference_model()
         cropped = [image[:, : self.size[0], : self.size[1]] for image in images]
         num_detections = 0
 
@@ -186,36 +190,43 @@ class Bench:
             nonlocal num_detections
             with self.precision.autocast(), torch.no_grad():
                 if self.is_torchvision:
-                    boxes = [output["boxes"] for output in self.model(cropped)]
+                    boxes = [output["boxes"] for output in model(cropped)]
                 else:
-                    outputs = self.model.detect(images, frames)  # type: ignore[operator]
+                    outputs = model.detect(images, frames)
                     boxes = [output.boxes for output in outputs]
                     for output in outputs:
                         paste_masks(output.mask_probabilities, output.boxes, *self.size)
             num_detections = sum(map(len, boxes)) // batch
 
+        def find_maps(images: Tensor) -> tuple[Tensor, ...]:
+            maps = model.backbone.body(images).values() if self.is_torchvision else model.backbone(images)
+            return tuple(maps)  # torchvision's without its feature pyramid
+
+        has_graphs = uses_graphs(self.inference_mode, self.device) and not self.is_torchvision
+        backbone = InferenceGraphs(find_maps) if has_graphs else find_maps
+
         def backbone_step() -> None:
             with self.precision.autocast(), torch.no_grad():
-                self.backbone(images)
+                backbone(images)
 
-        classifier, background = self.classifier()
+        classifier, background = self.classifier(model)
         hook = classifier.register_forward_hook(FixedDetections(batch, background))
         row = self.measured("inference", batch, step, backbone_step)
         hook.remove()
-        return row._replace(note=f"{num_detections} detections per image")
+        note = f"{num_detections} detections per image"
+        return row._replace(note=f"{note}, CUDA graphs" if has_graphs else note)
 
-    def classifier(self) -> tuple[nn.Module, int]:
+    def inference_model(self) -> nn.Module:
+        """Return the detector as evaluation runs it; torchvision's as it is."""
+        if self.is_torchvision:
+            return self.model.eval()
+        return InferenceModel(Detection(), self.inference_mode, self.device, self.precision.dtype)(self.model)
+
+    def classifier(self, model: Any) -> tuple[nn.Module, int]:
         """Return the box classifier, and the index of the background among its logits."""
-        model: Any = self.model
         if self.is_torchvision:
             return model.roi_heads.box_predictor.cls_score, 0
         return model.roi_head.bbox_head.fc_cls, NUM_CLASSES
-
-    def backbone(self, images: Tensor) -> list[Tensor]:
-        """Return the four maps; torchvision's backbone without its feature pyramid."""
-        if self.is_torchvision:
-            return list(self.model.backbone.body(images).values())  # type: ignore[union-attr, operator]
-        return self.model.backbone(images)  # type: ignore[operator]
 
     def measured(
         self, mode: str, batch: int, step: Callable[[], object], part: Callable[[], object] | None = None

@@ -16,20 +16,26 @@ from yacs.config import CfgNode
 
 from downstream.segmentation.build import build_model
 from downstream.segmentation.config import load_config
-from downstream.segmentation.model.losses import segmentation_loss
+from downstream.segmentation.task import Segmentation
 from utils.benchmark.measure import chip_name, median_seconds, reset_peak_memory, run_calls, synthetic_images
 from utils.benchmark.throughput import in_columns
 from utils.config.command_line import Parser, at_least, report_user_errors
 from utils.config.errors import UserError, file_errors
+from utils.config.schema import with_setting
+from utils.distributed.process import Process
+from utils.speed.compile import GRAPHS, INDUCTOR_MODES
 from utils.speed.memory import peak_memory_mib
 from utils.training.amp import Precision, make_precision
-from utils.training.launch import run_and_end
-from utils.training.optimizer import dense_parameter_groups, make_optimizer
+from utils.training.build import build_optimizer, build_train_step
+from utils.training.inference import InferenceModel
+from utils.training.launch import MissingCompilerError, explain_missing_compiler, run_and_end
 from utils.training.train_step import TrainStep
 
 BACKBONES = ("mlla", "timm:swin_tiny_patch4_window7_224", "timm:convnext_tiny")
 NUM_CLASSES = 150
-WARMUP_CALLS = 2
+NUM_TRAIN_IMAGES = 20_210  # of ADE20K
+WARMUP_CALLS = 6  # the first steps are recorded
+COMPILE_MODES = ("off", GRAPHS, *INDUCTOR_MODES)
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Measure:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    with report_user_errors():
+    with report_user_errors((UserError, MissingCompilerError)):
         config = load_config(args.cfg)
         for backbone in args.backbones:
             load_config(args.cfg, flags={"MODEL.TYPE": backbone})
@@ -71,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         measures = [Measure("train", batch, tuple(args.train_size)) for batch in args.train_batches]
         measures.append(Measure("infer", 1, tuple(args.test_size)))
         for measure in measures:
-            rows = compare(measure, args, device, make_precision(device, amp=args.amp, dtype=config.AMP_DTYPE))
+            with explain_missing_compiler("--compile"):
+                rows = compare(measure, args, device, make_precision(device, amp=args.amp, dtype=config.AMP_DTYPE))
             print(table(rows), flush=True)
             if args.output is not None:
                 with file_errors(UserError, args.output, "written"), args.output.open("a") as file:
@@ -102,6 +109,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--round-seconds", type=float, default=0.6, metavar="SECONDS", help="approximate length of a round"
     )
     parser.add_argument("--amp", action="store_true", help="mixed precision")
+    parser.add_argument(
+        "--compile", choices=COMPILE_MODES, default=GRAPHS, help="TRAIN.COMPILE and TEST.COMPILE; %(default)s"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="append the rows, one JSON object a line")
     return parser.parse_args(argv)
 
@@ -111,7 +121,8 @@ def compare(measure: Measure, args: argparse.Namespace, device: torch.device, pr
     calls: dict[str, Callable[[], None]] = {}
     memory: dict[str, float | None] = {}
     for backbone in args.backbones:
-        config = load_config(args.cfg, flags={"MODEL.TYPE": backbone})
+        config = load_config(args.cfg, flags={"MODEL.TYPE": backbone, "DATA.BATCH_SIZE": measure.batch})
+        config = with_setting(config, "TRAIN.COMPILE", args.compile)
         reset_peak_memory(device)
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         calls[backbone] = prepare(measure, config, device, precision)
@@ -141,20 +152,18 @@ def compare(measure: Measure, args: argparse.Namespace, device: torch.device, pr
 
 
 def prepare(measure: Measure, config: CfgNode, device: torch.device, precision: Precision) -> Callable[[], None]:
-    """Return the function to time: a training step with optimizer, or a forward pass to classes of all pixels."""
+    """Return the function to time: a run's training step, or inference from images to classes of all pixels."""
     torch.manual_seed(0)
-    model: nn.Module = build_model(config, NUM_CLASSES)
-    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    task, process = Segmentation(), Process(0, 1, device)
+    model = build_model(config, NUM_CLASSES).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = synthetic_images(measure.batch, measure.size, device)
     if measure.task == "infer":
-        return partial(infer, model.eval(), images, precision)
+        prepared = InferenceModel(task, config.TRAIN.COMPILE, device, precision.dtype)(model)
+        return partial(infer, prepared, images, precision)
     labels = torch.randint(NUM_CLASSES, (measure.batch, *measure.size), device=device)
-    step = TrainStep(
-        model.train(),
-        make_optimizer("adamw", dense_parameter_groups(model, config.TRAIN.WEIGHT_DECAY)),
-        precision,
-        compute_losses=lambda batch, _: {"loss": segmentation_loss(model(batch[0]), batch[1]).total},
-    )
+    derived = task.derive(config, num_processes=1, num_train_images=NUM_TRAIN_IMAGES)
+    optimizer = build_optimizer(config, task.parameter_groups(config, model))
+    step = build_train_step(task, config, model.train(), process, optimizer, None, precision, derived)
     return partial(train, step, images, labels)
 
 

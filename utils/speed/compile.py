@@ -21,7 +21,7 @@ from utils.speed.compile_fallback import with_fallback
 from utils.speed.compile_workers import start_compile_workers
 from utils.speed.streams import on_side_stream, side_stream
 
-# CUDA graphs of code that is not compiled: what "auto" stands for in evaluation, short runs and detection
+# CUDA graphs of code that is not compiled: what "auto" stands for in evaluation, short runs and detection's training
 GRAPHS = "graphs"
 INDUCTOR_MODES = {"default": None, "reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
 GRAPH_MODES = ("reduce-overhead", "max-autotune", GRAPHS)
@@ -66,7 +66,7 @@ def resolve_training_mode(
     return auto
 
 
-def resolve_inference_mode(mode: str, device: torch.device, *, for_speed: bool = False, auto: str = GRAPHS) -> str:
+def resolve_inference_mode(mode: str, device: torch.device, *, for_speed: bool = False) -> str:
     """Resolve TEST.COMPILE: "auto" captures CUDA graphs on a GPU, which takes a second.
 
     Compiling as well makes MLLA-T 8% faster, which pays for its 10 to 30 s after a million images.
@@ -75,13 +75,12 @@ def resolve_inference_mode(mode: str, device: torch.device, *, for_speed: bool =
         mode: TEST.COMPILE.
         device: where the model is evaluated.
         for_speed: "auto" compiles as well, since speed itself is measured.
-        auto: the mode that "auto" stands for in evaluation.
     """
     if mode != "auto":
         return mode
-    if device.type != "cuda" or auto == "off":
+    if device.type != "cuda":
         return "off"
-    return auto if not for_speed or compile_unsupported_reason(device) else "reduce-overhead"
+    return GRAPHS if not for_speed or compile_unsupported_reason(device) else "reduce-overhead"
 
 
 @cache
@@ -286,20 +285,14 @@ class CapturedModel(nn.Module):
         return shape
 
 
-def compile_for_inference(model: nn.Module, mode: str, device: torch.device, *, submodule: str = "") -> nn.Module:
-    """Compile a model for evaluation, with CUDA graphs if the mode uses them.
+def compile_for_inference(model: nn.Module, mode: str, *, submodule: str = "") -> nn.Module:
+    """Compile a model for evaluation in place.
 
     Args:
-        model: the model, which is changed if `submodule` is named.
+        model: the model.
         mode: a resolved compile mode.
-        device: where the model is.
-        submodule: name of the part that is compiled and captured; "": the whole model.
+        submodule: name of the part that is compiled; "": the whole model.
     """
     model = model.eval()
-    target = compile_regions(model.get_submodule(submodule), mode)
-    if not uses_graphs(mode, device):
-        return model
-    if not submodule:
-        return CapturedModel(target)
-    model.set_submodule(submodule, CapturedModel(target))
-    return model
+    compiled = compile_regions(model.get_submodule(submodule), mode)
+    return model if submodule else compiled

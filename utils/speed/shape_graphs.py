@@ -204,7 +204,75 @@ def dense_copy(tensor: Tensor, layout: Tensor) -> Tensor:
     return torch.empty_strided(layout.shape, layout.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-class ShapeGraphs:
+class GraphsByShape(Generic[T]):
+    """Recordings of a function for frequent shapes of its inputs, which share their memory.
+
+    Args:
+        num_calls: calls to come.
+        limit: shapes whose recordings are kept.
+        work: names what is recorded, at the start of a log line.
+    """
+
+    def __init__(self, *, num_calls: int, limit: int = MAX_GRAPHS, work: str = "The step") -> None:
+        self.num_calls, self.limit, self.work = num_calls, limit, work
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop all recordings and their memory; shapes are recorded again when they come again."""
+        self.frequent: FrequentShapes[T] = FrequentShapes(num_calls=self.num_calls, limit=self.limit)
+        self.layouts: dict[Hashable, list[Tensor]] = {}  # of the results
+        self.arena: Arena | None = None
+        self.pool: Any = None
+
+    def find(self, shape: Hashable, device: torch.device, record: Callable[[Arena, list[Tensor]], T]) -> T | None:
+        """Return the recording for a shape, made by `record` if it is due, from memory and the results' layouts.
+
+        Returns None if there is none, after a log line if there could not be one.
+        """
+        return self.frequent.get(shape, lambda: self.try_to_record(shape, device, record))
+
+    def try_to_record(
+        self, shape: Hashable, device: torch.device, record: Callable[[Arena, list[Tensor]], T]
+    ) -> T | None:
+        reason = self.lack_of_memory(device)
+        try:
+            if reason:
+                return None
+            if self.arena is None:
+                self.arena = Arena(device)
+                self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+            return record(self.arena, self.layouts[shape])
+        except RuntimeError as error:  # also out of memory: graphs keep what they allocate
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            return None
+        finally:
+            if reason:
+                few = (
+                    "No more CUDA graphs are recorded"
+                    if self.frequent.recordings
+                    else f"{self.work} has no CUDA graphs"
+                )
+                logger.warning("%s: %s", few, reason)
+
+    def lack_of_memory(self, device: torch.device) -> str:
+        """Return why there is too little memory for recordings, or an empty string."""
+        return lack_of_memory(device)
+
+    def without_recording(self, shape: Hashable, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Call a function, and remember the layouts of its results; if memory does not suffice, drop the recordings."""
+        try:
+            outputs = function()
+        except torch.OutOfMemoryError:
+            if not self.frequent.stop():
+                raise
+            logger.warning("CUDA graphs are dropped, for lack of memory: %s runs without them", self.work.lower())
+            torch.cuda.empty_cache()
+            outputs = function()
+        self.layouts[shape] = [layout_of(output) for output in outputs]
+        return outputs
+
+
+class ShapeGraphs(GraphsByShape[RecordedPart]):
     """A network's part that replays CUDA graphs for frequent shapes of images, and runs as it is for others.
 
     Results of both are the same, bit by bit. Random numbers continue from the generator's state. Forward and backward
@@ -220,53 +288,26 @@ class ShapeGraphs:
     def __init__(
         self, part: Part, parameters: Sequence[nn.Parameter], *, num_calls: int, limit: int = MAX_GRAPHS
     ) -> None:
+        super().__init__(num_calls=num_calls, limit=limit)
         self.part = part
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self.frequent: FrequentShapes[RecordedPart] = FrequentShapes(num_calls=num_calls, limit=limit)
-        self.layouts: dict[Hashable, list[Tensor]] = {}
-        self.arena: Arena | None = None
         self.gradients: list[Tensor] = []
-        self.pool: Any = None
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
         if not torch.is_grad_enabled():
             return self.part(images)
         shape = (images.shape, images.stride(), images.dtype)
-        recorded = self.frequent.get(shape, lambda: self.record(images, self.layouts[shape]))
+
+        def record(arena: Arena, layouts: list[Tensor]) -> RecordedPart:
+            if not self.gradients:
+                self.gradients = Arena(images.device).tensors([layout_of(parameter) for parameter in self.parameters])
+            parts = self.part, self.parameters, images, layouts
+            return RecordedPart(*parts, arena=arena, gradients=self.gradients, pool=self.pool)
+
+        recorded = self.find(shape, images.device, record)
         if recorded is not None:
             return recorded(images)
-        try:
-            outputs = DenseTensors.apply(*self.part(images))
-        except torch.OutOfMemoryError:
-            if not self.frequent.stop():
-                raise
-            logger.warning("CUDA graphs are dropped, for lack of memory: the step runs without them")
-            torch.cuda.empty_cache()
-            outputs = DenseTensors.apply(*self.part(images))
-        self.layouts[shape] = [layout_of(output) for output in outputs]
-        return outputs
-
-    def record(self, images: Tensor, layouts: Sequence[Tensor]) -> RecordedPart | None:
-        """Return the graphs for a shape, or None after a log line that says why there are none."""
-        reason = lack_of_memory(images.device)
-        try:
-            return None if reason else self.record_in_shared_memory(images, layouts)
-        except RuntimeError as error:  # also out of memory: graphs keep what they allocate
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            return None
-        finally:
-            if reason:
-                few = "No more CUDA graphs are recorded" if self.frequent.recordings else "The step has no CUDA graphs"
-                logger.warning("%s: %s", few, reason)
-
-    def record_in_shared_memory(self, images: Tensor, layouts: Sequence[Tensor]) -> RecordedPart:
-        device = images.device
-        if self.arena is None:
-            self.arena = Arena(device)
-            self.gradients = Arena(device).tensors([layout_of(parameter) for parameter in self.parameters])
-            self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        parts = self.part, self.parameters, images, layouts
-        return RecordedPart(*parts, arena=self.arena, gradients=self.gradients, pool=self.pool)
+        return self.without_recording(shape, lambda: DenseTensors.apply(*self.part(images)))
 
 
 def lack_of_memory(device: torch.device) -> str:

@@ -81,20 +81,20 @@ def measures_loading(config: CfgNode) -> bool:
     return bool(config.THROUGHPUT_MODE and config.BENCHMARK.get("LOADING"))
 
 
-def model_uses(task: Task, config: CfgNode, device: torch.device) -> set[str]:
+def model_uses(config: CfgNode, device: torch.device) -> set[str]:
     """Return what is done with the model: "training", "inference" of it as it is, and of a "prepared" copy."""
     uses = {"training"} if trains(config) else set()
     if trains(config) and config.EMA.ENABLED and config.AUG.get("MESA"):
         uses.add("inference")  # of the teacher
     if not (config.THROUGHPUT_MODE and config.BENCHMARK.TRAIN):
-        mode = resolve_inference_mode(config.TEST.COMPILE, device, auto=task.auto_inference_mode)
+        mode = resolve_inference_mode(config.TEST.COMPILE, device)
         uses.add("inference" if mode == "off" else "prepared")
     return uses
 
 
 def has_one_training_shape(task: Task, config: CfgNode, device: torch.device) -> bool:
     """Return whether modules compiled for training see one shape: evaluation with TEST.COMPILE off uses them too."""
-    inference_mode = resolve_inference_mode(config.TEST.COMPILE, device, auto=task.auto_inference_mode)
+    inference_mode = resolve_inference_mode(config.TEST.COMPILE, device)
     return task.has_one_image_size and inference_mode != "off"
 
 
@@ -181,7 +181,7 @@ def build_inference_model(
     task: Task, config: CfgNode, device: torch.device, *, for_speed: bool = False
 ) -> InferenceModel:
     """Return what prepares and compiles models for evaluation, or to measure their speed."""
-    mode = resolve_inference_mode(config.TEST.COMPILE, device, for_speed=for_speed, auto=task.auto_inference_mode)
+    mode = resolve_inference_mode(config.TEST.COMPILE, device, for_speed=for_speed)
     return InferenceModel(task, mode, device, build_precision(config, device).dtype)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.speed.compile import compile_for_inference, uses_graphs
+from utils.speed.inference_graphs import Function, InferenceGraphs
 from utils.training.amp import Precision
 from utils.training.task import Task
 
@@ -60,6 +61,17 @@ class InferenceModel:
         self.dtype = dtype
         self.compiled: nn.Module | None = None
         self.tensors: list[Tensor] = []
+        self.graphs: list[InferenceGraphs] = []
+
+    def make_graphs(self, function: Function) -> Function:
+        """Return a function that replays CUDA graphs for frequent shapes, until `release`."""
+        self.graphs.append(InferenceGraphs(function))
+        return self.graphs[-1]
+
+    def release(self) -> None:
+        """Give back the memory of graphs by shape, so that training has all of it after an evaluation."""
+        for graphs in self.graphs:
+            graphs.clear()
 
     def __call__(self, model: nn.Module) -> nn.Module:
         """Return a model in evaluation mode with the weights that `model` has now; valid until the next call."""
@@ -77,7 +89,9 @@ class InferenceModel:
         if self.compiled is None:
             first = copy.deepcopy(next(iter(prepared.values())))
             self.tensors = tensors_of(first)
-            self.compiled = compile_for_inference(first, self.mode, self.device, submodule=self.task.compiled_module)
+            self.compiled = compile_for_inference(first, self.mode, submodule=self.task.compiled_module)
+            if uses_graphs(self.mode, self.device):
+                self.compiled = self.task.record_inference(self.compiled, self.make_graphs)
         weights = {name: tensors_of(model) for name, model in prepared.items()}
         return SharedModel(self.compiled, self.tensors, weights)
 

@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from utils.training.build import (
 from utils.training.derived import Derived, few_steps_warning
 from utils.training.determinism import use_deterministic_algorithms
 from utils.training.graphed_step import GraphedTrainStep
+from utils.training.inference import InferenceModel
 from utils.training.launch import LaunchedProcess, explain_missing_compiler
 from utils.training.memory_check import memory_warning
 from utils.training.results import draw_predictions, log_results
@@ -252,7 +253,7 @@ class Training:
             step,
             folder=run.folder,
             batches=batches,
-            evaluate=lambda models: task.evaluate(run, as_compiled.together(models)),
+            evaluate=lambda models: self.evaluate(models, as_compiled),
             metadata={"config": run.config.dump(), "classes": run.data.classes},
             draw_predictions=lambda model, weights: draw_predictions(task, run, as_compiled(model), weights),
             # On a CPU, loading and training share the cores.
@@ -264,6 +265,12 @@ class Training:
         # What set-up draws (torch does for an all-reduce on the meta device) it draws at every start: it must not show.
         restore_rng_state(self.rng, run.process.device)
         return trainer
+
+    def evaluate(self, models: Mapping[str, nn.Module], as_compiled: InferenceModel) -> dict[str, dict[str, float]]:
+        try:
+            return self.task.evaluate(self.run, as_compiled.together(models))
+        finally:
+            as_compiled.release()
 
     def start_loading(self) -> Callable[[int, int], Iterator[Any]]:
         """Let the loader's workers begin, beside set-up and compilation; return the trainer's function `batches`."""

@@ -15,7 +15,8 @@ from utils.config.errors import UserError
 from utils.distributed.process import Process
 from utils.logs.plots import Panel
 from utils.logs.process_clock import StartClock
-from utils.speed.compile import GRAPHS
+from utils.speed.compile import CapturedModel
+from utils.speed.inference_graphs import Function
 from utils.training.amp import Precision
 from utils.training.derived import Derived, derive, steps_per_pass
 from utils.training.ema import ModelEma
@@ -84,9 +85,8 @@ class Task(ABC):
         panels: plots in curves.png.
         lr_batch_size: global batch size that TRAIN.BASE_LR is given for.
         ema_batch_size: global batch size that EMA.DECAY is given for.
-        compiled_module: name of the submodule that is compiled and captured in CUDA graphs; "": the model.
+        compiled_module: name of the submodule that is compiled; "": the model.
         auto_training_mode: compile mode that TRAIN.COMPILE auto stands for on a GPU.
-        auto_inference_mode: compile mode that TEST.COMPILE auto stands for on a GPU.
         has_one_image_size: all training images have one size, for which cuDNN's algorithms are timed and code is
             compiled.
         smaller_images: remedy for running out of memory.
@@ -103,7 +103,6 @@ class Task(ABC):
     ema_batch_size: int
     compiled_module = ""
     auto_training_mode = "reduce-overhead"
-    auto_inference_mode = GRAPHS
     has_one_image_size = False
     smaller_images: str
     user_errors: tuple[type[Exception], ...] = (UserError,)
@@ -121,6 +120,15 @@ class Task(ABC):
 
     def check_kernels(self, config: CfgNode, device: torch.device) -> None:  # noqa: B027
         """Raise one of `user_errors` if MODEL.KERNELS asks for GPU kernels that the device cannot run."""
+
+    def record_inference(self, model: nn.Module, make: Callable[[Function], Function]) -> nn.Module:  # noqa: ARG002
+        """Return a model in evaluation mode with CUDA graphs.
+
+        Args:
+            model: the model, which may be changed.
+            make: makes graphs by shape of a function whose work depends on the shapes of its inputs alone.
+        """
+        return CapturedModel(model)
 
     def test_kernels(  # noqa: B027
         self, config: CfgNode, model: nn.Module, dtype: torch.dtype, meanwhile: Callable[[], object] | None = None

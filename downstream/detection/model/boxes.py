@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from downstream.detection.model.structures import Size, constant
+from downstream.detection.model.structures import Size, constant, to_device
 
 STRIDES = (4, 8, 16, 32, 64)
 ANCHOR_SCALE = 8  # side of a square anchor over the stride
@@ -23,10 +23,10 @@ def make_anchors(grids: Sequence[Size], device: torch.device) -> list[Tensor]:
     Centers are multiples of the level's stride for any image size; nothing is rounded. Sides have the same bits on all
     devices: a GPU's square root may differ in the last one, and then anchors no longer tie for a ground truth.
     """
-    ratios = torch.tensor(ASPECT_RATIOS)
+    ratios = torch.tensor(ASPECT_RATIOS, device="cpu")
     heights, widths = ratios.sqrt(), ratios.rsqrt()
-    corners = torch.stack((-widths, -heights, widths, heights), dim=1) / 2  # (3, 4)
-    corners = corners.to(device, non_blocking=True)
+    corners = constant(tuple((torch.stack((-widths, -heights, widths, heights)) / 2).flatten().tolist()), device)
+    corners = corners.unflatten(0, (4, -1)).T  # (3, 4)
     levels = []
     for stride, (height, width) in zip(STRIDES, grids, strict=True):
         ys, xs = torch.meshgrid(
@@ -48,7 +48,7 @@ def anchors_within(grids: Sequence[Size], padded: Size, device: torch.device) ->
     return torch.cat(parts)
 
 
-def encode(references: Tensor, boxes: Tensor, stds: Sequence[float]) -> Tensor:
+def encode(references: Tensor, boxes: Tensor, stds: tuple[float, ...]) -> Tensor:
     """Return deltas (..., 4) from references to boxes, (..., 4) both: shifts over sides, logarithms of ratios."""
     centers, sides = centers_and_sides(references)
     box_centers, box_sides = centers_and_sides(boxes)
@@ -56,7 +56,7 @@ def encode(references: Tensor, boxes: Tensor, stds: Sequence[float]) -> Tensor:
     return deltas / constant(stds, deltas.device)
 
 
-def decode(references: Tensor, deltas: Tensor, stds: Sequence[float], limits: Tensor | None = None) -> Tensor:
+def decode(references: Tensor, deltas: Tensor, stds: tuple[float, ...], limits: Tensor | None = None) -> Tensor:
     """Return the boxes (..., 4) that deltas (..., 4) make of references (..., 4).
 
     Ratios of sides are clamped to 1 / 62.5 and 62.5.
@@ -80,4 +80,4 @@ def centers_and_sides(boxes: Tensor) -> tuple[Tensor, Tensor]:
 
 def limits_of(sizes: Sequence[Size], device: torch.device) -> Tensor:
     """Return sizes (height, width) of B images as (B, 4): width, height, width, height."""
-    return constant([[width, height, width, height] for height, width in sizes], device)
+    return to_device([[width, height, width, height] for height, width in sizes], device)

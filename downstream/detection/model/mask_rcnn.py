@@ -1,14 +1,18 @@
 """Mask R-CNN (He et al., arXiv 1703.06870) with a feature pyramid, on any backbone with four maps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from downstream.detection.model.boxes import limits_of
 from downstream.detection.model.fpn import FPN
+from downstream.detection.model.nms import waits_for_device
 from downstream.detection.model.roi_heads import RoIHead
 from downstream.detection.model.rpn import RPNHead
 from downstream.detection.model.structures import Detections, Frame, Target
+
+Function = Callable[..., tuple[Tensor, ...]]
 
 
 class MaskRCNN(nn.Module):
@@ -63,12 +67,36 @@ class MaskRCNN(nn.Module):
         *maps, logits, deltas = features
         predictions = self.rpn_head.with_anchors(maps, logits, deltas)
         losses = self.rpn_head.losses(predictions, frames, targets)
-        proposals = self.rpn_head.propose(predictions, frames)
+        proposals = self.rpn_head.propose(predictions, limits_of([f.size for f in frames], logits.device))
         return {**losses, **self.roi_head.losses(maps, proposals, targets)}
+
+    def score_regions(self, images: Tensor, limits: Tensor) -> tuple[Tensor, ...]:
+        """Return maps, boxes (B, P, classes, 4) and scores (B, P, classes), all of fixed shapes.
+
+        Args:
+            images: (B, 3, H, W), normalized.
+            limits: (B, 4), see `limits_of`.
+        """
+        *maps, logits, deltas = self.features(images)
+        proposals = self.rpn_head.propose(self.rpn_head.with_anchors(maps, logits, deltas), limits)
+        return (*maps, *self.roi_head.classify(maps, proposals, limits))
 
     @torch.no_grad()
     def detect(self, images: Tensor, frames: Sequence[Frame]) -> list[Detections]:
         """Return the detections in each of images (B, 3, H, W), normalized; the model must be in evaluation mode."""
-        *maps, logits, deltas = self.features(images)
-        proposals = self.rpn_head.propose(self.rpn_head.with_anchors(maps, logits, deltas), frames)
-        return self.roi_head.detect(maps, proposals, frames)
+        limits = limits_of([frame.size for frame in frames], images.device)
+        *maps, boxes, scores = self.score_regions(images, limits)
+        scales = limits / limits_of([frame.original for frame in frames], images.device)
+        return self.roi_head.detect(maps, boxes, scores, scales)
+
+    def record_inference(self, make: Callable[[Function], Function]) -> None:
+        """Replace what `detect` computes in fixed shapes by what `make` makes of it; CUDA graphs may take its place.
+
+        That is all but suppression of detections, and of proposals where it waits for the device.
+        """
+        head = self.roi_head
+        if waits_for_device(self.rpn_head.kernels, next(self.parameters())):
+            self.features = make(self.features)  # type: ignore[method-assign]
+        else:
+            self.score_regions = make(self.score_regions)  # type: ignore[method-assign]
+        head.predict_masks, head.has_fixed_slots = make(head.predict_masks), True  # type: ignore[method-assign, assignment]

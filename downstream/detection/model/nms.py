@@ -28,6 +28,11 @@ def suppress_in_levels(
     return suppress_with_torchvision(boxes, scores, threshold)
 
 
+def waits_for_device(kernels: str, x: Tensor) -> bool:
+    """Return whether suppression of boxes on the device of x waits for it."""
+    return not kernel_works(kernels, x, check_suppressing)
+
+
 def suppress_with_torchvision(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
     """Return which boxes (B, N, 4) survive suppression by better ones of the same image, (B, N) bool."""
     survives = torch.zeros_like(scores, dtype=torch.bool)

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
-from downstream.detection.model.boxes import BOX_HEAD_STDS, decode, encode, limits_of
+from downstream.detection.model.boxes import BOX_HEAD_STDS, decode, encode
 from downstream.detection.model.fpn import NamedConv
 from downstream.detection.model.masks import mask_targets
 from downstream.detection.model.matching import ROI_THRESHOLDS, UNUSED, Sample, assign, sample
-from downstream.detection.model.pooling import pool_regions
+from downstream.detection.model.pooling import STRIDES, pool_regions
 from downstream.detection.model.rpn import Proposals
-from downstream.detection.model.structures import Detections, Frame, Target, rows
+from downstream.detection.model.structures import Detections, Target, rows
 
 BOX_GRID, MASK_GRID = 7, 14
 POSITIVE_FRACTION = 0.25
@@ -68,6 +68,9 @@ class MaskHead(nn.Module):
 class RoIHead(nn.Module):
     """Box head and mask head, with their losses and detections.
 
+    Attributes:
+        has_fixed_slots: `predict_masks` always gets as many regions as an image can have detections.
+
     Args:
         num_classes: number of classes without the background.
         width: channels of the maps.
@@ -81,6 +84,7 @@ class RoIHead(nn.Module):
     ) -> None:
         super().__init__()
         self.kernels = kernels
+        self.has_fixed_slots = False
         self.num_classes = num_classes
         self.samples_per_image = samples_per_image
         self.bbox_head = BoxHead(num_classes, width, hidden)
@@ -151,32 +155,48 @@ class RoIHead(nn.Module):
         own_logits = logits[torch.arange(len(labels), device=labels.device), labels]  # (R, 28, 28)
         return F.binary_cross_entropy_with_logits(own_logits, expected)
 
-    @torch.no_grad()
-    def detect(self, maps: Sequence[Tensor], proposals: Proposals, frames: Sequence[Frame]) -> list[Detections]:
-        """Return the detections in each image, in pixels of its file."""
-        device, (num_images, slots) = proposals.boxes.device, proposals.is_valid.shape
-        limits = limits_of([frame.size for frame in frames], device)  # (B, 4)
-        scales = limits / limits_of([frame.original for frame in frames], device)
-        images = torch.arange(num_images, device=device).repeat_interleave(slots)
-        logits, deltas = self.bbox_head(
-            pool_regions(maps, proposals.boxes.flatten(0, 1), images, BOX_GRID, kernels=self.kernels)
-        )
+    def classify(self, maps: Sequence[Tensor], proposals: Proposals, limits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return boxes (B, P, classes, 4), within `limits` (B, 4), and scores (B, P, classes), 0 in empty slots."""
+        num_images, slots = proposals.is_valid.shape
+        images = torch.arange(num_images, device=limits.device)[:, None].expand(-1, slots).flatten()
+        regions = pool_regions(maps, proposals.boxes.flatten(0, 1), images, BOX_GRID, kernels=self.kernels)
+        logits, deltas = self.bbox_head(regions)
         scores = logits.softmax(dim=1)[:, :-1].unflatten(0, (num_images, slots))  # (B, P, classes)
-        scores = scores * proposals.is_valid[..., None]
-        references = proposals.boxes[:, :, None]  # (B, P, 1, 4)
         deltas = deltas.unflatten(0, (num_images, slots))  # (B, P, classes, 4)
-        boxes = decode(references, deltas, BOX_HEAD_STDS, limits[:, None, None]) / scales[:, None, None]
-        best = [best_of_image(own_boxes, own_scores) for own_boxes, own_scores in zip(boxes, scores, strict=True)]
+        boxes = decode(proposals.boxes[:, :, None], deltas, BOX_HEAD_STDS, limits[:, None, None])
+        return boxes, scores * proposals.is_valid[..., None]
 
+    def predict_masks(self, regions: Tensor, images: Tensor, labels: Tensor, *maps: Tensor) -> tuple[Tensor]:
+        """Return probabilities (D, 28, 28) of the masks of labels (D,) in regions (D, 4) of images (D,)."""
+        logits = self.mask_head(pool_regions(maps, regions, images, MASK_GRID, kernels=self.kernels))
+        return (logits[torch.arange(len(labels), device=labels.device), labels].sigmoid(),)
+
+    @torch.no_grad()
+    def detect(self, maps: Sequence[Tensor], boxes: Tensor, scores: Tensor, scales: Tensor) -> list[Detections]:
+        """Return the detections in each image, in pixels of its file.
+
+        Args:
+            maps: of the pyramid.
+            boxes: (B, P, classes, 4), in pixels of the batch.
+            scores: (B, P, classes).
+            scales: (B, 4), pixels of the batch per pixel of the file.
+        """
+        device, num_images = boxes.device, len(boxes)
+        best = [
+            best_of_image(own_boxes, own_scores)
+            for own_boxes, own_scores in zip(boxes / scales[:, None, None], scores, strict=True)
+        ]
         counts = [len(own) for _, own, _ in best]
         images = torch.repeat_interleave(
             torch.arange(num_images, device=device), torch.tensor(counts, device=device), output_size=sum(counts)
         )
         regions = torch.cat([own for own, _, _ in best]) * scales[images]
         labels = torch.cat([own for _, _, own in best])
-        mask_logits = self.mask_head(pool_regions(maps, regions, images, MASK_GRID, kernels=self.kernels))
-        probabilities = mask_logits[torch.arange(len(labels), device=device), labels].sigmoid()  # (D, 28, 28)
-        return [Detections(*own, masks) for own, masks in zip(best, probabilities.split(counts), strict=True)]
+        num_empty = num_images * MAX_DETECTIONS - len(labels) if self.has_fixed_slots else 0
+        inputs = F.pad(regions, (0, 0, 0, num_empty)), F.pad(images, (0, num_empty)), F.pad(labels, (0, num_empty))
+        (probabilities,) = self.predict_masks(*inputs, *maps[: len(STRIDES)])  # (D, 28, 28)
+        masks = probabilities[: len(labels)].clone().split(counts)  # the next call may write there
+        return [Detections(*own, mask) for own, mask in zip(best, masks, strict=True)]
 
 
 def best_of_image(boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,6 @@ from downstream.detection.model.boxes import (
     anchors_within,
     decode,
     encode,
-    limits_of,
     make_anchors,
 )
 from downstream.detection.model.matching import RPN_THRESHOLDS, assign, sample
@@ -92,9 +91,14 @@ class RPNHead(nn.Module):
         return Predictions(logits, deltas, torch.cat(make_anchors(grids, maps[0].device)), grids)
 
     @torch.no_grad()
-    def propose(self, predictions: Predictions, frames: Sequence[Frame]) -> Proposals:
-        """Return the best boxes of each image, after non-maximum suppression within each level."""
-        limits = limits_of([frame.size for frame in frames], predictions.logits.device)[:, None]  # (B, 1, 4)
+    def propose(self, predictions: Predictions, limits: Tensor) -> Proposals:
+        """Return the best boxes of each image, after non-maximum suppression within each level.
+
+        Args:
+            predictions: for B images.
+            limits: (B, 4), see `limits_of`.
+        """
+        limits = limits[:, None]
         lengths = [height * width * len(ASPECT_RATIOS) for height, width in predictions.grids]
         most = self.max_proposals * (2 if self.training else 1)
         counts = [min(most, length) for length in lengths]
@@ -108,7 +112,7 @@ class RPNHead(nn.Module):
         scores = predictions.logits.gather(1, indices).sigmoid()
         boxes = decode(predictions.anchors[indices], rows(predictions.deltas, indices), RPN_STDS, limits)  # (B, N, 4)
         # Levels side by side do not overlap.
-        shift = torch.cat(levels)[:, None] * (limits + 1) * constant([1, 0, 1, 0], limits.device)  # (B, N, 4)
+        shift = torch.cat(levels)[:, None] * (limits + 1) * constant((1, 0, 1, 0), limits.device)  # (B, N, 4)
         is_kept = suppress_in_levels(boxes + shift, scores, counts, NMS_THRESHOLD, kernels=self.kernels)
         is_kept &= (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
         best, slots = torch.where(is_kept, scores, -1).topk(min(self.max_proposals, scores.shape[1]), dim=1)  # (B, P)

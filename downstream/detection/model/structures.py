@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Target:
 
     def boxes_or_dummy(self) -> Tensor:
         """Return the boxes, or one dummy box if there are none, so that indexing works."""
-        return self.boxes if len(self.boxes) else constant([[0.0, 0.0, 1.0, 1.0]], self.boxes.device)
+        return self.boxes if len(self.boxes) else constant(((0.0, 0.0, 1.0, 1.0),), self.boxes.device)
 
     def labels_or_dummy(self) -> Tensor:
         """Return the labels, or one 0 if there are none."""
@@ -72,9 +73,16 @@ class Detections(NamedTuple):
         return Detections(*(x.cpu() for x in self))
 
 
-def constant(values: Sequence[float] | Sequence[Sequence[float]], device: torch.device) -> Tensor:
+def to_device(values: Sequence[float] | Sequence[Sequence[float]], device: torch.device) -> Tensor:
     """Return values as a float32 tensor on the device, without waiting for it, as `new_tensor` does."""
     return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
+
+
+@cache
+def constant(values: tuple[Any, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return values of the code as a tensor on the device, the same one each time: a CUDA graph may read it."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
 
 def rows(values: Tensor, indices: Tensor) -> Tensor:

@@ -5,12 +5,14 @@ are compared with the survivors of all earlier blocks, then with each other.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from downstream.detection.model.structures import constant
 from models.kernels.triton.launch import on_its_device
 
 BLOCK = 64
@@ -78,10 +80,10 @@ def suppress_with_kernel(boxes: Tensor, counts: Sequence[int], threshold: float)
     """Return which boxes survive, (B, N) bool, as `suppress_in_levels` does."""
     boxes = boxes.contiguous()
     num_images, num_boxes = boxes.shape[:2]
-    starts = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    starts = constant((0, *accumulate(counts)), boxes.device, torch.int32)
     survives = torch.empty(num_images, num_boxes, dtype=torch.uint8, device=boxes.device)
     suppress_kernel[(num_images, len(counts))](
-        *(boxes, starts.to(boxes.device, non_blocking=True), survives, num_boxes, threshold),
+        *(boxes, starts, survives, num_boxes, threshold),
         BLOCK=BLOCK,
         num_warps=WARPS,
         num_stages=1,

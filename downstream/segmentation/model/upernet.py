@@ -3,7 +3,7 @@
 Names of parameters are those of the published segmentors. All resizing is bilinear with align_corners=False.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 POOL_SIZES = (1, 2, 3, 6)
 AUXILIARY_STAGE = 2  # the third of four
+Function = Callable[..., tuple[Tensor, ...]]
 
 
 class ConvNormAct(nn.Module):
@@ -132,9 +133,18 @@ class UperNet(nn.Module):
             self.auxiliary_head = FCNHead(in_channels[AUXILIARY_STAGE], auxiliary_channels, num_classes, dropout)
 
     def forward(self, images: Tensor) -> Tensor | SegmentationLogits:
+        if not self.training:
+            (logits,) = self.coarse_logits(images)
+            return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=False)  # (B, classes, H, W)
         maps = self.backbone(images)
         logits = self.decode_head(maps)
-        if not self.training:
-            return resize(logits, images.shape[2:])  # (B, num_classes, H, W)
         auxiliary = None if self.auxiliary_head is None else self.auxiliary_head(maps[AUXILIARY_STAGE])
         return SegmentationLogits(logits, auxiliary)
+
+    def coarse_logits(self, images: Tensor) -> tuple[Tensor]:
+        """Return logits (B, num_classes, H / 4, W / 4)."""
+        return (self.decode_head(self.backbone(images)),)
+
+    def record_inference(self, make: Callable[[Function], Function]) -> None:
+        """Replace `coarse_logits` by what `make` makes of it; CUDA graphs may take its place."""
+        self.coarse_logits = make(self.coarse_logits)  # type: ignore[method-assign, assignment]

@@ -10,8 +10,10 @@ from torch import Tensor
 from downstream.segmentation.config import load_config
 from downstream.segmentation.task import Segmentation
 from tests.utils.speed.test_compile import SimulatedCapture
+from tests.utils.speed.test_inference_graphs import simulate_inference
 from tests.utils.speed.test_shape_graphs import DEVICES
 from utils.distributed.process import Process
+from utils.speed.inference_graphs import InferenceGraphs
 from utils.training import build, graphed_step
 from utils.training.graphed_step import GraphedTrainStep
 from utils.training.train_step import TrainStep
@@ -58,3 +60,19 @@ def test_the_step_is_one_graph(monkeypatch: pytest.MonkeyPatch, device: str) -> 
     flat, others = (torch.cat([x.detach().flatten() for x in values]) for values in (weights, graphed[1]))
     assert (flat - others).abs().mean() < 2e-4
     torch.testing.assert_close(statistics, graphed[2], rtol=5e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_logits_with_graphs_equal_those_without(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Also those of an earlier call, which the next one must not overwrite."""
+    simulate_inference(monkeypatch, device)
+    config = load_config("mlla_t_upernet", flags={**MODEL, **DATA})
+    model = Segmentation().build_model(config, Process(0, 1, torch.device(device)), None).to(device).eval()
+    images = [torch.randn(1, 3, 64, width, device=device) for width in (64, 96, 64, 64)]
+    with torch.no_grad():
+        expected = [model(x) for x in images]
+        graphs: list[InferenceGraphs] = []
+        model.record_inference(lambda function: graphs.append(InferenceGraphs(function)) or graphs[-1])  # type: ignore
+        found = [model(x) for x in images]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert graphs[0].frequent.num_recorded == 1

@@ -43,7 +43,6 @@ def test_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_inference_mode("default", CPU) == "default"
     gpu = torch.device("cuda", 0)
     assert resolve_inference_mode("auto", gpu) == GRAPHS
-    assert resolve_inference_mode("auto", gpu, for_speed=True, auto="off") == "off"
     monkeypatch.setattr(compile, "compile_unsupported_reason", lambda _: "")
     assert resolve_inference_mode("auto", gpu, for_speed=True) == "reduce-overhead"
     assert resolve_training_mode("auto", gpu, num_steps=10**6, auto="default") == "default"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from config import load_config
+from downstream.detection.task import Detection
 from downstream.segmentation.task import Segmentation
 from main import Classification
 from utils.training.build import has_one_training_shape, model_uses
@@ -35,7 +36,7 @@ OFF, COMPILED, MESA = {"TEST.COMPILE": "off"}, {"TEST.COMPILE": "default"}, {"AU
 def test_uses_of_the_model(flags: dict[str, Any], on_gpu: str, on_cpu: str) -> None:
     config = load_config("cfgs/digits.yaml", flags={"AUG.MESA": 0.0, **flags})
     for device, uses in (("cuda", on_gpu), ("cpu", on_cpu)):
-        assert model_uses(Classification(), config, torch.device(device)) == set(uses.split())
+        assert model_uses(config, torch.device(device)) == set(uses.split())
 
 
 def test_modules_compiled_for_training_see_one_shape_unless_evaluation_uses_them() -> None:
@@ -45,4 +46,5 @@ def test_modules_compiled_for_training_see_one_shape_unless_evaluation_uses_them
     assert not has_one_training_shape(Classification(), load_config("cfgs/digits.yaml", flags=OFF), gpu)
     automatic = load_config("cfgs/digits.yaml", flags={"TEST.COMPILE": "auto"})
     assert has_one_training_shape(Classification(), automatic, gpu)
-    assert not has_one_training_shape(Segmentation(), automatic, gpu)
+    assert has_one_training_shape(Segmentation(), automatic, gpu)
+    assert not has_one_training_shape(Detection(), automatic, gpu)

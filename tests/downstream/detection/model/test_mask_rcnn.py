@@ -1,3 +1,4 @@
+import copy
 from functools import partial
 
 import numpy as np
@@ -8,14 +9,18 @@ from yacs.config import CfgNode
 
 from downstream.backbone import MLLABackbone, TimmBackbone
 from downstream.detection.data.dataset import Batch
+from downstream.detection.model import mask_rcnn
+from downstream.detection.model.boxes import limits_of
 from downstream.detection.model.mask_rcnn import MaskRCNN
 from downstream.detection.model.masks import paste_masks
 from downstream.detection.model.structures import Frame, Target
 from downstream.detection.task import Detection, DetectionLosses
 from models import use_kernels
 from tests.helpers import GOLDEN, MICRO, fill_weights, random_values
+from tests.utils.speed.test_inference_graphs import simulate_inference
 from tests.utils.speed.test_shape_graphs import DEVICES, simulate
 from utils.speed.compile import RECORDING
+from utils.speed.inference_graphs import InferenceGraphs
 from utils.speed.shape_graphs import ShapeGraphs
 from utils.speed.streams import on_side_stream
 
@@ -66,7 +71,9 @@ def test_golden_detections(golden: dict[str, np.ndarray], model: MaskRCNN) -> No
     assert (masks[:20].numpy() != first).sum(axis=(1, 2)).max() <= 2
     with torch.no_grad():
         *maps, logits, deltas = model.features(images)
-        proposals = model.rpn_head.propose(model.rpn_head.with_anchors(maps, logits, deltas), frames)
+        proposals = model.rpn_head.propose(
+            model.rpn_head.with_anchors(maps, logits, deltas), limits_of([frames[0].size], maps[0].device)
+        )
     np.testing.assert_allclose(proposals.boxes[0, :50], golden["proposals"][:, :4], atol=1e-3, rtol=0)
     np.testing.assert_allclose(proposals.scores[0, :50], golden["proposals"][:, 4], atol=1e-5, rtol=0)
 
@@ -184,6 +191,29 @@ def test_a_batch_detects_as_single_images() -> None:
         width, height = frames[i].original[1], frames[i].original[0]
         assert (alone.boxes >= 0).all()
         assert (alone.boxes <= torch.tensor([width, height, width, height]) + 1e-3).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("waits", [True, False])
+def test_detections_with_graphs_equal_those_without(monkeypatch: pytest.MonkeyPatch, device: str, waits: bool) -> None:
+    """For two sizes of images; graphs end before the suppression of proposals where it waits for the device."""
+    simulate_inference(monkeypatch, device)
+    monkeypatch.setattr(mask_rcnn, "waits_for_device", lambda *_: waits)
+    model = small_detector().eval()
+    nn.init.normal_(model.roi_head.bbox_head.fc_cls.weight, std=0.3)
+    model.rpn_head.kernels = model.roi_head.kernels = "torch" if waits else "auto"
+    model = model.to(device)
+    recorded, graphs = copy.deepcopy(model), []
+    recorded.record_inference(lambda function: graphs.append(InferenceGraphs(function)) or graphs[-1])
+    torch.manual_seed(0)
+    for width in (96, 64) * 4:
+        images, frame = torch.randn(1, 3, 64, width, device=device), Frame((60, 64), (64, 64), (30, 50))
+        (expected,), (found,) = model.detect(images, [frame]), recorded.detect(images, [frame])
+        assert len(expected.boxes) > 5
+        assert len(found.boxes) == len(expected.boxes)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    assert [own.frequent.num_recorded for own in graphs] == [2, 2]
 
 
 def test_nothing_found() -> None:

@@ -3,6 +3,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou, nms, roi_align
 
+from downstream.detection.model.boxes import RPN_STDS, decode, limits_of
 from downstream.detection.model.pooling import STRIDES, pool_regions
 from downstream.detection.model.roi_heads import SCORE_THRESHOLD, RoIHead, best_of_image
 from downstream.detection.model.rpn import Predictions, Proposals, RPNHead
@@ -70,9 +71,7 @@ def test_proposals_against_one_level_at_a_time(is_training: bool) -> None:
     frames = [Frame((96, 160), (96, 160), (96, 160)), Frame((70, 90), (96, 96), (70, 90))]
     with torch.no_grad():
         predictions: Predictions = head.with_anchors(maps, *head(maps))
-    proposals = head.propose(predictions, frames)
-    from downstream.detection.model.boxes import RPN_STDS, decode, limits_of
-
+    proposals = head.propose(predictions, limits_of([frame.size for frame in frames], torch.device("cpu")))
     lengths = [h * w * 3 for h, w in predictions.grids]
     for image, frame in enumerate(frames):
         rows = []
