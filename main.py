@@ -136,6 +136,9 @@ class Classification(Task):
         make_targets = build_targets(run.config, len(run.data.classes))
         return (make_targets(*batch) for batch in loader)
 
+    def expect_epoch(self, run: Run, epoch: int) -> None:
+        run.data.expect_epoch(epoch)
+
     def loading_choices(self, config: CfgNode, device: torch.device) -> list[dict[str, str]]:
         if config.DATA.AUGMENT_ON != "auto" or device.type != "cuda":
             return [{}]

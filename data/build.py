@@ -62,6 +62,12 @@ class Data:
         """Return how training images may be loaded faster, for a log line."""
         return "" if self.train is None else self.train.advice()
 
+    def expect_epoch(self, epoch: int) -> None:
+        """Let the workers begin an epoch of training when those of the evaluation run out of work."""
+        assert self.train is not None
+        self.train.set_epoch(epoch)
+        self.train.loader.start_after(self.val.loader)
+
     def loading_stages(self) -> str:
         """Return what takes the time of the training loader's workers."""
         return "" if self.train is None else self.train.stage_shares()

@@ -107,8 +107,11 @@ class DeviceLoader:
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch for the next iteration, as TrainSampler.set_epoch; `start` counts images of this process."""
-        assert isinstance(self.loader.sampler, TrainSampler)
-        self.loader.sampler.set_epoch(epoch, start)
+        sampler = self.loader.sampler
+        assert isinstance(sampler, TrainSampler)
+        if (epoch, start) != (sampler.epoch, sampler.start):
+            self.loader.started_iterator = None  # of another epoch, if any
+        sampler.set_epoch(epoch, start)
 
     def __len__(self) -> int:
         return len(self.loader)

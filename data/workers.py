@@ -68,9 +68,11 @@ class PromptIterator(_MultiProcessingDataLoaderIter):
 
     Attributes:
         next_loader: see RestartingDataLoader.
+        once_next: the same, for the current iteration.
     """
 
     next_loader: "RestartingDataLoader | None"
+    once_next: "RestartingDataLoader | None" = None
 
     def _next_index(self) -> Any:
         try:
@@ -78,6 +80,9 @@ class PromptIterator(_MultiProcessingDataLoaderIter):
         except StopIteration:
             if self.next_loader is not None:
                 self.next_loader.start()
+            if self.once_next is not None:
+                self.once_next.start()
+                self.once_next = None
             raise
 
     def _shutdown_workers(self) -> None:
@@ -165,6 +170,14 @@ class RestartingDataLoader(DataLoader):
         """Let the workers, if there are any, load the first batches of the next iteration, as many as it prefetches."""
         if self.num_workers and self.started_iterator is None and self.kept is None:
             self.started_iterator = super().__iter__()
+
+    def start_after(self, other: "RestartingDataLoader") -> None:
+        """Start when the workers of another loader run out of work, which run now, or at once if it needs none."""
+        iterator = other._iterator
+        if isinstance(iterator, PromptIterator) and other.kept is None:
+            iterator.once_next = self
+        else:
+            self.start()
 
     def _get_iterator(self) -> Any:
         self.before_start()

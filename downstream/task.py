@@ -88,6 +88,10 @@ class DenseTask(Task):
         run.data.train.batch_sampler.set_epoch(epoch, first)
         return (self.to_device(batch, run.process.device) for batch in run.data.train)
 
+    def expect_epoch(self, run: Run, epoch: int) -> None:
+        run.data.train.batch_sampler.set_epoch(epoch)
+        run.data.train.start_after(run.data.val)
+
     def losses(
         self,
         config: CfgNode,

@@ -182,6 +182,24 @@ def test_an_epoch_resumed_in_its_middle_is_the_same(image_folder: Path, workers:
     assert all(a[0].equal(b[0]) and a[1].equal(b[1]) for a, b in zip(whole[2:], rest, strict=True))
 
 
+@pytest.mark.parametrize("other", [None, (2, 0), (1, 4)])
+def test_an_epoch_that_began_during_evaluation_is_the_same_and_another_one_too(
+    image_folder: Path, other: tuple[int, int] | None
+) -> None:
+    alone, data = (build_data(folder_config(image_folder, "DATA.NUM_WORKERS", workers)) for workers in "02")
+    assert alone.train is not None
+    assert data.train is not None
+    list(data.train)
+    data.expect_epoch(1)
+    list(data.val)
+    assert data.train.loader.started_iterator is not None
+    epoch, start = other or (1, 0)
+    for loader in (alone.train, data.train):
+        loader.set_epoch(epoch, start)
+    pairs = zip(list(alone.train), list(data.train), strict=True)
+    assert all(a.equal(b) for (a, _), (b, _) in pairs)
+
+
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_broken_images_stop_the_run_or_are_skipped(tmp_path: Path, workers: str) -> None:
     make_image_folder(tmp_path, train=8, val=5)

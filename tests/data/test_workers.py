@@ -235,6 +235,23 @@ def test_workers_of_the_next_loader_begin_when_those_of_this_one_run_out_of_work
     assert state.equal(torch.get_rng_state())
 
 
+@pytest.mark.parametrize("keeps_batches", [False, True])
+def test_training_begins_when_the_workers_of_an_evaluation_run_out_of_work(keeps_batches: bool) -> None:
+    """Once, and at once where evaluation has its batches in memory."""
+    options = {"num_workers": 1, "persistent_workers": True, "generator": torch.Generator()}
+    evaluation = RestartingDataLoader(NUMBERS, keeps_batches=keeps_batches, **options)
+    training = RestartingDataLoader(NUMBERS, **options)
+    training.next_loader = evaluation
+    for epoch in range(3):
+        assert [batch.item() for batch in training] == list(range(len(NUMBERS)))
+        assert training.started_iterator is None
+        if epoch == 1:
+            training.start_after(evaluation)
+        assert (training.started_iterator is not None) == (keeps_batches and epoch == 1)
+        assert len(list(evaluation)) == len(NUMBERS)
+        assert (training.started_iterator is not None) == (epoch == 1)
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_kept_batches_are_loaded_once(num_workers: int) -> None:
     data = Counted()

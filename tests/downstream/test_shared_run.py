@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,14 +66,19 @@ def run(
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_workers_of_evaluation_begin_when_those_of_training_run_out_of_work(
-    datasets: dict[str, Path], task: str
+def test_the_workers_of_evaluation_begin_when_those_of_training_run_out_of_work_and_the_reverse(
+    datasets: dict[str, Path], task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = {key: yaml.safe_load(str(value)) for key, value in SHORT[task].items()}
     config = LOAD_CONFIG[task](COMMANDS[task][1], flags={**flags, "DATA.DATA_PATH": str(datasets[task])})
     data = TASKS[task]().build_data(config, Process(0, 1, torch.device("cpu")))
     assert data.train.next_loader is data.val
     assert data.val.next_loader is None
+    started: list[tuple[Any, int]] = []
+    note = lambda loader, other: started.append((other, loader.batch_sampler.epoch))  # noqa: E731
+    monkeypatch.setattr(type(data.train), "start_after", note)
+    TASKS[task]().expect_epoch(SimpleNamespace(data=data), 3)  # type: ignore[arg-type]
+    assert started == [(data.val, 3)]
 
 
 @pytest.mark.slow

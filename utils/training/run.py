@@ -256,6 +256,7 @@ class Training:
             evaluate=lambda models: self.evaluate(models, as_compiled),
             metadata={"config": run.config.dump(), "classes": run.data.classes},
             draw_predictions=lambda model, weights: draw_predictions(task, run, as_compiled(model), weights),
+            expect_epoch=lambda epoch: task.expect_epoch(run, epoch),
             # On a CPU, loading and training share the cores.
             loading_advice=run.data.loading_advice if run.process.device.type == "cuda" else None,
             tracker=self.tracker,

@@ -173,6 +173,9 @@ class Task(ABC):
     def batches(self, run: Run, epoch: int, first: int) -> Iterator[Any]:
         """Return this process's micro-batches of an epoch, on the device, from number `first` on."""
 
+    def expect_epoch(self, run: Run, epoch: int) -> None:  # noqa: B027
+        """Let loading of an epoch begin at the end of the evaluation before it; else it begins with `batches`."""
+
     def loading_choices(self, config: CfgNode, device: torch.device) -> list[dict[str, str]]:  # noqa: ARG002
         """Return settings, values by key, with which training from files is to be compared."""
         return [{}]

@@ -97,6 +97,7 @@ class Trainer:
         metadata: saved in checkpoints beside the state, such as the configuration's text and the class names.
         draw_predictions: (model, description of its weights) to the file of its predictions, which it draws; called on
             the first process.
+        expect_epoch: called with the number of the next epoch when the evaluation before it begins.
         loading_advice: returns how batches may be loaded faster, for a warning.
         tracker: an experiment tracker that also gets the metrics; on the first process.
         check_folder: called before anything is written to the folder; raises if another run may write there.
@@ -114,6 +115,7 @@ class Trainer:
         evaluate: Callable[[Mapping[str, nn.Module]], Mapping[str, Mapping[str, float]]],
         metadata: Mapping[str, Any],
         draw_predictions: Callable[[nn.Module, str], Path] | None = None,
+        expect_epoch: Callable[[int], object] = lambda epoch: None,  # noqa: ARG005
         loading_advice: Callable[[], str] | None = None,
         tracker: WandbLogger | None = None,
         check_folder: Callable[[], object] = lambda: None,
@@ -127,6 +129,7 @@ class Trainer:
         self.evaluate = evaluate
         self.metadata = metadata
         self.draw_predictions = draw_predictions
+        self.expect_epoch = expect_epoch
         self.loading_advice = loading_advice
         self.tracker = tracker
         self.check_folder = check_folder
@@ -328,6 +331,8 @@ class Trainer:
         if epoch + 1 < config.total_epochs:
             self.next_epoch = self.batches(epoch + 1, 0)  # loader workers begin, beside the evaluation
         start = time.perf_counter()
+        if epoch + 1 < config.total_epochs:
+            self.expect_epoch(epoch + 1)
         scores, ema_scores = self.evaluate_both()
         metrics |= {**scores, **{f"ema_{name}": value for name, value in ema_scores.items()}}
         self.evaluation_seconds = time.perf_counter() - start

@@ -110,6 +110,7 @@ class FakeRun:
         self.asked_batches: list[tuple[int, int]] = []
         self.asked_before_evaluation: list[tuple[int, int]] = []
         self.evaluated: list[str] = []
+        self.expected: list[tuple[int, int]] = []  # epochs, and the number of evaluations before they were expected
         config = {"total_epochs": 2, "steps_per_epoch": STEPS, "lr_at": lambda step: step / 100, "metric": "acc1"}
         config |= {"panels": (), "save_in_background": False}
         self.trainer = Trainer(
@@ -121,6 +122,7 @@ class FakeRun:
             evaluate=self.evaluate,
             metadata={"classes": ["a", "b"]},
             draw_predictions=draw,
+            expect_epoch=lambda epoch: self.expected.append((epoch, len(self.evaluated))),
         )
         self.saved: list[list[str]] = []
         self.saved_before_evaluation: list[list[str]] = []
@@ -168,6 +170,12 @@ def curves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     drawn: list[int] = []
     monkeypatch.setattr("utils.logs.recorder.plot_curves", lambda records, *_: drawn.append(len(records)))
     return drawn
+
+
+def test_the_next_epoch_is_expected_when_an_evaluation_begins_but_not_after_the_last_one(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "run", total_epochs=3)
+    assert run.trainer.run()
+    assert run.expected == [(1, 0), (2, 1)]
 
 
 def test_steps_run_in_order_with_their_learning_rates(tmp_path: Path, curves: list[int]) -> None:
