@@ -1,6 +1,7 @@
 """Sheets of example images with captions, for the predictions of every task; rows fill the sheet's width."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -173,11 +174,15 @@ def drawable(text: str) -> str:
 
 
 def fit(text: str, width: float, size: int = FONT_SIZE) -> str:
-    """Return a text as it can be drawn, cut with an ellipsis where it is wider than `width` pixels."""
+    """Return a text as it can be drawn, cut with an ellipsis where it is wider than `width` pixels.
+
+    A value in parentheses at its end stays: "pred. T-sh… (80%)".
+    """
     text = drawable(text)
     if font(size).getlength(text) <= width:
         return text
-    fitting = (f"{text[:end].rstrip()}…" for end in range(len(text) - 1, 0, -1))
+    name, value = re.fullmatch(r"(.*?)( \([^()]*\))?", text).group(1, 2)  # type: ignore[union-attr]
+    fitting = (f"{name[:end].rstrip()}…{value or ''}" for end in range(len(name) - 1, 0, -1))
     return next((short for short in fitting if font(size).getlength(short) <= width), "…")
 
 

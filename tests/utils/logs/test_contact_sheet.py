@@ -67,6 +67,7 @@ def test_images_of_any_shape_are_drawn(tmp_path: Path, shape: tuple[int, int, in
 def test_long_texts_are_cut_and_wrapped() -> None:
     assert fit("short", 100) == "short"
     assert fit("a" * 100, 100).endswith("…")
+    assert fit("pred. T-shirt/top (80%)", 130) == "pred. T-sh… (80%)"
     assert font().getlength(fit("a" * 100, 100)) <= 100
     assert fit("caf\udce9\nau lait", 1000) == "caf? au lait"
     assert wrap(["one", "two"], 1000) == ["one two"]
