@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from utils.config.errors import UserError, memory_reason
+from utils.config.launcher import tell_launcher
 from utils.config.standard_streams import flush_standard_streams, prepare_standard_streams, print_error
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ def report_user_errors(
 def end_with_error(line: str) -> NoReturn:
     """Print a user's mistake and exit with code 2."""
     print_error(f"error: {line[:MAX_LINE]}")
+    tell_launcher(f"error: {line[:MAX_LINE]}")
     flush_standard_streams()
     sys.exit(2)
 

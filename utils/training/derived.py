@@ -97,9 +97,11 @@ def steps_per_pass(config: Any, *, num_processes: int, num_train_images: int) ->
     """
     steps = num_train_images // global_batch_size(config, num_processes)
     if steps == 0:
+        accumulation = config.TRAIN.ACCUMULATION_STEPS
+        product = f"DATA.BATCH_SIZE {config.DATA.BATCH_SIZE}"
+        product += f" x {num_processes} processes" if num_processes > 1 else ""
+        product += f" x {accumulation} accumulation steps" if accumulation > 1 else ""
         raise ConfigError(
-            f"DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x {num_processes} processes x {config.TRAIN.ACCUMULATION_STEPS} "
-            f"accumulation steps is more than the {num_train_images} training images; lower --batch-size",
-            key="DATA.BATCH_SIZE",
+            f"{product} is more than the {num_train_images} training images; lower --batch-size", key="DATA.BATCH_SIZE"
         )
     return steps

@@ -15,6 +15,7 @@ import torch
 
 from utils.config.command_line import SECONDARY_RANK_DELAY_SECONDS, report_user_errors
 from utils.config.errors import UserError, memory_reason
+from utils.config.launcher import tell_launcher
 from utils.config.standard_streams import flush_standard_streams
 from utils.distributed.process import Process, is_program, start_process, stop_process
 from utils.distributed.stop_signal import INTERRUPTED
@@ -120,7 +121,9 @@ class LaunchedProcess:
             self.exit_code = INTERRUPTED
         elif isinstance(error, Exception):
             report(error, self.process, self.user_errors, self.explain_out_of_memory)
-            self.exit_code = 2 if isinstance(error, self.user_errors) else 1
+            is_users = isinstance(error, self.user_errors)
+            tell_launcher(" ".join(f"{'error' if is_users else type(error).__name__}: {error}".split()))
+            self.exit_code = 2 if is_users else 1
         elif error is not None:  # SystemExit
             self.process.has_stopped.set()
             return False

@@ -187,7 +187,7 @@ def test_mistakes_are_one_line(run: Run, shapes: Path, tmp_path: Path) -> None:
     refused("DATA.DATA_PATH is empty", data="")
     refused("no such annotation file", data=tmp_path)
     refused(
-        "DATA.BATCH_SIZE 20 x 1 processes x 1 accumulation steps is more than the 8 training images",
+        "DATA.BATCH_SIZE 20 is more than the 8 training images",
         DATA__BATCH_SIZE="20",
     )
     refused("MODEL.RESUME is empty", "--eval")

@@ -82,5 +82,5 @@ def test_few_steps_per_epoch_have_a_warning_with_a_proposal(
 
 
 def test_global_batch_larger_than_the_training_set() -> None:
-    with pytest.raises(ConfigError, match="128 x 8 processes x 1 accumulation steps is more than the 1000 training"):
+    with pytest.raises(ConfigError, match="128 x 8 processes is more than the 1000 training"):
         derived_of(images=1000)
