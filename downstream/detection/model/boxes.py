@@ -37,15 +37,11 @@ def make_anchors(grids: Sequence[Size], device: torch.device) -> list[Tensor]:
     return levels
 
 
-def anchors_within(grids: Sequence[Size], padded: Size, device: torch.device) -> Tensor:
-    """Return which anchors of all levels, (sum of H * W * 3,) bool, are centered in an image's own padded size."""
-    parts = []
-    for stride, (height, width) in zip(STRIDES, grids, strict=True):
-        rows = torch.arange(height, device=device) * stride < padded[0]
-        columns = torch.arange(width, device=device) * stride < padded[1]
-        within = rows[:, None, None] & columns[None, :, None]  # (H, W, 1)
-        parts.append(within.expand(height, width, len(ASPECT_RATIOS)).flatten())
-    return torch.cat(parts)
+def anchors_within(anchors: Tensor, padded: Sequence[Size]) -> Tensor:
+    """Return which anchors (N, 4) are centered in each image's own padded size, (B, N) bool."""
+    centers, _ = centers_and_sides(anchors)  # multiples of the strides, but for rounding
+    limits = to_device([[width, height] for height, width in padded], anchors.device) - 0.5
+    return (centers < limits[:, None]).all(dim=2)
 
 
 def encode(references: Tensor, boxes: Tensor, stds: tuple[float, ...]) -> Tensor:

@@ -10,7 +10,7 @@ from downstream.detection.model.fpn import FPN
 from downstream.detection.model.nms import waits_for_device
 from downstream.detection.model.roi_heads import RoIHead
 from downstream.detection.model.rpn import RPNHead
-from downstream.detection.model.structures import Detections, Frame, Target
+from downstream.detection.model.structures import Detections, Frame, Target, join_targets
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -66,9 +66,10 @@ class MaskRCNN(nn.Module):
         """Return the five losses, scalars, from the result of `features`."""
         *maps, logits, deltas = features
         predictions = self.rpn_head.with_anchors(maps, logits, deltas)
-        losses = self.rpn_head.losses(predictions, frames, targets)
+        objects = join_targets(targets)
+        losses = self.rpn_head.losses(predictions, frames, objects)
         proposals = self.rpn_head.propose(predictions, limits_of([f.size for f in frames], logits.device))
-        return {**losses, **self.roi_head.losses(maps, proposals, targets)}
+        return {**losses, **self.roi_head.losses(maps, proposals, objects, [target.masks for target in targets])}
 
     def score_regions(self, images: Tensor, limits: Tensor) -> tuple[Tensor, ...]:
         """Return maps, boxes (B, P, classes, 4) and scores (B, P, classes), all of fixed shapes.

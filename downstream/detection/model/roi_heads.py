@@ -10,10 +10,10 @@ from torchvision.ops import batched_nms
 from downstream.detection.model.boxes import BOX_HEAD_STDS, decode, encode
 from downstream.detection.model.fpn import NamedConv
 from downstream.detection.model.masks import mask_targets
-from downstream.detection.model.matching import ROI_THRESHOLDS, UNUSED, Sample, assign, sample
+from downstream.detection.model.matching import ROI_THRESHOLDS, UNUSED, Sample, assign_images, sample
 from downstream.detection.model.pooling import STRIDES, pool_regions
 from downstream.detection.model.rpn import Proposals
-from downstream.detection.model.structures import Detections, Target, rows
+from downstream.detection.model.structures import Detections, Objects, rows
 
 BOX_GRID, MASK_GRID = 7, 14
 POSITIVE_FRACTION = 0.25
@@ -90,17 +90,24 @@ class RoIHead(nn.Module):
         self.bbox_head = BoxHead(num_classes, width, hidden)
         self.mask_head = MaskHead(num_classes, width)
 
-    def losses(self, maps: Sequence[Tensor], proposals: Proposals, targets: Sequence[Target]) -> dict[str, Tensor]:
-        """Return cross-entropy and L1 loss per sampled proposal, and cross-entropy of the positives' masks."""
-        boxes, chosen = self.sample_regions(proposals, targets)  # (B, K, 4)
-        num_images, slots = boxes.shape[:2]
-        matched = [target.boxes_or_dummy()[own] for target, own in zip(targets, chosen.gt_indices, strict=True)]
-        labels = [target.labels_or_dummy()[own] for target, own in zip(targets, chosen.gt_indices, strict=True)]
-        is_positive, is_used = chosen.is_positive.flatten(), chosen.is_used.flatten()  # (B * K,)
-        classes = torch.where(is_positive, torch.cat(labels), self.num_classes)
-        box_targets = encode(boxes.flatten(0, 1), torch.cat(matched), BOX_HEAD_STDS)  # (B * K, 4)
+    def losses(
+        self, maps: Sequence[Tensor], proposals: Proposals, objects: Objects, masks: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """Return cross-entropy and L1 loss per sampled proposal, and cross-entropy of the positives' masks.
 
-        images = torch.arange(num_images, device=boxes.device).repeat_interleave(slots)
+        Args:
+            maps: of the pyramid.
+            proposals: of B images.
+            objects: the images' objects.
+            masks: of each image's objects, (G, H, W).
+        """
+        boxes, chosen = self.sample_regions(proposals, objects)  # (B, K, 4)
+        is_positive, is_used = chosen.is_positive.flatten(), chosen.is_used.flatten()  # (B * K,)
+        matched = objects.rows(chosen.gt_indices).flatten()
+        classes = torch.where(is_positive, objects.labels[matched], self.num_classes)
+        box_targets = encode(boxes.flatten(0, 1), objects.boxes[matched], BOX_HEAD_STDS)  # (B * K, 4)
+
+        images = image_indices(boxes)
         logits, deltas = self.bbox_head(pool_regions(maps, boxes.flatten(0, 1), images, BOX_GRID, kernels=self.kernels))
         total = is_used.sum().clamp(min=1)
         errors = F.cross_entropy(logits, classes, reduction="none")
@@ -109,56 +116,53 @@ class RoIHead(nn.Module):
         return {
             "loss_cls": torch.where(is_used, errors, 0).sum() / total,
             "loss_bbox": torch.where(is_positive[:, None], distances, 0).sum() / total,
-            "loss_mask": self.mask_loss(maps, boxes, chosen, targets),
+            "loss_mask": self.mask_loss(maps, boxes, chosen, classes, masks),
         }
 
     @torch.no_grad()
-    def sample_regions(self, proposals: Proposals, targets: Sequence[Target]) -> tuple[Tensor, Sample]:
+    def sample_regions(self, proposals: Proposals, objects: Objects) -> tuple[Tensor, Sample]:
         """Return boxes (B, K, 4) sampled from ground truths and proposals, and their matches, (B, K) each."""
-        most = max(len(target.boxes) for target in targets)
-        boxes, chosen = [], []
-        for own, is_valid, target in zip(proposals.boxes, proposals.is_valid, targets, strict=True):
-            count = len(target.boxes)
-            numbers = torch.arange(most, device=own.device)
-            matches = assign(own, is_valid, target.boxes, ROI_THRESHOLDS)
-            # As many slots for ground truths as the fullest image needs: all images have equally many candidates.
-            matches = torch.cat((torch.where(numbers < count, numbers, UNUSED), matches))
-            candidates = torch.cat((F.pad(target.boxes, (0, 0, 0, most - count)), own))  # (most + P, 4)
-            chosen.append(sample(matches, self.samples_per_image, POSITIVE_FRACTION))
-            boxes.append(candidates[chosen[-1].indices])
-        return torch.stack(boxes), Sample(*(torch.stack(x) for x in zip(*chosen, strict=True)))
+        starts = objects.starts[:, None]  # (B + 1, 1)
+        # As many slots for ground truths as the fullest image needs: all images have equally many candidates.
+        numbers = torch.arange(max(objects.counts), device=starts.device)
+        is_own = numbers < starts[1:] - starts[:-1]  # (B, most)
+        own_boxes = objects.boxes[torch.where(is_own, starts[:-1] + numbers, 0)] * is_own[..., None]  # (B, most, 4)
+        matches = assign_images(
+            proposals.boxes, proposals.is_valid, objects, ROI_THRESHOLDS, kernels=self.kernels
+        )  # (B, P)
+        matches = torch.cat((torch.where(is_own, numbers, UNUSED), matches), dim=1)  # (B, most + P)
+        chosen = sample(matches, self.samples_per_image, POSITIVE_FRACTION)
+        return rows(torch.cat((own_boxes, proposals.boxes), dim=1), chosen.indices), chosen
 
-    def mask_loss(self, maps: Sequence[Tensor], boxes: Tensor, chosen: Sample, targets: Sequence[Target]) -> Tensor:
+    def mask_loss(
+        self, maps: Sequence[Tensor], boxes: Tensor, chosen: Sample, classes: Tensor, masks: Sequence[Tensor]
+    ) -> Tensor:
         """Return the mean binary cross-entropy of the positives' masks, on the channel of their class; 0 without any.
 
         The only host sync of the losses, to count the positives: the head is too costly for empty slots.
         """
+        slots = boxes.shape[1]
         counts = chosen.is_positive.sum(dim=1).tolist()  # positives come first
         is_empty = not sum(counts)
         if is_empty:
             counts[0] = 1  # the head must run, so that its parameters get a gradient
-        positives = [(own[:n], gts[:n]) for own, gts, n in zip(boxes, chosen.gt_indices, counts, strict=True)]
-        images = torch.repeat_interleave(
-            torch.arange(len(counts), device=boxes.device),
-            torch.tensor(counts).to(boxes.device, non_blocking=True),
-            output_size=sum(counts),
-        )
-        logits = self.mask_head(
-            pool_regions(maps, torch.cat([own for own, _ in positives]), images, MASK_GRID, kernels=self.kernels)
-        )
+        places = torch.cat([torch.arange(n) + image * slots for image, n in enumerate(counts)])
+        places = places.to(boxes.device, non_blocking=True)  # (R,), of B * K
+        regions, images = boxes.flatten(0, 1)[places], image_indices(boxes)[places]
+        logits = self.mask_head(pool_regions(maps, regions, images, MASK_GRID, kernels=self.kernels))
         if is_empty:
             return logits.sum() * 0
         with torch.no_grad():
-            matched = [(own, gts, target) for (own, gts), target in zip(positives, targets, strict=True) if len(own)]
-            expected = torch.cat([mask_targets(target.masks, own, gts) for own, gts, target in matched])  # (R, 28, 28)
-            labels = torch.cat([target.labels[gts] for _, gts, target in matched])  # (R,)
-        own_logits = logits[torch.arange(len(labels), device=labels.device), labels]  # (R, 28, 28)
+            gt_indices = chosen.gt_indices.flatten()[places]
+            parts = zip(masks, regions.split(counts), gt_indices.split(counts), strict=True)
+            expected = torch.cat([mask_targets(*part) for part in parts if len(part[1])])  # (R, 28, 28)
+        own_logits = logits[torch.arange(len(places), device=boxes.device), classes[places]]  # (R, 28, 28)
         return F.binary_cross_entropy_with_logits(own_logits, expected)
 
     def classify(self, maps: Sequence[Tensor], proposals: Proposals, limits: Tensor) -> tuple[Tensor, Tensor]:
         """Return boxes (B, P, classes, 4), within `limits` (B, 4), and scores (B, P, classes), 0 in empty slots."""
         num_images, slots = proposals.is_valid.shape
-        images = torch.arange(num_images, device=limits.device)[:, None].expand(-1, slots).flatten()
+        images = image_indices(proposals.boxes)
         regions = pool_regions(maps, proposals.boxes.flatten(0, 1), images, BOX_GRID, kernels=self.kernels)
         logits, deltas = self.bbox_head(regions)
         scores = logits.softmax(dim=1)[:, :-1].unflatten(0, (num_images, slots))  # (B, P, classes)
@@ -197,6 +201,11 @@ class RoIHead(nn.Module):
         (probabilities,) = self.predict_masks(*inputs, *maps[: len(STRIDES)])  # (D, 28, 28)
         masks = probabilities[: len(labels)].clone().split(counts)  # the next call may write there
         return [Detections(*own, mask) for own, mask in zip(best, masks, strict=True)]
+
+
+def image_indices(boxes: Tensor) -> Tensor:
+    """Return the index of the image for each of boxes (B, K, 4): (B * K,)."""
+    return torch.arange(len(boxes), device=boxes.device)[:, None].expand(-1, boxes.shape[1]).flatten()
 
 
 def best_of_image(boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,9 +15,9 @@ from downstream.detection.model.boxes import (
     encode,
     make_anchors,
 )
-from downstream.detection.model.matching import RPN_THRESHOLDS, assign, sample
+from downstream.detection.model.matching import RPN_THRESHOLDS, assign_images, sample
 from downstream.detection.model.nms import suppress_in_levels
-from downstream.detection.model.structures import Frame, Size, Target, constant, rows
+from downstream.detection.model.structures import Frame, Objects, Size, constant, rows
 
 NMS_THRESHOLD = 0.7
 POSITIVE_FRACTION = 0.5
@@ -118,22 +118,18 @@ class RPNHead(nn.Module):
         best, slots = torch.where(is_kept, scores, -1).topk(min(self.max_proposals, scores.shape[1]), dim=1)  # (B, P)
         return Proposals(rows(boxes, slots), best.clamp(min=0), best >= 0)
 
-    def losses(self, predictions: Predictions, frames: Sequence[Frame], targets: Sequence[Target]) -> dict[str, Tensor]:
+    def losses(self, predictions: Predictions, frames: Sequence[Frame], objects: Objects) -> dict[str, Tensor]:
         """Return binary cross-entropy and L1 loss: sums over the batch, divided by the number of sampled anchors."""
-        anchors, device = predictions.anchors, predictions.anchors.device
-        chosen, box_targets = [], []
-        for frame, target in zip(frames, targets, strict=True):
-            is_valid = anchors_within(predictions.grids, frame.padded, device)
-            matches = assign(anchors, is_valid, target.boxes, RPN_THRESHOLDS)
-            chosen.append(sample(matches, self.samples_per_image, POSITIVE_FRACTION))
-            matched = target.boxes_or_dummy()[chosen[-1].gt_indices]
-            box_targets.append(encode(anchors[chosen[-1].indices], matched, RPN_STDS))
-        indices, _, is_positive, is_used = (torch.stack(x) for x in zip(*chosen, strict=True))  # (B, K)
+        anchors = predictions.anchors
+        is_valid = anchors_within(anchors, [frame.padded for frame in frames])  # (B, N)
+        matches = assign_images(anchors, is_valid, objects, RPN_THRESHOLDS, kernels=self.kernels)
+        indices, gt_indices, is_positive, is_used = sample(matches, self.samples_per_image, POSITIVE_FRACTION)  # (B, K)
+        targets = encode(anchors[indices], objects.boxes[objects.rows(gt_indices)], RPN_STDS)  # (B, K, 4)
         total = is_used.sum().clamp(min=1)
         errors = F.binary_cross_entropy_with_logits(
             predictions.logits.gather(1, indices), is_positive.float(), reduction="none"
         )
-        distances = (rows(predictions.deltas, indices) - torch.stack(box_targets)).abs()  # (B, K, 4)
+        distances = (rows(predictions.deltas, indices) - targets).abs()  # (B, K, 4)
         return {
             "loss_rpn_cls": torch.where(is_used, errors, 0).sum() / total,
             "loss_rpn_bbox": torch.where(is_positive[..., None], distances, 0).sum() / total,

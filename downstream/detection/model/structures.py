@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -42,16 +43,36 @@ class Target:
     def to(self, device: torch.device) -> "Target":
         return Target(*(x.to(device, non_blocking=True) for x in (self.boxes, self.labels, self.masks)))
 
-    def boxes_or_dummy(self) -> Tensor:
-        """Return the boxes, or one dummy box if there are none, so that indexing works."""
-        return self.boxes if len(self.boxes) else constant(((0.0, 0.0, 1.0, 1.0),), self.boxes.device)
-
-    def labels_or_dummy(self) -> Tensor:
-        """Return the labels, or one 0 if there are none."""
-        return self.labels if len(self.labels) else self.labels.new_zeros(1)
-
     def pin_memory(self) -> "Target":
         return Target(self.boxes.pin_memory(), self.labels.pin_memory(), self.masks.pin_memory())
+
+
+class Objects(NamedTuple):
+    """The objects of all images of a batch, image by image, and a dummy at the end, so that indexing works without any.
+
+    Attributes:
+        boxes: (G + 1, 4).
+        labels: (G + 1,).
+        starts: (B + 1,) int32, index of each image's first object; the last entry is the dummy's.
+        counts: objects of each image.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    starts: Tensor
+    counts: list[int]
+
+    def rows(self, gt_indices: Tensor) -> Tensor:
+        """Return indices of boxes and labels from indices of an image's own objects: (B, K) both."""
+        return self.starts[:-1, None] + gt_indices
+
+
+def join_targets(targets: Sequence[Target]) -> Objects:
+    device, counts = targets[0].boxes.device, [len(target.boxes) for target in targets]
+    boxes = torch.cat([*(target.boxes for target in targets), constant(((0.0, 0.0, 1.0, 1.0),), device)])
+    labels = torch.cat([*(target.labels for target in targets), targets[0].labels.new_zeros(1)])
+    starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device, non_blocking=True)
+    return Objects(boxes, labels, starts, counts)
 
 
 class Detections(NamedTuple):

@@ -10,8 +10,10 @@ from downstream.detection.model.matching import (
     UNUSED,
     Thresholds,
     assign,
+    assign_images,
     sample,
 )
+from downstream.detection.model.structures import Target, join_targets
 
 
 def slow_assign(candidates: Tensor, is_valid: Tensor, gt_boxes: Tensor, thresholds: Thresholds) -> list[int]:
@@ -47,6 +49,25 @@ def test_assignment_matches_a_loop(thresholds: Thresholds, num_gts: int) -> None
     matches = assign(candidates, is_valid, gt_boxes, thresholds)
     assert matches.tolist() == slow_assign(candidates, is_valid, gt_boxes, thresholds)
     assert num_gts == 0 or (matches >= 0).any()
+
+
+def test_images_are_matched_and_sampled_as_one_by_one() -> None:
+    """From anchors of all images, or candidates of each; with the same random numbers."""
+    torch.manual_seed(0)
+    corners = torch.randint(0, 40, (3, 150, 2)).float()
+    candidates = torch.cat((corners, corners + torch.randint(5, 25, (3, 150, 2))), dim=2)
+    is_valid = torch.rand(3, 150) < 0.8
+    targets = [Target(candidates[0, :n] + 2, torch.zeros(n), torch.zeros(n, 1, 1)) for n in (4, 0, 2)]
+    for own in (candidates, candidates[0]):
+        matches = assign_images(own, is_valid, join_targets(targets), RPN_THRESHOLDS)
+        torch.manual_seed(1)
+        together = sample(matches, 30, 0.25)
+        torch.manual_seed(1)
+        for image in range(3):
+            boxes_of_image = own if own.dim() == 2 else own[image]
+            expected = assign(boxes_of_image, is_valid[image], targets[image].boxes, RPN_THRESHOLDS)
+            assert matches[image].equal(expected)
+            assert all(x[image].equal(one) for x, one in zip(together, sample(expected, 30, 0.25), strict=True))
 
 
 def boxes(*rows: tuple[float, float, float, float]) -> Tensor:

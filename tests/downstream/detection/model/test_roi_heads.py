@@ -7,7 +7,7 @@ from downstream.detection.model.boxes import RPN_STDS, decode, limits_of
 from downstream.detection.model.pooling import STRIDES, pool_regions
 from downstream.detection.model.roi_heads import SCORE_THRESHOLD, RoIHead, best_of_image
 from downstream.detection.model.rpn import Predictions, Proposals, RPNHead
-from downstream.detection.model.structures import Frame, Target
+from downstream.detection.model.structures import Frame, Target, join_targets
 
 
 def slow_pool(maps: list[Tensor], box: Tensor, image: int, grid: int) -> Tensor:
@@ -54,7 +54,8 @@ def test_empty_slots_get_no_gradient() -> None:
     head = RoIHead(3, 8, hidden=16, samples_per_image=16)
     proposals = Proposals(torch.zeros(1, 20, 4), torch.zeros(1, 20), torch.zeros(1, 20, dtype=torch.bool))
     target = Target(torch.tensor([[-5.0, -5.0, 5.0, 5.0]]), torch.tensor([1]), torch.ones(1, 64, 64, dtype=torch.uint8))
-    losses = head.losses([torch.randn(1, 8, 64 // s, 64 // s) for s in STRIDES], proposals, [target])
+    maps = [torch.randn(1, 8, 64 // s, 64 // s) for s in STRIDES]
+    losses = head.losses(maps, proposals, join_targets([target]), [target.masks])
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
     assert all(p.grad.isfinite().all() for p in head.parameters())
