@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from config import SCHEMA, load_config
-from data import Data, build_data, build_targets
+from data import Data, build_data, build_targets, kernels_in_use
 from data.transforms import denormalize
 from models import PAPER_PROFILES, build_model, input_channels, prepare_for_inference
 from models.kernels.dispatch import KernelsUnavailableError
@@ -112,10 +112,17 @@ class Classification(Task):
         expect_self_test(config.MODEL.KERNELS, device)
 
     def test_kernels(
-        self, config: CfgNode, model: nn.Module, dtype: torch.dtype, meanwhile: Callable[[], object] | None = None
+        self,
+        config: CfgNode,
+        model: nn.Module,
+        dtype: torch.dtype,
+        meanwhile: Callable[[], object] | None = None,
+        others: Sequence[str] = (),
     ) -> None:
         device = next(model.parameters()).device
-        run_self_test(model, dtype, config.DATA.IMG_SIZE, model_uses(config, device), meanwhile)
+        if others:  # the model is trained
+            others = [*others, *kernels_in_use(config, device)]
+        run_self_test(model, dtype, config.DATA.IMG_SIZE, model_uses(config, device), meanwhile, others)
 
     def prepare_for_inference(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         return prepare_for_inference(model, dtype)

@@ -14,6 +14,7 @@ from timm.data.mixup import mixup_target
 from torch import Tensor
 from yacs.config import CfgNode
 
+from data import kernel_dispatch
 from data.batch_decoding import check_support
 from data.dataset import ImageDataset, ImageSource, keep_batch
 from data.errors import DataError
@@ -250,6 +251,17 @@ def train_transform(config: CfgNode, device: torch.device) -> TrainTransform:
         if place == "gpu":
             raise
         return make(on_device=False)
+
+
+def kernels_in_use(config: CfgNode, device: torch.device) -> list[str]:
+    """List the kernels for images of a training run on a GPU, as "module:name", see `kernel_dispatch`."""
+    if device.type != "cuda":
+        return []
+    transform = train_transform(config, device)
+    names = ["augmenting", "resizing"] if transform.recorded_policy is not None else []
+    names += ["erasing"] if config.AUG.REPROB > 0 else []
+    names += ["exactly_resizing"] if config.DATA.EXACT_EVAL else []
+    return [f"{kernel_dispatch.__name__}:{name}" for name in names]
 
 
 def eval_loader(

@@ -13,6 +13,9 @@ from data.batch_crops import Crop, pack_bytes, resize_crops
 from data.exact_crops import ExactCrop
 from data.transforms import EvalTransform
 
+Check = Callable[[torch.device], Tensor]  # returns where the results of a kernel are wrong
+VERDICTS: dict[tuple[Check, torch.device], str] = {}  # of this process: how a kernel fails its check, or ""
+
 logger = logging.getLogger("mlla.data")
 
 
@@ -54,22 +57,30 @@ def erase_on_gpu(images: Tensor, erasures: Tensor, mode: str) -> bool:
 
 
 @lru_cache
-def kernel_works(
-    check: Callable[[torch.device], Tensor], device: torch.device, instead: str = "PyTorch, which is slower"
-) -> bool:
+def kernel_works(check: Check, device: torch.device, instead: str = "PyTorch, which is slower") -> bool:
     """Return whether a kernel runs on a device, which a CPU is not, and passes its check; else log why not, and what
     is used instead.
     """
     if device.type != "cuda":
         return False
-    reason = failure(check, device)
+    reason = VERDICTS[check, device] if (check, device) in VERDICTS else failure(check, device)
     if reason:
         name = check.__name__.removeprefix("check_").replace("_", " ")
         logger.warning("%s images on the GPU falls back to %s: Triton's kernel: %s", name, instead, reason)
     return not reason
 
 
-def failure(check: Callable[[torch.device], Tensor], device: torch.device) -> str:
+def find_error(name: str, device: torch.device) -> str:
+    """Return what is wrong with a kernel, named as its check below without "check_", or an empty string."""
+    return failure(globals()[f"check_{name}"], device)
+
+
+def set_verdict(name: str, device: torch.device, error: str) -> None:
+    """Take the result of `find_error` from elsewhere, such as another process."""
+    VERDICTS[globals()[f"check_{name}"], device] = error
+
+
+def failure(check: Check, device: torch.device) -> str:
     """Return how a kernel fails its check, or an empty string."""
     try:
         is_wrong = check(device)

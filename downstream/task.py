@@ -59,11 +59,16 @@ class DenseTask(Task):
         expect_self_test(config.MODEL.KERNELS, device)
 
     def test_kernels(
-        self, config: CfgNode, model: nn.Module, dtype: torch.dtype, meanwhile: Callable[[], object] | None = None
+        self,
+        config: CfgNode,
+        model: nn.Module,
+        dtype: torch.dtype,
+        meanwhile: Callable[[], object] | None = None,
+        others: Sequence[str] = (),
     ) -> None:
         uses = model_uses(config, next(model.parameters()).device)
         # Grids of larger images are in the same class.
-        run_self_test(model, dtype, image_size=512, uses=uses, meanwhile=meanwhile)
+        run_self_test(model, dtype, image_size=512, uses=uses, meanwhile=meanwhile, others=others)
 
     def record_inference(self, model: nn.Module, make: Callable[[Function], Function]) -> nn.Module:
         """Let the model's `record_inference` replace what it computes in fixed shapes."""

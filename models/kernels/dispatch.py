@@ -2,6 +2,7 @@
 
 import logging
 from functools import lru_cache
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
@@ -181,9 +182,12 @@ def add_verdicts(found: dict[Case, str], device: torch.device, dtype: torch.dtyp
 
 def solve(case: Case, device: torch.device, dtype: torch.dtype) -> str:
     """Run the self-test of a kernel; return what is wrong with it, or an empty string."""
+    kernel, channels, head_dim, rows = case
+    if ":" in kernel:
+        module, _, name = kernel.partition(" ")[0].partition(":")
+        return import_module(module).find_error(name, device)
     from models.kernels import problems  # which needs Triton
 
-    kernel, channels, head_dim, rows = case
     batch = problems.full_batch(device, channels)
     return problems.find_error(kernel, device, dtype, channels, head_dim, rows=rows, batch=batch)
 

@@ -2,6 +2,9 @@
 
 A verdict counts for one kernel, device, dtype, width, head dim and class of grids. `dispatch` has this process's table
 of verdicts and runs a missing test at the first call; `verdicts` keeps them on disk. The problems are in `problems.py`.
+
+Other packages have kernels too, named "module:name". Such a module has find_error(name, device), which returns what is
+wrong with a kernel or "", and set_verdict(name, device, error), after which it does not test that kernel any more.
 """
 
 import os
@@ -9,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Collection
 from functools import partial
+from importlib import import_module
 
 import torch
 from torch import nn
@@ -44,6 +48,7 @@ KERNELS = {
     "prepared": ("inference_mixer", "inference_mlp", "wide_conv", "stem_conv_relu"),
 }
 START_SECONDS = 14  # of 16 workers at once: imports and CUDA contexts
+OTHER_SECONDS = 4  # for kernels of other packages
 MOST_WORKERS = 16
 WORKER_BYTES = 2**31  # of GPU memory, with its CUDA context
 FEWEST_CASES = 3  # for which workers are worth their start
@@ -67,8 +72,9 @@ def run_self_test(
     image_size: int | tuple[int, int],
     uses: Collection[str],
     meanwhile: Callable[[], object] | None = None,
+    others: Collection[str] = (),
 ) -> None:
-    """Test the kernels that a model uses, and log that they passed or what falls back to eager PyTorch.
+    """Test the kernels that a run uses, and log that they passed or what falls back to eager PyTorch.
 
     Args:
         model: a network on its device, after `use_kernels`; only its modules with kernels "auto" are tested.
@@ -77,12 +83,13 @@ def run_self_test(
         uses: what will be done with the model, of KERNELS; only kernels that this needs are tested.
         meanwhile: called while other processes test, if they do, to compile code with kernels. These count as passed
             then, and do nothing; if one fails after all, the code is compiled again when it is next called.
+        others: names of kernels of other packages that the run uses; tested on a GPU.
 
     Raises:
         KernelsUnavailableError: a module has kernels "triton", and there is no Triton for the device.
     """
     try:
-        log_self_test(model, dtype, image_size, uses, meanwhile)
+        log_self_test(model, dtype, image_size, uses, meanwhile, others)
     finally:
         stop_server()
 
@@ -93,8 +100,9 @@ def log_self_test(
     image_size: int | tuple[int, int],
     uses: Collection[str],
     meanwhile: Callable[[], object] | None,
+    others: Collection[str],
 ) -> None:
-    """Test the kernels that a model uses, as `run_self_test`."""
+    """Test the kernels that a run uses, as `run_self_test`."""
     device = next(model.parameters()).device
     if device.type == "meta":
         return
@@ -102,17 +110,23 @@ def log_self_test(
     if reason and any(getattr(module, "kernels", "") == "triton" for module in model.modules()):
         dispatch.fall_back("triton", reason)
     cases = kernel_cases(model, image_size, uses)
-    if not cases or (reason and device.type == "cpu"):
+    other_cases = [] if reason else [verdicts.other_case(name) for name in others]
+    if not (cases or other_cases) or (reason and device.type == "cpu"):
         return
     if dtype not in dispatch.DTYPES:
         reason = reason or f"{dtype} is not supported"
     if device.type == "cuda" and not reason:
         verdicts.fix_triton_cache_dir()
     start = time.monotonic()
-    is_remembered = not reason and len(dispatch.known_verdicts(cases, device, dtype)) == len(cases)
+    tested = cases + other_cases
+    is_remembered = not reason and len(dispatch.known_verdicts(tested, device, dtype)) == len(tested)
     assumed: set[dispatch.Problem] = set()
     compile_code = partial(compile_untested, meanwhile, assumed) if meanwhile else None
-    reasons = {reason} if reason else set(find_verdicts(cases, device, dtype, compile_code).values())
+    results = {} if reason else find_verdicts(tested, device, dtype, compile_code)
+    for name, case in zip(others, other_cases, strict=False):
+        module, _, kernel = name.partition(":")
+        import_module(module).set_verdict(kernel, device, results[case])
+    reasons = {reason} if reason else {results[case] for case in cases}
     found = [
         dispatch.self_test_verdict(kernel, at, of, channels, head_dim, rows)
         for at, of, (kernel, channels, head_dim, rows) in assumed
@@ -122,7 +136,8 @@ def log_self_test(
     for reason in sorted(filter(None, reasons)):
         dispatch.log_fallback(reason)
     if reasons == {""}:
-        names, widths = sorted({case[0] for case in cases}), sorted({case[1] for case in cases})
+        names = sorted({case[0] for case in cases} | {name.partition(":")[2] for name in others})
+        widths = sorted({case[1] for case in cases})
         dispatch.logger.info(
             "Triton kernels passed their self-test: %s; widths %s; %s (%s)",
             *(", ".join(names), ", ".join(map(str, widths)), str(dtype).removeprefix("torch.")),
@@ -135,7 +150,7 @@ def find_verdicts(
 ) -> dict[Case, str]:
     """Return the verdicts on all cases: known ones, those of this machine's first process, or by testing."""
     known = dispatch.known_verdicts(cases, device, dtype)
-    missing = sorted(set(cases) - set(known), key=lambda case: (-SECONDS[case[0]], case))
+    missing = sorted(set(cases) - set(known), key=lambda case: (-seconds_of(case), case))
     if not missing:
         return known
     workers = num_workers(missing, device)
@@ -210,8 +225,13 @@ def num_workers(cases: list[Case], device: torch.device) -> int:
 
 def estimate_seconds(cases: list[Case], workers: int) -> float:
     """Return about how long so many processes take for the cases, when nothing is in Triton's cache."""
-    seconds = [SECONDS[case[0]] for case in cases]
+    seconds = [seconds_of(case) for case in cases]
     return sum(seconds) if workers == 1 else START_SECONDS + max(max(seconds), sum(seconds) / workers)
+
+
+def seconds_of(case: Case) -> int:
+    """Return about how long a core takes for a case."""
+    return SECONDS.get(case[0], OTHER_SECONDS)
 
 
 def kernel_cases(model: nn.Module, image_size: int | tuple[int, int], uses: Collection[str]) -> list[Case]:

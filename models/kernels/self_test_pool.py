@@ -28,7 +28,7 @@ T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the main process decides what they do
 TIMEOUT_SECONDS = 600.0
 SERVER: Any = forkserver._forkserver  # type: ignore[attr-defined]
-IMPORTED = ["models.kernels.problems", "models.kernels.self_test_pool"]  # by the server
+IMPORTED = [f"{__package__}.problems", __name__]  # by the server
 SERVER_VARIABLES = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # torch.cuda.is_available without a CUDA context
 
 
@@ -130,11 +130,9 @@ def add_passed(
             if future.result() == "":
                 passed.add(futures[future])
             advance()
-    except BaseException:
-        for worker in set(active_children()) - others:
-            worker.kill()  # instead of waiting for its case
-        raise
     finally:
+        for worker in set(active_children()) - others:
+            worker.kill()  # instead of waiting for its case, or 2 s for the orderly ends of CUDA contexts
         executor.shutdown(cancel_futures=True)
         writer.close()
         reader.close()

@@ -8,8 +8,9 @@ launch only: the next start tests again. A file that is damaged or cannot be wri
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +146,18 @@ def source_files() -> list[Path]:
     return [*sorted(folder.rglob("*.py")), folder.parent / "rope.py"]
 
 
-def hash_source() -> str:
+def other_case(name: str) -> Case:
+    """Return the case of a kernel "module:name" of another package, for one state of the files in its folder."""
+    spec = find_spec(name.partition(":")[0])
+    assert spec is not None
+    assert spec.origin is not None
+    return f"{name} {hash_source(sorted(Path(spec.origin).parent.glob('*.py')))}", 0, 0, 0
+
+
+def hash_source(paths: Iterable[Path] | None = None) -> str:
+    """Return a hash of files, by default those of the kernels here."""
     digest = hashlib.sha256()
-    for path in source_files():
+    for path in source_files() if paths is None else paths:
         content = path.read_bytes()
         digest.update(f"{path.name} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:16]

@@ -4,6 +4,7 @@ import shutil
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from config import load_config
-from data import Data, build_data, build_targets, make_zip
+from data import Data, build_data, build_targets, kernels_in_use, make_zip
 from data.build import train_transform
 from data.errors import BrokenImageError, DataError
 from data.samplers import SampleKey
@@ -349,3 +350,17 @@ def test_targets_in_every_combination(mixup: float, cutmix: float, smoothing: fl
         assert images.equal(originals)
         torch.testing.assert_close(targets.max(1).values, torch.full((4,), 1 - smoothing + floor))
         assert targets.argmax(1).equal(labels)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ["augmenting", "resizing", "erasing", "exactly_resizing"]),
+        ({"AUG.REPROB": 0.0, "DATA.EXACT_EVAL": False}, ["augmenting", "resizing"]),
+        ({"DATA.AUGMENT_ON": "cpu"}, ["erasing", "exactly_resizing"]),
+    ],
+)
+def test_kernels_of_a_run_on_a_gpu(settings: dict[str, Any], expected: list[str]) -> None:
+    config = load_config("cfgs/mlla_t.yaml", flags=settings)
+    assert kernels_in_use(config, torch.device("cpu")) == []
+    assert [name.partition(":")[2] for name in kernels_in_use(config, torch.device("cuda"))] == expected

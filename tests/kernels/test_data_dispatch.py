@@ -14,8 +14,10 @@ from data.kernel_dispatch import (
     check_resizing,
     erase_on_gpu,
     failure,
+    find_error,
     kernel_works,
     resize_on_device,
+    set_verdict,
 )
 
 CHECKS = [
@@ -36,6 +38,19 @@ def test_kernels_pass_their_checks_and_broken_ones_do_not(
     wrong["resize_exactly"] = lambda _, crops, device: torch.zeros(len(crops), 24, 24, 3, device=device)
     monkeypatch.setattr(module, name, wrong[name])
     assert "values differ" in failure(check, device)
+
+
+def test_a_verdict_from_another_process_counts(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernel_dispatch, "VERDICTS", {})
+    monkeypatch.setattr(kernel_dispatch, "failure", lambda *_: "tested here")
+    gpu = torch.device("cuda", 99)  # no other test asks about it
+    for name, error in (("resizing", ""), ("erasing", "no compiler")):
+        set_verdict(name, gpu, error)
+        assert find_error(name, gpu) == "tested here"
+    assert (kernel_works(check_resizing, gpu), kernel_works(check_erasing, gpu)) == (True, False)
+    assert [message.partition(" ")[0] for message in caplog.messages] == ["erasing"]
 
 
 def test_a_kernel_that_does_not_run_is_named_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,5 +1,6 @@
 """The self-test: its verdicts, which cases a model needs, and who tests them."""
 
+import importlib
 import threading
 import time
 from collections.abc import Callable
@@ -403,3 +404,29 @@ def test_a_server_that_was_not_needed_ends() -> None:
     run_self_test(torch.nn.Linear(1, 1), torch.float32, 32, ["training"])
     assert self_test_pool.SERVER._forkserver_pid is None
     assert not folder.exists()
+
+
+def test_kernels_of_other_packages_are_tested_once_for_a_state_of_their_files(
+    log: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Their users get the verdicts, and log a failure themselves, which the next start tests again."""
+    monkeypatch.setattr(dispatch, "missing_triton", lambda _: "")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "other_kernels.py").write_text(
+        "tested, verdicts = [], []\n"
+        "def find_error(*kernel):\n    tested.append(kernel)\n    return 'it is wrong' if kernel[0] == 'b' else ''\n"
+        "def set_verdict(*verdict):\n    verdicts.append(verdict)\n"
+    )
+    other: Any = importlib.import_module("other_kernels")
+    for changed, tested in ((False, ["a", "b"]), (False, ["b"]), (True, ["a", "b"])):
+        new_process(monkeypatch)
+        other.tested.clear()
+        other.verdicts.clear()
+        if changed:
+            (tmp_path / "neighbor.py").touch()
+        run_self_test(
+            torch.nn.Linear(1, 1), torch.float32, 32, ["training"], None, ["other_kernels:a", "other_kernels:b"]
+        )
+        assert other.tested == [(name, CPU) for name in tested]
+        assert other.verdicts == [("a", CPU, ""), ("b", CPU, "it is wrong")]
+    assert not any("wrong" in line for line in log)

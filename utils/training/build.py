@@ -149,7 +149,9 @@ def build_train_step(
     options: dict[str, Any] = {"compute_losses": compute_losses, "clip_grad": config.TRAIN.CLIP_GRAD, "ema": ema}
     options["exchange"] = exchange
     if config.MODEL.KERNELS != "torch":
-        options["fused_update"] = make_fused_update(optimizer, ema, precision.scaler, is_alone=exchange is None)
+        options["choose_update"] = partial(
+            make_fused_update, optimizer, ema, precision.scaler, is_alone=exchange is None
+        )
     train_step = TrainStep(*parts, **options)
     mode = training_mode(task, config, model, process.device, derived)
     teacher = getattr(compute_losses, "teacher", None)

@@ -1,7 +1,6 @@
 """Whether the fused update can be used: what it supports, and its self-test."""
 
 import math
-from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -11,6 +10,9 @@ from utils.distributed.process import gather_objects
 from utils.logs.logger import logger
 from utils.training.ema import ModelEma
 from utils.training.fused_update import FusedUpdate, ema_tensors
+
+VERDICTS: dict[torch.device, str] = {}  # of this process: what is wrong with the kernels, or ""
+UPDATE = f"{__name__}:update"  # their name for the self-test at set-up
 
 
 def make_fused_update(
@@ -56,8 +58,19 @@ def is_laid_out_otherwise(tensor: Tensor, parameter: Tensor) -> bool:
     return tensor.dtype != torch.float32 or not is_equal
 
 
-@lru_cache
 def self_test_error(device: torch.device) -> str:
+    """Return what is wrong with the kernels on a device, or an empty string; tested once in a process."""
+    if device not in VERDICTS:
+        set_verdict("update", device, find_error("update", device))
+    return VERDICTS[device]
+
+
+def set_verdict(_: str, device: torch.device, error: str) -> None:
+    """Take the result of `find_error` from elsewhere, such as another process."""
+    VERDICTS[device] = error
+
+
+def find_error(_: str, device: torch.device) -> str:
     """Return what is wrong with the kernels on a device, or an empty string."""
     try:
         return "" if all(passes_self_test(device, offset) for offset in (0, 1)) else "its result differs from torch's"

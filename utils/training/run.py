@@ -40,6 +40,7 @@ from utils.training.build import (
 )
 from utils.training.derived import Derived, few_steps_warning
 from utils.training.determinism import use_deterministic_algorithms
+from utils.training.fused_update_support import UPDATE
 from utils.training.graphed_step import GraphedTrainStep
 from utils.training.inference import InferenceModel
 from utils.training.launch import LaunchedProcess, explain_missing_compiler
@@ -299,7 +300,8 @@ class Training:
                 self.compile_ahead(step)
                 run.start.end("compiling")
 
-        self.task.test_kernels(run.config, run.model, run.precision.dtype, compile_once)
+        others = [] if step.choose_update is None else [UPDATE]
+        self.task.test_kernels(run.config, run.model, run.precision.dtype, compile_once, others)
         compile_once()
         run.start.end("kernels")
 

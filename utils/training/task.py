@@ -131,11 +131,18 @@ class Task(ABC):
         return CapturedModel(model)
 
     def test_kernels(  # noqa: B027
-        self, config: CfgNode, model: nn.Module, dtype: torch.dtype, meanwhile: Callable[[], object] | None = None
+        self,
+        config: CfgNode,
+        model: nn.Module,
+        dtype: torch.dtype,
+        meanwhile: Callable[[], object] | None = None,
+        others: Sequence[str] = (),
     ) -> None:
-        """Test the GPU kernels that a model uses, once it is on the device, before its first forward pass.
+        """Test the GPU kernels that a run uses, once its model is on the device, before its first forward pass.
 
-        `meanwhile`, which compiles code with these kernels, is called while other processes test them.
+        `meanwhile`, which compiles code with these kernels, is called while other processes test them. `others` are
+        kernels of the training step, "module:name", where a module has find_error(name, device) and
+        set_verdict(name, device, error).
         """
 
     def prepare_for_inference(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:  # noqa: ARG002

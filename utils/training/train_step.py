@@ -45,7 +45,8 @@ class TrainStep:
         clip_grad: largest global L2 norm of the gradient; 0: no clipping.
         ema: updated after each step; None without EMA.
         exchange: averages gradients and batch statistics over the processes; None for a single process.
-        fused_update: clips and updates weights and EMA in place of torch's functions; None: it is not supported.
+        choose_update: called once, before the first step; returns what clips and updates weights and EMA in place of
+            torch's functions, or None.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class TrainStep:
         clip_grad: float = 0.0,
         ema: ModelEma | None = None,
         exchange: GradientExchange | None = None,
-        fused_update: FusedUpdate | None = None,
+        choose_update: Callable[[], FusedUpdate | None] | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -67,7 +68,8 @@ class TrainStep:
         self.max_norm = clip_grad or float("inf")
         self.ema = ema
         self.exchange = exchange
-        self.fused_update = fused_update
+        self.choose_update = choose_update
+        self.fused_update: FusedUpdate | None = None
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         device = self.parameters[0].device
         self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
@@ -86,6 +88,8 @@ class TrainStep:
 
     def prepare(self, step: int, learning_rate: float) -> None:
         """Set what changes with the step: its number, learning rates and the EMA's decay. Does not wait."""
+        if self.choose_update is not None:
+            self.fused_update, self.choose_update = self.choose_update(), None
         self.step_number.fill_(step)
         if self.ema is not None:
             self.ema.set_step(step)

@@ -102,7 +102,7 @@ def test_reference_equals_torch(ema: dict[str, bool], max_norm: float) -> None:
 
 
 def with_reference(train_step: TrainStep) -> TrainStep:
-    train_step.fused_update = FusedUpdate(train_step.optimizer, train_step.ema, use_kernels=False)
+    train_step.choose_update = lambda: FusedUpdate(train_step.optimizer, train_step.ema, use_kernels=False)
     return train_step
 
 
@@ -181,13 +181,14 @@ def test_failed_self_test_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> bool:
         raise RuntimeError("first line\nno compiler")
 
-    fused_update_support.self_test_error.cache_clear()
+    monkeypatch.setattr(fused_update_support, "VERDICTS", {})
     monkeypatch.setattr(fused_update_support, "passes_self_test", fail)
     assert fused_update_support.self_test_error(CPU) == "RuntimeError: no compiler"
-    fused_update_support.self_test_error.cache_clear()
     monkeypatch.setattr(fused_update_support, "passes_self_test", lambda *_: False)
-    assert "differs" in fused_update_support.self_test_error(CPU)
-    fused_update_support.self_test_error.cache_clear()
+    assert "compiler" in fused_update_support.self_test_error(CPU)  # tested once
+    assert "differs" in fused_update_support.find_error("update", CPU)
+    fused_update_support.set_verdict("update", CPU, "")
+    assert fused_update_support.self_test_error(CPU) == ""
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -215,7 +216,7 @@ def test_graph_and_eager_step_give_the_same_bits(is_fused: bool, ema_warmup: boo
         fused = fused if is_fused else None
         options = {"compute_losses": step.compute_losses, "clip_grad": step.max_norm, "ema": step.ema}
         step_class = GraphedTrainStep if is_graphed else TrainStep
-        step = step_class(model, step.optimizer, step.precision, **options, fused_update=fused)  # type: ignore[arg-type]
+        step = step_class(model, step.optimizer, step.precision, **options, choose_update=lambda fused=fused: fused)  # type: ignore[arg-type]
         for i, micro_batch in enumerate(batches):
             torch.cuda.set_sync_debug_mode("default" if is_graphed or i == 0 else "error")
             step([micro_batch], step=i, learning_rate=0.01 * (i + 1))

@@ -73,10 +73,10 @@ class FakeTask(Task):
         nn.init.constant_(model.weight, 1.5)  # type: ignore[arg-type]
         self.calls.append(("pretrained", source, classes))
 
-    def test_kernels(self, config: CfgNode, model: nn.Module, dtype: torch.dtype, meanwhile: Any = None) -> None:  # noqa: ARG002
+    def test_kernels(self, config: CfgNode, model: nn.Module, dtype: torch.dtype, *args: Any) -> None:  # noqa: ARG002
         self.calls.append(("kernels", dtype))
-        if meanwhile:
-            meanwhile()
+        if args:
+            args[0]()
 
     def parameter_groups(self, config: CfgNode, model: nn.Module) -> list[dict[str, Any]]:  # noqa: ARG002
         return parameter_groups(model, 0.0)
