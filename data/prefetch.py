@@ -1,6 +1,7 @@
 """Prefetching of batches to the device, with decoding, augmentation, normalization and random erasing there."""
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -71,6 +72,7 @@ class DeviceLoader:
         self.max_broken = max_broken
         self.broken: set[str] = set()
         self.stage_seconds = np.zeros(len(STAGES))  # of all workers together
+        self.worker_seconds = self.device_seconds = 0.0  # for which the next batch was waited for, by what is late
         self.normalizer = Normalizer(device)
         self.generator = torch.Generator(device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -85,7 +87,9 @@ class DeviceLoader:
         return len(self.dataset)
 
     def advice(self) -> str:
-        """Return what loading the epoch so far took the workers' time, and how it may become faster, for a log line."""
+        """Return what limits loading in the epoch so far, and how it may become faster, for a log line."""
+        if self.dataset.on_device and self.device_seconds > self.worker_seconds:
+            return "loading is limited by the GPU, which decodes beside the steps; set DATA.DECODE_ON cpu"
         slowest = STAGES[int(self.stage_seconds.argmax())]
         transform = self.dataset.transform
         may_augment = self.device.type == "cuda" and getattr(transform, "may_move_to_device", False)
@@ -140,11 +144,15 @@ class DeviceLoader:
     def host_batches(self) -> Iterator[Batch]:
         """Yield the loader's batches that have images, after handling their failures."""
         self.stage_seconds[:] = 0
+        self.worker_seconds = self.device_seconds = 0.0
+        start = time.perf_counter()
         for batch in self.loader:
+            self.worker_seconds += time.perf_counter() - start
             self.stage_seconds += batch.seconds
             self.handle_failures(batch)
             if len(batch.labels):
                 yield batch
+            start = time.perf_counter()
 
     def handle_failures(self, batch: Batch) -> None:
         """Log the images of a batch that could not be used.
@@ -172,12 +180,14 @@ class DeviceLoader:
         Where the device finds a broken JPEG, the batch is loaded again here: decoding all images on the CPU finds the
         name of the broken one, and its replacement, as a worker would.
         """
+        start = time.perf_counter()
         try:
             prepared = future.result()
         except BrokenImageError:
             batch = self.dataset.without_device().__getitems__([SampleKey(*key) for key in batch.keys.tolist()])
             self.handle_failures(batch)
             prepared = executor.submit(self.prepare_ahead, batch).result()
+        self.device_seconds += time.perf_counter() - start
         if prepared.ready is not None:
             wait_for_batch(prepared[:2], prepared.ready)
         return prepared.images, prepared.labels

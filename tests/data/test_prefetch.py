@@ -1,7 +1,9 @@
 """Batches on the device: normalization, erasing, and images that cannot be used."""
 
 import logging
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -101,6 +103,21 @@ def test_advice_names_the_slowest_stage_and_what_is_not_yet_in_use(
     assert slow.advice().partition("; ")[2] == MORE_WORKERS + remedies
     shares = {0.2: "70% decoding, 20% transforming, 10% reading"}
     assert slow.advice().startswith(f"loading is {shares.get(seconds[1], '')}")
+
+
+def test_advice_is_to_decode_elsewhere_where_the_device_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = loader(batch(), batch())
+    late.loader.dataset.on_device = True  # type: ignore[attr-defined]
+    prepare = late.prepare_ahead
+    monkeypatch.setattr(late, "prepare_ahead", lambda batch: (time.sleep(0.02), prepare(batch))[1])
+    monkeypatch.setattr("data.prefetch.SameThread", lambda: ThreadPoolExecutor(1))
+    list(late)
+    assert late.advice().endswith("set DATA.DECODE_ON cpu")
+    late.loader.batches = []  # type: ignore[attr-defined]
+    list(late)
+    late.loader.num_workers = 3
+    late.loader.dataset.transform = SimpleNamespace()  # type: ignore[attr-defined]
+    assert "DATA.DECODE_ON" not in late.advice()
 
 
 @pytest.mark.parametrize("device", DEVICES)

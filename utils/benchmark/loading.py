@@ -95,7 +95,7 @@ def run_loading(task: Task, config: CfgNode, process: Process) -> None:
     for row in rows:
         if isinstance(row, EvaluationRow):
             print(describe(row))
-    if advice := next((row.advice for row in of_training if row.advice), ""):
+    for advice in advice_lines(of_training):
         print(advice)
     with output_errors(folder):
         draw_chart(of_training, folder / "loading.png")
@@ -173,7 +173,7 @@ def training_row(task: Task, run: Run, step: TrainStep, settings: Mapping[str, s
         training=process.num_processes * num_images * count / max(gather_objects(seconds)),
         waiting=waiting,
         stages=run.data.loading_stages(),
-        advice=f"steps waited {waiting:.1%}: {run.data.loading_advice()}" if waiting > MAX_WAIT else "",
+        advice=run.data.loading_advice() if waiting > MAX_WAIT else "",
     )
 
 
@@ -231,6 +231,14 @@ def loading_table(rows: Sequence[LoadingRow]) -> str:
             for row in rows
         ]
     )
+
+
+def advice_lines(rows: Sequence[LoadingRow]) -> Iterator[str]:
+    """Yield a line for each batch size whose fastest row still waits for data."""
+    for batch in dict.fromkeys(row.batch for row in rows):
+        best = max((row for row in rows if row.batch == batch), key=lambda row: row.training)
+        if best.advice:
+            yield f"batch {batch}, {best.name}: steps wait {best.waiting:.1%}: {best.advice}"
 
 
 def draw_chart(rows: Sequence[LoadingRow], path: Path) -> None:

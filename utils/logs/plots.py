@@ -188,7 +188,7 @@ def plot_grouped_bars(
     axis.invert_yaxis()
     axis.margins(x=0.14)
     axis.set_xlabel(axis_label)
-    axis.set_title(title, fontsize=11)
+    figure.suptitle(title, fontsize=10)
     figure.legend(loc="outside lower center", ncols=len(values))
     figure.savefig(path, dpi=100)
     pyplot().close(figure)

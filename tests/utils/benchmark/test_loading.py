@@ -12,7 +12,7 @@ import main
 from config import load_config
 from tests.helpers import make_image_folder
 from utils.benchmark import loading
-from utils.benchmark.loading import LoadingRow, draw_chart, loading_table
+from utils.benchmark.loading import LoadingRow, advice_lines, draw_chart, loading_table
 from utils.distributed.process import Process
 
 CPU = Process(0, 1, torch.device("cpu"))
@@ -66,6 +66,13 @@ def test_the_table_names_what_its_rows_share_once() -> None:
     assert names.split()[:3] == ["batch", "AUGMENT_ON", "DECODE_ON"]
     assert first.split()[:7] == ["128", "gpu", "cpu", "6000", "4700", "4600", "1.2%"]
     assert second.split()[0] == "512"
+
+
+def test_advice_is_for_the_fastest_row_of_a_batch_size() -> None:
+    slow = replace(ROW, training=3000.0, waiting=0.4, advice="augment on the GPU")
+    late = replace(ROW, batch=512, waiting=0.1, advice="use more workers")
+    line = "batch 512, AUGMENT_ON gpu, DECODE_ON cpu: steps wait 10.0%: use more workers"
+    assert list(advice_lines([slow, ROW, late])) == [line]
 
 
 def test_the_chart_has_three_bars_per_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
