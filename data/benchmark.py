@@ -13,39 +13,33 @@ the share of the time that the steps wait, and draws a chart. With your own imag
 """
 
 import argparse
-import cProfile
+import copy
 import io
-import os
-import pstats
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from timm.data import create_transform
-from torch.utils.data import DataLoader, Dataset, default_collate
-from tqdm import tqdm
+from torch.utils.data import DataLoader, Dataset
 from yacs.config import CfgNode
 
 from config import load_config
 from data.augmentation import posterize
-from data.build import eval_loader, train_loader
-from data.dataset import ImageSource, seed_generators
+from data.batch_crops import pack_bytes
+from data.batch_decoding import device_jpeg
+from data.benchmark_tables import BATCH, Pipeline, flat_profile, reading_table, stage_table, worker_table
+from data.build import eval_loader, train_loader, train_transform
+from data.dataset import ImageDataset, keep_batch, seed_generators
 from data.decoding import decode_fast, decode_pillow
 from data.photographs import SIZE, save_photographs
-from data.samplers import TrainSampler
 from data.sources.image_folder import ImageFolder
-from data.sources.zip_folder import ZipFolder
 from utils.config.command_line import Parser, at_least
 
-BATCH = 32
 ROOT = Path(__file__).parents[1]
 
 
@@ -66,6 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.end_to_end:
         return run_end_to_end(args)
     args.images = args.images or 384
+    if args.images < 3 * BATCH:
+        parser.error(
+            f"--images {args.images}: the loaders are measured from their second batch on; at least {3 * BATCH}"
+        )
     torch.set_num_threads(1)  # as in a loader worker
     with tempfile.TemporaryDirectory() as folder:
         mean_bytes = save_photographs(Path(folder), args.images)
@@ -78,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(worker_table(title, pipelines, workers=args.workers, rounds=args.rounds))
         print(reading_table(Path(folder), args.images, args.rounds))
         if args.profile:
-            print(flat_profile(titled["training"]["this"], args.images))
+            for name in ("this", "AUGMENT_ON gpu"):
+                print(name, flat_profile(titled["training"][name], args.images))
     return 0
 
 
@@ -93,48 +92,6 @@ def run_end_to_end(args: argparse.Namespace) -> int:
         command += ["--opts", "BENCHMARK.LOADING", ",".join(map(str, args.batch_sizes)), *args.opts]
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"]
         return subprocess.call([sys.executable, *(launcher if args.processes > 1 else []), *command], cwd=ROOT)
-
-
-class Pipeline:
-    """Named stages from an index to a sample, and a loader that does the same in workers."""
-
-    def __init__(self, stages: Sequence[tuple[str, Callable[[Any], Any]]], loader: DataLoader[Any]) -> None:
-        self.stages = stages
-        self.loader = loader
-
-    def seconds(self, count: int) -> dict[str, float]:
-        """Measure the CPU seconds per image of each stage in this process, and of collating BATCH samples."""
-        totals = dict.fromkeys([*(name for name, _ in self.stages), "collate"], 0.0)
-        samples = []
-        for index in range(count):
-            value: Any = index
-            for name, work in self.stages:
-                start = time.thread_time()
-                value = work(value)
-                totals[name] += time.thread_time() - start
-            samples.append(value)
-            if len(samples) == BATCH:
-                start = time.thread_time()
-                default_collate(samples)
-                totals["collate"] += time.thread_time() - start
-                samples = []
-        return {name: total / count for name, total in totals.items()}
-
-    def images_per_second(self, workers: int) -> float:
-        """Measure the loader with a number of workers, from the second batch on: the first waits for their start."""
-        loader = DataLoader(
-            self.loader.dataset,
-            BATCH,
-            sampler=self.loader.sampler,
-            num_workers=workers,
-            collate_fn=self.loader.collate_fn,
-            drop_last=True,
-        )
-        batches = iter(loader)
-        next(batches)
-        start = time.perf_counter()
-        count = sum(1 for _ in batches)
-        return count * BATCH / (time.perf_counter() - start)
 
 
 class ReferenceDataset(Dataset[Any]):
@@ -171,6 +128,27 @@ def training_pipelines(config: CfgNode) -> dict[str, Pipeline]:
     reference = reference_pipeline(source, names, is_training=True, **settings)
     loader = train_loader(config, source, 0, 1, torch.device("cpu")).loader
     transform: Any = loader.dataset.transform  # type: ignore[attr-defined]
+    pipelines = {"reference": reference, "this": Pipeline(training_stages(source, transform, transform.policy), loader)}
+    transform = train_transform(config, torch.device("cuda"))  # what it leaves to a GPU needs none here
+    loaders = {
+        on_device: DataLoader(
+            ImageDataset(source, transform, config.SEED, on_device=on_device),
+            sampler=loader.sampler,
+            collate_fn=keep_batch,
+        )
+        for on_device in (False, True)
+    }
+    stages = training_stages(source, transform, lambda pixels: (transform.recorded_policy(224, 224), pixels)[1])
+    pipelines["AUGMENT_ON gpu"] = Pipeline(stages, loaders[False])
+    stages = [*stages[:2], ("decode", device_jpeg), ("crop and resize", lambda jpeg: transform(jpeg).pixels)]
+    pipelines["DECODE_ON gpu"] = Pipeline(stages, loaders[True], pack_bytes)
+    return pipelines
+
+
+def training_stages(
+    source: ImageFolder, transform: Any, augment: Callable[[torch.Tensor], torch.Tensor]
+) -> list[tuple[str, Callable[[Any], Any]]]:
+    """Return the stages of this pipeline for images that a worker decodes."""
 
     def seed(data: bytes) -> bytes:
         seed_generators(len(data), len(data), len(data))
@@ -180,14 +158,15 @@ def training_pipelines(config: CfgNode) -> dict[str, Pipeline]:
         transform.draw_erasures()
         return pixels
 
-    stages = [
+    return [
         ("read", source.read),
         ("seed", seed),
         ("decode", decode_fast),
         ("crop and resize", transform.resized_crop),
+        ("flip", transform.flip),
+        ("augment", augment),
+        ("erase", draw_erasures),
     ]
-    stages += [("flip", transform.flip), ("augment", transform.policy), ("erase", draw_erasures)]
-    return {"reference": reference, "this": Pipeline(stages, loader)}
 
 
 def evaluation_pipelines(config: CfgNode) -> dict[str, Pipeline]:
@@ -202,94 +181,14 @@ def evaluation_pipelines(config: CfgNode) -> dict[str, Pipeline]:
         resize = loader.dataset.transform  # type: ignore[attr-defined]
         stages = [("read", source.read), ("decode", decode), ("crop and resize", lambda image, f=resize: f(image)[0])]
         pipelines[name] = Pipeline(stages, loader)
+        if name == "exact":
+            on_gpu: Any = copy.copy(loader.dataset)
+            on_gpu.transform = copy.copy(resize)
+            on_gpu.transform.on_device = True
+            stages = [*stages[:2], ("crop and resize", lambda image, f=on_gpu.transform: f(image).pixels)]
+            changed_loader: DataLoader[Any] = DataLoader(on_gpu, sampler=loader.sampler, collate_fn=keep_batch)
+            pipelines["exact, resized on the GPU"] = Pipeline(stages, changed_loader, pack_bytes)
     return pipelines
-
-
-def stage_table(title: str, pipelines: Mapping[str, Pipeline], *, images: int, rounds: int) -> str:
-    """Return a table of milliseconds per image by stage, and of images per second, on one core."""
-    measured: dict[str, list[dict[str, float]]] = {name: [] for name in pipelines}
-    for _ in tqdm(range(rounds), f"{title}, stages", leave=False, disable=None):
-        for name, pipeline in pipelines.items():
-            measured[name].append(pipeline.seconds(images))
-    stages = list(dict.fromkeys(stage for runs in measured.values() for stage in runs[0]))
-    medians = {
-        name: {stage: 1000 * statistics.median(run[stage] for run in runs) for stage in runs[0]}
-        for name, runs in measured.items()
-    }
-    rows = [[stage, *(f"{of[stage]:.3f}" if stage in of else "" for of in medians.values())] for stage in stages]
-    totals = {name: sum(of.values()) for name, of in medians.items()}
-    rows.append(["total", *(f"{total:.3f}" for total in totals.values())])
-    rows.append(["images/s/core", *(f"{1000 / total:.0f}" for total in totals.values())])
-    rows.append(["ratio", *(f"{totals['reference'] / total:.2f}" for total in totals.values())])
-    return table([f"{title}, ms per image", *pipelines], rows)
-
-
-def worker_table(title: str, pipelines: Mapping[str, Pipeline], *, workers: Sequence[int], rounds: int) -> str:
-    """Return a table of images per second of whole loaders by number of workers; 0 loads in the training process."""
-    rates: dict[tuple[int, str], list[float]] = {(count, name): [] for count in workers for name in pipelines}
-    for _ in tqdm(range(rounds), f"{title}, loaders", leave=False, disable=None):
-        for count, name in rates:
-            rates[count, name].append(pipelines[name].images_per_second(count))
-    medians = {key: statistics.median(values) for key, values in rates.items()}
-    rows = []
-    for count in workers:
-        of = {name: medians[count, name] for name in pipelines}
-        rows.append([str(count), *(f"{rate:.0f} ({rate / of['reference']:.2f})" for rate in of.values())])
-    return table([f"{title}, images/s by workers", *pipelines], rows)
-
-
-def reading_table(root: Path, images: int, rounds: int) -> str:
-    """Return a table of milliseconds to read an encoded image in random order, with a dropped and a warm page cache."""
-    folder = ImageFolder(str(root), "train")
-    with zipfile.ZipFile(root / "train.zip", "w") as archive:
-        for index in range(images):
-            archive.write(folder.name(index), folder.paths[index])
-    (root / "train_map.txt").write_text("".join(f"{folder.paths[index]}\t0\n" for index in range(images)))
-    zipped, cached = ZipFolder(str(root), "train"), ZipFolder(str(root), "train")
-    cached.use_cache(0, 1)
-    sources: dict[str, tuple[ImageSource, list[Path]]] = {
-        "folder": (folder, [Path(folder.name(index)) for index in range(images)]),
-        "zip": (zipped, [zipped.archive]),
-        "zip, cached": (cached, []),
-    }
-    order = TrainSampler(images, rank=0, num_processes=1, seed=0).order(0).tolist()
-    rows = []
-    for name, (source, files) in sources.items():
-        runs: dict[str, list[float]] = {"cold": [], "warm": []}
-        for _ in range(rounds):
-            drop_from_page_cache(files)
-            for state in runs:
-                start = time.perf_counter()
-                for index in order:
-                    source.read(index)
-                runs[state].append((time.perf_counter() - start) / images)
-        cold, warm = (f"{1000 * statistics.median(values):.3f}" for values in runs.values())
-        rows.append([name, cold if files else "", warm])
-    return table(["reading, ms per image", "cold page cache", "warm"], rows)
-
-
-def drop_from_page_cache(files: Sequence[Path]) -> None:
-    for path in files:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def flat_profile(pipeline: Pipeline, images: int) -> str:
-    """Return the functions that take most CPU time, without what they call."""
-    profiler = cProfile.Profile()
-    profiler.runcall(pipeline.seconds, images)
-    text = io.StringIO()
-    pstats.Stats(profiler, stream=text).sort_stats("tottime").print_stats(18)
-    return text.getvalue()
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table with aligned columns."""
-    widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
-    lines = [heads, ["-" * width for width in widths], *rows]
-    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in padded) + "\n"
 
 
 if __name__ == "__main__":

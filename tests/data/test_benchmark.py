@@ -1,4 +1,4 @@
-"""The command that measures loading and training together: the images it makes, and the command it runs."""
+"""The benchmark's command: stages of all pipelines, and of the measurement with training the command that it runs."""
 
 import subprocess
 import sys
@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 import main
-from data import benchmark
+from config import load_config
+from data import benchmark, benchmark_tables
+from data.photographs import save_photographs
 from utils.config import command_line
 
 
@@ -36,3 +38,22 @@ def test_end_to_end_measures_in_the_programs_own_process(
     config = main.load_config(*parsed)
     assert Path(config.OUTPUT) == tmp_path
     assert (config.BENCHMARK.LOADING, config.AUG.MESA) == ("4,16", 0)
+
+
+def test_the_stages_of_each_pipeline_are_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also of what a GPU would be left, which workers prepare without one."""
+    save_photographs(tmp_path, 4, 4)
+    config = load_config("cfgs/mlla_t.yaml", ["DATA.DATA_PATH", str(tmp_path), "DATA.NUM_WORKERS", "0"])
+    monkeypatch.setattr(benchmark_tables, "BATCH", 2)
+    for make, last in ((benchmark.training_pipelines, "DECODE_ON gpu"), (benchmark.evaluation_pipelines, "fast")):
+        pipelines = make(config)
+        seconds = {name: pipeline.seconds(2) for name, pipeline in pipelines.items()}
+        assert list(seconds)[-1] == last
+        assert all(of["decode"] > 0 and of["collate"] > 0 for of in seconds.values())
+        assert all(pipeline.images_per_second(0) > 0 for pipeline in pipelines.values())
+
+
+def test_too_few_images_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(["--images", "40"])
+    assert "at least 96" in capsys.readouterr().err
