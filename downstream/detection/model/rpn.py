@@ -78,11 +78,19 @@ class RPNHead(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return logits (B, N) and deltas (B, N, 4), float32, for maps (B, width, H, W) at strides 4 to 64."""
+        # Both outputs are one product, which reads a map once; tensor cores need a multiple of 8 columns.
+        num_anchors, layers = len(ASPECT_RATIOS), (self.rpn_cls, self.rpn_reg)
+        num_empty = -5 * num_anchors % 8 if maps[0].is_cuda else 0
+        weight = F.pad(torch.cat([layer.weight.flatten(1) for layer in layers]), (0, 0, 0, num_empty))
+        bias = F.pad(torch.cat([layer.bias for layer in layers]), (0, num_empty))  # type: ignore[misc]
         logits, deltas = [], []
         for x in maps:
-            x = F.relu(self.rpn_conv(x))
-            logits.append(self.rpn_cls(x).permute(0, 2, 3, 1).flatten(1).float())  # (B, H * W * 3)
-            deltas.append(self.rpn_reg(x).permute(0, 2, 3, 1).reshape(len(x), -1, 4).float())  # (B, H * W * 3, 4)
+            x = F.relu(self.rpn_conv(x)).permute(0, 2, 3, 1)  # (B, H, W, width)
+            own_logits, own_deltas, _ = F.linear(x, weight, bias).split(
+                (num_anchors, 4 * num_anchors, num_empty), dim=3
+            )
+            logits.append(own_logits.flatten(1).float())  # (B, H * W * 3)
+            deltas.append(own_deltas.reshape(len(x), -1, 4).float())  # (B, H * W * 3, 4)
         return torch.cat(logits, 1), torch.cat(deltas, 1)
 
     def with_anchors(self, maps: Sequence[Tensor], logits: Tensor, deltas: Tensor) -> Predictions:
