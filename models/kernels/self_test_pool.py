@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the main process decides what they do
 TIMEOUT_SECONDS = 600.0
+NICENESS = 10  # the main process, which compiles meanwhile, takes longer and goes first where cores are few
 SERVER: Any = forkserver._forkserver  # type: ignore[attr-defined]
 IMPORTED = [f"{__package__}.problems", __name__]  # by the server
 SERVER_VARIABLES = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # torch.cuda.is_available without a CUDA context
@@ -151,6 +152,7 @@ def start_worker(reader: Connection, device: torch.device) -> None:
     """Let this worker end with its parent, and make its CUDA context, without which no case can be solved."""
     threading.Thread(target=end_with_parent, args=(reader,), daemon=True).start()
     torch.set_num_threads(1)
+    os.nice(NICENESS)
     if device.type == "cuda":
         torch.cuda.set_device(torch.zeros(1, device=device).device)  # `device` may have no index
 

@@ -1,5 +1,6 @@
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torchvision
 
 from data.errors import BrokenImageError, DataError
+from data.sources.file_tree import find_files
 from data.sources.image_folder import ImageFolder
 from data.sources.string_table import StringTable
 from tests.helpers import make_image_folder
@@ -134,3 +136,19 @@ def test_string_table() -> None:
     assert [table[index] for index in range(5)] == names
     assert [table[np.int64(index)] for index in range(5)] == names
     assert len(StringTable([])) == 0
+
+
+def test_folders_are_listed_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On network storage each takes milliseconds, and ImageNet has a thousand."""
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        (tmp_path / "train" / name / "0.png").touch()
+    barrier, scandir = threading.Barrier(2), os.scandir
+
+    def wait_for_another(path: str) -> Any:
+        if path[-1] in "ab":
+            barrier.wait(10)
+        return scandir(path)
+
+    monkeypatch.setattr("data.sources.file_tree.os.scandir", wait_for_another)
+    assert find_files(tmp_path / "train", (".png",)).paths == ["a/0.png", "b/0.png"]
