@@ -8,8 +8,17 @@ import pytest
 import torch
 from faster_coco_eval import mask as rle
 
-from downstream.detection.metrics import METRICS, CocoEvaluator, coco_results, metrics_table, write_results
+from downstream.detection.metrics import (
+    METRICS,
+    CocoEvaluator,
+    coco_results,
+    encode_masks,
+    metrics_table,
+    run_lengths,
+    write_results,
+)
 from downstream.detection.model.structures import Detections
+from tests.utils.speed.test_shape_graphs import DEVICES
 
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 17, "name": "dog"}, {"id": 90, "name": "never there"}]
 HEIGHT, WIDTH = 240, 320
@@ -22,9 +31,24 @@ def ellipse(rng: np.random.Generator) -> np.ndarray:
     return ((ys - center[0]) / radius[0]) ** 2 + ((xs - center[1]) / radius[1]) ** 2 <= 1
 
 
-def run_lengths(mask: np.ndarray) -> dict[str, Any]:
+def encoded(mask: np.ndarray) -> dict[str, Any]:
     encoded = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": encoded["size"], "counts": encoded["counts"].decode()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_run_lengths_are_found_on_the_device(device: str) -> None:
+    """Of empty, full and random masks, and of single pixels in both corners."""
+    torch.manual_seed(0)
+    masks = torch.rand(5, 7, 9) < 0.5
+    masks[0], masks[1], masks[2:4] = False, True, False
+    masks[2, 0, 0] = masks[3, -1, -1] = True
+    expected = encode_masks(masks)
+    assert [sum(runs[1::2]) for runs in run_lengths(masks.to(device))] == masks.sum(dim=(1, 2)).tolist()
+    codes = [rle.frPyObjects({"size": [7, 9], "counts": runs}, 7, 9) for runs in run_lengths(masks.to(device))]
+    assert [code["counts"].decode() for code in codes] == [item["counts"] for item in expected]
+    assert encode_masks(masks.to(device)) == expected
+    assert run_lengths(masks[:0].to(device)) == []
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +59,7 @@ def truth_and_results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, l
     for image_id in range(1, 13):
         for _ in range(int(rng.integers(0, 9))):
             mask = ellipse(rng)
-            code = run_lengths(mask)
+            code = encoded(mask)
             category = int(rng.choice([3, 17]))
             annotations.append(
                 {
@@ -49,7 +73,7 @@ def truth_and_results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, l
                 }
             )
             for _ in range(int(rng.integers(0, 3))):
-                moved = run_lengths(np.roll(mask, rng.integers(-6, 7, 2), axis=(0, 1)))
+                moved = encoded(np.roll(mask, rng.integers(-6, 7, 2), axis=(0, 1)))
                 results.append(
                     {
                         "image_id": image_id,
