@@ -41,12 +41,17 @@ class FixedShapeLosses(DenseLosses):
 
 
 class DenseTask(Task):
-    """A dense prediction task, whose model has a `backbone`."""
+    """A dense prediction task, whose model has a `backbone`.
+
+    Attributes:
+        kernels: names of its own kernels, for the self-test.
+    """
 
     lr_batch_size = 16  # two images on each of 8 GPUs
     ema_batch_size = 16
     compiled_module = "backbone"
     losses_class = DenseLosses
+    kernels: Sequence[str] = ()
     smaller_images = "lower the image sizes, AUG.* and TEST.*"
     user_errors = (UserError, KernelsUnavailableError)
 
@@ -67,6 +72,7 @@ class DenseTask(Task):
         others: Sequence[str] = (),
     ) -> None:
         uses = model_uses(config, next(model.parameters()).device)
+        others = [*others, *self.kernels] if others else []  # where the model is trained
         # Grids of larger images are in the same class.
         run_self_test(model, dtype, image_size=512, uses=uses, meanwhile=meanwhile, others=others)
 

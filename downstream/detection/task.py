@@ -16,6 +16,7 @@ from downstream.detection.data.dataset import Batch, collate
 from downstream.detection.data.transforms import normalize
 from downstream.detection.metrics import CocoEvaluator, Result, coco_results, metrics_table, write_results
 from downstream.detection.model.flops import HEIGHT, MASKS, PROPOSALS, PUBLISHED, WIDTH, profile_detector
+from downstream.detection.model.kernel_dispatch import KERNELS
 from downstream.detection.model.mask_rcnn import MaskRCNN
 from downstream.detection.model.masks import paste_masks
 from downstream.detection.model.structures import Frame, Target
@@ -81,6 +82,7 @@ class Detection(DenseTask):
     )
 
     losses_class = DetectionLosses
+    kernels = KERNELS
     auto_training_mode = GRAPHS  # a compilation for each new image size would outlast many runs
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from downstream.detection.model import pooling
+from downstream.detection.model import kernel_dispatch, pooling
 from downstream.detection.model.kernel_dispatch import kernel_works, passes
 from downstream.detection.model.matching import check_matching
 from downstream.detection.model.nms import check_suppressing
@@ -87,6 +87,19 @@ def test_a_kernel_that_fails_its_check_falls_back_with_one_line(
     passes.cache_clear()
     (line,) = [line for line in caplog.messages if "values differ" in line]
     assert line.startswith("Triton kernels: falls back to eager PyTorch: ")
+
+
+@pytest.mark.parametrize("name", kernel_dispatch.KERNELS)
+@pytest.mark.parametrize("error", ["", "no compiler"])
+def test_verdicts_from_other_processes_count(name: str, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_dispatch, "VERDICTS", {})
+    monkeypatch.setattr(kernel_dispatch, "failure", lambda check, _: f"{check.__name__} was called")
+    kernel, gpu = name.partition(":")[2], torch.device("cuda", 98)  # no other test asks about it
+    passes.cache_clear()
+    kernel_dispatch.set_verdict(kernel, gpu, error)
+    assert kernel_dispatch.find_error(kernel, gpu) == f"check_{kernel} was called"
+    assert passes(kernel_dispatch.check_of(kernel), gpu) == (error == "")
+    passes.cache_clear()
 
 
 def test_deterministic_algorithms_leave_the_sums_to_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:

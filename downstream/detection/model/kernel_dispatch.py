@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from data.kernel_dispatch import failure
 from models.kernels.dispatch import can_run, log_fallback_once
 
 Check = Callable[[torch.device], Tensor]
+VERDICTS: dict[tuple[Check, torch.device], str] = {}  # from other processes: how a kernel fails its check, or ""
+MODULES = {"matching": "matching", "pooling": "pooling", "suppressing": "nms"}  # of a kernel's check, check_<name>
+KERNELS = tuple(f"{__name__}:{name}" for name in MODULES)  # their names for the self-test at set-up
 
 
 def kernel_works(kernels: str, x: Tensor, check: Check) -> bool:
@@ -29,7 +33,21 @@ def kernel_works(kernels: str, x: Tensor, check: Check) -> bool:
 @lru_cache
 def passes(check: Check, device: torch.device) -> bool:
     """Return whether a kernel runs on a device and passes its check; else log why not."""
-    reason = failure(check, device)
+    reason = VERDICTS[check, device] if (check, device) in VERDICTS else failure(check, device)
     if reason:
         log_fallback_once(f"{check.__name__.removeprefix('check_')} in the detector: {reason}"[:300])
     return not reason
+
+
+def find_error(name: str, device: torch.device) -> str:
+    """Return what is wrong with one of the kernels in MODULES, or an empty string."""
+    return failure(check_of(name), device)
+
+
+def set_verdict(name: str, device: torch.device, error: str) -> None:
+    """Take the result of `find_error` from elsewhere, such as another process."""
+    VERDICTS[check_of(name), device] = error
+
+
+def check_of(name: str) -> Check:
+    return getattr(import_module(f"{__package__}.{MODULES[name]}"), f"check_{name}")
