@@ -81,10 +81,11 @@ def few_steps_warning(config: Any, derived: Derived, *, num_processes: int, num_
     batch_size = 2 ** int(math.log2(max(1, num_train_images / (FEWEST_STEPS * num_processes))))
     if not is_one_pass or derived.steps_per_epoch >= FEWEST_STEPS or batch_size * num_processes >= images_per_step:
         return ""
+    steps = "1 step" if derived.steps_per_epoch == 1 else f"{derived.steps_per_epoch} steps"
     accumulation = " --opts TRAIN.ACCUMULATION_STEPS 1" if config.TRAIN.ACCUMULATION_STEPS > 1 else ""
     return (
-        f"{num_train_images} training images at {images_per_step} per step make {derived.steps_per_epoch} steps per "
-        f"epoch, which teach little; --batch-size {batch_size}{accumulation} makes "
+        f"{num_train_images} training images at {images_per_step} per step make {steps} per epoch, which teach little; "
+        f"--batch-size {batch_size}{accumulation} makes "
         f"{num_train_images // (batch_size * num_processes)}, and the learning rate follows"
     )
 
