@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TABLES = (".json", ".csv")
-MAX_NAME_LENGTH = 40  # characters of a file or class name in the text
+MAX_NAME_LENGTH = 40  # characters of a class name in the text, and of the column of files
 
 
 class Prediction(NamedTuple):
@@ -19,10 +19,10 @@ class Prediction(NamedTuple):
 
 
 def format_table(predictions: Sequence[Prediction]) -> str:
-    """Format one line per image: its file and most likely classes."""
+    """Format one line per image: its file, in full, and its most likely classes; longer names are not aligned."""
     width = min(MAX_NAME_LENGTH, max(len(prediction.file) for prediction in predictions))
     return "\n".join(
-        f"{prediction.file[-width:]:{width}}  "
+        f"{prediction.file:{width}}  "
         + "  ".join(
             f"{name.split(',')[0][:MAX_NAME_LENGTH]} {100 * probability:.1f}%"
             for name, probability in zip(prediction.classes, prediction.probabilities, strict=True)
