@@ -1,6 +1,7 @@
 """JPEGs that the device decodes, against those that workers decode; on a CPU as a stand-in for the GPU."""
 
 import random
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -148,11 +149,18 @@ def loader(folder: Path, *opts: str, decode_on: str, workers: int = 0, device: t
     return DeviceLoader(batches, device, skip_broken=config.DATA.ON_ERROR == "skip")
 
 
-@pytest.mark.parametrize("kind", ["folder", "zip", "wds"])
-def test_draws_do_not_depend_on_where_images_are_decoded(image_folder: Path, tmp_path: Path, kind: str) -> None:
-    opts = {"folder": (), "zip": ("DATA.ZIP_MODE", "True"), "wds": ("DATA.DATASET", "wds/shards")}[kind]
+@pytest.mark.parametrize("kind", ["folder", "zip", "wds", "hfds"])
+def test_draws_do_not_depend_on_where_images_are_decoded(
+    image_folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opts = {"zip": ("DATA.ZIP_MODE", "True"), "wds": ("DATA.DATASET", "wds/shards")}.get(kind, ())
     if kind == "zip":
         assert make_zip.main([str(image_folder), str(tmp_path)]) == 0
+    elif kind == "hfds":
+        library = pytest.importorskip("datasets")
+        monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        shutil.copytree(image_folder / "train", tmp_path / "images" / "train")
+        opts = ("DATA.DATASET", "hfds/images")
     elif kind == "wds":
         write_shards(tmp_path / "shards" / "train", "shard")
     folder = image_folder if kind == "folder" else tmp_path
