@@ -137,7 +137,8 @@ def shift_rows(image: Image.Image, shifts: np.ndarray, fill: Color, resample: Fi
         shifted.addcmul_(taps[:, offset : offset + width], weight[:, None, None])
     values = shifted.clamp_(0, 255).to(torch.uint8).numpy()  # truncated, not rounded, as in Pillow
     positions = np.arange(width) + 0.5 + shifts[:, None]  # (H, W)
-    values[(positions < 0) | (positions >= width)] = fill
+    whole_pixels = values.view("V3")[..., 0]  # (H, W), of three bytes each, which NumPy fills several times faster
+    whole_pixels[(positions < 0) | (positions >= width)] = np.array(fill, dtype=np.uint8).view("V3")[0]
     return Image.fromarray(values)
 
 

@@ -15,6 +15,7 @@ the share of the time that the steps wait, and draws a chart. With your own imag
 import argparse
 import copy
 import io
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -149,9 +150,11 @@ def training_stages(
     source: ImageFolder, transform: Any, augment: Callable[[torch.Tensor], torch.Tensor]
 ) -> list[tuple[str, Callable[[Any], Any]]]:
     """Return the stages of this pipeline for images that a worker decodes."""
+    numbers = itertools.count()  # other draws for each image, as in training
 
     def seed(data: bytes) -> bytes:
-        seed_generators(len(data), len(data), len(data))
+        number = next(numbers)
+        seed_generators(number, number, number)
         return data
 
     def draw_erasures(pixels: torch.Tensor) -> torch.Tensor:
