@@ -66,7 +66,7 @@ def test_warmup_of_the_ema_in_runs_too_short_for_its_decay(
     [
         (1280, (), 1, ""),
         (300, (), 1, "300 training images at 128 per step make 2 steps per epoch, .* --batch-size 16 makes 18, "),
-        (300, ("TRAIN.ACCUMULATION_STEPS", "2"), 1, "make 1 steps.* --batch-size 16 --opts .*STEPS 1 makes 18, "),
+        (300, ("TRAIN.ACCUMULATION_STEPS", "2"), 1, "make 1 step .* --batch-size 16 --opts .*STEPS 1 makes 18, "),
         (1500, (), 8, "make 1 step per epoch, .* --batch-size 16 makes 11, "),
         (8, ("DATA.BATCH_SIZE", "2", "AUG.MIXUP", "0", "AUG.CUTMIX", "0"), 1, "--batch-size 1 makes 8"),
         (4, ("DATA.BATCH_SIZE", "1", "AUG.MIXUP", "0", "AUG.CUTMIX", "0"), 1, ""),  # nothing to propose
