@@ -9,7 +9,7 @@ from torchvision.ops import batched_nms
 
 from downstream.detection.model.boxes import BOX_HEAD_STDS, decode, encode
 from downstream.detection.model.fpn import NamedConv
-from downstream.detection.model.masks import mask_targets
+from downstream.detection.model.masks import MASK_SIZE, mask_targets
 from downstream.detection.model.matching import ROI_THRESHOLDS, UNUSED, Sample, assign_images, sample
 from downstream.detection.model.pooling import STRIDES, pool_regions
 from downstream.detection.model.rpn import Proposals
@@ -142,6 +142,7 @@ class RoIHead(nn.Module):
         The only host sync of the losses, to count the positives: the head is too costly for empty slots.
         """
         slots = boxes.shape[1]
+        expected = self.expected_masks(boxes, chosen, masks)  # before the host waits, so that the device has work
         counts = chosen.is_positive.sum(dim=1).tolist()  # positives come first
         is_empty = not sum(counts)
         if is_empty:
@@ -152,12 +153,18 @@ class RoIHead(nn.Module):
         logits = self.mask_head(pool_regions(maps, regions, images, MASK_GRID, kernels=self.kernels))
         if is_empty:
             return logits.sum() * 0
-        with torch.no_grad():
-            gt_indices = chosen.gt_indices.flatten()[places]
-            parts = zip(masks, regions.split(counts), gt_indices.split(counts), strict=True)
-            expected = torch.cat([mask_targets(*part) for part in parts if len(part[1])])  # (R, 28, 28)
         own_logits = logits[torch.arange(len(places), device=boxes.device), classes[places]]  # (R, 28, 28)
-        return F.binary_cross_entropy_with_logits(own_logits, expected)
+        return F.binary_cross_entropy_with_logits(own_logits, expected[images, places % slots])
+
+    @torch.no_grad()
+    def expected_masks(self, boxes: Tensor, chosen: Sample, masks: Sequence[Tensor]) -> Tensor:
+        """Return the mask head's targets for as many slots as may be positive: (B, slots, 28, 28), 0 for negatives."""
+        most = min(int(self.samples_per_image * POSITIVE_FRACTION), boxes.shape[1])
+        boxes = torch.where(chosen.is_positive[..., None], boxes, 0)[:, :most]  # without area, which costs nothing
+        parts = zip(masks, boxes, chosen.gt_indices[:, :most], strict=True)
+        return torch.stack(
+            [mask_targets(*part) if len(part[0]) else boxes.new_zeros(most, MASK_SIZE, MASK_SIZE) for part in parts]
+        )
 
     def classify(self, maps: Sequence[Tensor], proposals: Proposals, limits: Tensor) -> tuple[Tensor, Tensor]:
         """Return boxes (B, P, classes, 4), within `limits` (B, 4), and scores (B, P, classes), 0 in empty slots."""
