@@ -150,10 +150,8 @@ class PoolRegions(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        maps = [
-            torch.zeros(shape, device=gradient.device).contiguous(memory_format=torch.channels_last)
-            for shape in ctx.shapes
-        ]
+        options: Any = {"dtype": torch.float32, "device": gradient.device, "memory_format": torch.channels_last}
+        maps = [torch.empty(shape, **options).zero_() for shape in ctx.shapes]
         launch(gradient, maps, *ctx.saved_tensors, is_backward=True)
         return (None, None, None, None, *(x.to(gradient.dtype) for x in maps))
 
