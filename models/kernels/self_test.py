@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 
@@ -63,7 +64,9 @@ def expect_self_test(mode: str, device: torch.device) -> None:
     dispatch.check_mode(mode, device)
     is_tested = mode == "auto" and verdicts.local_rank() == 0 and not dispatch.missing_triton(device.type)
     if is_tested and verdicts.describe(device) not in verdicts.read_file():
-        start_server()
+        verdicts.fix_triton_cache_dir()  # which the workers inherit from the server
+        with suppress(OSError):  # the self-test tries again
+            start_server()
 
 
 def run_self_test(

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import active_children, current_process, forkserver, get_context, resource_tracker
 from multiprocessing.connection import Connection
@@ -60,10 +60,10 @@ def passed_in_workers(
     try:
         start_server()
         work("forkserver", meanwhile)
-    except BrokenProcessPool:
-        if passed or device.type != "cuda":
+    except (BrokenProcessPool, OSError, EOFError) as error:
+        if isinstance(error, TimeoutError) or passed or device.type != "cuda":
             raise
-        work("spawn", lambda: None)  # in case that a library has made a CUDA context in the server
+        work("spawn", lambda: None)  # a library may have made a CUDA context in the server, or the server has died
     finally:
         stop_server()
     return passed
@@ -87,8 +87,9 @@ def stop_server() -> None:
     """End the server, whose forks have ended, if `start_server` has started it."""
     if SERVER._preload_modules is IMPORTED and SERVER._forkserver_pid is not None:
         address = SERVER._forkserver_address
-        os.kill(SERVER._forkserver_pid, signal.SIGKILL)  # it may still import
-        SERVER._stop()
+        with suppress(OSError):
+            os.kill(SERVER._forkserver_pid, signal.SIGKILL)  # it may still import
+            SERVER._stop()
         shutil.rmtree(Path(address).parent, ignore_errors=True)
 
 

@@ -84,9 +84,18 @@ def test_workers_of_an_unguarded_script_end_with_it(tmp_path: Path) -> None:
     assert not worker.exists() or "\nState:\tZ" in (worker / "status").read_text()
 
 
-@pytest.mark.parametrize("passed", [set(), {1}])
-def test_where_forks_cannot_use_the_gpu_workers_are_spawned(passed: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server with a CUDA context, unlike a worker that dies later."""
+@pytest.mark.parametrize(
+    ("error", "passed", "is_repeated"),
+    [
+        (BrokenProcessPool, set(), True),
+        (EOFError, set(), True),
+        (BrokenProcessPool, {1}, False),  # it died while it worked
+        (TimeoutError, set(), False),
+    ],
+)
+def test_where_forks_cannot_use_the_gpu_workers_are_spawned(
+    error: type[Exception], passed: set[int], is_repeated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     methods: list[str] = []
 
     def add(found: set[int], _: object, cases: list[int], method: str, meanwhile: Any, **__: Any) -> None:
@@ -94,13 +103,13 @@ def test_where_forks_cannot_use_the_gpu_workers_are_spawned(passed: set[int], mo
         meanwhile()
         found |= passed if method == "forkserver" else set(cases)
         if method == "forkserver":
-            raise BrokenProcessPool
+            raise error
 
     monkeypatch.setattr(self_test_pool, "add_passed", add)
     monkeypatch.setattr(self_test_pool, "start_server", lambda: None)
     calls: list[int] = []
     settings = {"num_workers": 2, "advance": int, "meanwhile": lambda: calls.append(1)}
-    with pytest.raises(BrokenProcessPool) if passed else nullcontext():
+    with nullcontext() if is_repeated else pytest.raises(error):
         assert passed_in_workers(str, [1, 2], device=torch.device("cuda"), **settings) == {1, 2}
-    assert methods == ["forkserver"] if passed else ["forkserver", "spawn"]
+    assert methods == ["forkserver", "spawn"][: 1 + is_repeated]
     assert calls == [1]
