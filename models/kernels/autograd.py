@@ -115,10 +115,7 @@ class MlpBranch(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, residual, hidden, scale, cpe, norm, norm_bias, widen, widen_bias, narrow = ctx.saved_tensors
         if hidden is None:
-            normed = F.layer_norm(residual.float(), norm.shape, norm.float(), norm_bias.float(), ctx.eps).to(
-                residual.dtype
-            )
-            hidden = linear_again(normed, widen, widen_bias)
+            hidden = linear_again(ops.layer_norm(residual, norm, norm_bias, ctx.eps), widen, widen_bias)
         grad = grad.contiguous()
         grad_hidden, scaled_active, widen_bias_parts = ops.gelu_backward(input_gradient(grad, narrow), scale, hidden)
         grad_narrow = weight_gradient(grad, scaled_active, narrow)

@@ -40,6 +40,12 @@ def conv_norm(
     return depthwise.conv_norm_forward(x, weight, bias, norm_weight, norm_bias, eps, later_bias)
 
 
+@torch.library.custom_op("mlla::norm", mutates_args=())
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Return LayerNorm(x), x (B, H, W, C), in the dtype of x."""
+    return norm.norm_forward(x, weight, bias, eps)
+
+
 @torch.library.custom_op("mlla::norm_backward", mutates_args=())
 def norm_backward(
     grad: Tensor, x: Tensor, residual_grad: Tensor, scale: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
@@ -166,6 +172,11 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
 @conv_norm.register_fake
 def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return empty(x), empty(x)
+
+
+@layer_norm.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return empty(x)
 
 
 @norm_backward.register_fake

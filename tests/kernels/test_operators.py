@@ -26,6 +26,8 @@ def check(operator: Any, *args: Any) -> Any:
 def test_convolutions_and_norm(draw: Any) -> None:
     x, taps, bias = draw(1, 4, 6, 32), draw(32, 1, 3, 3), draw(32)
     check(ops.conv_norm, x, taps, bias, bias, bias, 1e-5)
+    found = check(ops.layer_norm, x, bias, bias, 1e-5)
+    torch.testing.assert_close(found, torch.nn.functional.layer_norm(x, (32,), bias, bias))
     check(ops.norm_backward, x, x, x, draw(1, 1, 1, 1), bias, bias, 1e-5)
     check(ops.conv_silu, x, taps, bias, True)
     check(ops.conv_silu, x, taps, bias, False)

@@ -1,4 +1,4 @@
-"""Triton kernel for the gradient of LayerNorm over the channels of tokens, with the residual's gradient added.
+"""Triton kernels for LayerNorm over the channels of tokens, and its gradient with the residual's gradient added.
 
 Eager reference: autograd of F.layer_norm.
 """
@@ -14,6 +14,41 @@ from models.kernels.triton.sums import empty_parts
 
 MAX_REGISTERS = 128  # of a thread: all programs fit on the multiprocessors at once, PROGRAMS of 4 warps on each
 PROGRAMS = 4
+
+
+@triton.jit
+def norm_kernel(
+    x, norm_weight, norm_bias, out, num_tokens, channels, eps,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Store out = LayerNorm(x)."""
+    channel = tl.arange(0, BLOCK_CHANNELS)[None, :]
+    token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
+    channel_ok = channel < channels
+    index, ok = token * channels + channel, (token < num_tokens) & channel_ok
+    scale = tl.load(norm_weight + channel, mask=channel_ok, other=0.0).to(tl.float32)
+    shift = tl.load(norm_bias + channel, mask=channel_ok, other=0.0).to(tl.float32)
+    value = tl.load(x + index, mask=ok, other=0.0).to(tl.float32)
+    mean = tl.sum(value, axis=1, keep_dims=True) / channels
+    centered = tl.where(channel_ok, value - mean, 0.0)
+    inverse = tl.rsqrt(tl.sum(centered * centered, axis=1, keep_dims=True) / channels + eps)
+    tl.store(out + index, (centered * inverse * scale + shift).to(out.dtype.element_ty), mask=ok)
+
+
+@on_its_device
+def norm_forward(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float) -> Tensor:
+    """Return LayerNorm(x) of x (B, H, W, C)."""
+    x, channels = x.contiguous(), x.shape[-1]
+    out, num_tokens = torch.empty_like(x), x.numel() // channels
+    block = triton.next_power_of_2(channels)
+    tokens = max(1, 2048 // block)
+    norm_kernel[(triton.cdiv(num_tokens, tokens),)](
+        *(x, norm_weight, norm_bias, out, num_tokens, channels, eps),
+        BLOCK_TOKENS=tokens,
+        BLOCK_CHANNELS=block,
+        num_warps=4,
+    )
+    return out
 
 
 @triton.jit(do_not_specialize=["tokens_per_image"])
