@@ -83,6 +83,11 @@ def released_name(source: str) -> str:
     return next((short for short, model in RELEASED.items() if name in (short, model.replace("_", "-"))), "")
 
 
+def nearest_released_name(source: str) -> str:
+    """Return the name of released weights that a source is most like, such as mlla-t for mllat; "" if of none."""
+    return next(iter(difflib.get_close_matches(source.lower(), RELEASED, n=1, cutoff=0.8)), "")
+
+
 def is_timm_model(name: str) -> bool:
     """Return whether timm has a model of this name, and weights with its tag, as in resnet18.a1_in1k."""
     try:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from utils.checkpoint.download import cache_folder, local_file
+from utils.checkpoint.download import cache_folder, local_file, nearest_released_name
 from utils.checkpoint.plain_content import ContentError, plain_content
 from utils.checkpoint.unpickler import RefusedObjectError, pickle_module
 from utils.config.errors import UserError
@@ -69,7 +69,9 @@ def read_file(path: Path, *, tolerant: bool) -> dict[str, Any]:
         with path.open("rb") as file:
             content = read_any(path, file, tolerant=tolerant)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{path}: no such checkpoint file") from error
+        near = nearest_released_name(str(path))
+        hint = f"; did you mean {near}, the released weights?" if near else ""
+        raise CheckpointError(f"{path}: no such checkpoint file{hint}") from error
     except IsADirectoryError as error:
         raise CheckpointError(f"{path}: is a folder; name a checkpoint file in it") from error
     except OSError as error:

@@ -52,8 +52,10 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes, message: str) -
 
 
 def test_missing_files_and_other_content(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such checkpoint file"):
+    with pytest.raises(CheckpointError, match=r"no such checkpoint file$"):
         load_checkpoint(tmp_path / "none.pth")
+    with pytest.raises(CheckpointError, match=r"^mllat: no such .*; did you mean mlla-t, the released weights\?$"):
+        load_checkpoint("mllat")
     with pytest.raises(CheckpointError, match="is a folder"):
         load_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="cannot be read: File name too long"):
