@@ -24,6 +24,7 @@ from utils.config.command_line import Parser, at_least, report_user_errors
 from utils.config.errors import UserError, file_errors
 from utils.config.schema import with_setting
 from utils.distributed.process import Process
+from utils.logs.plots import plot_bars
 from utils.speed.compile import compile_regions, resolve_inference_mode, uses_graphs
 from utils.speed.inference_graphs import InferenceGraphs
 from utils.speed.memory import peak_memory_mib
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="approximate length of each measurement")
     parser.add_argument("--amp", action="store_true", help="mixed precision")
     parser.add_argument("--compile", action="store_true", help="also with a compiled backbone, except torchvision's")
-    parser.add_argument("--output", type=Path, help="file for the table")
+    parser.add_argument("--output", type=Path, help="file for the table; the same name with .png: chart")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = make_precision(device, amp=args.amp, dtype="auto")
@@ -74,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
+    rows: list[Row] = []
     for name in args.models:
         with report_user_errors():
             bench = Bench(name, (args.height, args.width), device, precision, args.seconds)
@@ -83,13 +85,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             jobs = [(bench.train, n) for n in args.train_batches] + [(bench.detect, n) for n in args.test_batches]
             for job, batch in jobs:
                 with report_user_errors((MissingCompilerError,)), explain_missing_compiler("--compile"):
-                    lines.append(line_of(job(batch)))
-                print(lines[-1], flush=True)
+                    rows.append(job(batch))
+                print(line_of(rows[-1]), flush=True)
     if args.output:
         with report_user_errors(), file_errors(UserError, args.output, "written"):
             args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text("\n".join(lines) + "\n")
+            args.output.write_text("\n".join([*lines, *map(line_of, rows)]) + "\n")
+            draw_bars(rows, args.output.with_suffix(".png"), title=lines[0])
     return 0
+
+
+def draw_bars(rows: Sequence[Row], path: Path, *, title: str) -> None:
+    """Draw the images per second of each kind of work, MLLA's in blue."""
+    rows = sorted(rows, key=lambda row: (row.mode, row.batch))
+    plot_bars(
+        [f"{row.mode}, batch {row.batch}: {row.model}" for row in rows],
+        [row.images_per_second for row in rows],
+        colors=["tab:blue" if row.model.startswith("mlla") else "tab:gray" for row in rows],
+        axis_label="images per second",
+        title=f"Mask R-CNN, {title}",
+        path=path,
+    )
 
 
 def line_of(row: Row) -> str:

@@ -23,6 +23,7 @@ from utils.config.command_line import Parser, at_least, report_user_errors
 from utils.config.errors import UserError, file_errors
 from utils.config.schema import with_setting
 from utils.distributed.process import Process
+from utils.logs.plots import plot_bars
 from utils.speed.compile import GRAPHS, INDUCTOR_MODES
 from utils.speed.memory import peak_memory_mib
 from utils.training.amp import Precision, make_precision
@@ -76,13 +77,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.backends.cudnn.benchmark = True
         measures = [Measure("train", batch, tuple(args.train_size)) for batch in args.train_batches]
         measures.append(Measure("infer", 1, tuple(args.test_size)))
+        all_rows: list[Row] = []
         for measure in measures:
             with explain_missing_compiler("--compile"):
                 rows = compare(measure, args, device, make_precision(device, amp=args.amp, dtype=config.AMP_DTYPE))
             print(table(rows), flush=True)
+            all_rows += rows
             if args.output is not None:
                 with file_errors(UserError, args.output, "written"), args.output.open("a") as file:
                     file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+        if args.output is not None:
+            with file_errors(UserError, args.output, "written"):
+                draw_bars(all_rows, args.output.with_suffix(".png"))
     return 0
 
 
@@ -112,7 +118,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compile", choices=COMPILE_MODES, default=GRAPHS, help="TRAIN.COMPILE and TEST.COMPILE; %(default)s"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="append the rows, one JSON object a line")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="append the rows, one JSON object a line; chart: .png"
+    )
     return parser.parse_args(argv)
 
 
@@ -175,6 +183,19 @@ def infer(model: nn.Module, images: Tensor, precision: Precision) -> None:
 
 def train(step: TrainStep, images: Tensor, labels: Tensor) -> None:
     step([(images, labels)], step=0, learning_rate=1e-6)
+
+
+def draw_bars(rows: Sequence[Row], path: Path) -> None:
+    """Draw the images per second of each kind of work, MLLA's in blue."""
+    first = rows[0]
+    plot_bars(
+        [f"{row.task}, {row.height}x{row.width}, batch {row.batch}: {row.backbone}" for row in rows],
+        [row.images_per_second for row in rows],
+        colors=["tab:blue" if row.backbone == "mlla" else "tab:gray" for row in rows],
+        axis_label="images per second",
+        title=f"UperNet, {first.chip}, torch {first.torch}, {first.precision}",
+        path=path,
+    )
 
 
 def table(rows: Sequence[Row]) -> str:

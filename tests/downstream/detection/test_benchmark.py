@@ -34,6 +34,7 @@ def test_a_row_for_each_measurement(tmp_path: Path, capsys: pytest.CaptureFixtur
     (note,) = {row[6].removesuffix(" |") for row in rows if row[1] == "inference"}
     assert int(note.removesuffix(" detections per image")) > 0
     assert table.read_text() == capsys.readouterr().out
+    assert table.with_suffix(".png").stat().st_size > 10_000
 
 
 def test_unknown_models(capsys: pytest.CaptureFixture[str]) -> None:

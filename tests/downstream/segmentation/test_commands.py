@@ -126,6 +126,7 @@ def test_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows[0]["ratio"] == rows[2]["ratio"] == 1
     assert rows[1]["ratio"] == pytest.approx(rows[1]["images_per_second"] / rows[0]["images_per_second"])
     assert "timm:test_convnext" in capsys.readouterr().out
+    assert (tmp_path / "rows.png").stat().st_size > 10_000
 
 
 def test_make_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
