@@ -39,9 +39,13 @@ class BoxHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
-        x = regions.flatten(1)  # (R, width * 49)
-        for layer in self.shared_fcs:
-            x = F.relu(layer(x))
+        first, second = self.shared_fcs
+        if regions.is_contiguous():
+            x = first(regions.flatten(1))  # (R, hidden)
+        else:  # channels_last: the weight is smaller than the regions, which stay as they are
+            weight = first.weight.unflatten(1, regions.shape[1:]).permute(0, 2, 3, 1).flatten(1)  # type: ignore[operator]
+            x = F.linear(regions.permute(0, 2, 3, 1).flatten(1), weight, first.bias)  # type: ignore[arg-type]
+        x = F.relu(second(F.relu(x)))
         return self.fc_cls(x).float(), self.fc_reg(x).float().unflatten(1, (-1, 4))  # (R, classes, 4)
 
 

@@ -8,11 +8,14 @@ import torch
 from torch import nn
 
 from config import load_config
+from downstream.segmentation.task import Segmentation
 from main import Classification
 from models import MLLA
 from tests.helpers import MICRO
+from tests.utils.speed.test_inference_graphs import simulate_inference
 from utils.training import inference
 from utils.training.build import build_inference_model
+from utils.training.inference import InferenceModel
 
 CPU = torch.device("cpu")
 
@@ -72,3 +75,31 @@ def test_auto_is_off_on_a_cpu() -> None:
     config = load_config("cfgs/digits.yaml")
     assert config.TEST.COMPILE == "auto"
     assert build_inference_model(Classification(), config, CPU).mode == "off"
+
+
+class Doubling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def double(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (x * self.scale,)
+
+    def record_inference(self, make: Any) -> None:
+        self.double = make(self.double)  # type: ignore[method-assign]
+
+
+def test_graphs_by_shape_serve_all_weights_until_their_memory_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulate_inference(monkeypatch)
+    monkeypatch.setattr(inference, "uses_graphs", lambda *_: True)
+    task: Any = Segmentation()
+    monkeypatch.setattr(task, "compiled_module", "")
+    as_compiled, model = InferenceModel(task, "graphs", CPU, torch.float32), Doubling()
+    for value in (2.0, 3.0):
+        nn.init.constant_(model.scale, value)
+        prepared: Any = as_compiled(model)
+        assert [prepared.double(torch.ones(4))[0].tolist() for _ in range(3)] == [[value] * 4] * 3
+        (graphs,) = as_compiled.graphs
+        assert graphs.frequent.num_recorded == 1
+        as_compiled.release()
+        assert not graphs.frequent.recordings

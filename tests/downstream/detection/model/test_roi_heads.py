@@ -5,7 +5,7 @@ from torchvision.ops import box_iou, nms, roi_align
 
 from downstream.detection.model.boxes import RPN_STDS, decode, limits_of
 from downstream.detection.model.pooling import STRIDES, pool_regions
-from downstream.detection.model.roi_heads import SCORE_THRESHOLD, RoIHead, best_of_image
+from downstream.detection.model.roi_heads import SCORE_THRESHOLD, BoxHead, RoIHead, best_of_image
 from downstream.detection.model.rpn import Predictions, Proposals, RPNHead
 from downstream.detection.model.structures import Frame, Target, join_targets
 
@@ -29,6 +29,17 @@ def test_pooling_against_one_box_at_a_time() -> None:
     (gradient,) = torch.autograd.grad(pooled.square().sum(), maps[0], retain_graph=True)
     (expected,) = torch.autograd.grad(slow.square().sum(), maps[0])
     torch.testing.assert_close(gradient, expected)
+
+
+def test_box_head_reads_regions_of_either_layout() -> None:
+    torch.manual_seed(0)
+    head, regions = BoxHead(3, 8, 16), torch.randn(5, 8, 7, 7)
+    gradients = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = regions.contiguous(memory_format=layout).requires_grad_()
+        logits, deltas = head(x)
+        gradients.append(torch.autograd.grad(logits.square().sum() + deltas.square().sum(), [x, *head.parameters()]))
+    torch.testing.assert_close(*gradients)
 
 
 def test_suppression_is_within_a_class_and_keeps_the_best_hundred() -> None:
