@@ -29,7 +29,7 @@ from utils.training.train_step import TrainStep
 from utils.training.trainer import MAX_WAIT
 
 SECONDS = 4.0  # of each measurement
-FILL_SECONDS = 1.5  # in which the workers come to full speed, and batches that were loaded ahead are used up
+FILL_SECONDS = 1.0  # in which the workers come to full speed, and batches that were loaded ahead are used up
 REPORT_STEPS = 10  # between two times that the host waits for the device, as it does to log progress
 
 
@@ -144,11 +144,13 @@ def training_row(task: Task, run: Run, step: TrainStep, settings: Mapping[str, s
     """Measure a loader alone, and then the steps on its batches; epochs follow each other without evaluation."""
     process, num_images = run.process, run.config.DATA.BATCH_SIZE
     batches = itertools.chain.from_iterable(task.batches(run, epoch, 0) for epoch in itertools.count())
+    num_workers = max(1, run.data.num_workers)
     gather_objects(None)  # all processes load at the same time, as in training
-    count_batches(batches, process, FILL_SECONDS)
-    loading = sum(gather_objects(num_images * count_batches(batches, process, SECONDS) / SECONDS))
+    batch_rate(batches, process, FILL_SECONDS, num_workers)
+    loading = sum(gather_objects(num_images * batch_rate(batches, process, SECONDS, num_workers)))
     train = lambda: step([next(batches)], step=0, learning_rate=0.0)  # noqa: E731
-    count = agreed_count(run_calls(train, process.device, WARMUP_STEPS) / WARMUP_STEPS)
+    warmup = max(WARMUP_STEPS, num_workers)
+    count = agreed_count(run_calls(train, process.device, warmup) / warmup)
     wait, start = DataWait(process.device), time.perf_counter()
     for index in range(count):
         with wait:
@@ -177,14 +179,17 @@ def training_row(task: Task, run: Run, step: TrainStep, settings: Mapping[str, s
     )
 
 
-def count_batches(batches: Iterator[Any], process: Process, seconds: float) -> float:
-    """Return how many batches come within so many seconds, the last one in part."""
+def batch_rate(batches: Iterator[Any], process: Process, seconds: float, num_workers: int) -> float:
+    """Return the batches per second in at least so many seconds, counted in rounds of all workers: one that began
+    together ends together, so that large batches come in bursts.
+    """
     start, count = time.perf_counter(), 0
-    while (passed := time.perf_counter() - start) < seconds:
-        next(batches)
-        synchronize(process.device)
-        count += 1
-    return count * seconds / passed
+    while time.perf_counter() - start < seconds:
+        for _ in range(num_workers):
+            next(batches)
+            synchronize(process.device)
+        count += num_workers
+    return count / (time.perf_counter() - start)
 
 
 def evaluation_row(task: Task, run: Run, ema: Any) -> EvaluationRow:
