@@ -30,7 +30,6 @@ from utils.training.trainer import MAX_WAIT
 
 SECONDS = 4.0  # of each measurement
 FILL_SECONDS = 1.0  # in which the workers come to full speed, and batches that were loaded ahead are used up
-REPORT_STEPS = 10  # between two times that the host waits for the device, as it does to log progress
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ def training_row(task: Task, run: Run, step: TrainStep, settings: Mapping[str, s
         with wait:
             batch = next(batches)
         step([batch], step=0, learning_rate=0.0)
-        if (index + 1) % REPORT_STEPS == 0 or index + 1 == count:
+        if (index + 1) % run.config.PRINT_FREQ == 0 or index + 1 == count:  # as training waits to log its progress
             synchronize(process.device)
             wait.collect()
     seconds = time.perf_counter() - start
