@@ -54,8 +54,7 @@ class FixedDetections:
         count = min(NUM_CANDIDATES * self.batch_size, num_rows)
         chosen = torch.arange(count, device=logits.device) * num_rows // count
         labels = (self.background + 1 + torch.arange(count, device=logits.device) % (num_logits - 1)) % num_logits
-        fixed = torch.zeros_like(logits)
-        fixed[:, self.background] = SURE
-        fixed[chosen, self.background] = 0.0
-        fixed[chosen, labels] = SURE
-        return fixed
+        fixed, first = torch.zeros_like(logits).flatten(), chosen * num_logits  # first: index of a row's first logit
+        fixed[self.background :: num_logits].fill_(SURE)
+        fixed.index_fill_(0, first + self.background, 0.0)  # unlike an assignment, it can be in a CUDA graph
+        return fixed.index_fill_(0, first + labels, SURE).view_as(logits)

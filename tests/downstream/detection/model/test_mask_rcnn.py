@@ -14,6 +14,7 @@ from downstream.detection.model.boxes import limits_of
 from downstream.detection.model.mask_rcnn import MaskRCNN
 from downstream.detection.model.masks import paste_masks
 from downstream.detection.model.structures import Frame, Target
+from downstream.detection.synthetic import FixedDetections
 from downstream.detection.task import Detection, DetectionLosses
 from models import use_kernels
 from tests.helpers import GOLDEN, MICRO, fill_weights, random_values
@@ -196,7 +197,10 @@ def test_a_batch_detects_as_single_images() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("waits", [True, False])
 def test_detections_with_graphs_equal_those_without(monkeypatch: pytest.MonkeyPatch, device: str, waits: bool) -> None:
-    """For two sizes of images; graphs end before the suppression of proposals where it waits for the device."""
+    """For two sizes of images; graphs end before the suppression of proposals where it waits for the device.
+
+    Also with a benchmark's detections, which are part of the graph.
+    """
     simulate_inference(monkeypatch, device)
     monkeypatch.setattr(mask_rcnn, "waits_for_device", lambda *_: waits)
     model = small_detector().eval()
@@ -214,6 +218,14 @@ def test_detections_with_graphs_equal_those_without(monkeypatch: pytest.MonkeyPa
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
     assert [own.frequent.num_recorded for own in graphs] == [2, 2]
+    for detector in (model, recorded):
+        detector.roi_head.bbox_head.fc_cls.register_forward_hook(FixedDetections(1, background=3))
+    images, frame = torch.randn(1, 3, 96, 96, device=device), Frame((96, 96), (96, 96), (96, 96))
+    for _ in range(3):
+        (expected,), (found,) = model.detect(images, [frame]), recorded.detect(images, [frame])
+        torch.testing.assert_close(found.boxes, expected.boxes, atol=1e-4, rtol=1e-4)
+    assert len(found.boxes) > 50
+    assert [own.frequent.num_recorded for own in graphs] == [3, 3]
 
 
 def test_nothing_found() -> None:
