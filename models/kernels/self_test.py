@@ -145,6 +145,7 @@ def log_self_test(
             "Triton kernels passed their self-test: %s; widths %s; %s (%s)",
             *(", ".join(names), ", ".join(map(str, widths)), str(dtype).removeprefix("torch.")),
             "remembered" if is_remembered else f"{time.monotonic() - start:.0f} s",
+            extra={"is_detail": True},  # a long line, for the log file
         )
 
 

@@ -32,7 +32,7 @@ COMPILING = "Compiling kernels for cpu (first start on this machine, about %s s)
 def log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """The lines of the log, as in a first process, which has said nothing yet; a CPU counts as a kind of GPU."""
     lines: list[str] = []
-    monkeypatch.setattr(dispatch.logger, "info", lambda line, *parts: lines.append(line % parts))
+    monkeypatch.setattr(dispatch.logger, "info", lambda line, *parts, **_: lines.append(line % parts))
     dispatch.log_fallback_once.cache_clear()
     monkeypatch.setattr(dispatch, "VERDICTS", {})
     monkeypatch.setattr(verdicts, "describe", lambda device: f"a {device.type}")

@@ -37,6 +37,7 @@ from utils.training.train_step import NonFiniteLossError, StepResult, TrainStep
 
 WRITE_SECONDS = 5.0  # for a checkpoint that is being written when the process must end
 MAX_WAIT = 0.05  # share of an epoch that the steps may wait for data without a warning
+MIN_WAIT_SECONDS = 10.0  # of the run's remaining epochs together, below which there is no warning either
 MIN_IMAGE_SECONDS = 300.0  # between two images of predictions, which take a few seconds to draw
 
 
@@ -324,7 +325,7 @@ class Trainer:
             self.save([state.progress.checkpoint_name])
         terms, grad_norm = self.sums.means(steps=config.steps_per_epoch, num_processes=process.num_processes)
         wait_seconds = self.data_wait.collect()
-        self.warn_of_waiting(wait_seconds / train_seconds)
+        self.warn_of_waiting(wait_seconds, train_seconds)
         last_step = (epoch + 1) * config.steps_per_epoch - 1
         metrics = {"epoch": epoch, "step": last_step + 1, "lr": config.lr_at(last_step), "grad_norm": grad_norm}
         metrics |= {f"train_{name}": value for name, value in terms.items()}
@@ -358,9 +359,12 @@ class Trainer:
             self.add_details(epoch, float(scores[config.metric]))
             self.recorder.draw_curves(is_last=epoch + 1 == config.total_epochs)
 
-    def warn_of_waiting(self, share: float) -> None:
-        """Log once how the steps would wait less for data."""
-        if share > MAX_WAIT and self.loading_advice is not None and self.process.is_main:
+    def warn_of_waiting(self, wait_seconds: float, train_seconds: float) -> None:
+        """Log once how the steps would wait less for data, if that is worth it in the run's remaining time."""
+        share, num_epochs = wait_seconds / train_seconds, self.config.total_epochs - self.state.progress.epochs
+        if self.loading_advice is None or not self.process.is_main:
+            return
+        if share > MAX_WAIT and wait_seconds * num_epochs > MIN_WAIT_SECONDS:
             logger.warning("the steps of this epoch waited %.0f%% of the time: %s", 100 * share, self.loading_advice())
             self.loading_advice = None
 

@@ -265,14 +265,27 @@ def test_rate_and_eta_leave_out_start_up_and_evaluation(tmp_path: Path, caplog: 
 
 
 def test_waiting_for_data_is_a_warning_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run = FakeRun(tmp_path / "run", scores=(1.0, 1.0))
-    run.trainer.loading_advice = lambda: "use more workers"
-    run.trainer.warn_of_waiting(0.05)
+    run = FakeRun(tmp_path / "run", scores=(1.0, 1.0), total_epochs=20)
+    trainer = run.trainer
+    trainer.loading_advice = lambda: "use more workers"
+    trainer.warn_of_waiting(5.0, 100.0)  # a share that is not worth a warning
+    trainer.warn_of_waiting(0.5, 1.0)  # not worth it in 20 epochs
+    run.state.progress = Progress(epochs=19)
+    trainer.warn_of_waiting(9.0, 10.0)  # nor in the last one
     assert "use more workers" not in caplog.text
-    batches = run.trainer.batches
-    run.trainer.batches = lambda *args: (time.sleep(0.01) or batch for batch in batches(*args))
+    run.state.progress = Progress(epochs=0)
+    for _ in range(2):
+        trainer.warn_of_waiting(0.6, 1.0)
+    assert caplog.text.count("waited 60% of the time: use more workers") == 1
+
+
+def test_waiting_for_data_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = FakeRun(tmp_path / "run", scores=(1.0,), total_epochs=1)
+    batches, waits = run.trainer.batches, []
+    monkeypatch.setattr(run.trainer, "warn_of_waiting", lambda wait, train: waits.append(0 < wait <= train))
+    run.trainer.batches = lambda *args: (time.sleep(0.001) or batch for batch in batches(*args))
     assert run.trainer.run()
-    assert caplog.text.count("of the time: use more workers") == 1
+    assert waits == [True]
 
 
 def test_each_epoch_leaves_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
