@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import socket
 import subprocess
@@ -58,19 +59,20 @@ def device_name(device: torch.device) -> str:
     return models[0].split(":", 1)[1].strip() if models else platform.machine()
 
 
-def describe_cores() -> str:
+def describe_cores(info: Path = Path("/proc/cpuinfo"), system: Path = Path("/sys/devices/system/cpu")) -> str:
     """Return how many processors this process may use, and of how many physical cores they are if that is known.
 
-    A vCPU of a virtual machine is often one of two threads of a physical core.
+    A vCPU of a virtual machine is often one of two threads of a physical core, which the machine need not show.
     """
     if not hasattr(os, "sched_getaffinity"):
         return f"{os.cpu_count()} CPUs"
     usable = os.sched_getaffinity(0)
-    info = Path("/proc/cpuinfo")
-    kind = "vCPUs" if info.exists() and " hypervisor" in info.read_text() else "hardware threads"
-    siblings = [Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in sorted(usable)]
+    siblings = [system / f"cpu{cpu}" / "topology" / "thread_siblings_list" for cpu in usable]
     physical = len({path.read_text() for path in siblings}) if all(path.exists() for path in siblings) else 0
-    return f"{len(usable)} {kind}" + (f" of {physical} physical cores" if physical else "")
+    is_virtual = info.exists() and re.search(r"\bhypervisor\b", info.read_text())
+    if 0 < physical < len(usable):
+        return f"{len(usable)} {'vCPUs' if is_virtual else 'hardware threads'} of {physical} physical cores"
+    return f"{len(usable)} {'vCPUs' if is_virtual else 'physical cores' if physical else 'CPUs'}"
 
 
 def version_of(package: str) -> str | None:

@@ -44,3 +44,24 @@ def test_commit_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert commit(tmp_path) == git(tmp_path, "rev-parse", "HEAD") + "-dirty"
     monkeypatch.setenv("PATH", "")
     assert commit(tmp_path) is None  # no git
+
+
+@pytest.mark.parametrize(
+    ("flags", "siblings", "expected"),
+    [
+        ("fpu hypervisor sse", ["0-1", "0-1", "2-3", "2-3"], "4 vCPUs of 2 physical cores"),
+        ("fpu hypervisor", ["0", "1", "2", "3"], "4 vCPUs"),
+        ("fpu", ["0,4", "1,5", "0,4", "1,5"], "4 hardware threads of 2 physical cores"),
+        ("fpu", ["0", "1", "2", "3"], "4 physical cores"),
+        ("fpu", [], "4 CPUs"),
+    ],
+)
+def test_processors_are_named_as_what_they_are(
+    flags: str, siblings: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
+    (tmp_path / "info").write_text(f"flags : {flags}\n")
+    for cpu, text in enumerate(siblings):
+        (tmp_path / f"cpu{cpu}" / "topology").mkdir(parents=True)
+        (tmp_path / f"cpu{cpu}" / "topology" / "thread_siblings_list").write_text(f"{text}\n")
+    assert environment.describe_cores(tmp_path / "info", tmp_path) == expected
