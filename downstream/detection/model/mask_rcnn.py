@@ -26,7 +26,7 @@ class MaskRCNN(nn.Module):
         rpn_samples: anchors per image that the losses see.
         roi_samples: proposals per image that the losses see.
         max_proposals: slots for proposals per image.
-        kernels: MODEL.KERNELS, for proposals and regions.
+        kernels: MODEL.KERNELS, for all but the backbone.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class MaskRCNN(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.neck = FPN(backbone.widths, width)  # type: ignore[arg-type]
+        self.neck = FPN(backbone.widths, width, kernels=kernels)  # type: ignore[arg-type]
         self.rpn_head = RPNHead(width, samples_per_image=rpn_samples, max_proposals=max_proposals, kernels=kernels)
         self.roi_head = RoIHead(num_classes, width, hidden=hidden, samples_per_image=roi_samples, kernels=kernels)
 
