@@ -22,9 +22,14 @@ KINDS = {"box": "bbox", "mask": "segm"}
 Result = dict[str, Any]
 
 
-def coco_results(detections: Detections, *, image_id: int, size: Size, category_ids: Sequence[int]) -> list[Result]:
-    """Return detections of an image of `size` (height, width) as COCO results: boxes x y width height, masks as RLE."""
-    masks = paste_masks(detections.mask_probabilities, detections.boxes, *size)
+def coco_results(
+    detections: Detections, *, image_id: int, size: Size, category_ids: Sequence[int], kernels: str = "auto"
+) -> list[Result]:
+    """Return detections of an image of `size` (height, width) as COCO results: boxes x y width height, masks as RLE.
+
+    `kernels` is MODEL.KERNELS.
+    """
+    masks = paste_masks(detections.mask_probabilities, detections.boxes, *size, kernels=kernels)
     boxes = detections.boxes.cpu().double()
     boxes[:, 2:] -= boxes[:, :2]
     return [

@@ -152,9 +152,9 @@ class Detection(DenseTask):
         """Return the results of each image of a batch on the device; the model is in evaluation mode."""
         with run.precision.autocast():
             detections = model.detect(batch.images, batch.frames)  # type: ignore[operator]
-        category_ids = run.data.val_images.category_ids
+        options = {"category_ids": run.data.val_images.category_ids, "kernels": run.config.MODEL.KERNELS}
         return [
-            coco_results(item, image_id=image_id, size=frame.original, category_ids=category_ids)
+            coco_results(item, image_id=image_id, size=frame.original, **options)
             for item, frame, image_id in zip(detections, batch.frames, batch.image_ids, strict=True)
         ]
 
@@ -196,7 +196,7 @@ class Detection(DenseTask):
 
     def inference_call(
         self,
-        config: CfgNode,  # noqa: ARG002
+        config: CfgNode,
         model: nn.Module,
         batch_size: int,
         size: tuple[int, int],
@@ -207,7 +207,7 @@ class Detection(DenseTask):
 
         def detect() -> None:
             for item in detector.detect(images, frames):
-                paste_masks(item.mask_probabilities, item.boxes, *size)
+                paste_masks(item.mask_probabilities, item.boxes, *size, kernels=config.MODEL.KERNELS)
 
         classifier = detector.roi_head.bbox_head.fc_cls
         classifier.register_forward_hook(FixedDetections(batch_size, background=classifier.out_features - 1))

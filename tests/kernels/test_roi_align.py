@@ -10,6 +10,7 @@ from torch import Tensor
 from downstream.detection.model import kernel_dispatch, pooling
 from downstream.detection.model.fpn import check_adding
 from downstream.detection.model.kernel_dispatch import kernel_works, passes
+from downstream.detection.model.masks import check_pasting
 from downstream.detection.model.matching import check_matching
 from downstream.detection.model.nms import check_suppressing
 from downstream.detection.model.pooling import STRIDES, check_pooling, pool_regions, pool_with_torchvision
@@ -64,6 +65,7 @@ def test_regions_are_pooled_by_the_kernel_in_the_maps_dtype(device: torch.device
             lambda *args, right=kernel.pool_with_kernel: 1.1 * right(*args),
         ),
         (check_adding, "triton_fpn", "add_upsampled_with_kernel", lambda fine, coarse: fine + 0 * coarse.sum()),
+        (check_pasting, "triton_masks", "paste_with_kernel", lambda _, boxes, *size: boxes.new_ones(4, *size) > 0),
         (check_matching, "triton_matching", "match_with_kernels", lambda _, is_valid, *__: is_valid.long()),
         (check_suppressing, "triton_nms", "suppress_with_kernel", lambda boxes, *_: torch.ones_like(boxes[..., 0]) > 0),
     ],
