@@ -46,6 +46,7 @@ class InferenceModel:
     """Gives models as TEST.COMPILE has them: prepared and compiled, or unchanged for "off".
 
     The models must have one architecture. Only the first is compiled and captured; later ones hand it their weights.
+    As a context it keeps graphs by shape until its end.
 
     Args:
         task: prepares models for inference.
@@ -64,11 +65,14 @@ class InferenceModel:
         self.graphs: list[InferenceGraphs] = []
 
     def make_graphs(self, function: Function) -> Function:
-        """Return a function that replays CUDA graphs for frequent shapes, until `release`."""
+        """Return a function that replays CUDA graphs for frequent shapes."""
         self.graphs.append(InferenceGraphs(function))
         return self.graphs[-1]
 
-    def release(self) -> None:
+    def __enter__(self) -> "InferenceModel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Give back the memory of graphs by shape, so that training has all of it after an evaluation."""
         for graphs in self.graphs:
             graphs.clear()

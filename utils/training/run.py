@@ -42,7 +42,6 @@ from utils.training.derived import Derived, few_steps_warning
 from utils.training.determinism import use_deterministic_algorithms
 from utils.training.fused_update_support import UPDATE
 from utils.training.graphed_step import GraphedTrainStep
-from utils.training.inference import InferenceModel
 from utils.training.launch import LaunchedProcess, explain_missing_compiler
 from utils.training.memory_check import memory_warning
 from utils.training.results import draw_predictions, log_results
@@ -248,15 +247,24 @@ class Training:
         if task.has_one_image_size:
             as_compiled.warm_up(self.state.model, run.config, run.precision)
         run.start.end("evaluation's graph")
+
+        def evaluate(models: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
+            with as_compiled:
+                return task.evaluate(run, as_compiled.together(models))
+
+        def draw(model: nn.Module, weights: str) -> Path:
+            with as_compiled:
+                return draw_predictions(task, run, as_compiled(model), weights)
+
         trainer = Trainer(
             build_trainer_config(task, run.config, self.derived, self.schedule),
             self.state,
             step,
             folder=run.folder,
             batches=batches,
-            evaluate=lambda models: self.evaluate(models, as_compiled),
+            evaluate=evaluate,
             metadata={"config": run.config.dump(), "classes": run.data.classes},
-            draw_predictions=lambda model, weights: draw_predictions(task, run, as_compiled(model), weights),
+            draw_predictions=draw,
             expect_epoch=lambda epoch: task.expect_epoch(run, epoch),
             # On a CPU, loading and training share the cores.
             loading_advice=run.data.loading_advice if run.process.device.type == "cuda" else None,
@@ -267,12 +275,6 @@ class Training:
         # What set-up draws (torch does for an all-reduce on the meta device) it draws at every start: it must not show.
         restore_rng_state(self.rng, run.process.device)
         return trainer
-
-    def evaluate(self, models: Mapping[str, nn.Module], as_compiled: InferenceModel) -> dict[str, dict[str, float]]:
-        try:
-            return self.task.evaluate(self.run, as_compiled.together(models))
-        finally:
-            as_compiled.release()
 
     def start_loading(self) -> Callable[[int, int], Iterator[Any]]:
         """Let the loader's workers begin, beside set-up and compilation; return the trainer's function `batches`."""

@@ -89,7 +89,7 @@ class Doubling(nn.Module):
         self.double = make(self.double)  # type: ignore[method-assign]
 
 
-def test_graphs_by_shape_serve_all_weights_until_their_memory_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_by_shape_serve_all_weights_until_their_context_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     simulate_inference(monkeypatch)
     monkeypatch.setattr(inference, "uses_graphs", lambda *_: True)
     task: Any = Segmentation()
@@ -97,9 +97,9 @@ def test_graphs_by_shape_serve_all_weights_until_their_memory_is_released(monkey
     as_compiled, model = InferenceModel(task, "graphs", CPU, torch.float32), Doubling()
     for value in (2.0, 3.0):
         nn.init.constant_(model.scale, value)
-        prepared: Any = as_compiled(model)
-        assert [prepared.double(torch.ones(4))[0].tolist() for _ in range(3)] == [[value] * 4] * 3
-        (graphs,) = as_compiled.graphs
-        assert graphs.frequent.num_recorded == 1
-        as_compiled.release()
+        with as_compiled:
+            prepared: Any = as_compiled(model)
+            assert [prepared.double(torch.ones(4))[0].tolist() for _ in range(3)] == [[value] * 4] * 3
+            (graphs,) = as_compiled.graphs
+            assert graphs.frequent.num_recorded == 1
         assert not graphs.frequent.recordings
