@@ -12,7 +12,8 @@ from models.kernels.dispatch import can_run, log_fallback_once
 
 Check = Callable[[torch.device], Tensor]
 VERDICTS: dict[tuple[Check, torch.device], str] = {}  # from other processes: how a kernel fails its check, or ""
-MODULES = {"matching": "matching", "pooling": "pooling", "suppressing": "nms"}  # of a kernel's check, check_<name>
+# Module of each kernel's check, check_<name>.
+MODULES = {"adding": "fpn", "matching": "matching", "pasting": "masks", "pooling": "pooling", "suppressing": "nms"}
 KERNELS = tuple(f"{__name__}:{name}" for name in MODULES)  # their names for the self-test at set-up
 
 
