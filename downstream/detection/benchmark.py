@@ -25,7 +25,7 @@ from utils.config.errors import UserError, file_errors
 from utils.config.schema import with_setting
 from utils.distributed.process import Process
 from utils.logs.plots import plot_bars
-from utils.speed.compile import compile_regions, resolve_inference_mode, uses_graphs
+from utils.speed.compile import compile_regions, resolve_inference_mode
 from utils.speed.inference_graphs import InferenceGraphs
 from utils.speed.memory import peak_memory_mib
 from utils.training.amp import Precision, make_precision
@@ -198,7 +198,8 @@ class Bench:
     def detect(self, batch: int) -> Row:
         """Measure inference as in a run: images to boxes, classes and masks of their size; and the backbone's share."""
         images, frames, _ = synthetic_inputs(batch, self.size, self.device)
-        model: Any = self.inference_model()
+        as_compiled = InferenceModel(Detection(), self.inference_mode, self.device, self.precision.dtype)
+        model: Any = self.model.eval() if self.is_torchvision else as_compiled(self.model)
         cropped = [image[:, : self.size[0], : self.size[1]] for image in images]
         num_detections = 0
 
@@ -218,8 +219,7 @@ class Bench:
             maps = model.backbone.body(images).values() if self.is_torchvision else model.backbone(images)
             return tuple(maps)  # torchvision's without its feature pyramid
 
-        has_graphs = uses_graphs(self.inference_mode, self.device) and not self.is_torchvision
-        backbone = InferenceGraphs(find_maps) if has_graphs else find_maps
+        backbone = InferenceGraphs(find_maps) if as_compiled.graphs else find_maps
 
         def backbone_step() -> None:
             with self.precision.autocast(), torch.no_grad():
@@ -229,14 +229,8 @@ class Bench:
         hook = classifier.register_forward_hook(FixedDetections(batch, background))
         row = self.measured("inference", batch, step, backbone_step)
         hook.remove()
-        note = f"{num_detections} detections per image"
-        return row._replace(note=f"{note}, CUDA graphs" if has_graphs else note)
-
-    def inference_model(self) -> nn.Module:
-        """Return the detector as evaluation runs it; torchvision's as it is."""
-        if self.is_torchvision:
-            return self.model.eval()
-        return InferenceModel(Detection(), self.inference_mode, self.device, self.precision.dtype)(self.model)
+        has_graphs = any(graphs.frequent.recordings for graphs in as_compiled.graphs)
+        return row._replace(note=f"{num_detections} detections per image{', CUDA graphs' if has_graphs else ''}")
 
     def classifier(self, model: Any) -> tuple[nn.Module, int]:
         """Return the box classifier, and the index of the background among its logits."""
