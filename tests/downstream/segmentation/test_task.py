@@ -56,6 +56,7 @@ def train(monkeypatch: pytest.MonkeyPatch, device: str, mode: str) -> tuple[Trai
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_step_is_one_graph(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     _, losses, moved, statistics = train(monkeypatch, device, "off")
+    noise = (train(monkeypatch, device, "off")[2] - moved).norm() / moved.norm()  # a GPU adds in any order
     monkeypatch.setattr(build, "compile_regions", lambda *_, **__: None)
     if device == "cpu":
         monkeypatch.setattr(build, "graph_unsupported_reason", lambda _: "")
@@ -63,7 +64,8 @@ def test_the_step_is_one_graph(monkeypatch: pytest.MonkeyPatch, device: str) -> 
     assert isinstance(step, GraphedTrainStep)
     assert step.capture is not None
     torch.testing.assert_close(losses, graphed[0], rtol=1e-3, atol=1e-3)
-    assert (graphed[1] - moved).norm() < 0.01 * moved.norm()  # a step that is left out is 0.1 or more
+    difference = (graphed[1] - moved).norm() / moved.norm()
+    assert difference <= (3 * noise).clamp(0.01, 0.1)  # a step that is left out makes 0.18
     torch.testing.assert_close(statistics, graphed[2], rtol=5e-2, atol=1e-2)
 
 
