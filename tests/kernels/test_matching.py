@@ -13,13 +13,14 @@ def test_matches_are_those_of_pytorch(device: torch.device, thresholds: Threshol
     """With ties, thresholds that are met exactly, images without objects, and boxes without area."""
     torch.manual_seed(0)
     corners = torch.randint(0, 40, (3, 700, 2)).float()
-    candidates = torch.cat((corners, corners + torch.randint(1, 25, (3, 700, 2))), dim=2).to(device)
+    candidates = torch.cat((corners, corners + torch.randint(1, 25, (3, 700, 2))), dim=2)
     candidates[:, 600:] = candidates[:, :100]
-    is_valid = torch.rand(3, 700, device=device) < 0.8
-    boxes = [candidates[i, :n] + torch.randint(-3, 4, (n, 4), device=device) for i, n in enumerate((7, 0, 30))]
+    is_valid = torch.rand(3, 700) < 0.8
+    boxes = [candidates[i, :n] + torch.randint(-3, 4, (n, 4)) for i, n in enumerate((7, 0, 30))]
     boxes = [torch.cat((own[:, :2], own.view(-1, 2, 2).amax(dim=1)), dim=1) for own in boxes]
     boxes[0][0, 2:] = boxes[0][0, :2]
-    objects = join_targets([Target(own, own[:, 0], own) for own in boxes])
+    candidates, is_valid = candidates.to(device), is_valid.to(device)
+    objects = join_targets([Target(own, own[:, 0], own).to(device) for own in boxes])
     own = candidates[0] if is_shared else candidates
     found = assign_images(own, is_valid, objects, thresholds, kernels="triton")
     expected = assign_images(own, is_valid, objects, thresholds)

@@ -50,7 +50,7 @@ class FrequentShapes(Generic[T]):
             recording = record()
             self.can_record = recording is not None
             self.budget -= REPLAYS_PER_GRAPH
-            self.num_recorded += 1
+            self.num_recorded += self.can_record
         if recording is not None:
             self.recordings[shape] = recording
             self.budget += 1

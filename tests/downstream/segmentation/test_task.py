@@ -75,7 +75,7 @@ def test_logits_with_graphs_equal_those_without(monkeypatch: pytest.MonkeyPatch,
     simulate_inference(monkeypatch, device)
     config = load_config("mlla_t_upernet", flags={**MODEL, **DATA})
     model = Segmentation().build_model(config, Process(0, 1, torch.device(device)), None).to(device).eval()
-    images = [torch.randn(1, 3, 64, width, device=device) for width in (64, 96, 64, 64)]
+    images = [torch.randn(1, 3, 64, width).to(device) for width in (64, 96, 64, 64)]
     with torch.no_grad():
         expected = [model(x) for x in images]
         graphs: list[InferenceGraphs] = []
