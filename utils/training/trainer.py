@@ -142,7 +142,6 @@ class Trainer:
         self.is_on_cpu = self.process.device.type == "cpu"
         self.timer = StepTimer(num_untimed=1) if self.is_on_cpu else StepTimer()
         self.bar_text, self.evaluation_seconds = "", 0.0  # of the last epoch
-        self.next_epoch: Iterator[Any] | None = None  # its batches
         self.stop = StopRequest(on_timeout=self.end_at_once, on_interrupt=self.interrupt)
         self.saved = state.progress  # nothing to save before the first step
         self.first_step = self.steps_done(state.progress)
@@ -184,12 +183,11 @@ class Trainer:
         self.first = first
         self.train_step.model.train()
         if first < config.steps_per_epoch:
-            batches = self.next_epoch or self.batches(epoch, first * config.accumulation_steps)
+            batches = self.batches(epoch, first * config.accumulation_steps)
         else:  # it was saved before its evaluation, which did not end
             last_step = (epoch + 1) * config.steps_per_epoch - 1
             self.train_step.prepare(last_step, config.lr_at(last_step))  # since checkpoints have the learning rate
             batches = iter(())
-        self.next_epoch = None
         self.timer.start_window()
         lengths, is_main = (epoch, config.total_epochs, config.steps_per_epoch), self.process.is_main
         with ProgressBar(*lengths, done=first, is_main=is_main, text=self.bar_text) as bar:
@@ -329,8 +327,6 @@ class Trainer:
         last_step = (epoch + 1) * config.steps_per_epoch - 1
         metrics = {"epoch": epoch, "step": last_step + 1, "lr": config.lr_at(last_step), "grad_norm": grad_norm}
         metrics |= {f"train_{name}": value for name, value in terms.items()}
-        if epoch + 1 < config.total_epochs:
-            self.next_epoch = self.batches(epoch + 1, 0)  # loader workers begin, beside the evaluation
         start = time.perf_counter()
         if epoch + 1 < config.total_epochs:
             self.expect_epoch(epoch + 1)
