@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import partial
-from multiprocessing import active_children, current_process, forkserver, get_context, resource_tracker
+from multiprocessing import current_process, forkserver, get_context, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +31,7 @@ NICENESS = 10  # the main process, which compiles meanwhile, takes longer and go
 SERVER: Any = forkserver._forkserver  # type: ignore[attr-defined]
 IMPORTED = [f"{__package__}.problems", __name__]  # by the server
 SERVER_VARIABLES = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # torch.cuda.is_available without a CUDA context
+FOLDERS: list[str] = []  # of the server's socket, which multiprocessing would only delete in an orderly end
 
 
 def passed_in_workers(
@@ -76,21 +77,24 @@ def start_server() -> None:
     resource_tracker.ensure_running()  # whose start unblocks SIGTERM and SIGINT
     config: dict[str, Any] = current_process()._config  # type: ignore[attr-defined]
     shared = config.get("tempdir")
+    FOLDERS.append(tempfile.mkdtemp(prefix="mlla-"))
     with clean_start(), set_variables(SERVER_VARIABLES | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}):
-        config["tempdir"] = tempfile.mkdtemp(prefix="mlla-")  # its own would only be deleted by Python's orderly end
-        forkserver.set_forkserver_preload(IMPORTED)
-        forkserver.ensure_running()
-        config["tempdir"] = shared
+        config["tempdir"] = FOLDERS[-1]
+        try:
+            forkserver.set_forkserver_preload(IMPORTED)
+            forkserver.ensure_running()
+        finally:
+            config["tempdir"] = shared
 
 
 def stop_server() -> None:
     """End the server, whose forks have ended, if `start_server` has started it."""
     if SERVER._preload_modules is IMPORTED and SERVER._forkserver_pid is not None:
-        address = SERVER._forkserver_address
         with suppress(OSError):
             os.kill(SERVER._forkserver_pid, signal.SIGKILL)  # it may still import
             SERVER._stop()
-        shutil.rmtree(Path(address).parent, ignore_errors=True)
+    while FOLDERS:
+        shutil.rmtree(FOLDERS.pop(), ignore_errors=True)
 
 
 @contextmanager
@@ -123,7 +127,7 @@ def add_passed(
     context = get_context(method)
     reader, writer = context.Pipe(duplex=False)
     executor = ProcessPoolExecutor(num_workers, context, initializer=start_worker, initargs=(reader, device))
-    others = set(active_children())
+    workers = executor._processes  # a dictionary that fills up; `shutdown` gives the attribute up
     try:
         with clean_start():
             futures = {executor.submit(solve_quietly, solve, case): case for case in cases}
@@ -133,7 +137,7 @@ def add_passed(
                 passed.add(futures[future])
             advance()
     finally:
-        for worker in set(active_children()) - others:
+        for worker in list(workers.values()):
             worker.kill()  # instead of waiting for its case, or 2 s for the orderly ends of CUDA contexts
         executor.shutdown(cancel_futures=True)
         writer.close()

@@ -9,6 +9,7 @@ import time
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,18 @@ def test_signals_to_the_group_do_not_end_workers() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     assert passed_in_workers(signal_itself, [1], device=CPU, num_workers=1, advance=int) == {1}
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+@pytest.mark.usefixtures("_small_server")
+def test_processes_of_others_live_on() -> None:
+    """As loader workers that begin while kernels are tested."""
+    other = get_context("fork").Process(target=time.sleep, args=(600,))
+    passed_in_workers(str, [1], device=CPU, num_workers=1, advance=int, meanwhile=other.start)
+    try:
+        assert other.is_alive()
+    finally:
+        other.kill()
+        other.join()
 
 
 @pytest.mark.usefixtures("_small_server")
