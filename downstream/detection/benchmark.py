@@ -201,7 +201,7 @@ class Bench:
         as_compiled = InferenceModel(Detection(), self.inference_mode, self.device, self.precision.dtype)
         model: Any = self.model.eval() if self.is_torchvision else as_compiled(self.model)
         cropped = [image[:, : self.size[0], : self.size[1]] for image in images]
-        num_detections = 0
+        num_detections, kernels = 0, self.config.MODEL.KERNELS
 
         def step() -> None:
             nonlocal num_detections
@@ -212,7 +212,7 @@ class Bench:
                     outputs = model.detect(images, frames)
                     boxes = [output.boxes for output in outputs]
                     for output in outputs:
-                        paste_masks(output.mask_probabilities, output.boxes, *self.size)
+                        paste_masks(output.mask_probabilities, output.boxes, *self.size, kernels=kernels)
             num_detections = sum(map(len, boxes)) // batch
 
         def find_maps(images: Tensor) -> tuple[Tensor, ...]:

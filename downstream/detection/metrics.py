@@ -12,7 +12,7 @@ from faster_coco_eval import mask as rle
 from torch import Tensor
 
 from downstream.detection.data.annotations import read_annotations
-from downstream.detection.model.masks import paste_masks
+from downstream.detection.model.masks import CHUNK_PIXELS, paste_masks
 from downstream.detection.model.structures import Detections, Size
 from utils.logs.atomic_write import write_atomic
 
@@ -23,13 +23,15 @@ Result = dict[str, Any]
 
 
 def coco_results(
-    detections: Detections, *, image_id: int, size: Size, category_ids: Sequence[int], kernels: str = "auto"
+    detections: Detections, *, image_id: int, size: Size, category_ids: Sequence[int], kernels: str = "torch"
 ) -> list[Result]:
     """Return detections of an image of `size` (height, width) as COCO results: boxes x y width height, masks as RLE.
 
-    `kernels` is MODEL.KERNELS.
+    Large images have few masks in memory at a time. `kernels` is MODEL.KERNELS.
     """
-    masks = paste_masks(detections.mask_probabilities, detections.boxes, *size, kernels=kernels)
+    chunk = max(1, CHUNK_PIXELS // (size[0] * size[1]))
+    parts = zip(detections.mask_probabilities.split(chunk), detections.boxes.split(chunk), strict=True)
+    masks = [mask for part in parts for mask in encode_masks(paste_masks(*part, *size, kernels=kernels))]
     boxes = detections.boxes.cpu().double()
     boxes[:, 2:] -= boxes[:, :2]
     return [
@@ -41,7 +43,7 @@ def coco_results(
             "segmentation": mask,
         }
         for label, box, score, mask in zip(
-            detections.labels.tolist(), boxes.tolist(), detections.scores.tolist(), encode_masks(masks), strict=True
+            detections.labels.tolist(), boxes.tolist(), detections.scores.tolist(), masks, strict=True
         )
     ]
 

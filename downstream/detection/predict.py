@@ -61,7 +61,7 @@ def predict(args: argparse.Namespace) -> None:
     for number, (path, image, result) in enumerate(read_images(results, read_image), 1):
         item = eval_item(image, short_side=test.SHORT_SIDE, long_side=test.LONG_SIDE, image_id=number)
         with precision.autocast():
-            found = detect(model, item, category_ids, device)
+            found = detect(model, item, category_ids, device, trained.config.MODEL.KERNELS)
         drawing = draw_objects(image, objects_of_results(found, categories, threshold=args.threshold))
         picture = result.with_name(result.name + ".png")
         with as_data_error(picture, "written"):
@@ -98,11 +98,13 @@ def categories_of(names: Sequence[str] | None, count: int) -> list[dict[str, Any
     return listed if len(listed) == count else [{"id": i, "name": f"class {i}"} for i in range(1, count + 1)]
 
 
-def detect(model: nn.Module, item: Item, category_ids: list[int], device: torch.device) -> list[Result]:
-    """Return the detections in one image as COCO results."""
+def detect(model: nn.Module, item: Item, category_ids: list[int], device: torch.device, kernels: str) -> list[Result]:
+    """Return the detections in one image as COCO results; `kernels` is MODEL.KERNELS."""
     batch = collate([item])
     (detections,) = model.detect(normalize(batch.images.to(device), batch.frames), batch.frames)  # type: ignore[operator]
-    return coco_results(detections, image_id=item.image_id, size=item.frame.original, category_ids=category_ids)
+    return coco_results(
+        detections, image_id=item.image_id, size=item.frame.original, category_ids=category_ids, kernels=kernels
+    )
 
 
 if __name__ == "__main__":

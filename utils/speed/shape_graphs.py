@@ -266,6 +266,7 @@ class GraphsByShape(Generic[T]):
             if not self.frequent.stop():
                 raise
             logger.warning("CUDA graphs are dropped, for lack of memory: %s runs without them", self.work.lower())
+            self.arena = None
             torch.cuda.empty_cache()
             outputs = function()
         self.layouts[shape] = [layout_of(output) for output in outputs]

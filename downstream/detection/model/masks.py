@@ -9,7 +9,7 @@ from downstream.detection.model.boxes import limits_of
 from downstream.detection.model.kernel_dispatch import kernel_works
 
 MASK_SIZE = 28
-CHUNK_PIXELS = 2**26  # pixels of masks that are pasted at a time; 256 MiB
+CHUNK_PIXELS = 2**26  # pixels of masks that are pasted and encoded at a time; 256 MiB as float32
 
 
 def mask_targets(masks: Tensor, boxes: Tensor, gt_indices: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def mask_targets(masks: Tensor, boxes: Tensor, gt_indices: Tensor) -> Tensor:
     return (cells[:, 0] >= 0.5).float()
 
 
-def paste_masks(probabilities: Tensor, boxes: Tensor, height: int, width: int, *, kernels: str = "auto") -> Tensor:
+def paste_masks(probabilities: Tensor, boxes: Tensor, height: int, width: int, *, kernels: str = "torch") -> Tensor:
     """Return masks of the whole image, (D, height, width) bool, from probabilities (D, 28, 28) over boxes (D, 4).
 
     A pixel belongs to the mask if the probability interpolated at its center is at least 0.5; it is 0 outside the box.

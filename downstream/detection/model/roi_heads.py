@@ -196,15 +196,13 @@ class RoIHead(nn.Module):
             scores: (B, P, classes).
             scales: (B, 4), pixels of the batch per pixel of the file.
         """
-        device, num_images = boxes.device, len(boxes)
+        num_images = len(boxes)
         best = [
             best_of_image(own_boxes, own_scores)
             for own_boxes, own_scores in zip(boxes / scales[:, None, None], scores, strict=True)
         ]
         counts = [len(own) for _, own, _ in best]
-        images = torch.repeat_interleave(
-            torch.arange(num_images, device=device), torch.tensor(counts, device=device), output_size=sum(counts)
-        )
+        images = torch.arange(num_images).repeat_interleave(torch.tensor(counts)).to(boxes.device, non_blocking=True)
         regions = torch.cat([own for own, _, _ in best]) * scales[images]
         labels = torch.cat([own for _, _, own in best])
         num_empty = num_images * MAX_DETECTIONS - len(labels) if self.has_fixed_slots else 0

@@ -8,6 +8,7 @@ import pytest
 import torch
 from faster_coco_eval import mask as rle
 
+from downstream.detection import metrics
 from downstream.detection.metrics import (
     METRICS,
     CocoEvaluator,
@@ -154,7 +155,7 @@ def test_without_results_or_objects(truth_and_results: tuple[Path, list[dict[str
     assert set(CocoEvaluator(tmp_path / "empty.json").compute([]).values()) == {-1.0}
 
 
-def test_detections_convert_to_coco_results(tmp_path: Path) -> None:
+def test_detections_convert_to_coco_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     boxes = torch.tensor([[10.0, 20.0, 38.0, 48.0], [0.0, 0.0, 28.0, 56.0]])
     found = Detections(boxes, torch.tensor([0.9, 0.2]), torch.tensor([1, 0]), torch.ones(2, 28, 28))
     results = coco_results(found, image_id=7, size=(60, 80), category_ids=[3, 17])
@@ -168,6 +169,11 @@ def test_detections_convert_to_coco_results(tmp_path: Path) -> None:
     write_results(results, tmp_path / "results.json")
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert coco_results(Detections(*(x[:0] for x in found)), image_id=7, size=(60, 80), category_ids=[3]) == []
+    monkeypatch.setattr(metrics, "CHUNK_PIXELS", 60 * 80)  # one mask at a time
+    shapes: list[torch.Size] = []
+    monkeypatch.setattr(metrics, "encode_masks", lambda masks: shapes.append(masks.shape) or encode_masks(masks))
+    assert coco_results(found, image_id=7, size=(60, 80), category_ids=[3, 17]) == results
+    assert shapes == [(1, 60, 80)] * 2
 
 
 def test_table_lines_up() -> None:

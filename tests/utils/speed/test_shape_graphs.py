@@ -155,6 +155,7 @@ def test_running_out_of_memory_drops_the_graphs(monkeypatch: pytest.MonkeyPatch)
         graphs(torch.randn(2, 3, side, 8))[0].sum().backward()
     assert len(said) == 1
     assert not graphs.frequent.recordings
+    assert graphs.arena is None
     fails[0] = True
     with pytest.raises(torch.OutOfMemoryError):
         graphs(torch.randn(2, 3, 10, 8))
