@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -179,19 +181,21 @@ class GradientExchange:
 
 
 def all_reduce_speed(device: torch.device) -> float | None:
-    """Return the bytes per second that the slowest process sums with the others on GPUs; None on CPUs."""
+    """Return the bytes per second that the slowest process sums with the others on GPUs; None on CPUs.
+
+    It is the median of several sums, so that a process that is late once does not count.
+    """
     if device.type != "cuda":
         return None
     tensor = torch.zeros(SLICE_BYTES, dtype=torch.uint8, device=device)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for number in range(TIMED_REDUCTIONS + 2):  # the first connects the processes, the second lets them begin together
-        if number == 2:
-            start.record()
+    dist.all_reduce(tensor)  # connects the processes
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED_REDUCTIONS + 1)]
+    for event in events:
         dist.all_reduce(tensor)
-    end.record()
-    end.synchronize()
-    milliseconds = torch.tensor(start.elapsed_time(end))
-    return TIMED_REDUCTIONS * SLICE_BYTES / (max_over_processes(milliseconds).item() / 1000)
+        event.record()
+    events[-1].synchronize()
+    milliseconds = median(begin.elapsed_time(end) for begin, end in pairwise(events))
+    return SLICE_BYTES / (max_over_processes(torch.tensor(milliseconds)).item() / 1000)
 
 
 def should_overlap(speed: float | None) -> bool:
