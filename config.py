@@ -49,18 +49,18 @@ BASELINES = Rule(
     "timm:NAME, with commas between several",
     lambda value: all(name.startswith("timm:") for name in value.split(",") if value),
 )
-SIZES = Rule(
-    "whole numbers from 8 to 16384, with commas between",
-    lambda value: (
-        not value or all(re.fullmatch("[0-9]{1,5}", size) and 8 <= int(size) <= 16384 for size in value.split(","))
-    ),
-)
-BATCH_SIZES = Rule(
-    "whole numbers from 1 to 65536, with commas between",
-    lambda value: (
-        not value or all(re.fullmatch("[0-9]{1,5}", size) and 1 <= int(size) <= 65536 for size in value.split(","))
-    ),
-)
+
+
+def numbers(low: int, high: int) -> Rule:
+    """Return the rule for whole numbers in a range, with commas between; none are allowed too."""
+    return Rule(
+        f"whole numbers from {low} to {high}, with commas between",
+        lambda value: (
+            not value
+            or all(re.fullmatch("[0-9]{1,5}", number) and low <= int(number) <= high for number in value.split(","))
+        ),
+    )
+
 
 ALPHA = Rule("0, or from 0.001 to 1000", lambda value: value == 0 or 0.001 <= value <= 1000)
 SUBFOLDER = Rule(
@@ -314,7 +314,7 @@ _C.EVAL_MODE = Key(False, help="only evaluate")
 _C.EVAL_EMA = Key(
     None, type=bool, optional=True, help="with --eval: the EMA's weights, or with False the model's; null: both"
 )
-_C.THROUGHPUT_MODE = Key(False, help="only measure speed, on synthetic images")
+_C.THROUGHPUT_MODE = Key(False, help="only measure speed, on synthetic images but for BENCHMARK.LOADING")
 
 _C.BENCHMARK = Section()
 _C.BENCHMARK.TRAIN = Key(False, help="with --throughput: measure the training step instead of inference")
@@ -322,10 +322,12 @@ _C.BENCHMARK.BASELINES = Key(
     "", BASELINES, help="with --throughput: models to compare with, such as timm:convnext_tiny,timm:swin_tiny"
 )
 _C.BENCHMARK.SIZES = Key(
-    "", SIZES, help="with --throughput: image sides for a table of time per pixel, such as 224,384,512"
+    "", numbers(8, 16384), help="with --throughput: image sides for a table of time per pixel, such as 224,384,512"
 )
 _C.BENCHMARK.LOADING = Key(
-    "", BATCH_SIZES, help="with --throughput: batch sizes, such as 128,512, for a table of training from DATA.DATA_PATH"
+    "",
+    numbers(1, 65536),
+    help="with --throughput: batch sizes, such as 128,512, for a table of training from DATA.DATA_PATH",
 )
 
 _C.PROFILE_MODE = Key(False, help="only count parameters and MACs")
