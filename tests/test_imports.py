@@ -30,6 +30,7 @@ READERS = (
     "schema.py",
     "task.py",
     "run.py",
+    "training_run.py",
     "throughput.py",
     "loading.py",
 )

@@ -213,7 +213,7 @@ def test_mesa_starts_after_a_quarter_of_the_epochs(
         return training_loss(logits, targets, *of_teacher)
 
     monkeypatch.setattr(losses, "training_loss", note)
-    monkeypatch.setattr("utils.training.run.memory_warning", lambda *_: "")  # which runs the losses, too
+    monkeypatch.setattr("utils.training.training_run.memory_warning", lambda *_: "")  # which runs the losses, too
     options = ("TRAIN.COOLDOWN_EPOCHS", "1", "AUG.MESA", "1.0", "EMA.WARMUP", "off")
     assert run_main(*digits(tmp_path, *options, epochs=3, batch_size=200))[0] == 0
     assert seen == [False] * 2 + [True] * 6  # two steps per epoch; cool-down counts

@@ -17,7 +17,8 @@ from downstream.segmentation.config import load_config
 from downstream.segmentation.make_shapes import main as make_shapes
 from downstream.segmentation.task import Segmentation, evaluate
 from utils.distributed.process import Process, gather_objects, start_process, stop_process
-from utils.training.run import Training, open_run
+from utils.training.run import open_run
+from utils.training.training_run import Training
 
 STEPS = 3
 CONFIG = "downstream/segmentation/cfgs/shapes.yaml"

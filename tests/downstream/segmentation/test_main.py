@@ -87,7 +87,7 @@ class Fault:
             return result
 
         monkeypatch.setattr(Segmentation, "batch_losses", losses)
-        monkeypatch.setattr("utils.training.run.memory_warning", lambda *_: "")  # which calls it, too
+        monkeypatch.setattr("utils.training.training_run.memory_warning", lambda *_: "")  # which calls it, too
 
 
 def interrupt(_: dict[str, Any]) -> None:

@@ -160,7 +160,7 @@ def make_config(**settings: Any) -> CfgNode:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRun:
     monkeypatch.setattr("utils.logs.recorder.plot_curves", lambda *_: None)
-    monkeypatch.setattr("utils.training.run.record_environment", lambda *_, **__: None)
+    monkeypatch.setattr("utils.training.training_run.record_environment", lambda *_, **__: None)
     return FakeRun(tmp_path)
 
 
@@ -226,7 +226,7 @@ def test_what_set_up_draws_does_not_change_the_random_numbers_of_a_run(
 
     states = []
     for name, set_up in (("plain", lambda *_: ""), ("drawn", draw)):
-        monkeypatch.setattr("utils.training.run.memory_warning", set_up)
+        monkeypatch.setattr("utils.training.training_run.memory_warning", set_up)
         other = FakeRun(tmp_path / name)
         other.task.signal_at = 5
         assert other() == 0
