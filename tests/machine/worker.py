@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from config import load_config
 from main import Classification
 from utils.benchmark.measure import median_seconds
-from utils.distributed.gradient_exchange import GradientExchange
+from utils.distributed.gradient_exchange import GradientExchange, all_reduce_speed, should_overlap
 from utils.distributed.process import Process, start_process, stop_process
 from utils.speed.compile import Capture
 from utils.training.build import build_ema, build_inference_model, build_optimizer, build_precision, build_train_step
@@ -105,7 +105,7 @@ def exchange(process: Process, args: argparse.Namespace) -> dict[str, Any]:
     """
     config = load_config(args.cfg, ["MODEL.KERNELS", "torch"])  # which need not be compiled for this
     model = prepare_model(TASK, config, process, None)
-    gradients = GradientExchange(model)
+    gradients = GradientExchange(model, overlaps=should_overlap(all_reduce_speed(process.device)))
     parameters = [p for p in model.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)

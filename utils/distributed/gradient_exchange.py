@@ -56,10 +56,6 @@ class Slice:
 class GradientExchange:
     """Sums a model's gradients over all processes, slice by slice, in the order in which they become ready.
 
-    Where GPUs exchange data fast, all gradients are one slice, so that the exchange follows the backward pass.
-    Deterministic algorithms (`torch.use_deterministic_algorithms`) have slices whatever the speed, since sums over more
-    than two processes may depend on the slices.
-
     Call `start` before the last backward pass of a step and `finish` after it. Earlier backward passes accumulate
     gradients without exchange. On a GPU the exchange runs on a stream of its own, which `finish` joins; on a CPU it
     runs in gloo's threads.
@@ -72,18 +68,16 @@ class GradientExchange:
     Args:
         model: on its device; the same architecture on all processes.
         find_unused: allow parameters without gradient; those without one on every process are not updated.
-        overlaps: exchange during the backward pass; None: as is faster here.
+        overlaps: exchange during the backward pass; else all gradients are one slice, which is exchanged after it.
     """
 
-    def __init__(self, model: nn.Module, *, find_unused: bool = False, overlaps: bool | None = None) -> None:
+    def __init__(self, model: nn.Module, *, find_unused: bool = False, overlaps: bool = True) -> None:
         broadcast_tensors(list(model.state_dict().values()))
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = {id(p): name for name, p in named}
         self.find_unused = find_unused
         self.num_processes = dist.get_world_size()
         device = named[0][1].device
-        if overlaps is None:
-            overlaps = should_overlap(all_reduce_speed(device))
         split = split_parameters([p for _, p in named], overlaps=overlaps)
         self.slices = [Slice(parameters) for parameters in split]
         self.buffers = trained_buffers(model)
@@ -199,7 +193,11 @@ def all_reduce_speed(device: torch.device) -> float | None:
 
 
 def should_overlap(speed: float | None) -> bool:
-    """Return whether to exchange during the backward pass, from the bytes per second of all-reduces on GPUs."""
+    """Return whether to exchange during the backward pass, from the bytes per second of all-reduces on GPUs.
+
+    Deterministic algorithms (`torch.use_deterministic_algorithms`) do at any speed, which may differ between starts:
+    sums over more than two processes may depend on the slices.
+    """
     return speed is None or speed < FAST_BYTES_PER_SECOND or torch.are_deterministic_algorithms_enabled()
 
 

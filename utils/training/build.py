@@ -9,7 +9,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from utils.config.yaml_file import flatten
-from utils.distributed.gradient_exchange import GradientExchange
+from utils.distributed.gradient_exchange import GradientExchange, all_reduce_speed, should_overlap
 from utils.distributed.process import Process
 from utils.logs.logger import logger
 from utils.logs.wandb_logger import WandbLogger
@@ -143,7 +143,12 @@ def build_train_step(
     """Return the training step of a model on all processes together, compiled as TRAIN.COMPILE says."""
     exchange = None
     if process.num_processes > 1:
-        exchange = GradientExchange(model, find_unused=config.TRAIN.FIND_UNUSED_PARAMS)
+        speed = all_reduce_speed(process.device)
+        overlaps = should_overlap(speed)
+        exchange = GradientExchange(model, find_unused=config.TRAIN.FIND_UNUSED_PARAMS, overlaps=overlaps)
+        if speed is not None:
+            place = "beside" if overlaps else "after"
+            logger.info("Gradients are exchanged %s the backward pass; all-reduces sum %.0f GB/s", place, speed / 1e9)
     compute_losses = task.losses(config, model, ema, derived)
     parts = (model, optimizer, precision)
     options: dict[str, Any] = {"compute_losses": compute_losses, "clip_grad": config.TRAIN.CLIP_GRAD, "ema": ema}
