@@ -314,7 +314,7 @@ _C.EVAL_MODE = Key(False, help="only evaluate")
 _C.EVAL_EMA = Key(
     None, type=bool, optional=True, help="with --eval: the EMA's weights, or with False the model's; null: both"
 )
-_C.THROUGHPUT_MODE = Key(False, help="only measure speed, on synthetic images but for BENCHMARK.LOADING")
+_C.THROUGHPUT_MODE = Key(False, help="only measure speed, by default on synthetic images")
 
 _C.BENCHMARK = Section()
 _C.BENCHMARK.TRAIN = Key(False, help="with --throughput: measure the training step instead of inference")
