@@ -14,7 +14,7 @@ from data.exact_crops import ExactCrop
 from data.transforms import EvalTransform
 
 Check = Callable[[torch.device], Tensor]  # returns where the results of a kernel are wrong
-VERDICTS: dict[tuple[Check, torch.device], str] = {}  # of this process: how a kernel fails its check, or ""
+VERDICTS: dict[tuple[Check, torch.device], str] = {}  # from other processes: how a kernel fails its check, or ""
 
 logger = logging.getLogger("mlla.data")
 
@@ -63,7 +63,7 @@ def kernel_works(check: Check, device: torch.device, instead: str = "PyTorch, wh
     """
     if device.type != "cuda":
         return False
-    reason = VERDICTS[check, device] if (check, device) in VERDICTS else failure(check, device)
+    reason = verdict(check, device)
     if reason:
         name = check.__name__.removeprefix("check_").replace("_", " ")
         logger.warning("%s images on the GPU falls back to %s: Triton's kernel: %s", name, instead, reason)
@@ -78,6 +78,11 @@ def find_error(name: str, device: torch.device) -> str:
 def set_verdict(name: str, device: torch.device, error: str) -> None:
     """Take the result of `find_error` from elsewhere, such as another process."""
     VERDICTS[globals()[f"check_{name}"], device] = error
+
+
+def verdict(check: Check, device: torch.device) -> str:
+    """Return how a kernel fails its check, which is called if there is no verdict yet, or an empty string."""
+    return VERDICTS[check, device] if (check, device) in VERDICTS else failure(check, device)
 
 
 def failure(check: Check, device: torch.device) -> str:

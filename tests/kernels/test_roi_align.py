@@ -96,7 +96,6 @@ def test_a_kernel_that_fails_its_check_falls_back_with_one_line(
 @pytest.mark.parametrize("name", kernel_dispatch.KERNELS)
 @pytest.mark.parametrize("error", ["", "no compiler"])
 def test_verdicts_from_other_processes_count(name: str, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_dispatch, "VERDICTS", {})
     monkeypatch.setattr(kernel_dispatch, "failure", lambda check, _: f"{check.__name__} was called")
     kernel, gpu = name.partition(":")[2], torch.device("cuda", 98)  # no other test asks about it
     passes.cache_clear()

@@ -1,17 +1,14 @@
 """Choice between Triton's kernels and torchvision's functions."""
 
-from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
 
 import torch
 from torch import Tensor
 
-from data.kernel_dispatch import failure
+from data.kernel_dispatch import VERDICTS, Check, failure, verdict
 from models.kernels.dispatch import can_run, log_fallback_once
 
-Check = Callable[[torch.device], Tensor]
-VERDICTS: dict[tuple[Check, torch.device], str] = {}  # from other processes: how a kernel fails its check, or ""
 # Module of each kernel's check, check_<name>.
 MODULES = {"adding": "fpn", "matching": "matching", "pasting": "masks", "pooling": "pooling", "suppressing": "nms"}
 KERNELS = tuple(f"{__name__}:{name}" for name in MODULES)  # their names for the self-test at set-up
@@ -34,7 +31,7 @@ def kernel_works(kernels: str, x: Tensor, check: Check) -> bool:
 @lru_cache
 def passes(check: Check, device: torch.device) -> bool:
     """Return whether a kernel runs on a device and passes its check; else log why not."""
-    reason = VERDICTS[check, device] if (check, device) in VERDICTS else failure(check, device)
+    reason = verdict(check, device)
     if reason:
         log_fallback_once(f"{check.__name__.removeprefix('check_')} in the detector: {reason}"[:300])
     return not reason
