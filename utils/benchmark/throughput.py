@@ -175,10 +175,8 @@ def new_train_step(
     ema = build_ema(config, model, derived)
     if ema is not None:
         ema.scores = {"model": 0.0, "EMA": 0.0}  # so that it is MESA's teacher, also in short runs
-    optimizer, precision = (
-        build_optimizer(config, task.parameter_groups(config, model)),
-        build_precision(config, process.device),
-    )
+    optimizer = build_optimizer(config, task.parameter_groups(config, model))
+    precision = build_precision(config, process.device)
     return build_train_step(task, config, model, process, optimizer, ema, precision, derived), ema, derived
 
 

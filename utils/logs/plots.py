@@ -180,15 +180,11 @@ def plot_grouped_bars(
         path: of the file.
     """
     height = 0.8 / len(values)
-    figure, axis = pyplot().subplots(figsize=(8, 1.6 + 0.36 * len(values) * len(labels)), layout="constrained")
+    size = (8, 1.6 + 0.36 * len(values) * len(labels))
+    figure, axis = axes_for_bars(labels, size, axis_label=axis_label, title=title)
     for place, (name, row) in enumerate(values.items()):
         bars = axis.barh(np.arange(len(labels)) + (place - (len(values) - 1) / 2) * height, row, height, label=name)
         axis.bar_label(bars, labels=[f"{value:,.0f}" for value in row], padding=3)
-    axis.set_yticks(range(len(labels)), labels)
-    axis.invert_yaxis()
-    axis.margins(x=0.14)
-    axis.set_xlabel(axis_label)
-    figure.suptitle(title, fontsize=10)
     figure.legend(loc="outside lower center", ncols=len(values))
     figure.savefig(path, dpi=100)
     pyplot().close(figure)
@@ -204,13 +200,19 @@ def plot_bars(
     path: Path,
 ) -> None:
     """Plot a horizontal bar per value, from the top down, with the value at its end."""
-    figure, axis = pyplot().subplots(figsize=(9, 1.4 + 0.36 * len(values)), layout="constrained")
+    figure, axis = axes_for_bars(labels, (9, 1.4 + 0.36 * len(values)), axis_label=axis_label, title=title)
     bars = axis.barh(range(len(values)), values, color=colors)
     axis.bar_label(bars, labels=[f"{value:,.0f}" for value in values], padding=3)
-    axis.set_yticks(range(len(values)), labels)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    pyplot().close(figure)
+
+
+def axes_for_bars(labels: Sequence[str], size: tuple[float, float], *, axis_label: str, title: str) -> tuple[Any, Any]:
+    """Return a figure of a size in inches and its axes, for horizontal bars at 0, 1, ... from the top down."""
+    figure, axis = pyplot().subplots(figsize=size, layout="constrained")
+    axis.set_yticks(range(len(labels)), labels)
     axis.invert_yaxis()
     axis.margins(x=0.14)
     axis.set_xlabel(axis_label)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    pyplot().close(figure)
+    return figure, axis
