@@ -1,7 +1,7 @@
 """Small crops and JPEGs of different sizes in one buffer, which a GPU decodes, resizes and flips.
 
-Small crops are resized all together. Workers resize the larger ones of images that they decode: one by one, a GPU would
-wait for the CPU, which starts four kernels for each.
+PyTorch resizes small crops all together. Larger ones it resizes one by one, and a GPU would wait for the CPU, which
+starts four kernels for each: workers resize those of images that they decode, unless the GPU decodes JPEGs as well.
 """
 
 import math
@@ -16,6 +16,7 @@ from torch.utils.data import get_worker_info
 from data.batch_decoding import decode_in_groups
 
 SMALL_SIDE = 64  # pixels; crops with sides up to this are resized together
+LARGE_SIDE = 512  # up to which crops go to a device that also decodes; larger ones would take much shared memory
 MAX_VALUES = 2**23  # of small crops that are resized at once, which takes 200 MB
 
 

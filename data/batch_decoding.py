@@ -22,7 +22,7 @@ BASELINE = 0xC0  # marker of the frame header of a sequential JPEG with Huffman 
 SCAN, ADOBE = 0xDA, 0xEE
 SAMPLINGS = ((0x11, 0x11, 0x11), (0x21, 0x11, 0x11), (0x22, 0x11, 0x11))  # 4:4:4, 4:2:2, 4:2:0
 MAX_IMAGE_PIXELS = 2**24  # larger photographs are decoded and cut by the workers, to save the device's memory
-MAX_GROUP_PIXELS = 2**26  # that are decoded at once: 200 MB
+MAX_GROUP_PIXELS = 2**27  # that are decoded at once: 400 MB, and at most one image more
 
 
 class DeviceJpeg(NamedTuple):
@@ -80,7 +80,8 @@ def decode_on(device: torch.device, jpegs: list[Tensor]) -> list[Tensor]:
     """Decode JPEGs together. Those that the device rejects are decoded on the CPU as by a worker."""
     try:
         if device.type == "cuda":
-            # torchvision decodes on a stream of its own, without waiting for what still reads this memory on this one.
+            # torchvision decodes on a stream of its own, without waiting for what still reads this memory on this one;
+            # nvJPEG's hardware decoder would not even wait for an event: it writes when it is called.
             torch.cuda.current_stream(device).synchronize()
         return decode_jpeg(jpegs, ImageReadMode.RGB, device)
     except RuntimeError:

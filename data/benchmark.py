@@ -132,17 +132,17 @@ def training_pipelines(config: CfgNode) -> dict[str, Pipeline]:
     pipelines = {"reference": reference, "this": Pipeline(training_stages(source, transform, transform.policy), loader)}
     transform = train_transform(config, torch.device("cuda"))  # what it leaves to a GPU needs none here
     loaders = {
-        on_device: DataLoader(
-            ImageDataset(source, transform, config.SEED, on_device=on_device),
+        share: DataLoader(
+            ImageDataset(source, transform, config.SEED, device_share=share),
             sampler=loader.sampler,
             collate_fn=keep_batch,
         )
-        for on_device in (False, True)
+        for share in (0.0, 1.0)
     }
     stages = training_stages(source, transform, lambda pixels: (transform.recorded_policy(224, 224), pixels)[1])
-    pipelines["AUGMENT_ON gpu"] = Pipeline(stages, loaders[False])
+    pipelines["AUGMENT_ON gpu"] = Pipeline(stages, loaders[0.0])
     stages = [*stages[:2], ("decode", device_jpeg), ("crop and resize", lambda jpeg: transform(jpeg).pixels)]
-    pipelines["DECODE_ON gpu"] = Pipeline(stages, loaders[True], pack_bytes)
+    pipelines["DECODE_ON gpu"] = Pipeline(stages, loaders[1.0], pack_bytes)
     return pipelines
 
 

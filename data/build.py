@@ -15,6 +15,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from data import kernel_dispatch
+from data.batch_crops import LARGE_SIDE, SMALL_SIDE
 from data.batch_decoding import check_support
 from data.dataset import ImageDataset, ImageSource, keep_batch
 from data.errors import DataError
@@ -219,7 +220,7 @@ def train_loader(
         source,
         transform,
         config.SEED,
-        on_device=decodes_on_device,
+        device_share=config.DATA.GPU_DECODE_SHARE if decodes_on_device else 0.0,
         replacements=sampler.order,
         max_failures=config.DATA.MAX_BAD,
     )
@@ -242,6 +243,7 @@ def train_transform(config: CfgNode, device: torch.device) -> TrainTransform:
         color_jitter=config.AUG.COLOR_JITTER,
         erase_prob=config.AUG.REPROB,
         erase_count=config.AUG.RECOUNT,
+        device_side=LARGE_SIDE if config.DATA.DECODE_ON == "gpu" else SMALL_SIDE,
     )
     if place == "cpu" or device.type != "cuda":
         return make(on_device=False)

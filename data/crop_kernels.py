@@ -23,14 +23,8 @@ def resize_with_kernel(packed: Tensor, crops: Tensor, device: torch.device) -> T
     size, num_bytes = int(crops[0, 6]), crops[:, 0]
     starts = num_bytes.cumsum(0) - num_bytes
     result = torch.empty(len(crops), size, size, 3, dtype=torch.uint8, device=device)
-    decoded = (crops[:, 1] == 0).nonzero().flatten()
-    if len(decoded):
-        pixels = packed.to(device, non_blocking=True)
-        widths = crops[decoded, 5]
-        addresses, one = pixels.data_ptr() + starts[decoded], torch.ones_like(widths)
-        launch_resizing(result, crops, decoded, [addresses, 3 * widths, 3 * one, one])
     jpegs = (crops[:, 1] > 0).nonzero().flatten()
-    for group in pixel_groups(crops[jpegs, 1].tolist()):
+    for group in pixel_groups(crops[jpegs, 1].tolist()):  # before other work, for which decoding would wait
         index = jpegs[group]
         ends = starts + num_bytes
         files = [packed[start:end] for start, end in zip(starts[index].tolist(), ends[index].tolist(), strict=True)]
@@ -39,6 +33,13 @@ def resize_with_kernel(packed: Tensor, crops: Tensor, device: torch.device) -> T
         addresses = torch.tensor([image.data_ptr() for image in images])
         corners = addresses + lines * crops[index, 2] + columns * crops[index, 3]
         launch_resizing(result, crops, index, [corners, lines, columns, channels])
+        del images  # else their memory would be in use while the next group is decoded
+    decoded = (crops[:, 1] == 0).nonzero().flatten()
+    if len(decoded):
+        pixels = packed.to(device, non_blocking=True)
+        widths = crops[decoded, 5]
+        addresses, one = pixels.data_ptr() + starts[decoded], torch.ones_like(widths)
+        launch_resizing(result, crops, decoded, [addresses, 3 * widths, 3 * one, one])
     return result
 
 

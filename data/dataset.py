@@ -86,7 +86,7 @@ class ImageDataset(Dataset[Batch]):
         transform: makes a sample from a decoded image.
         seed: seed of all random draws.
         is_exact: decode with Pillow and give the transform an image; else decode faster and give it a tensor.
-        on_device: give the transform JPEGs that the device can decode as they are.
+        device_share: probability that the transform gets a JPEG that the device can decode as it is.
         replacements: function that returns the order of an epoch, in which the next good image replaces a broken one;
             the random draws stay those of the sample. None: the batch gets smaller. The batch lists the failures.
         max_failures: replacements to try in a row.
@@ -99,7 +99,7 @@ class ImageDataset(Dataset[Batch]):
         seed: int,
         *,
         is_exact: bool = False,
-        on_device: bool = False,
+        device_share: float = 0.0,
         replacements: Callable[[int], np.ndarray] | None = None,
         max_failures: int = 100,
     ) -> None:
@@ -107,7 +107,7 @@ class ImageDataset(Dataset[Batch]):
         self.transform = transform
         self.seed = seed
         self.is_exact = is_exact
-        self.on_device = on_device
+        self.device_share = device_share
         self.replacements = replacements
         self.max_failures = max_failures
 
@@ -128,13 +128,14 @@ class ImageDataset(Dataset[Batch]):
         failures: list[Failure] = []
         seconds = [0.0] * len(STAGES)
         seeds = sample_seeds([(self.seed, key.epoch, key.position) for key in keys])
-        for key, seeds_of_sample in zip(keys, seeds, strict=True):
+        for key, (*seeds_of_sample, draw) in zip(keys, seeds, strict=True):
+            on_device = draw < self.device_share * 2**32
             for index in self.candidates(key):
                 start = time.perf_counter()
                 try:
                     content = self.source.read(index)
                     was_read = time.perf_counter()
-                    image = self.decode(content)
+                    image = self.decode(content, on_device=on_device)
                     was_decoded = time.perf_counter()
                 except BrokenImageError as error:
                     failures.append(Failure(self.source.name(index), str(error)))
@@ -175,16 +176,16 @@ class ImageDataset(Dataset[Batch]):
     def without_device(self) -> "ImageDataset":
         """Return the same dataset, which decodes all images itself, and for evaluation also resizes them."""
         changed = copy.copy(self)
-        changed.on_device = False
+        changed.device_share = 0.0
         if isinstance(self.transform, EvalTransform):
             changed.transform = copy.copy(self.transform)
             changed.transform.on_device = False
         return changed
 
-    def decode(self, content: bytes | Image.Image | Tensor) -> Image.Image | Tensor | DeviceJpeg:
+    def decode(self, content: bytes | Image.Image | Tensor, *, on_device: bool) -> Image.Image | Tensor | DeviceJpeg:
         """Return an image in the form that the transform takes."""
         if isinstance(content, bytes):
-            if self.on_device and (jpeg := device_jpeg(content)) is not None:
+            if on_device and (jpeg := device_jpeg(content)) is not None:
                 return jpeg
             return decode_pillow(content) if self.is_exact else decode_fast(content)
         if isinstance(content, Tensor):

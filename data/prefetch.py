@@ -18,6 +18,8 @@ from data.kernel_dispatch import augment_on_device, erase_on_gpu, resize_on_devi
 from data.samplers import SampleKey, TrainSampler
 from data.workers import RestartingDataLoader, more_workers
 
+NUM_AHEAD = 1  # batches that are prepared on a GPU while the model works on another
+
 logger = logging.getLogger("mlla.data")
 
 
@@ -88,16 +90,22 @@ class DeviceLoader:
 
     def advice(self) -> str:
         """Return what limits loading in the epoch so far, and how it may become faster, for a log line."""
-        if self.dataset.on_device and self.device_seconds > self.worker_seconds:
-            return "loading is limited by the GPU, which decodes beside the steps; set DATA.DECODE_ON cpu"
+        share = self.dataset.device_share
+        if share and self.device_seconds > self.worker_seconds:
+            return (
+                "loading is limited by the GPU, which decodes beside the steps; "
+                f"lower DATA.GPU_DECODE_SHARE, which is {share:g}, or set DATA.DECODE_ON cpu"
+            )
         slowest = STAGES[int(self.stage_seconds.argmax())]
         transform = self.dataset.transform
         may_augment = self.device.type == "cuda" and getattr(transform, "may_move_to_device", False)
         augments = getattr(transform, "recorded_policy", None) is not None
-        may_decode = (may_augment or augments) and not self.dataset.on_device
+        decode_there = ["DATA.DECODE_ON gpu with DATA.AUGMENT_ON gpu"] * (may_augment or augments)
+        if share:
+            decode_there = [f"a higher DATA.GPU_DECODE_SHARE, which is {share:g}"] * (share < 1)
         remedies = {
             "reading": ["faster storage, or --zip with --cache-mode"],
-            "decoding": ["DATA.DECODE_ON gpu with DATA.AUGMENT_ON gpu"] * may_decode + ["smaller images"],
+            "decoding": [*decode_there, "smaller images"],
             "transforming": ["DATA.AUGMENT_ON gpu"] * may_augment,
         }
         more = more_workers(self.loader.num_workers)
@@ -131,8 +139,8 @@ class DeviceLoader:
 
     def prepared_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches, as `__iter__`."""
-        num_ahead = 0 if self.stream is None else 1
-        with ThreadPoolExecutor(1) if num_ahead and self.dataset.on_device else SameThread() as executor:
+        num_ahead = 0 if self.stream is None else NUM_AHEAD
+        with ThreadPoolExecutor(1) if num_ahead and self.dataset.device_share else SameThread() as executor:
             prepared: deque[tuple[Batch, Future[Prepared]]] = deque()
             for batch in self.host_batches():
                 prepared.append((batch, executor.submit(self.prepare_ahead, batch)))

@@ -72,6 +72,7 @@ class TrainTransform:
         erase_prob: probability of random erasing.
         erase_count: boxes to erase at most.
         on_device: leave the policy to the device, and resizing and flip of JPEGs that it decodes and of small crops.
+        device_side: sides in pixels up to which crops are small, if the result is not larger either.
 
     Attributes:
         may_move_to_device: whether `on_device` is off, and could be on.
@@ -93,6 +94,7 @@ class TrainTransform:
         erase_prob: float,
         erase_count: int,
         on_device: bool = False,
+        device_side: int = SMALL_SIDE,
     ) -> None:
         try:
             geometry, colors, _ = create_transform(
@@ -112,6 +114,7 @@ class TrainTransform:
         self.pads = scale is None and size <= SMALL
         self.crop: RandomResizedCropAndInterpolation = geometry.transforms[0]
         self.hflip = hflip
+        self.device_side = device_side
         self.recorded_policy = None
         reason = unsupported_reason(colors.transforms)
         self.may_move_to_device = not on_device and not reason
@@ -138,7 +141,7 @@ class TrainTransform:
             pixels, mode = self.draw_crop(image)
             is_bicubic = mode == InterpolationMode.BICUBIC
             height, width = pixels.shape[:2]
-            if max(self.size, height, width) <= SMALL_SIDE:
+            if max(self.size, height, width) <= self.device_side:
                 crop = Crop(pixels.numel(), 0, 0, 0, height, width, self.size, is_bicubic, self.draw_flip())
             else:
                 pixels = self.flip(resize(pixels, self.size, self.size, mode))

@@ -9,14 +9,14 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode
 
 from config import load_config
-from data.batch_crops import Crop, pack_bytes, resize_crops
+from data.batch_crops import SMALL_SIDE, Crop, pack_bytes, resize_crops
 from data.build import train_transform
 from data.dataset import ImageDataset, keep_batch
 from data.decoding import image_to_tensor
-from data.samplers import TrainSampler
+from data.samplers import SampleKey, TrainSampler
 from data.sources.image_folder import ImageFolder
 from data.transforms import resize
-from tests.helpers import photo
+from tests.helpers import make_image_folder, photo
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
@@ -60,6 +60,26 @@ def test_small_crops_are_resized_together_as_alone(size: int, device: str) -> No
         difference = ((expected.flip(1) if crop[8] else expected) - pixels.float()).abs()
         assert difference.max() <= 1
         assert (difference > 0).float().mean() < 1e-2
+
+
+def test_a_device_that_decodes_also_resizes_what_workers_decode_at_the_same_draws(tmp_path: Path) -> None:
+    make_image_folder(tmp_path, train=3, val=1)
+    for index, path in enumerate(sorted(tmp_path.glob("train/*/*.jpg"))):
+        photo(150 + 10 * index, 120, index).save(path)
+    opts = ["DATA.IMG_SIZE", "72", "DATA.AUGMENT_ON", "gpu", "AUG.REPROB", "1.0", "DATA.DECODE_ON"]
+    batches = []
+    for place in ("cpu", "gpu"):
+        transform = train_transform(load_config("cfgs/mlla_t.yaml", [*opts, place]), torch.device("cuda"))
+        dataset = ImageDataset(ImageFolder(str(tmp_path), "train"), transform, 0)
+        batches.append(dataset.__getitems__([SampleKey(0, index) for index in range(6)]))
+    here, there = batches
+    assert here.images.shape == (6, 72, 72, 3)
+    assert there.crops[:, 4].max() > SMALL_SIDE
+    assert here.operations.equal(there.operations)
+    assert here.erasures.equal(there.erasures)
+    difference = (resize_crops(there.images, there.crops, torch.device("cpu")).int() - here.images.int()).abs()
+    assert difference.max() <= 3  # workers round between the axes
+    assert (difference > 1).float().mean() < 1e-3
 
 
 def test_batches_are_the_same_from_a_worker(image_folder: Path) -> None:

@@ -21,7 +21,7 @@ from data.dataset import ImageDataset, keep_batch
 from data.decoding import decode_fast, image_to_tensor
 from data.errors import BrokenImageError, DataError
 from data.prefetch import DeviceLoader
-from data.samplers import TrainSampler
+from data.samplers import SampleKey, TrainSampler
 from data.workers import RestartingDataLoader
 from tests.data.sources.test_webdataset_shards import write_shards
 from tests.data.test_decoding import BROKEN, JPEG, WHOLE
@@ -129,8 +129,8 @@ def test_crops_of_jpegs_and_of_pixels(device: torch.device) -> None:
     assert difference.float().mean() < 1
 
 
-def loader(folder: Path, *opts: str, decode_on: str, workers: int = 0, device: torch.device = CPU) -> DeviceLoader:
-    """Return the training loader that a run has, on any device."""
+def loader(folder: Path, *opts: str, share: float, workers: int = 0, device: torch.device = CPU) -> DeviceLoader:
+    """Return the training loader that a run has, on any device, which decodes a share of the JPEGs."""
     config = load_config(
         "cfgs/mlla_t.yaml", ["DATA.DATA_PATH", str(folder), *OPTS, "DATA.NUM_WORKERS", str(workers), *opts]
     )
@@ -140,7 +140,7 @@ def loader(folder: Path, *opts: str, decode_on: str, workers: int = 0, device: t
         source,
         train_transform(config, torch.device("cuda")),
         seed=0,
-        on_device=decode_on == "gpu",
+        device_share=share,
         replacements=sampler.order,
     )
     batches = RestartingDataLoader(
@@ -164,7 +164,7 @@ def test_draws_do_not_depend_on_where_images_are_decoded(
     elif kind == "wds":
         write_shards(tmp_path / "shards" / "train", "shard")
     folder = image_folder if kind == "folder" else tmp_path
-    there, here = (loader(folder, *opts, decode_on=place) for place in ("gpu", "cpu"))
+    there, here = (loader(folder, *opts, share=share) for share in (1.0, 0.0))
     for one, other in zip(there.loader, here.loader, strict=True):
         assert one.crops[:, 1].any()
         assert not other.crops[:, 1].any()
@@ -173,6 +173,21 @@ def test_draws_do_not_depend_on_where_images_are_decoded(
     for (images, labels), (expected, same) in zip(there, here, strict=True):
         assert labels.equal(same)
         assert (images - expected).abs().mean() < 0.02  # in standard deviations
+
+
+def test_which_jpegs_are_decoded_on_the_device_depends_on_the_sample_alone(image_folder: Path) -> None:
+    """So do its pixels, in any batch. A larger share adds JPEGs to those of a smaller one."""
+    keys = [SampleKey(epoch, position) for epoch in range(20) for position in range(16)]
+    on_device = {}
+    for share in (0.25, 0.75):
+        loads = loader(image_folder, share=share)
+        batch = loads.dataset.__getitems__(keys)
+        on_device[share] = batch.crops[:, 1] > 0
+        part = loads.dataset.__getitems__(keys[7:9])
+        assert part.crops.equal(batch.crops[7:9])
+        assert loads.prepare(part)[0].equal(loads.prepare(batch)[0][7:9])
+        assert on_device[share].float().mean().item() == pytest.approx(share, abs=0.08)
+    assert (on_device[0.25] <= on_device[0.75]).all()
 
 
 @pytest.fixture
@@ -202,10 +217,8 @@ def test_broken_jpegs_are_found_by_the_device_named_and_replaced(
     with pytest.raises(
         BrokenImageError, match=r"^\S*/cat/3\.jpg: cannot be decoded: .*; repair it, or set DATA\.ON_ER"
     ):
-        list(loader(tmp_path, decode_on="gpu", workers=workers))
-    there, here = (
-        loader(tmp_path, "DATA.ON_ERROR", "skip", decode_on=place, workers=workers) for place in ("gpu", "cpu")
-    )
+        list(loader(tmp_path, share=1.0, workers=workers))
+    there, here = (loader(tmp_path, "DATA.ON_ERROR", "skip", share=share, workers=workers) for share in (1.0, 0.0))
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     for (images, labels), (expected, same) in zip(there, here, strict=True):
         assert labels.equal(same)

@@ -32,7 +32,7 @@ class Batches:
     def __init__(self, batches: list[Batch]) -> None:
         self.batches = batches
         self.sampler: object = None
-        self.dataset = SimpleNamespace(on_device=False)
+        self.dataset = SimpleNamespace(device_share=0.0)
         self.is_started = False
 
     def start(self) -> None:
@@ -79,26 +79,36 @@ def test_images_are_normalized_as_torchvision_does(device: torch.device) -> None
 
 MORE_WORKERS = "raise DATA.NUM_WORKERS, which is 3 (2 CPU cores for this process)"
 DECODE_THERE = "DATA.DECODE_ON gpu with DATA.AUGMENT_ON gpu"
+SHARE = "DATA.GPU_DECODE_SHARE, which is 0.5"
 
 
 @pytest.mark.parametrize(
-    ("seconds", "transform", "device", "remedies"),
+    ("seconds", "transform", "share", "device", "remedies"),
     [
-        ([0.0, 0.2, 0.0], {"may_move_to_device": True}, "cuda", f", or {DECODE_THERE}, or smaller images"),
-        ([0.0, 0.2, 0.0], {"may_move_to_device": True}, "cpu", ", or smaller images"),
-        ([0.0, 0.0, 9.0], {"may_move_to_device": True}, "cuda", ", or DATA.AUGMENT_ON gpu"),
-        ([0.0, 0.0, 9.0], {"may_move_to_device": False}, "cuda", ""),
-        ([9.0, 0.0, 0.0], {}, "cuda", ", or faster storage, or --zip with --cache-mode"),
+        ([0.0, 0.2, 0.0], {"may_move_to_device": True}, 0.0, "cuda", f", or {DECODE_THERE}, or smaller images"),
+        ([0.0, 0.2, 0.0], {"may_move_to_device": True}, 0.0, "cpu", ", or smaller images"),
+        ([0.0, 0.2, 0.0], {}, 0.5, "cuda", f", or a higher {SHARE}, or smaller images"),
+        ([0.0, 0.2, 0.0], {}, 1.0, "cuda", ", or smaller images"),
+        ([0.0, 0.0, 9.0], {"may_move_to_device": True}, 0.0, "cuda", ", or DATA.AUGMENT_ON gpu"),
+        ([0.0, 0.0, 9.0], {"may_move_to_device": False}, 0.0, "cuda", ""),
+        ([9.0, 0.0, 0.0], {}, 0.0, "cuda", ", or faster storage, or --zip with --cache-mode"),
     ],
 )
 def test_advice_names_the_slowest_stage_and_what_is_not_yet_in_use(
-    seconds: list[float], transform: dict[str, bool], device: str, remedies: str, monkeypatch: pytest.MonkeyPatch
+    seconds: list[float],
+    transform: dict[str, bool],
+    share: float,
+    device: str,
+    remedies: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("data.workers.share_of_cores", lambda: 2)
     slow = loader(batch(), batch()._replace(seconds=seconds))
     slow.loader.num_workers = 3
     slow.loader.dataset.transform = SimpleNamespace(**transform)  # type: ignore[attr-defined]
+    slow.loader.dataset.device_share = share  # type: ignore[attr-defined]
     list(slow)
+    slow.device_seconds = 0.0
     slow.device = torch.device(device)
     assert slow.advice().partition("; ")[2] == MORE_WORKERS + remedies
     shares = {0.2: "70% decoding, 20% transforming, 10% reading"}
@@ -107,12 +117,12 @@ def test_advice_names_the_slowest_stage_and_what_is_not_yet_in_use(
 
 def test_advice_is_to_decode_elsewhere_where_the_device_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
     late = loader(batch(), batch())
-    late.loader.dataset.on_device = True  # type: ignore[attr-defined]
+    late.loader.dataset.device_share = 0.5  # type: ignore[attr-defined]
     prepare = late.prepare_ahead
     monkeypatch.setattr(late, "prepare_ahead", lambda batch: (time.sleep(0.02), prepare(batch))[1])
     monkeypatch.setattr("data.prefetch.SameThread", lambda: ThreadPoolExecutor(1))
     list(late)
-    assert late.advice().endswith("set DATA.DECODE_ON cpu")
+    assert late.advice().endswith(f"; lower {SHARE}, or set DATA.DECODE_ON cpu")
     late.loader.batches = []  # type: ignore[attr-defined]
     list(late)
     late.loader.num_workers = 3
