@@ -1,10 +1,13 @@
 """Speed of Mask R-CNN with MLLA and with other backbones, and of torchvision's own, on synthetic images.
 
 python -m downstream.detection.benchmark --amp --output output/detection_speed.md
+python -m downstream.detection.benchmark --amp --models mlla_t --evaluation 480
 """
 
+import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +18,7 @@ from yacs.config import CfgNode
 from downstream.detection.build import build_detector
 from downstream.detection.config import load_config
 from downstream.detection.data.dataset import Batch
+from downstream.detection.evaluation_speed import HEAD, SETTINGS, Lap, line_of_lap, measure_evaluation, write_images
 from downstream.detection.model.masks import paste_masks
 from downstream.detection.model.structures import Target
 from downstream.detection.synthetic import NUM_CLASSES, FixedDetections, synthetic_inputs
@@ -32,6 +36,7 @@ from utils.training.amp import Precision, make_precision
 from utils.training.build import build_optimizer, build_train_step, is_captured
 from utils.training.inference import InferenceModel
 from utils.training.launch import MissingCompilerError, explain_missing_compiler, run_and_end
+from utils.training.task import Run
 
 CFGS = Path(__file__).parent / "cfgs"
 TORCHVISION = "torchvision"
@@ -63,11 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=at_least(1), default=1333)
     parser.add_argument("--seconds", type=float, default=1.0, help="approximate length of each measurement")
     parser.add_argument("--amp", action="store_true", help="mixed precision")
+    parser.add_argument(
+        "--evaluation", type=at_least(1), metavar="IMAGES", help="only time a whole evaluation of so many image files"
+    )
     parser.add_argument("--compile", action="store_true", help="also with a compiled backbone, except torchvision's")
     parser.add_argument("--output", type=Path, help="file for the table; the same name with .png: chart")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = make_precision(device, amp=args.amp, dtype="auto")
+    if args.evaluation:
+        return time_evaluations(args, device, precision)
     lines = [
         f"{chip_name(device)}, torch {torch.__version__}, {precision.name}, {args.height}x{args.width}",
         "",
@@ -92,6 +102,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text("\n".join([*lines, *map(line_of, rows)]) + "\n")
             draw_bars(rows, args.output.with_suffix(".png"), title=lines[0])
+    return 0
+
+
+def time_evaluations(args: argparse.Namespace, device: torch.device, precision: Precision) -> int:
+    """Print how long an evaluation of each model takes; torchvision's detector has none."""
+    print(f"{chip_name(device)}, torch {torch.__version__}, {precision.name}\n", *HEAD, sep="\n", flush=True)
+    for name in args.models:
+        if name != TORCHVISION:
+            with report_user_errors():
+                bench = Bench(name, (args.height, args.width), device, precision, args.seconds)
+            for number, lap in enumerate(bench.evaluate(args.evaluation), 1):
+                print(line_of_lap(name, args.evaluation, number, lap), flush=True)
     return 0
 
 
@@ -231,6 +253,21 @@ class Bench:
         hook.remove()
         has_graphs = any(graphs.frequent.recordings for graphs in as_compiled.graphs)
         return row._replace(note=f"{num_detections} detections per image{', CUDA graphs' if has_graphs else ''}")
+
+    def evaluate(self, num_images: int) -> list[Lap]:
+        """Measure an evaluation as in a run, of `num_images` image files."""
+        model: Any = self.model.eval()
+        as_compiled = InferenceModel(Detection(), self.inference_mode, self.device, self.precision.dtype)
+        classifier, background = self.classifier(model)
+        classifier.register_forward_hook(FixedDetections(1, background))
+        task, process, config = Detection(), Process(0, 1, self.device), self.config
+        with TemporaryDirectory() as folder:
+            write_images(Path(folder), num_images)
+            for key, value in {**SETTINGS, "DATA.DATA_PATH": folder}.items():
+                config = with_setting(config, key, value)
+            data = task.build_data(config, process)
+            run = Run(config, process, Path(folder), data, model, self.precision)
+            return measure_evaluation(task, run, as_compiled)
 
     def classifier(self, model: Any) -> tuple[nn.Module, int]:
         """Return the box classifier, and the index of the background among its logits."""

@@ -1,6 +1,8 @@
 """Detection as a task: data, model, losses, COCO metrics and images of predictions."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,14 @@ from downstream.detection.build import DetectionData, build_data, build_detector
 from downstream.detection.data.coco import CocoImages, Record
 from downstream.detection.data.dataset import Batch, collate
 from downstream.detection.data.transforms import normalize
-from downstream.detection.metrics import CocoEvaluator, Result, coco_results, metrics_table, write_results
+from downstream.detection.metrics import (
+    CocoEvaluator,
+    Result,
+    choose_scoring_workers,
+    metrics_table,
+    start_coco_results,
+    write_results,
+)
 from downstream.detection.model.flops import HEIGHT, MASKS, PROPOSALS, PUBLISHED, WIDTH, profile_detector
 from downstream.detection.model.kernel_dispatch import KERNELS
 from downstream.detection.model.mask_rcnn import MaskRCNN
@@ -122,12 +131,28 @@ class Detection(DenseTask):
         return network(batch.images, batch.frames, batch.targets)
 
     def evaluate(self, run: Run, models: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
+        return {name: self.score(run, name, found) for name, found in self.find(run, models).items()}
+
+    def find(self, run: Run, models: Mapping[str, nn.Module]) -> dict[str, list[Result]]:
+        """Return the models' results on this process's validation images.
+
+        A thread encodes the masks of an image while the device works on the next one.
+        """
         local: dict[str, list[Result]] = {name: [] for name in models}
-        for batch in with_bar(run.data.val, models, is_main=run.process.is_main):
-            moved = self.to_device(batch, run.process.device)
-            for name, found in local.items():
-                found += [result for results in self.detect(run, models[name], moved) for result in results]
-        return {name: self.score(run, name, found) for name, found in local.items()}
+        pending: list[tuple[str, Future[list[Result]]]] = []
+
+        def collect() -> None:
+            for name, results in pending:
+                local[name] += results.result()
+
+        with ThreadPoolExecutor(1) as thread:
+            for batch in with_bar(run.data.val, models, is_main=run.process.is_main):
+                moved = self.to_device(batch, run.process.device)
+                started = [(name, finish) for name in models for finish in self.start_detect(run, models[name], moved)]
+                collect()
+                pending = [(name, thread.submit(finish)) for name, finish in started]
+            collect()
+        return local
 
     def score(self, run: Run, name: str, local: list[Result]) -> dict[str, float]:
         """Return COCO's 24 metrics of all processes' results, and write these to results_<name>.json."""
@@ -136,11 +161,12 @@ class Detection(DenseTask):
         if run.process.is_main:
             if self.evaluator is None:
                 self.evaluator = CocoEvaluator(run.data.val_images.annotations)
-            path = run.folder / f"results_{name.lower()}.json"
-            is_result = run.config.EVAL_MODE  # which must be written; in training it is a record beside the metrics
-            with output_errors(run.folder) if is_result else errors_logged(f"{path}: could not be written"):
-                write_results(results, path)
-            metrics = self.evaluator.compute(results, per_class=run.config.TEST.PER_CLASS)
+            metrics = self.evaluator.compute(
+                results,
+                per_class=run.config.TEST.PER_CLASS,
+                num_workers=choose_scoring_workers(len(results)) if run.data.val.num_workers else 0,
+                meanwhile=partial(self.write_results, run, name, results),
+            )
             logger.info("%s on %d images, %d detections:", name, run.data.num_val_images, len(results))
             for line in metrics_table(metrics):
                 logger.info(" * %s", line)
@@ -148,13 +174,23 @@ class Detection(DenseTask):
                 logger.info(" * %s %.2f", key, metrics[key])
         return gather_objects(metrics)[0]
 
+    def write_results(self, run: Run, name: str, results: Sequence[Result]) -> None:
+        path = run.folder / f"results_{name.lower()}.json"
+        is_result = run.config.EVAL_MODE  # which must be written; in training it is a record beside the metrics
+        with output_errors(run.folder) if is_result else errors_logged(f"{path}: could not be written"):
+            write_results(results, path)
+
     def detect(self, run: Run, model: nn.Module, batch: Batch) -> list[list[Result]]:
         """Return the results of each image of a batch on the device; the model is in evaluation mode."""
+        return [finish() for finish in self.start_detect(run, model, batch)]
+
+    def start_detect(self, run: Run, model: nn.Module, batch: Batch) -> list[Callable[[], list[Result]]]:
+        """Return functions that return what `detect` does, see `start_coco_results`."""
         with run.precision.autocast():
             detections = model.detect(batch.images, batch.frames)  # type: ignore[operator]
         options = {"category_ids": run.data.val_images.category_ids, "kernels": run.config.MODEL.KERNELS}
         return [
-            coco_results(item, image_id=image_id, size=frame.original, **options)
+            start_coco_results(item, image_id=image_id, size=frame.original, **options)
             for item, frame, image_id in zip(detections, batch.frames, batch.image_ids, strict=True)
         ]
 

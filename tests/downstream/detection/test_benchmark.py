@@ -7,6 +7,7 @@ from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 from downstream.detection import benchmark
 from downstream.detection.config import load_config
+from downstream.detection.evaluation_speed import HEAD
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +36,19 @@ def test_a_row_for_each_measurement(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert int(note.removesuffix(" detections per image")) > 0
     assert table.read_text() == capsys.readouterr().out
     assert table.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_evaluation_from_files(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row for each lap, with detections in every image; torchvision's detector has no evaluation."""
+    opts = ["TEST.SHORT_SIDE", "64", "TEST.LONG_SIDE", "96"]
+    load = benchmark.load_config
+    monkeypatch.setattr(benchmark, "load_config", lambda path, given: load(path, [*given, *opts]))
+    assert benchmark.main(["--models", "timm:test_convnext", "torchvision", "--evaluation", "7"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split(" | ") for line in lines[lines.index(HEAD[-1]) + 1 :] if line.startswith("| ")]
+    assert [row[:3] for row in rows] == [["| timm:test_convnext", "7", str(lap)] for lap in (1, 2)]
+    assert all(float(row[4]) >= float(row[6]) > 0 for row in rows)
+    assert all(int(row[7].split()[0]) > 0 for row in rows)
 
 
 def test_unknown_models(capsys: pytest.CaptureFixture[str]) -> None:

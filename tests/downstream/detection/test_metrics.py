@@ -1,5 +1,7 @@
 import json
+import os
 from copy import deepcopy
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,20 @@ from downstream.detection import metrics
 from downstream.detection.metrics import (
     METRICS,
     CocoEvaluator,
+    choose_scoring_workers,
     coco_results,
     encode_masks,
+    encode_runs,
     metrics_table,
     run_lengths,
+    run_places,
+    split_evaluation,
     write_results,
 )
 from downstream.detection.model.structures import Detections
 from tests.utils.speed.test_shape_graphs import DEVICES
 
+TABLES_OF = CocoEvaluator.tables_of
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 17, "name": "dog"}, {"id": 90, "name": "never there"}]
 HEIGHT, WIDTH = 240, 320
 
@@ -45,11 +52,11 @@ def test_run_lengths_are_found_on_the_device(device: str) -> None:
     masks[0], masks[1], masks[2:4] = False, True, False
     masks[2, 0, 0] = masks[3, -1, -1] = True
     expected = encode_masks(masks)
-    assert [sum(runs[1::2]) for runs in run_lengths(masks.to(device))] == masks.sum(dim=(1, 2)).tolist()
-    codes = [rle.frPyObjects({"size": [7, 9], "counts": runs}, 7, 9) for runs in run_lengths(masks.to(device))]
-    assert [code["counts"].decode() for code in codes] == [item["counts"] for item in expected]
+    lengths = run_lengths(run_places(masks.to(device)), len(masks), 7 * 9)
+    assert [sum(runs[1::2]) for runs in lengths] == masks.sum(dim=(1, 2)).tolist()
+    assert encode_runs(run_places(masks.to(device)), len(masks), 7, 9) == expected
     assert encode_masks(masks.to(device)) == expected
-    assert run_lengths(masks[:0].to(device)) == []
+    assert encode_runs(run_places(masks[:0].to(device)), 0, 7, 9) == []
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +136,49 @@ def test_evaluating_twice_gives_the_same(truth_and_results: tuple[Path, list[dic
     assert evaluator.compute(results) == evaluator.compute(results)
 
 
+def test_workers_compute_the_same_bits(
+    truth_and_results: tuple[Path, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, results = truth_and_results
+    evaluator, calls = CocoEvaluator(path), []
+    expected = evaluator.compute(results, per_class=True)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    monkeypatch.setattr(CocoEvaluator, "tables_of", partialmethod(tables_of_worker, os.getpid()))
+    found = evaluator.compute(results, per_class=True, num_workers=2, meanwhile=lambda: calls.append(1))
+    assert list(found.items()) == list(expected.items())
+    assert calls == [1]
+    assert torch.equal(torch.get_rng_state(), state)  # training's numbers stay the same
+
+
+def tables_of_worker(self: CocoEvaluator, parent: int, *args: Any) -> metrics.Tables:
+    assert os.getpid() != parent
+    return TABLES_OF(self, *args)
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 20])
+def test_an_evaluation_is_split_by_cost(num_groups: int) -> None:
+    counts = {category: 1000 // category for category in range(1, 9)}
+    groups = split_evaluation(counts, num_groups)
+    assert len(groups) == min(num_groups, 2 * len(counts))
+    jobs = [job for group in groups for job in group]
+    assert sorted((kind, i) for kind, ids in jobs for i in ids) == sorted(
+        (k, i) for k in ("box", "mask") for i in counts
+    )
+    assert all(ids == sorted(ids) for _, ids in jobs)
+    costs = [sum(metrics.COSTS[kind] * (counts[i] + 1) for kind, ids in group for i in ids) for group in groups]
+    assert max(costs) <= max(1.1 * sum(costs) / num_groups, 4 * 1001)
+
+
+@pytest.mark.parametrize(("cores", "num_results", "expected"), [(16, 500_000, 8), (4, 500_000, 4), (16, 25_000, 2)])
+def test_number_of_scoring_workers(
+    cores: int, num_results: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "share_of_cores", lambda: cores)
+    assert choose_scoring_workers(num_results) == expected
+    assert choose_scoring_workers(19_999) == 0  # one process is as fast
+
+
 def test_metrics_by_class(truth_and_results: tuple[Path, list[dict[str, Any]]]) -> None:
     """Against evaluating one category at a time; one without objects has none."""
     path, results = truth_and_results
@@ -171,7 +221,8 @@ def test_detections_convert_to_coco_results(tmp_path: Path, monkeypatch: pytest.
     assert coco_results(Detections(*(x[:0] for x in found)), image_id=7, size=(60, 80), category_ids=[3]) == []
     monkeypatch.setattr(metrics, "CHUNK_PIXELS", 60 * 80)  # one mask at a time
     shapes: list[torch.Size] = []
-    monkeypatch.setattr(metrics, "encode_masks", lambda masks: shapes.append(masks.shape) or encode_masks(masks))
+    encode = metrics.start_encoding
+    monkeypatch.setattr(metrics, "start_encoding", lambda masks: shapes.append(masks.shape) or encode(masks))
     assert coco_results(found, image_id=7, size=(60, 80), category_ids=[3, 17]) == results
     assert shapes == [(1, 60, 80)] * 2
 
