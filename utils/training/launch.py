@@ -72,6 +72,7 @@ def run_and_end(main: Callable[[], int]) -> NoReturn:
     """
     is_program.set()
     gc.freeze()  # the garbage collector need not look at what imports have made, again and again while code is compiled
+    gc.enable()  # which the main modules turn off for their imports
     try:
         code: object = main()
     except SystemExit as end:

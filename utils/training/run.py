@@ -20,6 +20,7 @@ from utils.distributed.process import Process, is_program
 from utils.logs.logger import logger
 from utils.logs.output_dir import lock_output_dir, open_output_dir, output_errors
 from utils.logs.process_clock import StartClock, launch_seconds
+from utils.speed.set_up import loading_cuda_libraries
 from utils.training.build import (
     build_inference_model,
     build_precision,
@@ -103,8 +104,9 @@ def run_training(task: Task, config: CfgNode, process: Process, start: StartCloc
         lock = lock_output_dir(folder) if process.is_main else None
     with lock or nullcontext():
         with report_user_errors(task.user_errors, out_of_memory=False):
-            run = open_run(task, config, process, folder, start, tests_kernels=False)
-            training = Training(task, run)
+            with loading_cuda_libraries(process.device):
+                run = open_run(task, config, process, folder, start, tests_kernels=False)
+                training = Training(task, run)
             start.end("model")
         if training.is_complete:
             logger.info("this run is complete; to train longer raise its length, for another run name another --tag")

@@ -17,6 +17,7 @@ from utils.logs.environment import record_environment
 from utils.logs.logger import logger
 from utils.logs.output_dir import save_config
 from utils.logs.wandb_logger import WandbLogger
+from utils.speed.set_up import garbage_collection_paused
 from utils.training.build import (
     build_ema,
     build_inference_model,
@@ -96,12 +97,12 @@ class Training:
     def make_trainer(self, check_folder: Callable[[], object]) -> Trainer:
         task, run = self.task, self.run
         batches = self.start_loading()
-        step = self.build_step()
-        self.prepare_code(step)
-        as_compiled = build_inference_model(task, run.config, run.process.device)
-        if task.has_one_image_size:
-            as_compiled.warm_up(self.state.model, run.config, run.precision)
-        run.start.end("evaluation's graph")
+        with garbage_collection_paused():
+            step = self.prepare_step()
+            as_compiled = build_inference_model(task, run.config, run.process.device)
+            if task.has_one_image_size:
+                as_compiled.warm_up(self.state.model, run.config, run.precision)
+            run.start.end("evaluation's graph")
 
         def evaluate(models: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
             with as_compiled:
@@ -145,22 +146,31 @@ class Training:
 
         return batches
 
-    def prepare_code(self, step: TrainStep) -> None:
-        """Test the kernels and compile the step, at the same time where kernels have to be compiled as well."""
-        run, is_compiled = self.run, False
+    def prepare_step(self) -> TrainStep:
+        """Return the compiled step, prepared while other processes test the kernels where these have to be compiled."""
+        run = self.run
+        steps: list[TrainStep] = []
+        errors: list[Exception] = []
 
-        def compile_once() -> None:
-            nonlocal is_compiled
-            if not is_compiled:
-                is_compiled = True
-                run.start.end("kernels")
-                self.compile_ahead(step)
-                run.start.end("compiling")
+        def prepare() -> None:
+            if steps or errors:
+                return
+            run.start.end("kernels")
+            try:
+                steps.append(self.build_step())
+            except Exception as error:  # raised below: here it would count as one of the test's
+                errors.append(error)
+                return
+            self.compile_ahead(steps[0])
+            run.start.end("compiling")
 
-        others = [] if step.choose_update is None else [UPDATE]
-        self.task.test_kernels(run.config, run.model, run.precision.dtype, compile_once, others)
-        compile_once()
+        others = [] if run.config.MODEL.KERNELS == "torch" else [UPDATE]
+        self.task.test_kernels(run.config, run.model, run.precision.dtype, prepare, others)
+        prepare()
+        if errors:
+            raise errors[0]
         run.start.end("kernels")
+        return steps[0]
 
     def compile_ahead(self, step: TrainStep) -> None:
         """Compile the step, if it is compiled; what fails here fails again, with its reason, in the first step."""

@@ -1,6 +1,7 @@
 """What ends a process becomes one line, or a traceback, and an exit code."""
 
 import atexit
+import gc
 import logging
 import multiprocessing
 import sys
@@ -78,6 +79,14 @@ def test_a_program_ends_without_waiting_for_libraries(end: Callable[[], Any], ex
         return end()
 
     assert exit_code_of_fork(lambda: run_and_end(program)) == exit_code
+
+
+def test_a_program_runs_with_the_garbage_collector_on() -> None:
+    def start() -> None:
+        gc.disable()  # as main.py does for its imports
+        run_and_end(lambda: 3 + gc.isenabled())
+
+    assert exit_code_of_fork(start) == 4
 
 
 def test_a_program_whose_last_word_is_text_prints_it(capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """The run that all tasks share, around a fake task: a linear model that learns to double eight numbers."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -476,6 +477,24 @@ def test_the_log_says_where_the_start_went(run: FakeRun, monkeypatch: pytest.Mon
     assert run(TRAIN__EPOCHS=1) == 0
     expected = (
         "First step after 18.0 s: imports 7.0, GPU and process group 1.0, data 1.0, model 1.0, loader workers 1.0, "
-        "training step 1.0, kernels 2.0, compiling 1.0, evaluation's graph 1.0, first batch 1.0, first step 1.0"
+        "kernels 2.0, training step 1.0, compiling 1.0, evaluation's graph 1.0, first batch 1.0, first step 1.0"
     )
     assert expected in run.log
+
+
+def test_an_error_in_the_step_is_not_taken_for_one_of_the_kernels_test(
+    run: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> ComputeLosses:
+        run.task.calls.append(("losses",))
+        raise ValueError("no loss for these targets")
+
+    def go_on(*args: Any) -> None:
+        with contextlib.suppress(Exception):
+            args[3]()
+
+    monkeypatch.setattr(run.task, "losses", refuse)
+    monkeypatch.setattr(run.task, "test_kernels", go_on)
+    assert run() == 1
+    assert run.calls("losses") == [[]]
+    assert "ValueError: no loss for these targets" in run.log
