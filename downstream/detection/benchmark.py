@@ -1,11 +1,11 @@
 """Speed of Mask R-CNN with MLLA and with other backbones, and of torchvision's own, on synthetic images.
 
 python -m downstream.detection.benchmark --amp --output output/detection_speed.md
-python -m downstream.detection.benchmark --amp --models mlla_t --evaluation 480
+python -m downstream.detection.benchmark --amp --models mlla_t --evaluation 5000
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -18,7 +18,15 @@ from yacs.config import CfgNode
 from downstream.detection.build import build_detector
 from downstream.detection.config import load_config
 from downstream.detection.data.dataset import Batch
-from downstream.detection.evaluation_speed import HEAD, SETTINGS, Lap, line_of_lap, measure_evaluation, write_images
+from downstream.detection.evaluation_speed import (
+    HEAD,
+    SETTINGS,
+    WARMUP_IMAGES,
+    Lap,
+    line_of_lap,
+    measure_lap,
+    write_images,
+)
 from downstream.detection.model.masks import paste_masks
 from downstream.detection.model.structures import Target
 from downstream.detection.synthetic import NUM_CLASSES, FixedDetections, synthetic_inputs
@@ -112,8 +120,8 @@ def time_evaluations(args: argparse.Namespace, device: torch.device, precision: 
         if name != TORCHVISION:
             with report_user_errors():
                 bench = Bench(name, (args.height, args.width), device, precision, args.seconds)
-            for number, lap in enumerate(bench.evaluate(args.evaluation), 1):
-                print(line_of_lap(name, args.evaluation, number, lap), flush=True)
+            for lap in bench.evaluate(args.evaluation):
+                print(line_of_lap(name, lap), flush=True)
     return 0
 
 
@@ -254,20 +262,21 @@ class Bench:
         has_graphs = any(graphs.frequent.recordings for graphs in as_compiled.graphs)
         return row._replace(note=f"{num_detections} detections per image{', CUDA graphs' if has_graphs else ''}")
 
-    def evaluate(self, num_images: int) -> list[Lap]:
-        """Measure an evaluation as in a run, of `num_images` image files."""
+    def evaluate(self, num_images: int) -> Iterator[Lap]:
+        """Measure evaluations as in a run: of a few image files, to compile kernels, then of `num_images`."""
         model: Any = self.model.eval()
         as_compiled = InferenceModel(Detection(), self.inference_mode, self.device, self.precision.dtype)
         classifier, background = self.classifier(model)
         classifier.register_forward_hook(FixedDetections(1, background))
-        task, process, config = Detection(), Process(0, 1, self.device), self.config
-        with TemporaryDirectory() as folder:
-            write_images(Path(folder), num_images)
-            for key, value in {**SETTINGS, "DATA.DATA_PATH": folder}.items():
-                config = with_setting(config, key, value)
-            data = task.build_data(config, process)
-            run = Run(config, process, Path(folder), data, model, self.precision)
-            return measure_evaluation(task, run, as_compiled)
+        process, config = Process(0, 1, self.device), self.config
+        for count in (min(WARMUP_IMAGES, num_images), num_images):
+            with TemporaryDirectory() as folder:
+                write_images(Path(folder), count)
+                for key, value in {**SETTINGS, "DATA.DATA_PATH": folder}.items():
+                    config = with_setting(config, key, value)
+                task = Detection()
+                run = Run(config, process, Path(folder), task.build_data(config, process), model, self.precision)
+                yield measure_lap(task, run, as_compiled)
 
     def classifier(self, model: Any) -> tuple[nn.Module, int]:
         """Return the box classifier, and the index of the background among its logits."""

@@ -15,44 +15,38 @@ from utils.training.task import Run
 
 SIZES = ((480, 640), (427, 640), (640, 480), (640, 427), (375, 500), (612, 612))  # height and width, as in COCO
 NUM_FILES = 24  # that are read again and again
-LAPS = 2
+WARMUP_IMAGES = 96  # in which each size comes often enough to be recorded
 SETTINGS = {"DATA.NUM_WORKERS": "auto", "EVAL_MODE": True}
 HEAD = (
-    "| detector | images | lap | until found, s | images/s | metrics, s | images/s in all | |",
-    "|---|---|---|---|---|---|---|---|",
+    "| detector | images | until found, s | images/s | metrics, s | images/s in all | |",
+    "|---|---|---|---|---|---|---|",
 )
 
 
 class Lap(NamedTuple):
     """Seconds until all images were evaluated, and then until there were COCO's metrics of `num_results` results."""
 
+    num_images: int
     find_seconds: float
     score_seconds: float
     num_results: int
 
 
-def measure_evaluation(task: Detection, run: Run, as_compiled: InferenceModel) -> list[Lap]:
-    """Evaluate a run's model as after its epochs, LAPS times.
-
-    The first lap also compiles kernels; each lap records its CUDA graphs.
-    """
-    return [measure_lap(task, run, as_compiled) for _ in range(LAPS)]
-
-
 def measure_lap(task: Detection, run: Run, as_compiled: InferenceModel) -> Lap:
+    """Evaluate a run's model as after an epoch; each lap records its CUDA graphs, the first one compiles kernels."""
     with as_compiled:
         start = time.perf_counter()
         found = task.find(run, as_compiled.together({"model": run.model}))["model"]
         middle = time.perf_counter()
         task.score(run, "model", found)
-        return Lap(middle - start, time.perf_counter() - middle, len(found))
+        return Lap(run.data.num_val_images, middle - start, time.perf_counter() - middle, len(found))
 
 
-def line_of_lap(model: str, num_images: int, number: int, lap: Lap) -> str:
-    whole = lap.find_seconds + lap.score_seconds
+def line_of_lap(model: str, lap: Lap) -> str:
+    count, whole = lap.num_images, lap.find_seconds + lap.score_seconds
     return (
-        f"| {model} | {num_images} | {number} | {lap.find_seconds:.1f} | {num_images / lap.find_seconds:.1f} "
-        f"| {lap.score_seconds:.1f} | {num_images / whole:.1f} | {lap.num_results // num_images} detections per image |"
+        f"| {model} | {count} | {lap.find_seconds:.1f} | {count / lap.find_seconds:.1f} "
+        f"| {lap.score_seconds:.1f} | {count / whole:.1f} | {lap.num_results // count} detections per image |"
     )
 
 

@@ -37,49 +37,31 @@ def coco_results(
 
     Large images have few masks in memory at a time. `kernels` is MODEL.KERNELS.
     """
-    return start_coco_results(detections, image_id=image_id, size=size, category_ids=category_ids, kernels=kernels)()
-
-
-def start_coco_results(
-    detections: Detections, *, image_id: int, size: Size, category_ids: Sequence[int], kernels: str = "torch"
-) -> Callable[[], list[Result]]:
-    """Return a function that returns what `coco_results` does, and needs the CPU alone: a thread may call it."""
     chunk = max(1, CHUNK_PIXELS // (size[0] * size[1]))
     parts = zip(detections.mask_probabilities.split(chunk), detections.boxes.split(chunk), strict=True)
-    encoders = [start_encoding(paste_masks(*part, *size, kernels=kernels)) for part in parts]
+    masks = [mask for part in parts for mask in encode_masks(paste_masks(*part, *size, kernels=kernels))]
     columns = detections.boxes, detections.scores[:, None], detections.labels[:, None]
     rows = torch.cat([column.to(detections.boxes) for column in columns], dim=1).cpu().double()  # in one copy
-
-    def finish() -> list[Result]:
-        rows[:, 2:4] -= rows[:, :2]
-        masks = [mask for encode in encoders for mask in encode()]
-        return [
-            {
-                "image_id": image_id,
-                "category_id": category_ids[int(label)],
-                "bbox": box,
-                "score": score,
-                "segmentation": mask,
-            }
-            for (*box, score, label), mask in zip(rows.tolist(), masks, strict=True)
-        ]
-
-    return finish
+    rows[:, 2:4] -= rows[:, :2]
+    return [
+        {
+            "image_id": image_id,
+            "category_id": category_ids[int(label)],
+            "bbox": box,
+            "score": score,
+            "segmentation": mask,
+        }
+        for (*box, score, label), mask in zip(rows.tolist(), masks, strict=True)
+    ]
 
 
 def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
     """Return masks (D, H, W) bool as run lengths that fit into JSON."""
-    return start_encoding(masks)()
-
-
-def start_encoding(masks: Tensor) -> Callable[[], list[dict[str, Any]]]:
-    """Return a function that returns what `encode_masks` does, and needs the CPU alone."""
     num_masks, height, width = masks.shape
     if masks.device.type == "cpu":
         columns = np.asfortranarray(masks.numpy().transpose(1, 2, 0), dtype=np.uint8)  # (H, W, D)
-        return lambda: to_json(rle.encode(columns))
-    places = run_places(masks)
-    return lambda: encode_runs(places, num_masks, height, width)
+        return to_json(rle.encode(columns))
+    return encode_runs(run_places(masks), num_masks, height, width)
 
 
 def encode_runs(places: np.ndarray, num_masks: int, height: int, width: int) -> list[dict[str, Any]]:

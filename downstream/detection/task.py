@@ -1,7 +1,6 @@
 """Detection as a task: data, model, losses, COCO metrics and images of predictions."""
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from downstream.detection.metrics import (
     CocoEvaluator,
     Result,
     choose_scoring_workers,
+    coco_results,
     metrics_table,
-    start_coco_results,
     write_results,
 )
 from downstream.detection.model.flops import HEIGHT, MASKS, PROPOSALS, PUBLISHED, WIDTH, profile_detector
@@ -134,24 +133,12 @@ class Detection(DenseTask):
         return {name: self.score(run, name, found) for name, found in self.find(run, models).items()}
 
     def find(self, run: Run, models: Mapping[str, nn.Module]) -> dict[str, list[Result]]:
-        """Return the models' results on this process's validation images.
-
-        A thread encodes the masks of an image while the device works on the next one.
-        """
+        """Return the models' results on this process's validation images."""
         local: dict[str, list[Result]] = {name: [] for name in models}
-        pending: list[tuple[str, Future[list[Result]]]] = []
-
-        def collect() -> None:
-            for name, results in pending:
-                local[name] += results.result()
-
-        with ThreadPoolExecutor(1) as thread:
-            for batch in with_bar(run.data.val, models, is_main=run.process.is_main):
-                moved = self.to_device(batch, run.process.device)
-                started = [(name, finish) for name in models for finish in self.start_detect(run, models[name], moved)]
-                collect()
-                pending = [(name, thread.submit(finish)) for name, finish in started]
-            collect()
+        for batch in with_bar(run.data.val, models, is_main=run.process.is_main):
+            moved = self.to_device(batch, run.process.device)
+            for name, found in local.items():
+                found += [result for results in self.detect(run, models[name], moved) for result in results]
         return local
 
     def score(self, run: Run, name: str, local: list[Result]) -> dict[str, float]:
@@ -182,15 +169,11 @@ class Detection(DenseTask):
 
     def detect(self, run: Run, model: nn.Module, batch: Batch) -> list[list[Result]]:
         """Return the results of each image of a batch on the device; the model is in evaluation mode."""
-        return [finish() for finish in self.start_detect(run, model, batch)]
-
-    def start_detect(self, run: Run, model: nn.Module, batch: Batch) -> list[Callable[[], list[Result]]]:
-        """Return functions that return what `detect` does, see `start_coco_results`."""
         with run.precision.autocast():
             detections = model.detect(batch.images, batch.frames)  # type: ignore[operator]
         options = {"category_ids": run.data.val_images.category_ids, "kernels": run.config.MODEL.KERNELS}
         return [
-            start_coco_results(item, image_id=image_id, size=frame.original, **options)
+            coco_results(item, image_id=image_id, size=frame.original, **options)
             for item, frame, image_id in zip(detections, batch.frames, batch.image_ids, strict=True)
         ]
 

@@ -39,16 +39,17 @@ def test_a_row_for_each_measurement(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_evaluation_from_files(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A row for each lap, with detections in every image; torchvision's detector has no evaluation."""
+    """A row for a few images, then one for all, with detections in each; torchvision's detector has no evaluation."""
+    monkeypatch.setattr(benchmark, "WARMUP_IMAGES", 2)
     opts = ["TEST.SHORT_SIDE", "64", "TEST.LONG_SIDE", "96"]
     load = benchmark.load_config
     monkeypatch.setattr(benchmark, "load_config", lambda path, given: load(path, [*given, *opts]))
     assert benchmark.main(["--models", "timm:test_convnext", "torchvision", "--evaluation", "7"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split(" | ") for line in lines[lines.index(HEAD[-1]) + 1 :] if line.startswith("| ")]
-    assert [row[:3] for row in rows] == [["| timm:test_convnext", "7", str(lap)] for lap in (1, 2)]
-    assert all(float(row[4]) >= float(row[6]) > 0 for row in rows)
-    assert all(int(row[7].split()[0]) > 0 for row in rows)
+    assert [row[:2] for row in rows] == [["| timm:test_convnext", count] for count in ("2", "7")]
+    assert all(float(row[3]) >= float(row[5]) > 0 for row in rows)
+    assert all(int(row[6].split()[0]) > 0 for row in rows)
 
 
 def test_unknown_models(capsys: pytest.CaptureFixture[str]) -> None:

@@ -221,8 +221,7 @@ def test_detections_convert_to_coco_results(tmp_path: Path, monkeypatch: pytest.
     assert coco_results(Detections(*(x[:0] for x in found)), image_id=7, size=(60, 80), category_ids=[3]) == []
     monkeypatch.setattr(metrics, "CHUNK_PIXELS", 60 * 80)  # one mask at a time
     shapes: list[torch.Size] = []
-    encode = metrics.start_encoding
-    monkeypatch.setattr(metrics, "start_encoding", lambda masks: shapes.append(masks.shape) or encode(masks))
+    monkeypatch.setattr(metrics, "encode_masks", lambda masks: shapes.append(masks.shape) or encode_masks(masks))
     assert coco_results(found, image_id=7, size=(60, 80), category_ids=[3, 17]) == results
     assert shapes == [(1, 60, 80)] * 2
 
