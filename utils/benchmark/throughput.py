@@ -1,8 +1,9 @@
 """`--throughput`: speed of a task's inference or training step, beside other models; table, JSON lines and chart."""
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,11 +13,12 @@ from yacs.config import CfgNode
 from utils.benchmark.measure import Conditions, Throughput, measure_inference, measure_training
 from utils.benchmark.official import official_speed
 from utils.config.command_line import report_user_errors
+from utils.config.errors import UserError
 from utils.config.schema import with_setting
 from utils.distributed.process import Process, gather_objects
 from utils.logs.logger import logger
 from utils.logs.output_dir import open_output_dir, output_errors
-from utils.logs.plots import plot_bars
+from utils.logs.plots import plot_bars, plot_lines
 from utils.logs.recorder import append_records
 from utils.speed.compile import effective_mode, uses_graphs
 from utils.training.build import (
@@ -50,30 +52,30 @@ def run_throughput(task: Task, config: CfgNode, process: Process) -> None:
         folder = open_output_dir(config.OUTPUT, config.MODEL.NAME, config.TAG, rank=process.rank)
         if not (config.BENCHMARK.TRAIN or process.is_main):
             return
-        factories: dict[str, MakeModel] = {config.MODEL.NAME: lambda: prepare_model(task, config, process, None)}
-        for name in filter(None, config.BENCHMARK.BASELINES.split(",")):
-            factories[name] = lambda name=name: prepare_model(  # type: ignore[misc]
-                task, baseline_config(config, name), process, None
-            )
-        logger.info("speed of %s on synthetic images; each measurement takes ten seconds or more", ", ".join(factories))
+        baselines = filter(None, config.BENCHMARK.BASELINES.split(","))
+        configs = {config.MODEL.NAME: config, **{name: baseline_config(config, name) for name in baselines}}
+        logger.info("speed of %s on synthetic images; each measurement takes ten seconds or more", ", ".join(configs))
         measure_rows = training_rows if config.BENCHMARK.TRAIN else inference_rows
         rows: list[Throughput] = []
-        for name, make in factories.items():
-            for row in measure_rows(task, config, process, name, make):
+        for name, of_model in configs.items():
+            for row in measure_rows(task, config, process, name, partial(prepare_model, task, of_model, process, None)):
                 rows.append(row)
                 if process.is_main:
                     write_row(folder, row)
     if not process.is_main:
         return
     print(throughput_table(rows))
-    by_size = size_rows(task, config, process, factories[config.MODEL.NAME])
-    if by_size:
-        print(pixel_table(by_size))
-    for row in by_size:
-        write_row(folder, row)
     with output_errors(folder):
         draw_bars(rows, folder / "throughput.png")
-    logger.info("speeds are in %s: throughput.jsonl and throughput.png", folder)
+    by_size = []
+    for row in size_rows(task, configs, process):
+        by_size.append(row)
+        write_row(folder, row)
+    if by_size:
+        print(pixel_table(by_size))
+        with output_errors(folder):
+            draw_sizes(by_size, folder / "sizes.png")
+    logger.info("speeds are in %s: %s", folder, "throughput.jsonl, throughput.png" + (", sizes.png" if by_size else ""))
 
 
 def write_row(folder: Path, row: Throughput) -> None:
@@ -120,9 +122,8 @@ def inference_row(
     model: nn.Module,
     mode: str,
     batch_size: int,
-    size: tuple[int, int] | None = None,
 ) -> Throughput:
-    size = size or task.image_size(config, training=False)
+    size = task.image_size(config, training=False)
     conditions = conditions_of(config, process, effective_mode(mode, is_captured=uses_graphs(mode, process.device)))
     predict = task.inference_call(config, model, batch_size, size, process.device)
     return measure_inference(predict, conditions, name=name, batch_size=batch_size, size=size)
@@ -180,16 +181,27 @@ def new_train_step(
     return build_train_step(task, config, model, process, optimizer, ema, precision, derived), ema, derived
 
 
-def size_rows(task: Task, config: CfgNode, process: Process, make_model: MakeModel) -> list[Throughput]:
-    """Measure inference at BENCHMARK.SIZES; the batch shrinks as images grow, for the same number of pixels."""
-    rows = []
-    for side in map(int, filter(None, config.BENCHMARK.get("SIZES", "").split(","))):
-        batch_size = max(1, round(config.DATA.BATCH_SIZE * config.DATA.IMG_SIZE**2 / side**2))
-        model = build_inference_model(task, config, process.device, for_speed=True)
-        prepared = model(make_model())
-        parts = (config.MODEL.NAME, prepared, model.mode, batch_size, (side, side))
-        rows.append(inference_row(task, config, process, *parts))
-    return rows
+def size_rows(task: Task, configs: Mapping[str, CfgNode], process: Process) -> Iterator[Throughput]:
+    """Yield the speed of inference of all models, by name, at BENCHMARK.SIZES.
+
+    The batch shrinks as images grow, for the same number of pixels. Sizes for which a model cannot be made, or that do
+    not fit into memory, are left out with a warning.
+    """
+    for name, config in configs.items():
+        for side in map(int, filter(None, config.BENCHMARK.get("SIZES", "").split(","))):
+            batch_size = max(1, round(config.DATA.BATCH_SIZE * config.DATA.IMG_SIZE**2 / side**2))
+            try:
+                yield size_row(task, with_setting(config, "DATA.IMG_SIZE", side), process, name, batch_size)
+            except (torch.OutOfMemoryError, UserError) as error:
+                is_memory = isinstance(error, torch.OutOfMemoryError)
+                logger.warning("%s at %dx%d is left out: %s", name, side, side, "out of memory" if is_memory else error)
+            free_memory(process.device)
+
+
+def size_row(task: Task, config: CfgNode, process: Process, name: str, batch_size: int) -> Throughput:
+    model = build_inference_model(task, config, process.device, for_speed=True)
+    prepared = model(prepare_model(task, config, process, None))
+    return inference_row(task, config, process, name, prepared, model.mode, batch_size)
 
 
 def conditions_of(config: CfgNode, process: Process, mode: str, num_processes: int = 1) -> Conditions:
@@ -228,8 +240,11 @@ def official(row: Throughput) -> float | None:
 
 
 def pixel_table(rows: Sequence[Throughput]) -> str:
-    """Return the cost of a pixel at several image sizes, and its ratio to the first size's."""
-    costs = [1e6 * row.milliseconds_per_batch / row.batch / int(row.size) ** 2 for row in rows]
+    """Return the cost of a pixel by image size, its ratio to that at the model's first size, and the peak memory."""
+    costs = {(row.model, row.size): nanoseconds_per_pixel(row) for row in rows}
+    first: dict[str, int | str] = {}
+    for row in rows:
+        first.setdefault(row.model, row.size)
     return in_columns(
         [
             {
@@ -237,12 +252,17 @@ def pixel_table(rows: Sequence[Throughput]) -> str:
                 "size": str(row.size),
                 "batch": str(row.batch),
                 "img/s": f"{row.images_per_second:.1f}",
-                "ns/pixel": f"{cost:.3f}",
-                f"of {rows[0].size}": f"{cost / costs[0]:.2f}",
+                "ns/pixel": f"{costs[row.model, row.size]:.3f}",
+                "ratio": f"{costs[row.model, row.size] / costs[row.model, first[row.model]]:.2f}",
+                "peak MiB": f"{row.memory_mib:.0f}",
             }
-            for row, cost in zip(rows, costs, strict=True)
+            for row in rows
         ]
     )
+
+
+def nanoseconds_per_pixel(row: Throughput) -> float:
+    return 1e6 * row.milliseconds_per_batch / row.batch / int(row.size) ** 2
 
 
 def in_columns(rows: Sequence[dict[str, str]]) -> str:
@@ -278,6 +298,17 @@ def draw_bars(rows: Sequence[Throughput], path: Path) -> None:
         title=f"{first.chip}, torch {first.torch}, {first.precision}, {first.layout}, compile {first.compile}",
         path=path,
     )
+
+
+def draw_sizes(rows: Sequence[Throughput], path: Path) -> None:
+    """Draw time per pixel and peak memory by image size, a curve per model: of linear complexity where it is level."""
+    first = rows[0]
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {"nanoseconds per pixel": {}, "peak memory, MiB": {}}
+    for row in rows:
+        for values, value in zip(panels.values(), (nanoseconds_per_pixel(row), row.memory_mib), strict=True):
+            values.setdefault(row.model, []).append((int(row.size), value))
+    title = f"inference, {first.chip}, torch {first.torch}, {first.precision}, compile {first.compile}"
+    plot_lines(panels, x_label="side of the image, pixels", title=title, path=path)
 
 
 def free_memory(device: torch.device) -> None:

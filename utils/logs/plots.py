@@ -207,6 +207,33 @@ def plot_bars(
     pyplot().close(figure)
 
 
+def plot_lines(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], *, x_label: str, title: str, path: Path
+) -> None:
+    """Plot curves on logarithmic axes, each a list of (x, y) by name, in a panel per label of the y axis."""
+    from matplotlib.ticker import LogLocator
+
+    figure, axes = pyplot().subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False, layout="constrained"
+    )
+    for axis, (y_label, curves) in zip(axes[0], panels.items(), strict=True):
+        for name, points in curves.items():
+            axis.plot(*zip(*points, strict=True), "o-", label=name)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        ticks = sorted({x for points in curves.values() for x, _ in points})
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:,g}")
+        axis.minorticks_off()
+        axis.set(xlabel=x_label, ylabel=y_label)
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    pyplot().close(figure)
+
+
 def axes_for_bars(labels: Sequence[str], size: tuple[float, float], *, axis_label: str, title: str) -> tuple[Any, Any]:
     """Return a figure of a size in inches and its axes, for horizontal bars at 0, 1, ... from the top down."""
     figure, axis = pyplot().subplots(figsize=size, layout="constrained")

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from yacs.config import CfgNode
 
+from main import Classification
 from utils.benchmark import measure
 from utils.benchmark.measure import Conditions, Throughput, measure_inference, measure_training, run_calls
 from utils.benchmark.throughput import pixel_table, throughput_table
 from utils.logs.logger import logger
 from utils.training.amp import make_precision
+from utils.training.task import Task
 
 RunMain = Callable[..., tuple[int, str, str]]
 CPU = torch.device("cpu")
@@ -34,7 +37,6 @@ def test_number_of_calls_and_table() -> None:
     heading, line = throughput_table([row]).splitlines()
     assert heading.split()[:2] == ["model", "work"]
     assert line.split()[:2] == ["nothing", "inference"]
-    assert pixel_table([row, row]).splitlines()[2].split()[-1] == "1.00"
 
 
 def test_lines_say_what_is_measured_and_how_long_slow_calls_take(
@@ -86,10 +88,40 @@ def test_training_is_measured_without_mesa_even_if_mesa_starts_at_once(
     assert asked == [("training", False), ("training, MESA", True)]
 
 
-def test_batch_size_follows_from_size_at_constant_pixels(run_main: RunMain, tmp_path: Path) -> None:
+def test_sizes_have_rows_of_every_model_at_constant_pixels(
+    run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call(task: Task, config: CfgNode, *args: Any) -> Callable[[], object]:
+        if config.DATA.IMG_SIZE == 64 and config.MODEL.TYPE != "mlla":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inference_call(task, config, *args)
+
+    inference_call: Callable[..., Any] = Classification.inference_call
+    monkeypatch.setattr(Classification, "inference_call", call)
     args = ["--cfg", "cfgs/digits.yaml", "--throughput", "--batch-size", "4", "--output", tmp_path]
-    assert run_main(*args, "--sizes", "32,64")[0] == 0
-    assert [(row["size"], row["batch"]) for row in rows_of(tmp_path)] == [(32, 4), (32, 1), (32, 4), (64, 1)]
+    code, out, err = run_main(*args, "--sizes", "32,64", "--baseline", "timm:test_vit")
+    assert code == 0
+    rows = [(row["model"], row["size"], row["batch"]) for row in rows_of(tmp_path)[4:]]
+    assert rows == [("mlla_digits", 32, 4), ("mlla_digits", 64, 1), ("timm:test_vit", 32, 4)]
+    assert "timm:test_vit at 64x64 is left out: out of memory" in out + err
+    with Image.open(tmp_path / "mlla_digits" / "default" / "sizes.png") as image:
+        assert image.width > 2 * image.height
+
+
+def test_the_cost_of_a_pixel_is_in_proportion_to_that_at_the_first_size() -> None:
+    def row(model: str, side: int, milliseconds: float) -> Throughput:
+        values = dict.fromkeys(("images_per_second", "rounds", "batches_per_round", "processes"), 1)
+        words = dict.fromkeys(("work", "chip", "torch", "precision", "layout", "compile"), "")
+        return Throughput(
+            model=model, batch=2, size=side, milliseconds_per_batch=milliseconds, memory_mib=7.0, **words, **values
+        )
+
+    lines = pixel_table([row("a", 100, 0.02), row("a", 200, 0.16), row("b", 100, 0.04)]).splitlines()
+    assert [line.split()[-3:] for line in lines[1:]] == [
+        ["1.000", "1.00", "7"],
+        ["2.000", "2.00", "7"],
+        ["2.000", "1.00", "7"],
+    ]
 
 
 def test_mistakes_in_flags(run_main: RunMain, tmp_path: Path) -> None:
