@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -246,16 +247,22 @@ def advice_lines(rows: Sequence[LoadingRow]) -> Iterator[str]:
 
 
 def draw_chart(rows: Sequence[LoadingRow], path: Path) -> None:
-    """Draw for each row the images per second of its loader, of the steps, and of both together."""
-    first = rows[0]
+    """Draw for each row the images per second of its loader, of the steps, and of both together.
+
+    The rows may be of several runs on one kind of chip, which were allowed so many cores each.
+    """
     plot_grouped_bars(
-        [f"batch {row.batch}\n{row.name}\nwaiting {row.waiting:.1%}" for row in rows],
+        [
+            f"batch {row.batch}, {row.cores}, {row.workers} workers\n"
+            f"{textwrap.fill(row.name, 36)}\nwaiting {row.waiting:.1%}"
+            for row in rows
+        ],
         {
             "loading alone": [row.loading for row in rows],
             "steps alone": [row.steps for row in rows],
             "training from files": [row.training for row in rows],
         },
         axis_label="images per second",
-        title=f"{first.chip} x{first.processes}, {first.cores}, {first.workers} workers per process",
+        title=f"{rows[0].chip} x{rows[0].processes}; batch and workers per process",
         path=path,
     )

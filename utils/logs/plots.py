@@ -239,7 +239,8 @@ def axes_for_bars(labels: Sequence[str], size: tuple[float, float], *, axis_labe
     figure, axis = pyplot().subplots(figsize=size, layout="constrained")
     axis.set_yticks(range(len(labels)), labels)
     axis.invert_yaxis()
-    axis.margins(x=0.14)
+    axis.margins(x=0.2)  # for the values
+    axis.locator_params(axis="x", nbins=6)
     axis.set_xlabel(axis_label)
     figure.suptitle(title, fontsize=10)
     return figure, axis

@@ -78,10 +78,11 @@ def test_advice_is_for_the_fastest_row_of_a_batch_size() -> None:
 def test_the_chart_has_three_bars_per_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     drawn: dict[str, Any] = {}
     monkeypatch.setattr(loading, "plot_grouped_bars", lambda *bars, **rest: drawn.update(rest, bars=bars))
-    draw_chart([ROW], tmp_path / "chart.png")
+    draw_chart([ROW, replace(ROW, cores="4 vCPUs", workers=3)], tmp_path / "chart.png")
     labels, values = drawn["bars"]
-    assert labels == ["batch 128\nAUGMENT_ON gpu, DECODE_ON cpu\nwaiting 1.2%"]
-    assert values == {"loading alone": [6000], "steps alone": [4700], "training from files": [4600]}
+    rest = "workers\nAUGMENT_ON gpu, DECODE_ON cpu\nwaiting 1.2%"
+    assert labels == [f"batch 128, 16 vCPUs of 8 physical cores, 15 {rest}", f"batch 128, 4 vCPUs, 3 {rest}"]
+    assert values == {"loading alone": [6000] * 2, "steps alone": [4700] * 2, "training from files": [4600] * 2}
 
 
 def test_all_places_are_compared_unless_one_is_set() -> None:
