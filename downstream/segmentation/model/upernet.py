@@ -4,7 +4,7 @@ Names of parameters are those of the published segmentors. All resizing is bilin
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,42 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """Resize maps (B, C, H, W) to (B, C, *size), bilinear."""
     if tuple(x.shape[2:]) == tuple(size):
         return x
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+    if x.is_cuda and x.requires_grad and torch.is_grad_enabled():
+        return ResizeByMatmul.apply(x, tuple(size))
+    return interpolate(x, tuple(size))
+
+
+def interpolate(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+class ResizeByMatmul(torch.autograd.Function):
+    """`interpolate`, whose gradient is two matrix products.
+
+    PyTorch's kernel adds up the gradient by atomic operations in its dtype, slowly and in no fixed order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
+        ctx.sizes = x.shape[2:]
+        return interpolate(x, size)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (batch, channels, out_height, out_width), (height, width) = gradient.shape, ctx.sizes
+        rows = resize_weights(height, out_height, gradient)
+        is_square = (height, out_height) == (width, out_width)
+        columns = rows if is_square else resize_weights(width, out_width, gradient)
+        x = gradient.permute(0, 2, 3, 1).reshape(batch, out_height, -1)  # (B, H', W' C)
+        x = torch.bmm(rows.expand(batch, -1, -1), x).view(-1, out_width, channels)  # (B H, W', C)
+        x = torch.bmm(columns.expand(len(x), -1, -1), x)  # (B H, W, C)
+        return x.view(batch, height, width, channels).permute(0, 3, 1, 2), None
+
+
+def resize_weights(size: int, out_size: int, like: Tensor) -> Tensor:
+    """Return the share of each of `size` positions in each of `out_size` resized ones, (size, out_size)."""
+    one_hot = torch.eye(size, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+    return F.interpolate(one_hot[None], out_size, mode="linear", align_corners=False)[0].to(like.dtype)
 
 
 class Classifier(nn.Module):

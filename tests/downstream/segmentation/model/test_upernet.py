@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from downstream.backbone import MLLABackbone
 from downstream.segmentation.model.losses import pixel_cross_entropy, segmentation_loss
-from downstream.segmentation.model.upernet import SegmentationLogits, UperNet, resize
+from downstream.segmentation.model.upernet import ResizeByMatmul, SegmentationLogits, UperNet, interpolate, resize
 from tests.helpers import GOLDEN, MICRO, fill_weights, random_values
+from tests.utils.speed.test_shape_graphs import DEVICES
 
 WIDTHS = [32, 64, 128, 256]
 
@@ -123,6 +124,36 @@ def slow_resize(x: Tensor, height: int, width: int) -> Tensor:
 def test_resize_against_its_definition(size: tuple[int, int]) -> None:
     x = torch.randn(2, 3, 6, 7, dtype=torch.float64)
     torch.testing.assert_close(resize(x, size), slow_resize(x, *size))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [(24, 28), (12, 7), (11, 5), (3, 14), (1, 1)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gradient_of_resizing_by_matrix_products(
+    size: tuple[int, int], memory_format: torch.memory_format, device: str
+) -> None:
+    x = torch.randn(2, 3, 6, 7, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 3, *size, dtype=torch.float64).to(memory_format=memory_format)
+    expected = torch.autograd.grad((interpolate(x, size) * weight).sum(), x)
+    moved = x.detach().to(device).requires_grad_()
+    resized = ResizeByMatmul.apply(moved, size)
+    assert torch.equal(resized, interpolate(moved, size))
+    found = torch.autograd.grad((resized * weight.to(device)).sum(), moved)
+    torch.testing.assert_close(found[0].cpu(), expected[0])
+    in_place = resize(moved, size)
+    assert (type(in_place.grad_fn).__name__ == "ResizeByMatmulBackward") is (device == "cuda")
+
+
+def test_gradient_of_resizing_in_16_bits() -> None:
+    """It is rounded twice; where the size is a power of 2 times as large, the shares themselves are exact."""
+    x = torch.randn(1, 4, 8, 8)
+    weight = torch.randn(1, 4, 32, 32).bfloat16()
+    rounded = x.bfloat16().requires_grad_()
+    (found,) = torch.autograd.grad(ResizeByMatmul.apply(rounded, (32, 32)), rounded, weight)
+    x.requires_grad_()
+    (expected,) = torch.autograd.grad(interpolate(x, (32, 32)), x, weight.float())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=2**-6, atol=2**-6)
 
 
 def test_pyramid_pooling_against_its_definition() -> None:
