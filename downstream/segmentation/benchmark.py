@@ -18,7 +18,6 @@ from downstream.segmentation.build import build_model
 from downstream.segmentation.config import load_config
 from downstream.segmentation.task import Segmentation
 from utils.benchmark.measure import chip_name, median_seconds, reset_peak_memory, run_calls, synthetic_images
-from utils.benchmark.throughput import in_columns
 from utils.config.command_line import Parser, at_least, report_user_errors
 from utils.config.errors import UserError, file_errors
 from utils.config.schema import with_setting
@@ -37,6 +36,10 @@ NUM_CLASSES = 150
 NUM_TRAIN_IMAGES = 20_210  # of ADE20K
 WARMUP_CALLS = 6  # the first steps are recorded
 COMPILE_MODES = ("off", GRAPHS, *INDUCTOR_MODES)
+HEAD = (
+    "| backbone | work | size | batch | images/s | ms | times the first's speed | peak MiB |",
+    "|---|---|---|---|---|---|---|---|",
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Row:
 class Measure:
     """A measurement, repeated for every backbone."""
 
-    task: str  # "train" or "infer"
+    task: str  # "train" or "inference"
     batch: int
     size: tuple[int, int]
 
@@ -76,12 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.backends.cudnn.benchmark = True
         measures = [Measure("train", batch, tuple(args.train_size)) for batch in args.train_batches]
-        measures.append(Measure("infer", 1, tuple(args.test_size)))
+        measures.append(Measure("inference", 1, tuple(args.test_size)))
+        precision = make_precision(device, amp=args.amp, dtype=config.AMP_DTYPE)
+        print(f"{chip_name(device)}, torch {torch.__version__}, {precision.name}\n", *HEAD, sep="\n", flush=True)
         all_rows: list[Row] = []
         for measure in measures:
             with explain_missing_compiler("--compile"):
-                rows = compare(measure, args, device, make_precision(device, amp=args.amp, dtype=config.AMP_DTYPE))
-            print(table(rows), flush=True)
+                rows = compare(measure, args, device, precision)
+            print(*map(line_of, rows), sep="\n", flush=True)
             all_rows += rows
             if args.output is not None:
                 with file_errors(UserError, args.output, "written"), args.output.open("a") as file:
@@ -165,7 +170,7 @@ def prepare(measure: Measure, config: CfgNode, device: torch.device, precision: 
     task, process = Segmentation(), Process(0, 1, device)
     model = build_model(config, NUM_CLASSES).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = synthetic_images(measure.batch, measure.size, device)
-    if measure.task == "infer":
+    if measure.task == "inference":
         prepared = InferenceModel(task, config.TRAIN.COMPILE, device, precision.dtype)(model)
         return partial(infer, prepared, images, precision)
     labels = torch.randint(NUM_CLASSES, (measure.batch, *measure.size), device=device)
@@ -198,22 +203,12 @@ def draw_bars(rows: Sequence[Row], path: Path) -> None:
     )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Return rows in columns, under a heading with what they have in common."""
-    first = rows[0]
-    size = f"{first.height}x{first.width}"
-    heading = f"{first.task}, {size}, batch {first.batch}, {first.precision}, {first.chip}, torch {first.torch}"
-    columns = [
-        {
-            "backbone": row.backbone,
-            "img/s": f"{row.images_per_second:.1f}",
-            "ms": f"{row.milliseconds:.1f}",
-            "ratio": f"{row.ratio:.2f}",
-            "MiB": "-" if row.memory_mib is None else f"{row.memory_mib:.0f}",
-        }
-        for row in rows
-    ]
-    return f"{heading}\n{in_columns(columns)}\n"
+def line_of(row: Row) -> str:
+    memory = "" if row.memory_mib is None else f"{row.memory_mib:.0f}"
+    return (
+        f"| {row.backbone} | {row.task} | {row.height}x{row.width} | {row.batch} | {row.images_per_second:.1f} "
+        f"| {row.milliseconds:.1f} | {row.ratio:.2f} | {memory} |"
+    )
 
 
 if __name__ == "__main__":

@@ -119,13 +119,18 @@ def test_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [(row["task"], row["batch"], row["width"], row["backbone"]) for row in rows] == [
         *(("train", 2, 64, "mlla"), ("train", 2, 64, "timm:test_convnext")),
-        *(("infer", 1, 96, "mlla"), ("infer", 1, 96, "timm:test_convnext")),
+        *(("inference", 1, 96, "mlla"), ("inference", 1, 96, "timm:test_convnext")),
     ]
     for row in rows:
         assert row["images_per_second"] == pytest.approx(1000 * row["batch"] / row["milliseconds"])
     assert rows[0]["ratio"] == rows[2]["ratio"] == 1
     assert rows[1]["ratio"] == pytest.approx(rows[1]["images_per_second"] / rows[0]["images_per_second"])
-    assert "timm:test_convnext" in capsys.readouterr().out
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [len(line) for line in lines] == [8] * 5
+    assert [line[:4] for line in lines[1:4:2]] == [
+        ["| mlla", "train", "64x64", "2"],
+        ["| mlla", "inference", "64x96", "1"],
+    ]
     assert (tmp_path / "rows.png").stat().st_size > 10_000
 
 
