@@ -76,13 +76,17 @@ class Stage(nn.Module):
 
         The latter is (B, ceil(H / 2), ceil(W / 2), 2 C), or in the last stage the same as the output.
         """
-        rotary = position_tables(x.shape[1], x.shape[2], self.dim, x.device)  # (H + W, C / 4) each
+        rotary = self.rotary(x)
         for block in self.blocks:
             if self.use_checkpoint and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, use_reentrant=False)
             else:
                 x = block(x, rotary)
         return x, x if self.downsample is None else self.downsample(x)
+
+    def rotary(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of `position_tables`, (H + W, C / 4) each, for tokens x (B, H, W, C)."""
+        return position_tables(x.shape[1], x.shape[2], self.dim, x.device)
 
 
 class MLLA(TimmInterface):

@@ -21,7 +21,10 @@ from models.kernels.fused_modules import (
 )
 from models.kernels.matmul import WIDEST_FUSED_MLP, add_linear, linear_gelu, takes_linear_gelu
 from models.layers import ConvLayer, Stem, TokenConv, pad_to_multiple
-from models.mlla import MLLABlock
+from models.mlla import MLLABlock, Stage
+from models.rope import position_tables
+
+NUM_POSITIONS = 1024  # rows and columns of tokens together, for which a prepared stage keeps tables
 
 
 def halves() -> Any:
@@ -55,6 +58,9 @@ def prepared(module: nn.Module) -> nn.Module:
         return InferenceBlock(module) if is_original and not has_hooks(module) else module
     if isinstance(module, ConvLayer):
         fold_norm(module)
+    if type(module) is Stage and len(module.blocks):
+        module.__class__ = InferenceStage
+        cast("InferenceStage", module).keep_tables()
     takes_kernel = isinstance(module, Stem) and InferenceStem.replaces(module)
     for name, child in module.named_children():
         setattr(module, name, prepared(child))
@@ -97,6 +103,24 @@ class InferenceStem(nn.Module):
             x = self.conv1(x.contiguous(memory_format=torch.channels_last))  # (B, E / 2, H / 2, W / 2)
         x = x + self.conv2(x)
         return self.conv3(x).permute(0, 2, 3, 1)  # (B, H / 4, W / 4, E)
+
+
+class InferenceStage(Stage):
+    """A stage that keeps the rotary tables of grids up to NUM_POSITIONS; to compute them takes eight launches."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def keep_tables(self) -> None:
+        device = next(self.parameters()).device
+        for name, table in zip(("cos", "sin"), position_tables(NUM_POSITIONS, 0, self.dim, device), strict=True):
+            self.register_buffer(name, table, persistent=False)
+
+    def rotary(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        count = x.shape[1] + x.shape[2]
+        if count > NUM_POSITIONS or self.cos.dtype != torch.float32:  # the model may have been cast as a whole
+            return super().rotary(x)
+        return self.cos[:count], self.sin[:count]  # (H + W, C / 4) each
 
 
 class InferenceBlock(nn.Module):

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import MLLA, prepare_for_inference, use_kernels
-from models.kernels import dispatch
+from models import MLLA, mlla, prepare_for_inference, use_kernels
+from models.kernels import dispatch, inference
 from models.kernels.dispatch import KernelsUnavailableError
 from models.kernels.fused_modules import FusedDownsample, FusedMLLABlock, FusedStem, mixer_parts, mlp_parts
 from models.layers import Downsample, Stem
 from models.mlla import MLLABlock
+from models.rope import position_tables
 from utils.speed.compile import compile_regions
 
 SIZES = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 1), "num_classes": 4, "drop_path_rate": 0.0}
@@ -53,6 +54,41 @@ def test_unsupported_reasons() -> None:
     assert "1056 channels are more than 1024" in reason(width=1056, norm=nn.LayerNorm(1056))
     assert "without weight" in reason(norm=nn.LayerNorm(64, bias=False))
     assert "not BatchNorm2d" in reason(norm=nn.BatchNorm2d(64))
+
+
+def test_prepared_stages_keep_their_rotary_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to NUM_POSITIONS rows and columns, here those of the first images; the second ones' are computed."""
+    computed: list[int] = []
+
+    def compute(*args: Any) -> tuple[Tensor, Tensor]:
+        computed.append(args[0] + args[1])
+        return position_tables(*args)
+
+    monkeypatch.setattr(inference, "NUM_POSITIONS", 14)
+    model = MLLA(**SIZES).eval()  # type: ignore[arg-type]
+    names = model.state_dict().keys()
+    prepared = prepare_for_inference(model, torch.float32)
+    assert model.state_dict().keys() == names
+    assert not [name for name in prepared.state_dict() if name.endswith(("cos", "sin"))]
+    monkeypatch.setattr(mlla, "position_tables", compute)
+    with torch.no_grad():
+        for images, expected in ((torch.randn(1, 3, 24, 32), []), (torch.randn(1, 3, 32, 32), [16])):
+            for copied in (prepared, copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
+                computed.clear()
+                result = copied(images)
+                assert computed == expected
+                torch.testing.assert_close(result, model(images), atol=1e-5, rtol=1e-5)
+        computed.clear()
+        prepared.bfloat16()(IMAGES.bfloat16())
+        assert len(computed) == len(SIZES["depths"])  # type: ignore[arg-type]
+
+
+def test_stages_without_blocks_are_prepared() -> None:
+    model = MLLA(**(SIZES | {"depths": (1, 0)})).eval()  # type: ignore[arg-type]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            prepare_for_inference(model, torch.float32)(IMAGES), model(IMAGES), atol=1e-5, rtol=1e-5
+        )
 
 
 def kinds(model: nn.Module) -> list[type]:
