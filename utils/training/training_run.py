@@ -151,13 +151,15 @@ class Training:
         run = self.run
         steps: list[TrainStep] = []
         errors: list[Exception] = []
+        # With several processes building measures all-reduces, which would be slower beside the tests.
+        built = self.build_step() if run.process.num_processes > 1 else None
 
         def prepare() -> None:
             if steps or errors:
                 return
             run.start.end("kernels")
             try:
-                steps.append(self.build_step())
+                steps.append(built or self.build_step())
             except Exception as error:  # raised below: here it would count as one of the test's
                 errors.append(error)
                 return

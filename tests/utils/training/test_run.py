@@ -31,6 +31,7 @@ from utils.training.optimizer import parameter_groups
 from utils.training.run import prepare_model, run_task
 from utils.training.task import Run, Task
 from utils.training.train_step import ComputeLosses
+from utils.training.training_run import Training
 
 CPU = torch.device("cpu")
 NUMBERS = torch.arange(8.0)[:, None]  # (8, 1)
@@ -498,3 +499,29 @@ def test_an_error_in_the_step_is_not_taken_for_one_of_the_kernels_test(
     assert run() == 1
     assert run.calls("losses") == [[]]
     assert "ValueError: no loss for these targets" in run.log
+
+
+@pytest.mark.parametrize(("num_processes", "order"), [(1, ["test", "build"]), (2, ["build", "test"])])
+def test_several_processes_build_the_step_before_kernels_are_tested(num_processes: int, order: list[str]) -> None:
+    """Building measures how fast they exchange gradients."""
+    calls: list[str] = []
+    step = SimpleNamespace()
+
+    def test_kernels(*args: Any) -> None:
+        calls.append("test")
+        args[3]()
+
+    training: Any = SimpleNamespace(
+        run=SimpleNamespace(
+            config=make_config(),
+            model=None,
+            process=Process(0, num_processes, torch.device("cpu")),
+            precision=SimpleNamespace(dtype=torch.float32),
+            start=SimpleNamespace(end=lambda _: None),
+        ),
+        task=SimpleNamespace(test_kernels=test_kernels),
+        build_step=lambda: (calls.append("build"), step)[1],
+        compile_ahead=lambda _: None,
+    )
+    assert Training.prepare_step(training) is step
+    assert calls == order
