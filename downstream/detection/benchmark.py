@@ -80,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--evaluation", type=at_least(1), metavar="IMAGES", help="only time a whole evaluation of so many image files"
     )
     parser.add_argument("--compile", action="store_true", help="also with a compiled backbone, except torchvision's")
-    parser.add_argument("--output", type=Path, help="file for the table; the same name with .png: chart")
+    parser.add_argument(
+        "--output", type=Path, help="file for the table; the same name with .png: chart, unless --evaluation"
+    )
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = make_precision(device, amp=args.amp, dtype="auto")
@@ -107,22 +109,31 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(line_of(rows[-1]), flush=True)
     if args.output:
         with report_user_errors(), file_errors(UserError, args.output, "written"):
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text("\n".join([*lines, *map(line_of, rows)]) + "\n")
+            write_lines(args.output, [*lines, *map(line_of, rows)])
             draw_bars(rows, args.output.with_suffix(".png"), title=lines[0])
     return 0
 
 
 def time_evaluations(args: argparse.Namespace, device: torch.device, precision: Precision) -> int:
     """Print how long an evaluation of each model takes; torchvision's detector has none."""
-    print(f"{chip_name(device)}, torch {torch.__version__}, {precision.name}\n", *HEAD, sep="\n", flush=True)
+    lines = [f"{chip_name(device)}, torch {torch.__version__}, {precision.name}", "", *HEAD]
+    print("\n".join(lines), flush=True)
     for name in args.models:
         if name != TORCHVISION:
             with report_user_errors():
                 bench = Bench(name, (args.height, args.width), device, precision, args.seconds)
             for lap in bench.evaluate(args.evaluation):
-                print(line_of_lap(name, lap), flush=True)
+                lines.append(line_of_lap(name, lap))
+                print(lines[-1], flush=True)
+    if args.output:
+        with report_user_errors(), file_errors(UserError, args.output, "written"):
+            write_lines(args.output, lines)
     return 0
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
 
 
 def draw_bars(rows: Sequence[Row], path: Path, *, title: str) -> None:

@@ -38,14 +38,20 @@ def test_a_row_for_each_measurement(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert table.with_suffix(".png").stat().st_size > 10_000
 
 
-def test_evaluation_from_files(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_from_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A row for a few images, then one for all, with detections in each; torchvision's detector has no evaluation."""
     monkeypatch.setattr(benchmark, "WARMUP_IMAGES", 2)
     opts = ["TEST.SHORT_SIDE", "64", "TEST.LONG_SIDE", "96"]
     load = benchmark.load_config
     monkeypatch.setattr(benchmark, "load_config", lambda path, given: load(path, [*given, *opts]))
-    assert benchmark.main(["--models", "timm:test_convnext", "torchvision", "--evaluation", "7"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    table = tmp_path / "results" / "evaluation.md"
+    args = ["--models", "timm:test_convnext", "torchvision", "--evaluation", "7", "--output", str(table)]
+    assert benchmark.main(args) == 0
+    text = capsys.readouterr().out
+    assert text.endswith(table.read_text())
+    lines = text.splitlines()
     rows = [line.split(" | ") for line in lines[lines.index(HEAD[-1]) + 1 :] if line.startswith("| ")]
     assert [row[:2] for row in rows] == [["| timm:test_convnext", count] for count in ("2", "7")]
     assert all(float(row[3]) >= float(row[5]) > 0 for row in rows)
