@@ -196,7 +196,8 @@ def conv_norm_forward(
     out, normed = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     block = triton.next_power_of_2(x.shape[-1])
     is_tall = x.shape[1] > 14
-    tile = tile or Tile(max(1, (256 if is_tall else 512) // block), 14 if is_tall else 7, block, max(2, block // 256))
+    pairs = max(1, (256 if is_tall else 512) // block)
+    tile = tile or Tile(pairs, 14 if is_tall else 7, block, max(min(2, pairs), block // 256))
     norm = (norm_weight, norm_bias, eps)
     conv_forward(x, weight, bias, out, normed, tile, norm=norm, later_bias=later_bias)
     return out, normed
