@@ -19,14 +19,7 @@ from models.kernels.fused_modules import (
     ops,
     stem_parts,
 )
-from models.kernels.matmul import (
-    WIDEST_FUSED_MLP,
-    add_linear,
-    conv_relu,
-    linear_gelu,
-    takes_conv_relu,
-    takes_linear_gelu,
-)
+from models.kernels.matmul import WIDEST_FUSED_MLP, add_linear, linear_gelu, takes_linear_gelu
 from models.layers import ConvLayer, Stem, TokenConv, pad_to_multiple
 from models.mlla import MLLABlock, Stage
 from models.rope import position_tables
@@ -90,10 +83,6 @@ class InferenceStem(nn.Module):
         super().__init__()
         self.kernels = getattr(stem, "kernels", "torch")
         self.conv1, self.conv2, self.conv3 = stem.conv1, stem.conv2, stem.conv3
-        for layers in (self.conv2, self.conv3):
-            for name, layer in layers.named_children():
-                if FoldedConv.replaces(layer):
-                    setattr(layers, name, FoldedConv(cast("ConvLayer", layer)))
         self.eval()
 
     @staticmethod
@@ -114,34 +103,6 @@ class InferenceStem(nn.Module):
             x = self.conv1(x.contiguous(memory_format=torch.channels_last))  # (B, E / 2, H / 2, W / 2)
         x = x + self.conv2(x)
         return self.conv3(x).permute(0, 2, 3, 1)  # (B, H / 4, W / 4, E)
-
-
-class FoldedConv(nn.Module):
-    """A folded layer, in one kernel: a 3x3 convolution with bias and ReLU, or one of single pixels with bias."""
-
-    def __init__(self, layer: ConvLayer) -> None:
-        super().__init__()
-        self.conv = layer.conv
-
-    @staticmethod
-    def replaces(layer: nn.Module) -> bool:
-        """Return whether the layer has been folded, and has the parts and settings that this computes."""
-        if not (type(layer) is ConvLayer and type(layer.conv) is nn.Conv2d and type(layer.norm) is nn.Identity):
-            return False
-        conv, act = layer.conv, type(layer.act)
-        settings = (conv.kernel_size, conv.padding, act)
-        is_known = settings == ((3, 3), (1, 1), nn.ReLU) and conv.stride in ((1, 1), (2, 2))
-        is_known |= settings == ((1, 1), (0, 0), nn.Identity) and conv.stride == (1, 1)
-        is_plain = (conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), 1, "zeros") and conv.bias is not None
-        return is_known and is_plain and not any(map(has_hooks, (layer, conv, layer.norm, layer.act)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        conv = self.conv
-        if conv.kernel_size == (1, 1):
-            return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
-        if takes_conv_relu(x, conv.weight):
-            return conv_relu(x, conv.weight, conv.bias, conv.stride[0])
-        return F.relu(conv(x))
 
 
 class InferenceStage(Stage):

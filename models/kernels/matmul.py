@@ -1,4 +1,4 @@
-"""Products that include a neighboring operation in cuBLAS or cuDNN, or that torch.compile must not share.
+"""Matrix products that include a neighboring operation in cuBLAS, or that torch.compile must not share.
 
 They need no Triton. The operators have no gradients; the eager PyTorch reference of each is in its docstring.
 """
@@ -39,21 +39,6 @@ def takes_linear_gelu(x: Tensor, weight: Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and weight.dtype == x.dtype
 
 
-@torch.library.custom_op("mlla::conv_relu", mutates_args=())
-def conv_relu(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
-    """Return ReLU(conv(x) + bias), channels last, padded by 1; x (B, K, H, W), weight (C, K, 3, 3), of one dtype."""
-    x, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
-    if x.is_cuda and torch.backends.cudnn.enabled and torch.cuda.get_device_capability(x.device) >= (8, 0):
-        return torch.cudnn_convolution_relu(x, weight, bias, (stride, stride), (1, 1), (1, 1), 1)
-    return F.conv2d(x, weight, bias, stride, padding=1).relu_().contiguous(memory_format=torch.channels_last)
-
-
-def takes_conv_relu(x: Tensor, weight: Tensor) -> bool:
-    """Return whether `conv_relu` was found faster than two passes: in 16 bits, whose tensor cores take 8 channels."""
-    is_half = x.dtype in (torch.float16, torch.bfloat16) and weight.dtype == x.dtype
-    return x.is_cuda and torch.version.hip is None and is_half and weight.shape[0] % 8 == weight.shape[1] % 8 == 0
-
-
 def add_linear(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     """Return x + y weight^T, in the product and in place if x allows it; x (..., C), y (..., K), weight (C, K)."""
     if x.dtype != weight.dtype or not x.is_contiguous():
@@ -70,13 +55,6 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @add_product.register_fake
 def _(x: Tensor, y: Tensor, weight: Tensor) -> None:
     pass
-
-
-@conv_relu.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
-    height, width = ((side - 1) // stride + 1 for side in x.shape[2:])
-    shape = x.shape[0], weight.shape[0], height, width
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 @linear_gelu.register_fake
