@@ -28,6 +28,8 @@ def loading_cuda_libraries(device: torch.device) -> Iterator[None]:
 def use_libraries(device: torch.device) -> None:
     """Run a small convolution and a matrix product, forward and backward; no random numbers, and no errors."""
     with suppress(Exception):  # what fails here fails again, with its reason, where it is needed
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a thread begins on the first GPU, which may be another process's
         images = torch.zeros(8, 32, 32, 32, dtype=torch.bfloat16, device=device, requires_grad=True)  # (B, C, H, W)
         kernels = torch.zeros(32, 32, 3, 3, dtype=torch.bfloat16, device=device, requires_grad=True)
         weight = torch.zeros(32, 32, dtype=torch.bfloat16, device=device, requires_grad=True)
