@@ -116,6 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def time_evaluations(args: argparse.Namespace, device: torch.device, precision: Precision) -> int:
     """Print how long an evaluation of each model takes; torchvision's detector has none."""
+    with report_user_errors():
+        if set(args.models) == {TORCHVISION}:
+            raise UserError("--models torchvision: its detector has no --evaluation here; add another, such as mlla_t")
     lines = [f"{chip_name(device)}, torch {torch.__version__}, {precision.name}", "", *HEAD]
     print("\n".join(lines), flush=True)
     for name in args.models:

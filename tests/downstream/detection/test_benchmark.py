@@ -58,11 +58,21 @@ def test_evaluation_from_files(
     assert all(int(row[6].split()[0]) > 0 for row in rows)
 
 
-def test_unknown_models(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--models", "resnet"], "error: --models resnet: known are mlla_t"),
+        (
+            ["--models", "torchvision", "--evaluation", "2"],
+            "error: --models torchvision: its detector has no --evaluation",
+        ),
+    ],
+)
+def test_models_that_cannot_be_measured(capsys: pytest.CaptureFixture[str], args: list[str], expected: str) -> None:
     with pytest.raises(SystemExit) as stop:
-        benchmark.main(["--models", "resnet", "--height", "64", "--width", "64"])
+        benchmark.main([*args, "--height", "64", "--width", "64"])
     assert stop.value.code == 2
-    assert "error: --models resnet: known are mlla_t" in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
 
 
 def test_compiling_without_a_compiler_is_one_line(
