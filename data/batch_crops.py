@@ -1,7 +1,8 @@
 """Small crops and JPEGs of different sizes in one buffer, which a GPU decodes, resizes and flips.
 
-PyTorch resizes small crops all together. Larger ones it resizes one by one, and a GPU would wait for the CPU, which
-starts four kernels for each: workers resize those of images that they decode, unless the GPU decodes JPEGs as well.
+PyTorch resizes small crops all together. Large ones it resizes one by one, and a GPU would wait for the CPU, which
+starts four kernels for each: workers resize the large crops of the images that they decode, unless the GPU decodes
+JPEGs as well.
 """
 
 import math

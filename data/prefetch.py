@@ -18,8 +18,6 @@ from data.kernel_dispatch import augment_on_device, erase_on_gpu, resize_on_devi
 from data.samplers import SampleKey, TrainSampler
 from data.workers import RestartingDataLoader, more_workers
 
-NUM_AHEAD = 1  # batches that are prepared on a GPU while the model works on another
-
 logger = logging.getLogger("mlla.data")
 
 
@@ -139,7 +137,7 @@ class DeviceLoader:
 
     def prepared_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches, as `__iter__`."""
-        num_ahead = 0 if self.stream is None else NUM_AHEAD
+        num_ahead = 0 if self.stream is None else 1
         with ThreadPoolExecutor(1) if num_ahead and self.dataset.device_share else SameThread() as executor:
             prepared: deque[tuple[Batch, Future[Prepared]]] = deque()
             for batch in self.host_batches():

@@ -57,16 +57,16 @@ def coco_results(
 
 def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
     """Return masks (D, H, W) bool as run lengths that fit into JSON."""
-    num_masks, height, width = masks.shape
     if masks.device.type == "cpu":
         columns = np.asfortranarray(masks.numpy().transpose(1, 2, 0), dtype=np.uint8)  # (H, W, D)
         return to_json(rle.encode(columns))
-    return encode_runs(run_places(masks), num_masks, height, width)
+    return encode_runs(masks)
 
 
-def encode_runs(places: np.ndarray, num_masks: int, height: int, width: int) -> list[dict[str, Any]]:
-    """Return what `encode_masks` does, from the result of `run_places`."""
-    runs = run_lengths(places, num_masks, height * width)
+def encode_runs(masks: Tensor) -> list[dict[str, Any]]:
+    """Return what `encode_masks` does, from runs that are found on the masks' device."""
+    num_masks, height, width = masks.shape
+    runs = run_lengths(run_places(masks), num_masks, height * width)
     objects = [{"size": [height, width], "counts": counts} for counts in runs]
     return to_json(rle.frPyObjects(objects, height, width)) if objects else []
 
@@ -203,7 +203,7 @@ def split_evaluation(num_results: Mapping[int, int], num_groups: int) -> list[li
 
 
 def join_tables(parts: Sequence[tuple[list[int], Tables]]) -> Tables:
-    """Return the tables of all categories, by id in ascending order, from those of some of them each."""
+    """Return the tables of all categories, by id in ascending order, from parts with some categories each."""
     order = np.argsort(np.concatenate([category_ids for category_ids, _ in parts]))
     precision = np.concatenate([tables.precision for _, tables in parts], axis=2)[:, :, order]
     recall = np.concatenate([tables.recall for _, tables in parts], axis=1)[:, order]

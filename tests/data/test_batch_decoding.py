@@ -176,7 +176,7 @@ def test_draws_do_not_depend_on_where_images_are_decoded(
 
 
 def test_which_jpegs_are_decoded_on_the_device_depends_on_the_sample_alone(image_folder: Path) -> None:
-    """So do its pixels, in any batch. A larger share adds JPEGs to those of a smaller one."""
+    """So do its pixels, in any batch. A larger share has all JPEGs of a smaller one, and more."""
     keys = [SampleKey(epoch, position) for epoch in range(20) for position in range(16)]
     on_device = {}
     for share in (0.25, 0.75):
