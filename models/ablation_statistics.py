@@ -23,6 +23,11 @@ class Difference(NamedTuple):
     high: float
     p: float
 
+    def cells(self) -> list[str]:
+        """Return the cells of a table: the difference with its interval, and the p-value."""
+        interval = f"{self.mean:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
+        return [interval, "< 0.001" if self.p < 0.001 else f"{self.p:.3f}"]
+
 
 class RankCorrelation(NamedTuple):
     """Spearman's rank correlation and its bootstrap interval over seeds."""

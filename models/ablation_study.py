@@ -222,9 +222,8 @@ def statistics_text(rows: Sequence[Ablation], scores: dict[str, list[float]]) ->
     ]
     found = differences(scores)
     for row in rows[1:]:
-        mean, low, high, p = found[row.name]
         paper = "" if isnan(row.top1) else f"{row.top1 - rows[0].top1:+.1f}"
-        lines.append(f"| {row.label} | {paper} | {mean:+.2f} ({low:+.2f} to {high:+.2f}) | {p:.3f} |")
+        lines.append(f"| {' | '.join([row.label, paper, *found[row.name].cells()])} |")
     lines.append("\np: Welch's t-test, corrected for the number of rows by Holm's method.")
     published = [row for row in rows if not isnan(row.top1)]
     if len(published) > 2:

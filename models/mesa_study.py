@@ -174,8 +174,7 @@ def results_table(models: Sequence[str], runs: Sequence[MesaRun]) -> str:
         cells = [mean_text(values) for values in pair.values()]
         epochs = [next(run.epochs for run in runs if (run.model, run.mesa) == (model, mesa)) for mesa in MESA]
         if found:
-            gain = found[model]
-            cells += [f"{gain.mean:+.2f} ({gain.low:+.2f} to {gain.high:+.2f})", f"{p_values[model]:.3f}"]
+            cells += found[model]._replace(p=p_values[model]).cells()
         else:
             cells += [f"{statistics.mean(pair['True']) - statistics.mean(pair['False']):+.2f}", ""]
         lines.append(f"| {LABELS[model]} | {', '.join(map(str, dict.fromkeys(epochs)))} | {' | '.join(cells)} |")

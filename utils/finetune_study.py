@@ -299,8 +299,7 @@ def results_table(dataset: str, settings: Sequence[str], results: Sequence[Resul
         spread = f" ± {statistics.stdev(accuracies[name]):.2f}" if has_seeds else ""
         cells = [SETTINGS[name].label, str(len(runs)), f"{statistics.mean(accuracies[name]):.2f}{spread}", "", ""]
         if name in found:
-            mean, low, high, p = found[name]
-            cells[3:] = [f"{mean:+.2f} ({low:+.2f} to {high:+.2f})", f"{p:.3f}"]
+            cells[3:] = found[name].cells()
         losses = [run.loss if run.acc1 >= run.ema_acc1 else run.ema_loss for run in runs]
         lines.append(f"| {' | '.join(cells)} | {statistics.mean(losses):.3f} |")
     return "\n".join(lines) + "\n"

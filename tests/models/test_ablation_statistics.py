@@ -13,6 +13,11 @@ def test_differences_from_the_first_row() -> None:
     assert list(found) == ["b", "same"]
 
 
+def test_cells_of_a_difference() -> None:
+    assert Difference(1.0, 0.5, 1.5, 0.0004).cells() == ["+1.00 (+0.50 to +1.50)", "< 0.001"]
+    assert Difference(-0.1, -0.5, 0.3, 0.0312).cells()[1] == "0.031"
+
+
 def test_rows_without_spread() -> None:
     found = differences({"a": [90.0, 90.0], "b": [91.0, 91.0], "c": [90.0, 90.0]})
     assert found == {"b": Difference(1.0, 1.0, 1.0, 0.0), "c": Difference(0.0, 0.0, 0.0, 1.0)}
