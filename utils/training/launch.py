@@ -118,7 +118,7 @@ class LaunchedProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         if isinstance(error, KeyboardInterrupt):
-            logger.warning("interrupted; run the same command to resume from the newest checkpoint, if there is one")
+            logger.warning("interrupted; the same command resumes a training run from its newest checkpoint")
             self.exit_code = INTERRUPTED
         elif isinstance(error, Exception):
             report(error, self.process, self.user_errors, self.explain_out_of_memory)
