@@ -136,16 +136,28 @@ class DeviceLoader:
         return self.prepared_batches()
 
     def prepared_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches, as `__iter__`."""
+        """Yield batches, as `__iter__`.
+
+        While the device works, the batch after the next one is prepared too. A device that has nothing to do, as after
+        each log line of training, gets the next one first.
+        """
         num_ahead = 0 if self.stream is None else 1
+        batches = self.host_batches()
         with ThreadPoolExecutor(1) if num_ahead and self.dataset.device_share else SameThread() as executor:
             prepared: deque[tuple[Batch, Future[Prepared]]] = deque()
-            for batch in self.host_batches():
-                prepared.append((batch, executor.submit(self.prepare_ahead, batch)))
-                if len(prepared) > num_ahead:
-                    yield self.result(*prepared.popleft(), executor)
-            for batch, future in prepared:
-                yield self.result(batch, future, executor)
+            while True:
+                while len(prepared) <= num_ahead and not (prepared and prepared[0][1].done() and self.is_idle()):
+                    batch = next(batches, None)
+                    if batch is None:
+                        break
+                    prepared.append((batch, executor.submit(self.prepare_ahead, batch)))
+                if not prepared:
+                    return
+                yield self.result(*prepared.popleft(), executor)
+
+    def is_idle(self) -> bool:
+        """Return whether a GPU has finished the work of the current stream."""
+        return self.stream is not None and torch.cuda.current_stream(self.device).query()
 
     def host_batches(self) -> Iterator[Batch]:
         """Yield the loader's batches that have images, after handling their failures."""

@@ -197,6 +197,7 @@ def _in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None))
     monkeypatch.setattr(prefetch, "wait_for_batch", lambda *_: None)
+    monkeypatch.setattr(DeviceLoader, "is_idle", lambda _: False)
     start = DeviceLoader.__init__
 
     def with_stream(self: DeviceLoader, *args: Any, **settings: Any) -> None:

@@ -15,7 +15,7 @@ from data.batch_augmentation import IDENTITY, Kind
 from data.dataset import Batch, Failure
 from data.decoding import image_to_tensor
 from data.errors import BrokenImageError
-from data.prefetch import DeviceLoader, Normalizer
+from data.prefetch import DeviceLoader, Normalizer, Prepared
 from data.transforms import denormalize
 from tests.helpers import photo
 
@@ -177,6 +177,24 @@ def test_all_batches_come_in_order(device: torch.device) -> None:
     assert len(prefetched) == 5
     assert all(a.equal(b) for (a, _), (b, _) in zip(prefetched, singly, strict=True))
     assert list(loader(device=device)) == []
+
+
+def test_an_idle_device_gets_the_next_batch_before_another_one_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = [batch(count=count) for count in range(1, 6)]
+    prefetched, prepared = loader(*hosts), []
+
+    def prepare_ahead(host: Batch) -> Prepared:
+        prepared.append(len(host.labels))
+        return Prepared(host.images, host.labels, None)
+
+    monkeypatch.setattr(prefetched, "stream", object())
+    monkeypatch.setattr(prefetched, "prepare_ahead", prepare_ahead)
+    batches = iter(prefetched)
+    for is_idle, count, num_prepared in ((True, 1, 1), (False, 2, 3), (True, 3, 3), (True, 4, 4), (False, 5, 5)):
+        monkeypatch.setattr(prefetched, "is_idle", lambda is_idle=is_idle: is_idle)
+        assert len(next(batches)[1]) == count
+        assert prepared == list(range(1, num_prepared + 1))
+    assert list(batches) == []
 
 
 def test_the_first_broken_image_stops_the_run_unless_skipped() -> None:
