@@ -44,9 +44,7 @@ class Mixer(torch.autograd.Function):
         inner, gate = linear(normed, in_proj, in_proj_bias), linear(normed, act_proj, act_proj_bias)
         v, inactive = ops.conv_silu(inner, dwc, dwc_bias, True)
         queries_keys = linear(v, qk, qk_bias)
-        gated, ungated, matrix, mean = ops.linear_attention(
-            queries_keys, v, gate, lepe, lepe_bias, cos, sin, heads, True
-        )
+        gated, ungated, matrix, mean = ops.linear_attention(queries_keys, v, gate, lepe, lepe_bias, cos, sin, heads)
         ctx.heads, ctx.eps, ctx.has_qk_bias = heads, eps, qk_bias is not None
         ctx.save_for_backward(
             *(x, residual, inner, gate, inactive, queries_keys, ungated, matrix, mean, cos, sin, scale),

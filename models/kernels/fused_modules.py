@@ -223,7 +223,7 @@ def fused_attention(attention: LinearAttention, v: Tensor, gate: Tensor, rotary:
     """Compute `LinearAttention.forward` without gradient; of q and k only their projection reaches memory."""
     lepe = attention.lepe
     inputs = attention.qk(v), v, gate, lepe.weight, lepe.bias, *rotary
-    return ops().linear_attention(*inputs, attention.num_heads, False)[0]
+    return ops().linear_attention_inference(*inputs, attention.num_heads)
 
 
 def conv_settings(conv: nn.Conv2d, kernel_size: int, groups: int) -> tuple[tuple[nn.Module, str, object], ...]:

@@ -24,7 +24,7 @@ def mix_tokens(
     inner, gate = F.linear(y, in_proj, in_proj_bias).chunk(2, dim=-1)  # (B, H, W, C) each
     v, _ = ops.conv_silu(inner, dwc, dwc_bias, False)
     queries_keys = F.linear(v, qk, qk_bias)  # (B, H, W, 2 C)
-    gated = ops.linear_attention(queries_keys, v, gate, lepe, lepe_bias, *rotary, heads, False)[0]
+    gated = ops.linear_attention_inference(queries_keys, v, gate, lepe, lepe_bias, *rotary, heads)
     return add_linear(x, gated, out)
 
 

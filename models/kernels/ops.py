@@ -76,10 +76,18 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tens
 
 @torch.library.custom_op("mlla::linear_attention", mutates_args=())
 def linear_attention(
-    qk: Tensor, v: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, heads: int, keep: bool
+    qk: Tensor, v: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (attention + lepe) SiLU(gate), if keep attention + lepe, and the heads' matrices and means by parts."""
-    return attention.attention_forward(qk.contiguous(), v.contiguous(), gate, weight, bias, cos, sin, heads, keep=keep)
+    """Return (attention + lepe) SiLU(gate), attention + lepe, and the heads' matrices and means by parts."""
+    return attention.attention_forward(qk.contiguous(), v.contiguous(), gate, weight, bias, cos, sin, heads)
+
+
+@torch.library.custom_op("mlla::linear_attention_inference", mutates_args=())
+def linear_attention_inference(
+    qk: Tensor, v: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, heads: int
+) -> Tensor:
+    """Return (attention + lepe) SiLU(gate) alone, without gradient."""
+    return attention.attention_inference(qk.contiguous(), v.contiguous(), gate, weight, bias, cos, sin, heads)
 
 
 @torch.library.custom_op("mlla::linear_attention_backward", mutates_args=())
@@ -198,17 +206,22 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tens
 
 @linear_attention.register_fake
 def _(
-    qk: Tensor, v: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, heads: int, keep: bool
+    qk: Tensor, v: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, height, width, channels = v.shape
     parts = attention.forward_parts(height * width, batch * heads, v.device)
     dim, parts = channels // heads, parts if parts <= attention.MAX_PARTS else 1
     return (
         empty(v),
-        empty(v) if keep else empty(v, 0),
+        empty(v),
         empty(v, parts, batch * heads, dim, dim, dtype=torch.float32),
         empty(v, parts, batch * heads, dim, dtype=torch.float32),
     )
+
+
+@linear_attention_inference.register_fake
+def _(qk: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return empty(v)
 
 
 @linear_attention_backward.register_fake

@@ -10,6 +10,7 @@ autograd = pytest.importorskip("models.kernels.autograd", exc_type=ImportError)
 problems = pytest.importorskip("models.kernels.problems", exc_type=ImportError)
 inference_halves = pytest.importorskip("models.kernels.inference_halves", exc_type=ImportError)
 attention = pytest.importorskip("models.kernels.triton.attention", exc_type=ImportError)
+depthwise = pytest.importorskip("models.kernels.triton.depthwise", exc_type=ImportError)
 
 KERNELS = sorted(SECONDS)
 WIDEST = {"mlp": WIDEST_FUSED_MLP, "stem_conv": WIDEST_STEM, "stem_conv_relu": WIDEST_STEM}
@@ -46,6 +47,42 @@ def test_attention_in_many_parts(device: torch.device, monkeypatch: pytest.Monke
     monkeypatch.setattr(attention, "num_multiprocessors", lambda _: 64)
     assert attention.forward_parts(17 * problems.COLUMNS, 1, device) > attention.MAX_PARTS
     assert problems.largest_error("mixer", device, torch.float32, 32, 32, rows=17, batch=1) < 1e-5
+
+
+@pytest.mark.parametrize("is_small", [False, True])
+def test_attention_of_inference_in_one_launch_and_in_two(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, is_small: bool
+) -> None:
+    launched = []
+    attend = attention.attend_small
+    monkeypatch.setattr(attention, "SMALL_TOKENS", 10 * problems.COLUMNS - (not is_small))
+    monkeypatch.setattr(attention, "attend_small", lambda *args: launched.append(1) or attend(*args))
+    batch = 2 * attention.num_multiprocessors(device)
+    assert problems.largest_error("inference_mixer", device, torch.float32, 48, 16, rows=10, batch=batch) < 1e-5
+    assert bool(launched) is is_small
+
+
+@pytest.mark.parametrize("has_later_bias", [False, True])
+@pytest.mark.parametrize("rows", [5, 17])
+def test_wide_tokens_are_normalized_in_a_launch_of_their_own(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, rows: int, has_later_bias: bool
+) -> None:
+    monkeypatch.setattr(depthwise, "WIDEST_NORM", 128)
+    monkeypatch.setattr(depthwise, "MANY_TOKENS", rows)
+    generator = torch.Generator(device).manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)  # noqa: E731
+    channels = 160
+    x, weight, bias, scale, shift = draw(1, rows, 5, channels), draw(channels, 1, 3, 3), *draw(3, channels)
+    later = draw(channels) if has_later_bias else None
+    launched = []
+    norm = depthwise.norm_forward
+    monkeypatch.setattr(depthwise, "norm_forward", lambda *args: launched.append(1) or norm(*args))
+    out, normed = depthwise.conv_norm_forward(x, weight, bias, scale, shift, 1e-5, later)
+    expected = x.double() + problems.conv(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(out.double(), expected if later is None else expected + later, rtol=1e-5, atol=1e-5)
+    expected = torch.nn.functional.layer_norm(expected, (channels,), scale.double(), shift.double())
+    torch.testing.assert_close(normed.double(), expected, rtol=1e-5, atol=1e-5)
+    assert launched == [1]
 
 
 def test_mlp_that_keeps_its_hidden_layer(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

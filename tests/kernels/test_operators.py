@@ -40,7 +40,8 @@ def test_convolutions_and_norm(draw: Any) -> None:
 def test_attention(draw: Any) -> None:
     x, taps, bias, table = draw(2, 4, 6, 32), draw(32, 1, 3, 3), draw(32), draw(6, 8)
     qk = draw(2, 4, 6, 64)
-    _, ungated, *state = check(ops.linear_attention, qk, x, x, taps, bias, table, table, 2, True)
+    check(ops.linear_attention_inference, qk, x, x, taps, bias, table, table, 2)
+    _, ungated, *state = check(ops.linear_attention, qk, x, x, taps, bias, table, table, 2)
     check(ops.linear_attention_backward, x, draw(2, 1, 1, 1), qk, x, x, ungated, table, table, *state, 2)
 
 

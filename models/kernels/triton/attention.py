@@ -3,9 +3,10 @@
 Eager reference: `LinearAttention` in models/attention.py.
 
 One pass over k and v sums a (head_dim, head_dim) matrix and the mean of k for each head; one pass over q gives the
-attention; the depthwise kernel adds lepe(v) and applies the gate. ELU, rotation and normalizer are computed in
-registers in float32 and do not reach memory. Sums over tokens are split into parts, each with a buffer of its own, so
-that the order of additions is fixed. A program loads its next tokens before it works on the present ones.
+attention. For inference of many images with few tokens both passes are one launch. The depthwise kernel adds lepe(v)
+and applies the gate. ELU, rotation and normalizer are computed in registers in float32 and do not reach memory. Sums
+over tokens are split into parts, each with a buffer of its own, so that the order of additions is fixed. A program
+loads its next tokens before it works on the present ones.
 """
 
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from models.kernels.triton.sums import sum_parts
 NORMALIZER_EPS = tl.constexpr(1e-6)
 TOKENS_PER_PART = 256  # at least
 MAX_PARTS = 8  # of which kernels add up the sums as they read them
+SMALL_ROWS, SMALL_TOKENS = 14, 256  # of images whose attention is one launch in inference
 
 
 @triton.jit
@@ -71,6 +73,52 @@ def load_state(matrix, mean, part_stride, mean_part_stride, head_index, parts, D
     return total, vector
 
 
+@triton.jit
+def sum_keys_and_values(
+    k_pointer, v_pointer, cos, sin, start, end, width, head, channels,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    """Return rope(k)^T v (DIM, DIM) and the sum of k (DIM,) over tokens from `start` to `end` of one head."""
+    i = tl.arange(0, DIM)
+    total = tl.zeros((DIM, DIM), dtype=tl.float32)
+    k_sum = tl.zeros((BLOCK, DIM), dtype=tl.float32)
+    token = start + tl.arange(0, BLOCK)
+    k_next = load_tokens(k_pointer, token, end, 2 * channels, i)
+    value_next = load_tokens(v_pointer, token, end, channels, i)
+    for first in range(start, end, BLOCK):
+        token = first + tl.arange(0, BLOCK)
+        ok = token < end
+        k, value = k_next.to(tl.float32), value_next
+        k_next = load_tokens(k_pointer, token + BLOCK, end, 2 * channels, i)
+        value_next = load_tokens(v_pointer, token + BLOCK, end, channels, i)
+        k = tl.where(ok[:, None], positive(k), 0.0)
+        k_sum += k
+        c, s = load_angles(cos, sin, token, ok, width, head, channels // 2, DIM // 2, MIXED)
+        rotated = rotate(k, c, s, BLOCK, DIM).to(value.dtype)
+        total = tl.dot(tl.trans(rotated), value, total, input_precision=PRECISION)
+    return total, tl.sum(k_sum, 0)
+
+
+@triton.jit
+def attend_to(
+    q_pointer, q_next, cos, sin, kv, mean_k, out, start, end, width, head, channels,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    """Store rope(q) kv / (q . mean_k) for tokens from `start` to `end` of one head; q_next are the first."""
+    i = tl.arange(0, DIM)
+    for first in range(start, end, BLOCK):
+        token = first + tl.arange(0, BLOCK)
+        ok = token < end
+        q = q_next.to(tl.float32)
+        q_next = load_tokens(q_pointer, token + BLOCK, end, 2 * channels, i)
+        q = positive(q)
+        inverse = reciprocal(tl.sum(q * mean_k[None, :], 1, keep_dims=True) + NORMALIZER_EPS)
+        c, s = load_angles(cos, sin, token, ok, width, head, channels // 2, DIM // 2, MIXED)
+        rotated = rotate(q, c, s, BLOCK, DIM).to(kv.dtype)
+        result = tl.dot(rotated, kv, input_precision=PRECISION) * inverse
+        tl.store(out + token[:, None] * channels + i[None, :], result.to(out.dtype.element_ty), mask=ok[:, None])
+
+
 @triton.jit(do_not_specialize=["num_tokens", "width", "tokens_per_part"])
 def key_value_kernel(
     qk, v, cos, sin, matrix, mean, num_tokens, width, heads, tokens_per_part,
@@ -84,26 +132,14 @@ def key_value_kernel(
     i = tl.arange(0, DIM)
     k_pointer = qk + image.to(tl.int64) * num_tokens * 2 * channels + channels + head * DIM
     v_pointer = v + image.to(tl.int64) * num_tokens * channels + head * DIM
-    total = tl.zeros((DIM, DIM), dtype=tl.float32)
-    k_sum = tl.zeros((BLOCK, DIM), dtype=tl.float32)
-    end = tl.minimum((part + 1) * tokens_per_part, num_tokens)
-    token = part * tokens_per_part + tl.arange(0, BLOCK)
-    k_next = load_tokens(k_pointer, token, end, 2 * channels, i)
-    value_next = load_tokens(v_pointer, token, end, channels, i)
-    for first in range(part * tokens_per_part, end, BLOCK):
-        token = first + tl.arange(0, BLOCK)
-        ok = token < end
-        k, value = k_next.to(tl.float32), value_next
-        k_next = load_tokens(k_pointer, token + BLOCK, end, 2 * channels, i)
-        value_next = load_tokens(v_pointer, token + BLOCK, end, channels, i)
-        k = tl.where(ok[:, None], positive(k), 0.0)
-        k_sum += k
-        c, s = load_angles(cos, sin, token, ok, width, head, channels // 2, DIM // 2, MIXED)
-        rotated = rotate(k, c, s, BLOCK, DIM).to(value.dtype)
-        total = tl.dot(tl.trans(rotated), value, total, input_precision=PRECISION)
+    start = part * tokens_per_part
+    end = tl.minimum(start + tokens_per_part, num_tokens)
+    total, k_sum = sum_keys_and_values(
+        k_pointer, v_pointer, cos, sin, start, end, width, head, channels, BLOCK, DIM, PRECISION, MIXED
+    )
     base = (part * tl.num_programs(0) + head_index) * DIM
     tl.store(matrix + base * DIM + i[:, None] * DIM + i[None, :], total / num_tokens)
-    tl.store(mean + base + i, tl.sum(k_sum, 0) / num_tokens)
+    tl.store(mean + base + i, k_sum / num_tokens)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "width", "parts", "tokens_per_program"])
@@ -125,19 +161,31 @@ def attend_kernel(
     kv, mean_k = load_state(
         matrix, mean, tl.num_programs(0) * DIM * DIM, tl.num_programs(0) * DIM, head_index, parts, DIM
     )
-    dtype = qk.dtype.element_ty
-    kv = kv.to(dtype)
-    for first in range(start, end, BLOCK):
-        token = first + tl.arange(0, BLOCK)
-        ok = token < end
-        q = q_next.to(tl.float32)
-        q_next = load_tokens(qk, token + BLOCK, end, 2 * channels, i)
-        q = positive(q)
-        inverse = reciprocal(tl.sum(q * mean_k[None, :], 1, keep_dims=True) + NORMALIZER_EPS)
-        c, s = load_angles(cos, sin, token, ok, width, head, channels // 2, DIM // 2, MIXED)
-        rotated = (rotate(q, c, s, BLOCK, DIM)).to(dtype)
-        result = tl.dot(rotated, kv, input_precision=PRECISION) * inverse
-        tl.store(out + token[:, None] * channels + i[None, :], result.to(out.dtype.element_ty), mask=ok[:, None])
+    kv = kv.to(qk.dtype.element_ty)
+    attend_to(qk, q_next, cos, sin, kv, mean_k, out, start, end, width, head, channels, BLOCK, DIM, PRECISION, MIXED)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "width"])
+def small_attention_kernel(
+    qk, v, cos, sin, out, num_tokens, width, heads,
+    BLOCK: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    """Store out = rope(q) (rope(k)^T v / N) / (q . mean(k)) of one image's head, whose matrix stays in registers."""
+    head_index = tl.program_id(0)
+    image, head = head_index // heads, head_index % heads
+    channels = heads * DIM
+    first_token = image.to(tl.int64) * num_tokens
+    qk += first_token * 2 * channels + head * DIM
+    v += first_token * channels + head * DIM
+    out += first_token * channels + head * DIM
+    total, k_sum = sum_keys_and_values(
+        qk + channels, v, cos, sin, 0, num_tokens, width, head, channels, BLOCK, DIM, PRECISION, MIXED
+    )
+    kv, mean_k = (total / num_tokens).to(qk.dtype.element_ty), k_sum / num_tokens
+    q_next = load_tokens(qk, tl.arange(0, QUERIES), num_tokens, 2 * channels, tl.arange(0, DIM))
+    attend_to(
+        qk, q_next, cos, sin, kv, mean_k, out, 0, num_tokens, width, head, channels, QUERIES, DIM, PRECISION, MIXED
+    )
 
 
 class Tile(NamedTuple):
@@ -173,16 +221,8 @@ def forward_tiles(v: Tensor, dim: int, programs: int) -> tuple[Tile, Tile]:
     return Tile(32 if v.dtype == torch.float32 else 64, 4), Tile(64, 4)
 
 
-@on_its_device
-def attention_forward(
-    qk: Tensor, v: Tensor, gate: Tensor, lepe_weight: Tensor, lepe_bias: Tensor, cos: Tensor, sin: Tensor,
-    heads: int, *, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gated output (B, H, W, C), the ungated one if `keep`, and the heads' matrices and means by parts.
-
-    qk (B, H, W, 2 C) and v (B, H, W, C) are contiguous; gate is like v or a slice of wider tokens; cos and sin are
-    (positions, C / 4).
-    """
+def attend(qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the attention (B, H, W, C), and the heads' matrices and means by parts."""
     batch, height, width, channels = v.shape
     num_tokens, dim, head_count = height * width, channels // heads, batch * heads
     parts = forward_parts(num_tokens, head_count, v.device)
@@ -190,7 +230,7 @@ def attention_forward(
     mean = torch.empty(parts, head_count, dim, dtype=torch.float32, device=v.device)
     attended = torch.empty_like(v)
     tiles = forward_tiles(v, dim, head_count * parts)
-    constants = {"DIM": dim, "PRECISION": matmul_precision(v.dtype), "MIXED": heads % 2 == 1, "num_stages": 1}
+    constants = kernel_constants(v, heads)
     key_value_kernel[(head_count, parts)](
         *(qk, v, cos, sin, matrix, mean, num_tokens, width, heads, triton.cdiv(num_tokens, parts)),
         BLOCK=tiles[0].tokens, num_warps=tiles[0].warps, **constants,
@@ -202,5 +242,49 @@ def attention_forward(
         triton.cdiv(num_tokens, chunks),
         BLOCK=tiles[1].tokens, num_warps=tiles[1].warps, **constants,
     )  # fmt: skip
-    out, ungated = conv_gate_forward(v, lepe_weight, lepe_bias, attended, gate, keep=keep)
-    return out, ungated, matrix, mean
+    return attended, matrix, mean
+
+
+def kernel_constants(v: Tensor, heads: int) -> dict[str, int | bool | str]:
+    dim = v.shape[-1] // heads
+    return {"DIM": dim, "PRECISION": matmul_precision(v.dtype), "MIXED": heads % 2 == 1, "num_stages": 1}
+
+
+def attend_small(qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """Return the attention (B, H, W, C) in one launch, a program for each head of an image."""
+    batch, height, width, _ = v.shape
+    attended = torch.empty_like(v)
+    small_attention_kernel[(batch * heads,)](
+        *(qk, v, cos, sin, attended, height * width, width, heads),
+        BLOCK=16, QUERIES=32, num_warps=1, **kernel_constants(v, heads),
+    )  # fmt: skip
+    return attended
+
+
+def is_small(v: Tensor, heads: int) -> bool:
+    """Return whether the images have few tokens, and heads are many and narrow enough to be a program each."""
+    batch, height, width, channels = v.shape
+    is_few = height <= SMALL_ROWS and height * width <= SMALL_TOKENS
+    return is_few and channels <= 32 * heads and batch * heads >= 2 * num_multiprocessors(v.device)
+
+
+@on_its_device
+def attention_forward(
+    qk: Tensor, v: Tensor, gate: Tensor, lepe_weight: Tensor, lepe_bias: Tensor, cos: Tensor, sin: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gated output and the ungated one (B, H, W, C), and the heads' matrices and means by parts.
+
+    qk (B, H, W, 2 C) and v (B, H, W, C) are contiguous; gate is like v or a slice of wider tokens; cos and sin are
+    (positions, C / 4).
+    """
+    attended, matrix, mean = attend(qk, v, cos, sin, heads)
+    return *conv_gate_forward(v, lepe_weight, lepe_bias, attended, gate, keep=True), matrix, mean
+
+
+@on_its_device
+def attention_inference(
+    qk: Tensor, v: Tensor, gate: Tensor, lepe_weight: Tensor, lepe_bias: Tensor, cos: Tensor, sin: Tensor, heads: int
+) -> Tensor:
+    """Return the gated output alone, of arguments as in `attention_forward`."""
+    attended = attend_small(qk, v, cos, sin, heads) if is_small(v, heads) else attend(qk, v, cos, sin, heads)[0]
+    return conv_gate_forward(v, lepe_weight, lepe_bias, attended, gate, keep=False)[0]

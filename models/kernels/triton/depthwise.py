@@ -16,6 +16,10 @@ from torch import Tensor
 from models.kernels.triton.depthwise_io import load_gate, load_row, load_stencil, to_float
 from models.kernels.triton.launch import channel_block, num_multiprocessors, on_its_device, token_stride
 from models.kernels.triton.math import as_tile, sigmoid
+from models.kernels.triton.norm import norm_forward
+
+WIDEST_NORM = 256  # channels; beyond, many tokens are normalized in a launch of their own
+MANY_TOKENS = 2048
 
 
 @triton.jit
@@ -49,12 +53,14 @@ def finish(
 def conv_forward_kernel(
     x, weight, bias, norm_weight, norm_bias, later_bias, attended, gate, out, second_out,
     num_pairs, num_blocks, height, width, channels, x_token_stride, gate_token_stride, eps,
-    NORM: tl.constexpr, LATER: tl.constexpr, SILU: tl.constexpr, GATE: tl.constexpr, KEEP: tl.constexpr,
+    NORM: tl.constexpr, RESIDUAL: tl.constexpr, LATER: tl.constexpr, SILU: tl.constexpr, GATE: tl.constexpr,
+    KEEP: tl.constexpr,
     ROWS: tl.constexpr, PAIRS: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Compute one of three; `out` is stored for NORM, and for the others if KEEP.
+    """Compute one of four; `out` is stored for NORM, and for SILU and GATE if KEEP.
 
     NORM: out = conv(x) + bias + x, second_out = LayerNorm(out), and then out += later_bias if LATER.
+    RESIDUAL: second_out = conv(x) + bias + x, + later_bias if LATER.
     SILU: out = conv(x) + bias, second_out = SiLU(out).
     GATE: out = conv(x) + bias + attended, second_out = out SiLU(gate).
     """
@@ -69,6 +75,9 @@ def conv_forward_kernel(
     later = start * 0.0
     if LATER:
         later = tl.load(later_bias + channel, mask=channel_ok, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        start += later
+        mid1 += 1.0
     pairs_per_row = (width + 1) // 2
     num_pair_blocks = tl.cdiv(num_pairs, PAIRS)
     row_stride = width * x_token_stride
@@ -164,9 +173,12 @@ class Tile(NamedTuple):
 def conv_forward(
     x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, second_out: Tensor, tile: Tile,
     *, norm: tuple[Tensor, Tensor, float] | None = None, later_bias: Tensor | None = None,
-    gate: tuple[Tensor, Tensor] | None = None, keep: bool = True,
+    gate: tuple[Tensor, Tensor] | None = None, residual: bool = False, keep: bool = True,
 ) -> None:  # fmt: skip
-    """Launch the kernel: `norm` is (weight, bias, eps) of a LayerNorm, `gate` (attended, gate); without both, SiLU."""
+    """Launch the kernel: `norm` is (weight, bias, eps) of a LayerNorm, `gate` (attended, gate), `residual` adds x.
+
+    With none of them it applies SiLU.
+    """
     batch, height, width, channels = x.shape
     x, stride = token_stride(x)
     attended, gate_tokens = gate or (x, x)
@@ -182,8 +194,8 @@ def conv_forward(
         *(x, weight, bias, *((norm or (bias, bias))[:2]), bias if later_bias is None else later_bias),
         *(attended, gate_tokens, out, second_out),
         *(num_pairs, num_blocks, height, width, channels, stride, gate_stride, norm[2] if norm else 0.0),
-        NORM=norm is not None, LATER=later_bias is not None, SILU=norm is None and gate is None,
-        GATE=gate is not None, KEEP=keep,
+        NORM=norm is not None, RESIDUAL=residual, LATER=later_bias is not None,
+        SILU=norm is None and gate is None and not residual, GATE=gate is not None, KEEP=keep,
         ROWS=rows, PAIRS=tile.pairs, CHANNELS=tile.channels, UNROLL=min(rows, tile.unroll), num_warps=tile.warps,
     )  # fmt: skip
 
@@ -193,8 +205,14 @@ def conv_norm_forward(
     later_bias: Tensor | None = None, *, tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return x + conv(x), with `later_bias` added after taking its LayerNorm, and that norm; each (B, H, W, C)."""
-    out, normed = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    block = triton.next_power_of_2(x.shape[-1])
+    out, channels = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.shape[-1]
+    if channels > WIDEST_NORM and x.numel() >= MANY_TOKENS * channels and tile is None:
+        rows = 14 if x.shape[1] > 7 else 7
+        tile = Tile(4, rows, 128, 4, unroll=rows)
+        conv_forward(x, weight, bias, out, out, tile, later_bias=later_bias, residual=True, keep=False)
+        return out, norm_forward(out, norm_weight, norm_bias, eps, later_bias)
+    normed = torch.empty_like(out)
+    block = triton.next_power_of_2(channels)
     is_tall = x.shape[1] > 14
     pairs = max(1, (256 if is_tall else 512) // block)
     tile = tile or Tile(pairs, 14 if is_tall else 7, block, max(min(2, pairs), block // 256))
