@@ -145,6 +145,7 @@ def train_missing(args: argparse.Namespace, epochs: dict[tuple[str, bool], int])
         results=args.output / "results.jsonl",
         num_parallel=args.jobs,
         minutes=args.minutes,
+        OMP_NUM_THREADS="1",
     )
 
 

@@ -1,5 +1,6 @@
 """Process group, device and collectives; with a single process the collectives do nothing."""
 
+import ctypes
 import gc
 import os
 import threading
@@ -17,6 +18,7 @@ from utils.config.standard_streams import flush_standard_streams
 from utils.distributed.heartbeat import HANG_SECONDS, Heartbeat, record_cuda_event
 
 STOP_SECONDS = 8.0  # launchers kill 30 s after SIGTERM, of which a step and a checkpoint may take 20
+CU_CTX_SCHED_BLOCKING_SYNC = 4  # of CUDA's driver
 is_program = threading.Event()  # this Python process is for a run alone, unlike a notebook or a test
 
 
@@ -78,6 +80,7 @@ def start_process(local_rank: int = 0) -> Process:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        sleep_while_waiting(device)
     if num_processes == 1:
         return Process(rank, num_processes, device)
     join_processes(device)
@@ -85,6 +88,20 @@ def start_process(local_rank: int = 0) -> Process:
     heartbeat = Heartbeat(connect_store(), rank, num_processes, record_event=record_event)
     heartbeat.start()
     return Process(rank, num_processes, device, heartbeat)
+
+
+def sleep_while_waiting(device: torch.device) -> None:
+    """Let threads that wait for a GPU sleep. By default they poll, and keep cores busy that loader workers need.
+
+    PyTorch has no function for this. Where the driver does not take the setting, threads poll as before.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        handle = ctypes.c_int()
+        if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(handle), device.index) == 0:
+            driver.cuDevicePrimaryCtxSetFlags_v2(handle, CU_CTX_SCHED_BLOCKING_SYNC)
+    except (OSError, AttributeError):
+        pass
 
 
 def launcher_number(name: str, default: int, *, low: int = 0) -> int:

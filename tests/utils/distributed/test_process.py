@@ -1,7 +1,9 @@
 """Training and evaluation on several processes equal those of one."""
 
+import ctypes
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from tests.faults.processes import is_running
 from tests.helpers import run_python, wait_for
 from tests.utils.distributed.distributed_worker import make_model, run
 from utils.config.errors import UserError
-from utils.distributed.process import Process, start_process
+from utils.distributed.process import Process, sleep_while_waiting, start_process
 
 pytestmark = pytest.mark.slow
 
@@ -111,3 +113,40 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(UserError, match="process 1 on this machine has no GPU of its own: there are 1"):
         start_process()
+
+
+def test_the_driver_is_asked_to_let_waiting_threads_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def get_device(handle: Any, ordinal: int) -> int:
+        handle._obj.value = 10 + ordinal
+        return 0
+
+    driver = SimpleNamespace(
+        cuInit=lambda _: 0,
+        cuDeviceGet=get_device,
+        cuDevicePrimaryCtxSetFlags_v2=lambda handle, flags: calls.append((handle.value, flags)),
+    )
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: driver)
+    sleep_while_waiting(torch.device("cuda", 3))
+    assert calls == [(13, 4)]
+    driver.cuInit = lambda _: 100  # there is no device
+    sleep_while_waiting(torch.device("cuda", 3))
+    assert len(calls) == 1
+
+
+def test_a_driver_that_does_not_take_the_setting_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_: str) -> None:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    sleep_while_waiting(torch.device("cuda", 0))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_threads_sleep_while_they_wait_for_a_gpu() -> None:
+    sleep_while_waiting(torch.device("cuda", 0))
+    driver, handle, flags, is_active = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_uint(), ctypes.c_int()
+    assert driver.cuDeviceGet(ctypes.byref(handle), 0) == 0
+    assert driver.cuDevicePrimaryCtxGetState(handle, ctypes.byref(flags), ctypes.byref(is_active)) == 0
+    assert flags.value == 4
