@@ -21,6 +21,7 @@ from models.layers import ConvLayer, DepthwiseConv, Downsample, DropPath, Stem, 
 from models.mlla import MLLABlock
 
 RGB, WIDEST_STEM = 3, 128  # channels of the images that the stem's kernel reads, and at most of its outputs
+WIDEST_STEM_LAYER = 48  # channels of the layers after it, in inference; with 64 their kernel lacks registers
 UNKNOWN_PARTS = "a part of the module was replaced or has hooks, and must be called"
 DROPOUT = "the kernels do not support dropout in MLPs (MODEL.DROP_RATE)"
 

@@ -12,6 +12,7 @@ from models.kernels import dispatch
 from models.kernels.dispatch import compute_dtype
 from models.kernels.fused_modules import (
     WIDEST_STEM,
+    WIDEST_STEM_LAYER,
     has_hooks,
     mixer_parts,
     mlp_parts,
@@ -24,6 +25,7 @@ from models.layers import ConvLayer, Stem, TokenConv, pad_to_multiple
 from models.mlla import MLLABlock, Stage
 from models.rope import position_tables
 
+MANY_PIXELS = 2**19  # of the stem's layers together, about 42 images of 224x224, from which on their kernel is faster
 NUM_POSITIONS = 1024  # rows and columns of tokens together, for which a prepared stage keeps tables
 
 
@@ -75,7 +77,10 @@ def fold_norm(layer: ConvLayer) -> None:
 
 
 class InferenceStem(nn.Module):
-    """A stem of folded layers, whose first one is a kernel with bias and ReLU; images to tokens as `Stem`."""
+    """A stem of folded layers, of which the first three are kernels with bias, ReLU and residual, the last a product.
+
+    Images to tokens as `Stem`.
+    """
 
     is_region = True  # torch.compile makes one graph of it
 
@@ -83,6 +88,10 @@ class InferenceStem(nn.Module):
         super().__init__()
         self.kernels = getattr(stem, "kernels", "torch")
         self.conv1, self.conv2, self.conv3 = stem.conv1, stem.conv2, stem.conv3
+        self.fuses_conv2 = is_folded(stem.conv2[0], 3, nn.ReLU) and is_folded(stem.conv2[1], 3, nn.Identity)
+        self.fuses_conv2 &= not has_hooks(stem.conv2)
+        self.ends_in_product = is_folded(stem.conv3[1], 1, nn.Identity) and not has_hooks(stem.conv3)
+        self.to(memory_format=torch.channels_last)
         self.eval()
 
     @staticmethod
@@ -101,8 +110,39 @@ class InferenceStem(nn.Module):
             x = ops().stem_conv_relu(x, conv.weight, conv.bias, dtype)  # (B, E / 2, H / 2, W / 2)
         else:
             x = self.conv1(x.contiguous(memory_format=torch.channels_last))  # (B, E / 2, H / 2, W / 2)
-        x = x + self.conv2(x)
-        return self.conv3(x).permute(0, 2, 3, 1)  # (B, H / 4, W / 4, E)
+        if is_known and self.supports_layers(images, x):
+            first, second = conv_of(self.conv2[0]), conv_of(self.conv2[1])
+            x = ops().stem_layer(ops().stem_layer(x, first.weight, first.bias), second.weight, second.bias, x)
+        else:
+            x = x + self.conv2(x)
+        if not self.ends_in_product:
+            return self.conv3(x).permute(0, 2, 3, 1)  # (B, H / 4, W / 4, E)
+        last = conv_of(self.conv3[1])
+        return F.linear(self.conv3[0](x).permute(0, 2, 3, 1), last.weight.flatten(1), last.bias)
+
+    def supports_layers(self, images: Tensor, x: Tensor) -> bool:
+        """Return whether a kernel computes the layers of `conv2` for x (B, E / 2, H / 2, W / 2), made from images."""
+        width = self.conv1.conv.out_channels
+        is_unfit = width > WIDEST_STEM_LAYER or x.shape[0] * x.shape[2] * x.shape[3] < MANY_PIXELS
+        if is_unfit or x.dtype == torch.float32 or x.dtype != conv_of(self.conv2[0]).weight.dtype:
+            return False
+        return self.fuses_conv2 and dispatch.supports(self.kernels, images, "stem_layer", channels=width, dtype=x.dtype)
+
+
+def conv_of(layer: nn.Module) -> nn.Conv2d:
+    return cast("ConvLayer", layer).conv
+
+
+def is_folded(layer: nn.Module, kernel_size: int, activation: type[nn.Module]) -> bool:
+    """Return whether a layer is no more than a convolution of stride 1 with bias, and this activation."""
+    if type(layer) is not ConvLayer or type(layer.conv) is not nn.Conv2d or type(layer.act) is not activation:
+        return False
+    conv, pair = layer.conv, (kernel_size, kernel_size)
+    is_usual = conv.padding == (kernel_size // 2,) * 2 and conv.padding_mode == "zeros" and conv.dilation == (1, 1)
+    is_usual &= conv.kernel_size == pair and conv.stride == (1, 1) and conv.groups == 1 and conv.bias is not None
+    return (
+        is_usual and type(layer.norm) is nn.Identity and not any(map(has_hooks, (layer, conv, layer.norm, layer.act)))
+    )
 
 
 class InferenceStage(Stage):

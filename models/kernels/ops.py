@@ -18,6 +18,7 @@ from models.kernels.triton import (
     elementwise,
     norm,
     stem,
+    stem_layers,
     sums,
 )
 from models.kernels.triton import mlp as mlp_kernels
@@ -167,6 +168,15 @@ def stem_conv_relu(images: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dt
     return stem.stem_forward(images, weight, bias, dtype)
 
 
+@torch.library.custom_op("mlla::stem_layer", mutates_args=())
+def stem_layer(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Return ReLU(conv(x) + bias), or with a residual, without ReLU, their sum; for inference.
+
+    The convolution is 3x3 with stride 1; x (B, C, H, W) and the residual are best channels last, as the result is.
+    """
+    return stem_layers.stem_layer_forward(x, weight, bias, residual)
+
+
 @torch.library.custom_op("mlla::stem_conv_backward", mutates_args=())
 def stem_conv_backward(grad: Tensor, images: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient of stem_conv for its weight, float32 in the weight's memory format."""
@@ -271,6 +281,11 @@ def _(images: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 @stem_conv_relu.register_fake
 def _(images: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     return empty_stem(images, weight, dtype)
+
+
+@stem_layer.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
 
 
 @stem_conv_backward.register_fake

@@ -14,7 +14,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  #
 COLUMNS = 6
 FULL_SIZE = 2**14 + 2**13  # images times channels that keep a GPU busy: kernels take the tiles that training takes
 LEAST_FULL_BATCH = 112  # likewise, of the widest tokens
-INFERENCE_ONLY = ("inference_mixer", "inference_mlp", "mlp", "stem_conv_relu")  # without gradient
+INFERENCE_ONLY = ("inference_mixer", "inference_mlp", "mlp", "stem_conv_relu", "stem_layer")  # without gradient
 EPS = 1e-5  # of the norms
 Outputs = tuple[Tensor, ...]
 
@@ -110,12 +110,8 @@ def problem(
     def norm() -> list[Tensor]:
         return [draw(channels, of=torch.float32), draw(channels, of=torch.float32)]
 
-    if kernel.startswith("stem_conv"):
-        with_relu = kernel == "stem_conv_relu"  # for inference, whose weights are cast once
-        images = draw(batch, 3, 4 * rows, 4 * columns).detach()
-        of = images.dtype if with_relu else torch.float32
-        inputs = [images, draw(channels, 3, 3, 3, scale=0.2, of=of), *([draw(channels, of=of)] if with_relu else [])]
-        return fused_stem, reference_stem, inputs
+    if kernel.startswith("stem"):
+        return stem_problem(kernel, draw, tokens)
     if kernel == "wide_conv":
         narrow = max(1, channels // 8)
         inputs = [draw(batch, rows + rows % 2, columns, narrow), *product(channels, narrow), *taps()]
@@ -149,6 +145,22 @@ def problem(
         lambda *a: (reference_mixer(*a, scale=scale, rotary=rotary, heads=heads),),
         inputs,
     )
+
+
+def stem_problem(
+    kernel: str, draw: Callable[..., Tensor], tokens: tuple[int, int, int, int]
+) -> tuple[Callable[..., Outputs], Callable[..., Outputs], list[Tensor]]:
+    """Return what `problem` does, for a kernel of the stem."""
+    batch, rows, columns, channels = tokens
+    if kernel == "stem_layer":
+        x = draw(batch, channels, 2 * rows, 2 * columns)
+        inputs = [x, draw(channels, channels, 3, 3, scale=channels**-0.5 / 3), draw(channels), draw(*x.shape)]
+        return fused_stem_layers, reference_stem_layers, inputs
+    with_relu = kernel == "stem_conv_relu"  # for inference, whose weights are cast once
+    images = draw(batch, 3, 4 * rows, 4 * columns).detach()
+    of = images.dtype if with_relu else torch.float32
+    inputs = [images, draw(channels, 3, 3, 3, scale=0.2, of=of), *([draw(channels, of=of)] if with_relu else [])]
+    return fused_stem, reference_stem, inputs
 
 
 def inference_mixer(x: Tensor, *weights: Tensor, rotary: tuple[Tensor, Tensor], heads: int) -> Outputs:
@@ -227,3 +239,13 @@ def fused_stem(images: Tensor, weight: Tensor, *bias: Tensor) -> Outputs:
 def reference_stem(images: Tensor, weight: Tensor, *bias: Tensor) -> Outputs:
     x = F.conv2d(images, weight, bias[0] if bias else None, stride=2, padding=1)
     return (x.relu() if bias else x,) * 2  # (B, C, H / 2, W / 2) each
+
+
+def fused_stem_layers(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Outputs:
+    """Compute both layers of the stem with stride 1: the one with ReLU, and the one with a residual."""
+    return ops.stem_layer(x, weight, bias), ops.stem_layer(x, weight, bias, residual)
+
+
+def reference_stem_layers(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Outputs:
+    x = F.conv2d(x, weight, bias, padding=1)
+    return x.relu(), residual + x  # (B, C, H, W) each

@@ -23,6 +23,7 @@ from models.kernels import dispatch, verdicts
 from models.kernels.fused_modules import (
     WIDEST_FUSED_MLP,
     WIDEST_STEM,
+    WIDEST_STEM_LAYER,
     FusedDownsample,
     FusedMLLABlock,
     FusedModule,
@@ -40,14 +41,15 @@ from models.mlla import MLLA
 # Seconds that a core takes to compile and solve a case, roughly: on the machine of README.md, 90 for training MLLA-T.
 SECONDS = {
     **{"mixer": 12, "mlp_branch": 6, "inference_mixer": 7, "wide_conv": 4},
-    **{"inference_mlp": 2, "mlp": 2, "stem_conv": 2, "stem_conv_relu": 2},
+    **{"inference_mlp": 2, "mlp": 2, "stem_conv": 2, "stem_conv_relu": 2, "stem_layer": 4},
 }
 # What may be done with a model: "prepared" is inference of its `prepare_for_inference` copy, "inference" its own.
 KERNELS = {
     "training": ("mixer", "mlp_branch", "wide_conv", "stem_conv"),
     "inference": ("mixer", "mlp_branch", "mlp", "wide_conv", "stem_conv"),
-    "prepared": ("inference_mixer", "inference_mlp", "wide_conv", "stem_conv_relu"),
+    "prepared": ("inference_mixer", "inference_mlp", "wide_conv", "stem_conv_relu", "stem_layer"),
 }
+ONLY_16_BITS = ("stem_layer",)
 START_SECONDS = 14  # of 16 workers at once: imports and CUDA contexts
 OTHER_SECONDS = 4  # for kernels of other packages
 MOST_WORKERS = 16
@@ -112,7 +114,7 @@ def log_self_test(
     reason = dispatch.missing_triton(device.type)
     if reason and any(getattr(module, "kernels", "") == "triton" for module in model.modules()):
         dispatch.fall_back("triton", reason)
-    cases = kernel_cases(model, image_size, uses)
+    cases = kernel_cases(model, image_size, uses, dtype)
     other_cases = [] if reason else [verdicts.other_case(name) for name in others]
     if not (cases or other_cases) or (reason and device.type == "cpu"):
         return
@@ -238,7 +240,9 @@ def seconds_of(case: Case) -> int:
     return SECONDS.get(case[0], OTHER_SECONDS)
 
 
-def kernel_cases(model: nn.Module, image_size: int | tuple[int, int], uses: Collection[str]) -> list[Case]:
+def kernel_cases(
+    model: nn.Module, image_size: int | tuple[int, int], uses: Collection[str], dtype: torch.dtype = torch.bfloat16
+) -> list[Case]:
     """List what the kernels of the networks inside a model have to solve for images of this size, each case once."""
     height = image_size if isinstance(image_size, int) else image_size[0]
     cases: list[Case] = []
@@ -251,6 +255,7 @@ def kernel_cases(model: nn.Module, image_size: int | tuple[int, int], uses: Coll
                     cases += module_cases(module, rows)
                 rows = -(-rows // 2)
     used = {kernel for use in uses for kernel in KERNELS[use]}
+    used -= set(ONLY_16_BITS) if dtype == torch.float32 else set()
     return sorted({case for case in cases if case[0] in used})
 
 
@@ -262,7 +267,8 @@ def module_cases(module: nn.Module | None, rows: int) -> list[Case]:
     if isinstance(module, FusedStem):
         width = module.conv1.conv.out_channels
         is_supported = width <= WIDEST_STEM and not module.unsupported(stem_parts)
-        return [(kernel, width, 32, rows) for kernel in ("stem_conv", "stem_conv_relu") if is_supported]
+        kernels = ("stem_conv", "stem_conv_relu", *(("stem_layer",) if width <= WIDEST_STEM_LAYER else ()))
+        return [(kernel, width, 32, rows) for kernel in kernels if is_supported]
     if isinstance(module, FusedDownsample):
         width = layers_of(module)[0].conv.out_channels
         return [] if module.unsupported(downsample_parts) else [("wide_conv", width, 32, rows)]

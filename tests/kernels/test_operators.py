@@ -64,3 +64,6 @@ def test_stem(draw: Any, memory_format: torch.memory_format) -> None:
     check(ops.stem_conv, images, weight.clone().requires_grad_(), torch.float16)
     check(ops.stem_conv_backward, gradient, images, weight)
     check(ops.stem_conv_relu, images, weight, draw(8), torch.float16)
+    x = draw(2, 8, 6, 4)
+    check(ops.stem_layer, x, draw(8, 8, 3, 3), draw(8))
+    check(ops.stem_layer, x, draw(8, 8, 3, 3), draw(8), x)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from models import MLLA, prepare_for_inference, use_kernels
-from models.kernels import dispatch, self_test, self_test_pool, verdicts
+from models.kernels import dispatch, inference, self_test, self_test_pool, verdicts
 from models.kernels.dispatch import KernelsUnavailableError
 from models.kernels.self_test import KERNELS, estimate_seconds, find_verdicts, kernel_cases, run_self_test
 from models.kernels.verdicts import Case
@@ -165,11 +165,19 @@ def test_a_model_asks_for_the_cases_of_its_use(device: torch.device, monkeypatch
     monkeypatch.setattr(dispatch, "self_test_verdict", verdict)
     model = use_kernels(MLLA(**SIZES)).to(device).train(use == "training")  # type: ignore[arg-type]
     cases = kernel_cases(model, 16, [use])
+    monkeypatch.setattr(inference, "MANY_PIXELS", 0)
     if use == "prepared":
-        model = prepare_for_inference(model, torch.float32)
-    with torch.set_grad_enabled(use == "training"):
+        model = prepare_for_inference(model, torch.float16)
+    autocast = torch.autocast(device.type, torch.float16, enabled=use == "prepared")
+    with torch.set_grad_enabled(use == "training"), autocast:
         model(torch.zeros(2, 3, 16, 16, device=device))
     assert sorted(asked) == cases
+
+
+def test_kernels_for_16_bits_alone_are_not_tested_in_float32() -> None:
+    model = use_kernels(MLLA(**SIZES))  # type: ignore[arg-type]
+    left_out = set(kernel_cases(model, 16, ["prepared"])) - set(kernel_cases(model, 16, ["prepared"], torch.float32))
+    assert left_out == {("stem_layer", 8, 32, 6)}
 
 
 def test_a_wrong_kernel_of_prepared_blocks_falls_back(

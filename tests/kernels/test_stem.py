@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import prepare_for_inference, use_kernels
+from models.kernels import inference
 from models.layers import Stem
 
+ops = pytest.importorskip("models.kernels.ops", exc_type=ImportError)
 stem_kernels = pytest.importorskip("models.kernels.triton.stem", exc_type=ImportError)
 
 
@@ -63,6 +65,30 @@ def test_images_in_any_memory(
         torch.testing.assert_close(output, outputs[0], **close)
     for gradient in gradients[1:]:
         assert (gradient - gradients[0]).norm() < close["rtol"] * gradients[0].norm()
+
+
+@pytest.mark.parametrize("case", ["kernel", "few pixels", "float32", "a hook", "wide"])
+def test_prepared_layers(packed: Tensor, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """The layers with stride 1 are a kernel where they are what it computes, in 16 bits, for many pixels."""
+    device, dtype = packed.device.type, torch.float32 if case == "float32" else torch.float16
+    torch.manual_seed(1)
+    eager = Stem(3, 112 if case == "wide" else 16).to(packed.device).eval()
+    for module in eager.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    expected = eager(packed).detach()
+    if case == "a hook":
+        eager.conv2[1].register_forward_hook(lambda *_: None)  # type: ignore[operator]
+    launched = []
+    layer = ops.stem_layer
+    monkeypatch.setattr(inference, "MANY_PIXELS", packed.shape[0] * 6 * 8 + (case == "few pixels"))
+    monkeypatch.setattr(ops, "stem_layer", lambda *args: launched.append(1) or layer(*args))
+    prepared = prepare_for_inference(use_kernels(eager, "triton"), dtype)
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32), torch.no_grad():
+        tokens = prepared(packed)
+    torch.testing.assert_close(tokens.float(), expected, atol=3e-2, rtol=3e-2)
+    assert len(launched) == 2 * (case == "kernel")
 
 
 def test_images_that_need_a_gradient_get_it(packed: Tensor, stems: tuple[nn.Module, nn.Module]) -> None:
