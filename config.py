@@ -383,12 +383,16 @@ def check_modes(values: Mapping[str, Any]) -> None:
 
 
 def check_flags_of_modes(values: Mapping[str, Any], typed: Set[str]) -> None:
-    """Raise ConfigError if a key was typed without the mode that reads it, or beside LOADING: it would be ignored.
+    """Raise ConfigError if a key was typed without the mode or setting that reads it, or beside LOADING.
+
+    It would be ignored.
 
     Files may hold it, as the configuration that a measurement leaves behind does.
     """
     if "EVAL_EMA" in typed and values["EVAL_EMA"] is not None and not values["EVAL_MODE"]:
         refuse(values, "EVAL_EMA", "--ema and --no-ema choose the weights that --eval evaluates; add --eval")
+    if "DATA.GPU_DECODE_SHARE" in typed and values["DATA.DECODE_ON"] != "gpu":
+        refuse(values, "DATA.GPU_DECODE_SHARE", "is of the JPEGs that a GPU decodes; set DATA.DECODE_ON gpu too")
     flags = {"TRAIN": "--train", "BASELINES": "--baseline", "SIZES": "--sizes", "LOADING": "BENCHMARK.LOADING"}
     for leaf, flag in flags.items():
         name = f"BENCHMARK.{leaf}"

@@ -177,6 +177,7 @@ def test_lists_are_not_shared() -> None:
             "leave out --train",
         ),
         (["BENCHMARK.TRAIN", "True"], "BENCHMARK.TRAIN", "add --throughput"),
+        (["DATA.GPU_DECODE_SHARE", "0.5"], "DATA.GPU_DECODE_SHARE", "set DATA.DECODE_ON gpu too"),
         (["EVAL_EMA", "False"], "EVAL_EMA", "--ema and --no-ema choose the weights that --eval evaluates; add --eval"),
         (["BASE", "['other.yaml']"], "BASE", "only a configuration file"),
         (["TAG"], None, "pairs of KEY VALUE"),
