@@ -19,7 +19,7 @@ from models.kernels.triton.math import as_tile, sigmoid
 from models.kernels.triton.norm import norm_forward
 
 WIDEST_NORM = 256  # channels; beyond, many tokens are normalized in a launch of their own
-MANY_TOKENS = 2048
+MANY_TOKENS = 2048  # of all images together
 
 
 @triton.jit
@@ -54,8 +54,7 @@ def conv_forward_kernel(
     x, weight, bias, norm_weight, norm_bias, later_bias, attended, gate, out, second_out,
     num_pairs, num_blocks, height, width, channels, x_token_stride, gate_token_stride, eps,
     NORM: tl.constexpr, RESIDUAL: tl.constexpr, LATER: tl.constexpr, SILU: tl.constexpr, GATE: tl.constexpr,
-    KEEP: tl.constexpr,
-    ROWS: tl.constexpr, PAIRS: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
+    KEEP: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Compute one of four; `out` is stored for NORM, and for SILU and GATE if KEEP.
 
