@@ -25,7 +25,7 @@ from models.layers import ConvLayer, Stem, TokenConv, pad_to_multiple
 from models.mlla import MLLABlock, Stage
 from models.rope import position_tables
 
-MANY_PIXELS = 2**19  # of the stem's layers together, about 42 images of 224x224, from which on their kernel is faster
+MANY_PIXELS = 2**19  # for the kernel of the stem's layers: 42 images of 224x224; fewer leave multiprocessors idle
 NUM_POSITIONS = 1024  # rows and columns of tokens together, for which a prepared stage keeps tables
 
 
