@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tests.faults.processes import Started, descendants, kill_all, send
+from tests.faults.processes import Started, children_of, descendants, kill_all, send
 from tests.faults.runs import Run, wait_while_running
 
 END_SECONDS = 300  # generous: other programs may use the machine, too
@@ -147,14 +147,6 @@ def group_of(pid: int) -> int | None:
     with contextlib.suppress(ProcessLookupError):
         return os.getpgid(pid)
     return None
-
-
-def children_of(pid: int) -> list[int]:
-    """Return a process's children, none if it has ended."""
-    try:
-        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
-    except (FileNotFoundError, ProcessLookupError):
-        return []
 
 
 # Disks and standard output

@@ -1,7 +1,9 @@
 """Processes of a command: started like a user's, or faster as a fork of a process that has imported everything."""
 
 import contextlib
+import ctypes
 import gc
+import math
 import multiprocessing
 import os
 import runpy
@@ -9,10 +11,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 from unittest import mock
 
 ROOT = Path(__file__).parent.parent.parent
@@ -21,6 +25,9 @@ IMPORTS = [
     *("torch.distributed.run", "torch.utils.tensorboard", "sklearn.datasets", "matplotlib.pyplot"),
 ]
 FORKS = multiprocessing.get_context("forkserver")
+PR_SET_CHILD_SUBREAPER = 36  # of Linux's prctl
+COMMAND_NAME = Path("/proc/self/comm")
+FORKS_NAME = "worker forks"
 
 
 class Started(Protocol):
@@ -133,9 +140,10 @@ def run_as_new(args: list[str], environment: dict[str, str], before: Callable[[]
         stream.reconfigure(encoding=encoding or None, errors=errors or None)  # type: ignore[union-attr]
     if before is not None:
         before()
-    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+    if args[0] == "-m" and args[1].startswith("torch.distributed."):
+        from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-    subprocess_handler.Popen = fork_worker  # type: ignore[assignment, misc]
+        subprocess_handler.Popen = WorkerForks().start  # type: ignore[assignment, misc]
     if args[0] == "-m":
         sys.argv = args[1:]
         runpy.run_module(args[1], run_name="__main__", alter_sys=True)
@@ -147,26 +155,111 @@ def run_as_new(args: list[str], environment: dict[str, str], before: Callable[[]
         runpy.run_path(args[0], run_name="__main__")
 
 
-def fork_worker(args: Sequence[str], env: dict[str, str], **_: object) -> Forked:
-    """Start a process of torchrun as a fork of it, in place of subprocess.Popen."""
-    python, unbuffered, *rest = args
-    assert (python, unbuffered) == (sys.executable, "-u"), args
-    return Forked(multiprocessing.get_context("fork").Process(target=run_worker, args=(rest, env)))
+class ForkedWorker:
+    """A process of torchrun that a `WorkerForks` forked, with what torchrun uses of subprocess.Popen."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.exit_code: int | None = None
+
+    def poll(self) -> int | None:
+        if self.exit_code is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.exit_code = os.waitstatus_to_exitcode(status) if ended else None
+        return self.exit_code
+
+    def wait(self, timeout: float | None = None) -> int:
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("a forked worker", timeout or 0)
+            time.sleep(0.01)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        send(number, [self.pid])
 
 
-def run_worker(args: list[str], environment: dict[str, str]) -> None:
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # as for a new program: sockets of the rendezvous, for example
+class WorkerForks:
+    """Forks torchrun's workers in a process of its own, which has no threads.
+
+    Torchrun itself has some: a lock of the C library that another thread holds at the moment of a fork (that of name
+    resolution, say, while a worker connects to the store) is never released in the new process.
+    """
+
+    def __init__(self) -> None:
+        assert len(list(Path("/proc/self/task").iterdir())) == 1, "fork before there are threads"
+        self.connection, requests = multiprocessing.Pipe()
+        if os.fork() == 0:
+            self.connection.close()
+            os.setsid()
+            COMMAND_NAME.write_text(FORKS_NAME)
+            serve_forks(requests)
+        requests.close()
+
+    def start(self, args: Sequence[str], env: dict[str, str], **_: object) -> ForkedWorker:
+        """Start a worker as a child of this process, in place of subprocess.Popen."""
+        python, unbuffered, *rest = args
+        assert (python, unbuffered) == (sys.executable, "-u"), args
+        adopt_orphans(True)
+        self.connection.send((rest, env))
+        pid = self.connection.recv()
+        self.connection.recv()  # its parent has ended
+        adopt_orphans(False)
+        return ForkedWorker(pid)
+
+
+def adopt_orphans(adopts: bool) -> None:
+    """Let processes whose parent ends become children of this one, if it is the nearest ancestor that wants them."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, int(adopts), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
+
+
+def serve_forks(requests: Connection) -> NoReturn:
+    """Fork a worker for each request until torchrun ends. Its parent ends at once, and torchrun adopts it."""
+    with contextlib.suppress(EOFError):
+        while True:
+            request = requests.recv()
+            if os.fork() == 0:
+                worker = multiprocessing.get_context("fork").Process(target=run_worker, args=(os.getpid(), *request))
+                worker.start()
+                requests.send(worker.pid)
+                os._exit(0)
+            os.wait()
+            requests.send("its parent has ended")
+    os._exit(0)
+
+
+def run_worker(parent: int, args: list[str], environment: dict[str, str]) -> None:
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # as for a new program
+    while os.getppid() == parent:
+        time.sleep(0.001)
+    COMMAND_NAME.write_text("python")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(write_through=True)  # type: ignore[union-attr]
     run_as_new(args, environment)
 
 
-def descendants(pid: int) -> list[int]:
-    """Return all descendants of a process; a launcher starts its workers in sessions of their own."""
+def children_of(pid: int) -> list[int]:
+    """Return a process's children without a `WorkerForks`, none if it has ended."""
     try:
         children = list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
     except (FileNotFoundError, ProcessLookupError):
         return []
+    return [child for child in children if command_name(child) != FORKS_NAME]
+
+
+def command_name(pid: int) -> str:
+    """Return a process's name as ps prints it, "" if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def descendants(pid: int) -> list[int]:
+    """Return all descendants of a process; a launcher starts its workers in sessions of their own."""
+    children = children_of(pid)
     return children + [other for child in children for other in descendants(child)]
 
 

@@ -12,8 +12,8 @@ from random import Random
 from typing import Any
 
 from tests.faults.campaign import EQUAL, Campaign
-from tests.faults.injections import FAULTS, children_of
-from tests.faults.processes import Started, descendants, is_running
+from tests.faults.injections import FAULTS
+from tests.faults.processes import Started, children_of, descendants, is_running
 from tests.faults.runs import STEPS, Run, differing
 from tests.machine.jobs import Guard, Job, Row
 from utils.checkpoint.files import checkpoints_in
