@@ -227,9 +227,10 @@ def fused_attention(attention: LinearAttention, v: Tensor, gate: Tensor, rotary:
     return ops().linear_attention_inference(*inputs, attention.num_heads)
 
 
-def conv_settings(conv: nn.Conv2d, kernel_size: int, groups: int) -> tuple[tuple[nn.Module, str, object], ...]:
-    """List what the kernels take for granted of a convolution: stride 2 where it has a window, padded to keep size."""
-    stride = 2 if kernel_size > 1 else 1
+def conv_settings(
+    conv: nn.Conv2d, kernel_size: int, *, stride: int = 1, groups: int = 1
+) -> tuple[tuple[nn.Module, str, object], ...]:
+    """List what the kernels take for granted of a convolution; its padding keeps the size up to the stride."""
     values = {"kernel_size": kernel_size, "stride": stride, "padding": kernel_size // 2, "dilation": 1}
     pairs: dict[str, object] = {name: (value, value) for name, value in values.items()}
     return tuple((conv, name, value) for name, value in {**pairs, "groups": groups, "padding_mode": "zeros"}.items())
@@ -238,7 +239,7 @@ def conv_settings(conv: nn.Conv2d, kernel_size: int, groups: int) -> tuple[tuple
 def stem_parts(stem: Stem) -> Parts:
     """List the parts of a stem that its kernel computes; norm and activation of the layer are called."""
     layer, conv = stem.conv1, stem.conv1.conv
-    settings = (conv, "in_channels", RGB), *conv_settings(conv, kernel_size=3, groups=1)
+    settings = (conv, "in_channels", RGB), *conv_settings(conv, kernel_size=3, stride=2)
     return Parts(((layer, ConvLayer), (conv, nn.Conv2d)), has_bias=((conv, False),), settings=settings)
 
 
@@ -279,9 +280,9 @@ def downsample_parts(downsample: Downsample) -> Parts:
         (*types, (narrow.act, nn.Identity)),
         has_bias=tuple((layer.conv, True) for layer in (widen, depthwise, narrow)),
         settings=(
-            *conv_settings(widen.conv, kernel_size=1, groups=1),
-            *conv_settings(depthwise.conv, kernel_size=3, groups=widen.conv.out_channels),
-            *conv_settings(narrow.conv, kernel_size=1, groups=1),
+            *conv_settings(widen.conv, kernel_size=1),
+            *conv_settings(depthwise.conv, kernel_size=3, stride=2, groups=widen.conv.out_channels),
+            *conv_settings(narrow.conv, kernel_size=1),
         ),
     )
 

@@ -13,6 +13,8 @@ from models.kernels.dispatch import compute_dtype
 from models.kernels.fused_modules import (
     WIDEST_STEM,
     WIDEST_STEM_LAYER,
+    Parts,
+    conv_settings,
     has_hooks,
     mixer_parts,
     mlp_parts,
@@ -135,14 +137,11 @@ def conv_of(layer: nn.Module) -> nn.Conv2d:
 
 def is_folded(layer: nn.Module, kernel_size: int, activation: type[nn.Module]) -> bool:
     """Return whether a layer is no more than a convolution of stride 1 with bias, and this activation."""
-    if type(layer) is not ConvLayer or type(layer.conv) is not nn.Conv2d or type(layer.act) is not activation:
+    if type(layer) is not ConvLayer:
         return False
-    conv, pair = layer.conv, (kernel_size, kernel_size)
-    is_usual = conv.padding == (kernel_size // 2,) * 2 and conv.padding_mode == "zeros" and conv.dilation == (1, 1)
-    is_usual &= conv.kernel_size == pair and conv.stride == (1, 1) and conv.groups == 1 and conv.bias is not None
-    return (
-        is_usual and type(layer.norm) is nn.Identity and not any(map(has_hooks, (layer, conv, layer.norm, layer.act)))
-    )
+    conv = layer.conv
+    types = (layer, ConvLayer), (conv, nn.Conv2d), (layer.norm, nn.Identity), (layer.act, activation)
+    return Parts(types, has_bias=((conv, True),), settings=conv_settings(conv, kernel_size)).are_original()
 
 
 class InferenceStage(Stage):
