@@ -114,6 +114,7 @@ def specialization(name: str, value: Any) -> Any:
     return (value == 1, value % 16 == 0) if is_size else value
 
 
+@pytest.mark.usefixtures("replaceable_launches")
 @pytest.mark.parametrize("kernel", ["mixer", "mlp_branch", "wide_conv", "stem_conv", "inference_mixer"])
 def test_other_grids_and_batches_need_no_other_compiled_kernels(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, kernel: str
@@ -315,6 +316,7 @@ def test_what_does_not_pass_in_a_worker_is_tested_here(
     assert log == [COMPILING % 26]
 
 
+@pytest.mark.usefixtures("replaceable_launches")
 @pytest.mark.parametrize("rank", ["0", "1"])
 @pytest.mark.parametrize("other", ["norm", "mlp"], ids=["passes", "fails"])
 def test_code_compiled_meanwhile_takes_kernels_for_right_and_is_compiled_again_if_one_is_wrong(

@@ -61,6 +61,7 @@ def test_programs_without_tokens_store_zeros(draw: Callable[..., Tensor], monkey
         assert buffer.isfinite().all()
 
 
+@pytest.mark.usefixtures("replaceable_launches")
 def test_only_the_networks_kernels_can_be_left_out(draw: Callable[..., Tensor], device: torch.device) -> None:
     """While a step is compiled ahead, another thread may prepare images with kernels."""
     buffer = draw(*SHAPES[0])
