@@ -14,7 +14,6 @@ from models.timm_interface import FreezableClassifier
 
 logger = logging.getLogger("mlla.models")
 UNKNOWN_ARGUMENT = re.compile(r"unexpected keyword argument '(\w+)'")
-SMALL_IMAGE = 96  # pixels a side; of larger ones, a stride of 32 leaves maps of 3x3
 
 
 def create_timm_classifier(
@@ -49,9 +48,7 @@ def create_timm_classifier(
         model = create_supported(name, num_classes, options)
         if use_checkpoint:
             model.set_grad_checkpointing()
-        # The device "meta" computes shapes only; in torch 2.6 it takes windows that are larger than a map.
-        device = "cpu" if img_size < SMALL_IMAGE else "meta"
-        logits = deepcopy(model).to(device).eval()(torch.zeros(1, 3, img_size, img_size, device=device))
+        logits = deepcopy(model).to("meta").eval()(torch.empty(1, 3, img_size, img_size, device="meta"))
     except Exception as error:  # timm's models raise many kinds
         text = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"timm cannot make it for {img_size}x{img_size} and these settings: {text}") from error

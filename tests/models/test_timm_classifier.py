@@ -17,6 +17,15 @@ def timm_model(name: str = "test_resnet", **options: Any) -> Any:
     return create_timm_classifier(name, **{"num_classes": 5, "img_size": 32, **options})
 
 
+def takes_large_windows() -> bool:
+    """Return whether the device "meta" takes a window larger than its map, as in torch 2.6."""
+    conv = nn.Conv2d(1, 1, 2, device="meta")
+    try:
+        return conv(torch.empty(1, 1, 1, 1, device="meta")).numel() == 0
+    except RuntimeError:
+        return False
+
+
 SMALL_SWIN = "embed_dim=16 depths=[1,1,1,1] num_heads=[1,1,1,1]"
 
 
@@ -58,7 +67,11 @@ def test_settings_reach_the_model() -> None:
             ["MODEL.TYPE", "timm:test_resnet", "MODEL.TIMM.ARGS", "layers"],
             "timm:test_resnet: 'layers' is not key=value",
         ),
-        (["MODEL.TYPE", "timm:test_convnext", "DATA.IMG_SIZE", "8"], "timm:test_convnext: timm cannot make it for 8x8"),
+        pytest.param(
+            ["MODEL.TYPE", "timm:test_convnext", "DATA.IMG_SIZE", "8"],
+            "timm:test_convnext: timm cannot make it for 8x8",
+            marks=pytest.mark.skipif(takes_large_windows(), reason="this torch finds it in the first forward pass"),
+        ),
         (["MODEL.TYPE", "timm:test_vit", "DATA.IMG_SIZE", "30"], "timm:test_vit: timm cannot make it for 30x30"),
         (["MODEL.TYPE", "timm:test_vit", "MODEL.TIMM.ARGS", "global_pool='' num_classes=3"], "timm:test_vit: "),
         (["BENCHMARK.BASELINES", "timm:resnet18,timm:x", "THROUGHPUT_MODE", "True"], "BENCHMARK.BASELINES timm:x: "),
