@@ -217,7 +217,7 @@ def adopt_orphans(adopts: bool) -> None:
 
 def serve_forks(requests: Connection) -> NoReturn:
     """Fork a worker for each request until torchrun ends. Its parent ends at once, and torchrun adopts it."""
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError, OSError):  # torchrun has ended, or was killed meanwhile
         while True:
             request = requests.recv()
             if os.fork() == 0:
