@@ -95,3 +95,12 @@ def test_images_that_need_a_gradient_get_it(packed: Tensor, stems: tuple[nn.Modu
     packed.requires_grad_()
     by_fused, by_eager = (torch.autograd.grad(stem(packed).sum(), packed)[0] for stem in stems)
     torch.testing.assert_close(by_fused, by_eager)
+
+
+def test_a_residual_may_be_the_input(device: torch.device) -> None:
+    torch.manual_seed(1)
+    shapes = (1, 8, 6, 8), (8, 8, 3, 3), (8,)
+    x, weight, bias = (torch.randn(*shape, device=device, dtype=torch.float16) for shape in shapes)
+    x = x.contiguous(memory_format=torch.channels_last)
+    expected = x.double() + nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    torch.testing.assert_close(ops.stem_layer(x, weight, bias, x).double(), expected, atol=1e-2, rtol=1e-2)

@@ -92,14 +92,13 @@ def stem_layer_kernel(
 def stem_layer_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
     """Return residual + conv(x) + bias, or without a residual ReLU(conv(x) + bias); x (B, C, H, W), channels last."""
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
-    residual = x if residual is None else residual.contiguous(memory_format=torch.channels_last)
-    has_residual = residual is not x
+    added = x if residual is None else residual.contiguous(memory_format=torch.channels_last)
     batch, channels, height, width = x.shape
     out = torch.empty_like(x, memory_format=torch.channels_last)
     wide = triton.next_power_of_2(3 * channels + 1) // 2
     stem_layer_kernel[(triton.cdiv(batch * width, COLUMNS), triton.cdiv(height, ROWS))](
-        *(x, weight, bias, residual, out, batch * width, height, width, channels),
-        RESIDUAL=has_residual, COLUMNS=COLUMNS, ROWS=ROWS, WIDE=wide,
+        *(x, weight, bias, added, out, batch * width, height, width, channels),
+        RESIDUAL=residual is not None, COLUMNS=COLUMNS, ROWS=ROWS, WIDE=wide,
         NARROW=max(16, triton.next_power_of_2(3 * channels - wide)),
         OUTPUTS=max(16, triton.next_power_of_2(channels)), num_warps=WARPS, num_stages=1,
     )  # fmt: skip
