@@ -183,8 +183,8 @@ class ForkedWorker:
 class WorkerForks:
     """Forks torchrun's workers in a process of its own, which has no threads.
 
-    Torchrun itself has some: a lock of the C library that another thread holds at the moment of a fork (that of name
-    resolution, say, while a worker connects to the store) is never released in the new process.
+    Torchrun itself has some. A lock of the C library that another thread holds at the moment of a fork, such as the one
+    of name resolution while a worker connects to the store, is never released in the new process.
     """
 
     def __init__(self) -> None:
