@@ -32,7 +32,7 @@ from data.transforms import EvalTransform, TrainTransform
 from data.workers import RestartingDataLoader, choose_num_workers
 
 logger = logging.getLogger("mlla.data")
-MAX_KEPT_BYTES = 2**26  # of a process's evaluation images, which then are loaded once in a run
+MAX_KEPT_BYTES = 2**27  # of a process's evaluation images, which then are loaded once in a run
 TargetMaker = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
