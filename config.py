@@ -111,7 +111,7 @@ _C.DATA.DECODE_ON = Key(
     "cpu", one_of("cpu", "gpu"), help="where JPEGs for training are decoded; gpu needs AUGMENT_ON gpu"
 )
 _C.DATA.GPU_DECODE_SHARE = Key(
-    0.75, ABOVE_0_TO_1, help="share of the JPEGs that the GPU decodes with DECODE_ON gpu; workers decode the others"
+    1.0, ABOVE_0_TO_1, help="share of the JPEGs that the GPU decodes with DECODE_ON gpu; workers decode the others"
 )
 _C.DATA.PIN_MEMORY = Key(True, help="page-locked batches, for faster copies to a GPU")
 _C.DATA.NUM_WORKERS = Key(

@@ -24,6 +24,7 @@ from yacs.config import CfgNode
 
 from config import SCHEMA, load_config
 from data import Data, build_data, build_targets, kernels_in_use
+from data.batch_decoding import use_many_queues
 from data.transforms import denormalize
 from models import PAPER_PROFILES, build_model, input_channels, prepare_for_inference
 from models.kernels.dispatch import KernelsUnavailableError
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with report_user_errors():
         config = load_config_of(load_config, *parse_command_line(__doc__, argv, schema=SCHEMA))
     measure = run_loading if config.BENCHMARK.LOADING else run_throughput
+    if config.DATA.DECODE_ON == "gpu" or config.BENCHMARK.LOADING:
+        use_many_queues()
     return run_task(Classification(), config, run_throughput=measure)
 
 

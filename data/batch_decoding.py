@@ -6,6 +6,7 @@ uses them.
 
 import io
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ SCAN, ADOBE = 0xDA, 0xEE
 SAMPLINGS = ((0x11, 0x11, 0x11), (0x21, 0x11, 0x11), (0x22, 0x11, 0x11))  # 4:4:4, 4:2:2, 4:2:0
 MAX_IMAGE_PIXELS = 2**24  # larger photographs are decoded and cut by the workers, to save the device's memory
 MAX_GROUP_PIXELS = 2**27  # that are decoded at once: 400 MB, and at most one image more
+NUM_QUEUES = 32  # of this process on the GPU, the most there are; nvJPEG has 14 streams
 
 
 class DeviceJpeg(NamedTuple):
@@ -88,6 +90,16 @@ def decode_on(device: torch.device, jpegs: list[Tensor]) -> list[Tensor]:
         if len(jpegs) > 1:
             return [pixels for jpeg in jpegs for pixels in decode_on(device, [jpeg])]
         return [decode_fast(jpegs[0].numpy().tobytes()).permute(2, 0, 1).to(device)]
+
+
+def use_many_queues() -> None:
+    """Give the streams of this process hardware queues of their own; to be called before CUDA starts.
+
+    By default a process has eight queues on a GPU. Then some of nvJPEG's streams share one with the training step, and
+    their work waits for its CUDA graph. With 32 only a few processes find room on a GPU, so this is for processes that
+    decode alone. A value of CUDA_DEVICE_MAX_CONNECTIONS in the environment stays.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(NUM_QUEUES))
 
 
 def check_support(device: torch.device) -> None:

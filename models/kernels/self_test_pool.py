@@ -158,6 +158,7 @@ def start_worker(reader: Connection, device: torch.device) -> None:
     threading.Thread(target=end_with_parent, args=(reader,), daemon=True).start()
     torch.set_num_threads(1)
     os.nice(NICENESS)
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # for its one stream; with 32, as a run may have, few workers fit
     if device.type == "cuda":
         torch.cuda.set_device(torch.zeros(1, device=device).device)  # `device` may have no index
 

@@ -1,5 +1,6 @@
 """JPEGs that the device decodes, against those that workers decode; on a CPU as a stand-in for the GPU."""
 
+import os
 import random
 import shutil
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import main
 from config import load_config
 from data import batch_decoding, build_data, make_zip, prefetch
 from data.batch_crops import Crop, pack_bytes, resize_crops
@@ -173,6 +175,28 @@ def test_draws_do_not_depend_on_where_images_are_decoded(
     for (images, labels), (expected, same) in zip(there, here, strict=True):
         assert labels.equal(same)
         assert (images - expected).abs().mean() < 0.02  # in standard deviations
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "expected"),
+    [
+        (["--opts", "DATA.DECODE_ON", "gpu", "DATA.AUGMENT_ON", "gpu"], None, "32"),
+        (["--throughput", "--opts", "BENCHMARK.LOADING", "4"], None, "32"),  # among others with JPEGs on the GPU
+        (["--opts", "DATA.DECODE_ON", "gpu", "DATA.AUGMENT_ON", "gpu"], "8", "8"),
+        ([], None, None),
+    ],
+)
+def test_only_a_run_that_decodes_on_the_gpu_has_many_queues(
+    arguments: list[str], given: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "of this process")  # which gets its value back after the test
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    if given is not None:
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given)
+    monkeypatch.setattr(main, "run_task", lambda *_, **__: found.append(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")))
+    main.main(["--cfg", "cfgs/mlla_t.yaml", *arguments])
+    assert found == [expected]
 
 
 def test_which_jpegs_are_decoded_on_the_device_depends_on_the_sample_alone(image_folder: Path) -> None:

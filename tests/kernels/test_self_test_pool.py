@@ -34,6 +34,10 @@ def signal_itself(_: object) -> str:
     return ""
 
 
+def connections(_: object) -> str:
+    return "" if os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1" else "many"
+
+
 def test_workers_find_what_this_process_finds(device: torch.device) -> None:
     """Of two cases one fails, since heads are wider than tokens."""
     cases = [("mlp", 16, 32, 6), ("mixer", 32, 64, 6)]
@@ -49,6 +53,13 @@ def test_signals_to_the_group_do_not_end_workers() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     assert passed_in_workers(signal_itself, [1], device=CPU, num_workers=1, advance=int) == {1}
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+@pytest.mark.usefixtures("_small_server")
+def test_workers_of_a_run_with_many_queues_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an H200, five processes with 32 queues each found room."""
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    assert passed_in_workers(connections, [1], device=CPU, num_workers=1, advance=int) == {1}
 
 
 @pytest.mark.usefixtures("_small_server")

@@ -19,9 +19,6 @@ from utils.distributed.heartbeat import HANG_SECONDS, Heartbeat, record_cuda_eve
 
 STOP_SECONDS = 8.0  # launchers kill 30 s after SIGTERM, of which a step and a checkpoint may take 20
 CU_CTX_SCHED_BLOCKING_SYNC = 4  # of CUDA's driver
-# Hardware queues of a GPU for its streams. By default there are eight: then some of nvJPEG's streams share the queue of
-# a step's CUDA graph, and a call that takes 17 ms ends only after the graph.
-MAX_CONNECTIONS = "32"
 is_program = threading.Event()  # this Python process is for a run alone, unlike a notebook or a test
 
 
@@ -75,7 +72,6 @@ def start_process(local_rank: int = 0) -> Process:
     num_processes = launcher_number("WORLD_SIZE", 1, low=1)
     local_rank = launcher_number("LOCAL_RANK", local_rank)
     device = torch.device("cpu")
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", MAX_CONNECTIONS)  # before CUDA starts
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise UserError(

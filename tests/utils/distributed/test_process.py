@@ -1,7 +1,6 @@
 """Training and evaluation on several processes equal those of one."""
 
 import ctypes
-import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -142,19 +141,6 @@ def test_a_driver_that_does_not_take_the_setting_is_left_alone(monkeypatch: pyte
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
     sleep_while_waiting(torch.device("cuda", 0))
-
-
-@pytest.mark.parametrize(("given", "expected"), [(None, "32"), ("1", "1")])
-def test_streams_of_a_gpu_have_32_queues_unless_the_environment_says_otherwise(
-    given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With eight, nvJPEG waits for the CUDA graph of a step."""
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "of this process")  # which gets its value back after the test
-    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
-    if given is not None:
-        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given)
-    start_process()
-    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == expected
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
