@@ -153,6 +153,19 @@ class WideConv(torch.autograd.Function):
         )
 
 
+def mixer(*args: Any) -> Tensor:
+    """Call `Mixer`; torch.compile takes this and the next two functions as one operation each, see `autograd_calls`."""
+    return Mixer.apply(*args)
+
+
+def mlp_branch(*args: Any) -> Tensor:
+    return MlpBranch.apply(*args)
+
+
+def wide_conv(*args: Any) -> Tensor:
+    return WideConv.apply(*args)
+
+
 def sum_all(*buffers: Tensor) -> tuple[Tensor, ...]:
     """Sum buffers (parts, rows, C) over their parts, all in one launch, each to (rows C,)."""
     return ops.sum_parts(list(buffers)).split([buffer.shape[1] * buffer.shape[2] for buffer in buffers])

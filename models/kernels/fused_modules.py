@@ -103,14 +103,23 @@ class Snapshot:
 
 
 class FusedModule(nn.Module):
-    """Base of the modules that kernels compute; `kernels` is "auto" or "triton"."""
+    """Base of the modules that kernels compute; `kernels` is "auto" or "triton".
+
+    Attributes:
+        snapshots: of the parts that a function lists.
+        reasons: why kernels do not support these parts, or "", as of the last `before_compiled_call`.
+    """
 
     kernels: str
     snapshots: dict[Callable[[Any], Parts], Snapshot]
+    reasons: dict[str, str]
+    part_lists: tuple[Callable[[Any], Parts], ...]  # of the class
 
     def unsupported(self, find_parts: Callable[[Any], Parts]) -> str:
         """Return why kernels do not support the parts that `find_parts` lists, or ""; remembered until one changes."""
         if torch.compiler.is_compiling():
+            if self.reasons:
+                return self.reasons[find_parts.__name__]
             parts = find_parts(self)
             return parts.reason or ("" if parts.are_original() else UNKNOWN_PARTS)
         snapshot = self.snapshots.get(find_parts)
@@ -119,9 +128,21 @@ class FusedModule(nn.Module):
             self.snapshots = {**self.snapshots, find_parts: snapshot}  # a new one: replicas share the old dictionary
         return snapshot.reason
 
+    def before_compiled_call(self) -> None:
+        """Examine the parts outside of the compiled code, which depends on the result; to trace this takes long."""
+        reasons = {find_parts.__name__: self.unsupported(find_parts) for find_parts in self.part_lists}
+        if reasons != self.reasons:
+            self.reasons = reasons
+
+    def autograd_calls(self) -> tuple[Callable[..., Any], ...]:
+        """List the calls of autograd functions that torch.compile need not look into."""
+        if dispatch.missing_triton(next(self.parameters()).device.type):
+            return ()
+        return autograd().mixer, autograd().mlp_branch, autograd().wide_conv
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this module: its snapshots and, as nn.Module does, its compiled call."""
-        return {**super().__getstate__(), "snapshots": {}}
+        return {**super().__getstate__(), "snapshots": {}, "reasons": {}}
 
 
 def mixer_parts(block: MLLABlock) -> Parts:
@@ -160,6 +181,8 @@ def mlp_parts(block: MLLABlock) -> Parts:
 class FusedMLLABlock(FusedModule, MLLABlock):
     """A block of which kernels compute both halves, or the one whose parts are original."""
 
+    part_lists = mixer_parts, mlp_parts
+
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         if not dispatch.can_run(self.kernels, x):
             return super().forward(x, rotary)
@@ -185,7 +208,7 @@ class FusedMLLABlock(FusedModule, MLLABlock):
         """Compute `mix_tokens` in the dtype of x, which is autocast's where there is autocast."""
         norm, attention = cast("nn.LayerNorm", self.norm1), self.attn
         if torch.is_grad_enabled() or self.training:
-            return autograd().Mixer.apply(
+            return autograd().mixer(
                 *(x, *rotary, self.drop_path.draw(x), attention.num_heads, norm.eps),
                 *(self.cpe1.weight, self.cpe1.bias, norm.weight, norm.bias),
                 *(self.in_proj.weight, self.in_proj.bias, self.act_proj.weight, self.act_proj.bias),
@@ -200,7 +223,7 @@ class FusedMLLABlock(FusedModule, MLLABlock):
         """Compute `mix_channels` in the dtype of x."""
         norm, fc1, fc2 = cast("nn.LayerNorm", self.norm2), cast("nn.Linear", self.mlp.fc1), self.mlp.fc2
         if torch.is_grad_enabled() or self.training:
-            return autograd().MlpBranch.apply(
+            return autograd().mlp_branch(
                 *(x, self.drop_path.draw(x), norm.eps, self.cpe2.weight, self.cpe2.bias, norm.weight, norm.bias),
                 *(fc1.weight, fc1.bias, fc2.weight, fc2.bias),
             )
@@ -245,6 +268,8 @@ def stem_parts(stem: Stem) -> Parts:
 
 class FusedStem(FusedModule, Stem):
     """A stem whose first convolution is a kernel, which reads images of any strides and dtype."""
+
+    part_lists = (stem_parts,)
 
     def forward(self, images: Tensor) -> Tensor:
         x = pad_to_multiple(images, 4)
@@ -295,6 +320,8 @@ def layers_of(downsample: Downsample) -> tuple[ConvLayer, ConvLayer, ConvLayer]:
 class FusedDownsample(FusedModule, Downsample):
     """A downsampling whose wide tokens kernels compute."""
 
+    part_lists = (downsample_parts,)
+
     def forward(self, tokens: Tensor) -> Tensor:
         dtype = compute_dtype(tokens)
         widen, depthwise, narrow = layers_of(self)
@@ -306,7 +333,7 @@ class FusedDownsample(FusedModule, Downsample):
         ):
             return super().forward(tokens)
         x = pad_to_multiple(tokens.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1).to(dtype)  # (B, H, W, C), both even
-        x = autograd().WideConv.apply(
+        x = autograd().wide_conv(
             *(x, widen.conv.weight.flatten(1), widen.conv.bias, depthwise.conv.weight, depthwise.conv.bias)
         )  # (B, H / 2, W / 2, 8 C)
         x = F.linear(x, narrow.conv.weight.flatten(1), narrow.conv.bias)  # (B, H / 2, W / 2, 2 C)
@@ -337,10 +364,10 @@ def use_kernels(model: nn.Module, mode: str = "auto") -> nn.Module:
     for module in model.modules():
         eager = EAGER_TYPES.get(type(module), type(module))  # type: ignore[arg-type]
         if eager in FUSED_TYPES:
-            for name in ("kernels", "snapshots"):
+            for name in ("kernels", "snapshots", "reasons"):
                 vars(module).pop(name, None)
             module.__class__ = eager
             if mode != "torch":
                 module.__class__ = FUSED_TYPES[eager]
-                vars(module).update(kernels=mode, snapshots={})
+                vars(module).update(kernels=mode, snapshots={}, reasons={})
     return model

@@ -154,7 +154,8 @@ def remember_autograd_functions(regions: Sequence[nn.Module]) -> None:
     """Let torch.compile's cache on disk hold code with autograd functions, as long as the regions' source is the same.
 
     torch leaves such code out by default, since its key has no hash of the functions' source. The compile workers,
-    which read the key for timed kernels that is in their environment, must be started later.
+    which read the key for timed kernels that is in their environment, must be started later. The functions that a
+    region lists in `autograd_calls` are not traced by dynamo either, which takes as long as everything else it does.
     """
     name = "autograd_cache_allow_custom_autograd_functions"  # since torch 2.8
     if not (hasattr(torch._functorch.config, name) and hasattr(torch.compiler.config, "cache_key_tag")):
@@ -165,6 +166,13 @@ def remember_autograd_functions(regions: Sequence[nn.Module]) -> None:
     torch.compiler.config.cache_key_tag = digest
     os.environ["TORCH_COMPILE_CACHE_KEY_TAG"] = digest  # where it differs, each start times the kernels again
     setattr(torch._functorch.config, name, True)
+    from torch._inductor import config as inductor
+
+    listed: list[Any] = [region for region in regions if hasattr(region, "autograd_calls")]
+    calls = {f"{call.__module__}.{call.__name__}": call for region in listed for call in region.autograd_calls()}
+    for call_name, call in calls.items():
+        torch._dynamo.allow_in_graph(call)
+        inductor.unsafe_marked_cacheable_functions[call_name] = digest
 
 
 def uses_graphs(mode: str, device: torch.device) -> bool:

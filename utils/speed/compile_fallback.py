@@ -31,6 +31,8 @@ def with_fallback(region: nn.Module, failed: set[type[nn.Module]]) -> Callable[.
     def call(*args: Any, **kwargs: Any) -> Any:
         if type(region) in failed:
             return region._call_impl(*args, **kwargs)
+        if prepare := getattr(type(region), "before_compiled_call", None):
+            prepare(region)
         try:
             return compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
