@@ -109,7 +109,9 @@ def test_use_kernels_changes_classes_and_nothing_else() -> None:
     assert model(IMAGES).equal(logits)
     attributes = {name for module in model.modules() for name in vars(module)}
     assert kinds(use_kernels(model, "torch")) == eager
-    assert attributes - {name for module in model.modules() for name in vars(module)} == {"kernels", "snapshots"}
+    assert attributes - {name for module in model.modules() for name in vars(module)} == {
+        *("kernels", "snapshots", "reasons")
+    }
     with pytest.raises(ValueError, match="kernels 'cuda': known are auto, triton, torch"):
         use_kernels(model, "cuda")
 

@@ -1,5 +1,6 @@
 """The network with kernels beside the eager one, in all modes; replaced and hooked parts are called."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from models import MLLA, prepare_for_inference, use_kernels
 from models.layers import Downsample, Stem
 from models.mlla import MLLABlock
 from models.rope import position_tables
+from utils.speed.compile import remember_autograd_functions
+from utils.speed.compile_fallback import with_fallback
 
 pytest.importorskip("triton")
 
@@ -174,6 +177,40 @@ def test_compiled(device: torch.device) -> None:
             model(images).square().sum().backward()
             gradients.append([parameter.grad.clone() for parameter in model.parameters()])
         torch.testing.assert_close(*gradients, atol=2e-3, rtol=2e-3)
+
+
+def test_a_compiled_block_looks_into_no_kernel_and_notices_a_changed_part(device: torch.device, trusted: None) -> None:  # noqa: ARG001
+    """Its graph has each half as one operation; the parts are examined before each call, outside of it."""
+    if not hasattr(torch._functorch.config, "autograd_cache_allow_custom_autograd_functions"):
+        pytest.skip("this torch would not keep such code on disk")
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    block = use_kernels(MLLABlock(32, 2)).to(device)
+    eager = copy.deepcopy(block)
+    graphs: list[list[str]] = []
+
+    def backend(module: torch.fx.GraphModule, _: object) -> Any:
+        graphs.append([node.target.__name__ for node in module.graph.nodes if node.op == "call_function"])
+        return module
+
+    remember_autograd_functions([block])
+    block.compile(backend=backend, fullgraph=True)
+    block._compiled_call_impl = with_fallback(block, set())
+    x, rotary = torch.randn(2, 6, 6, 32, device=device), position_tables(6, 6, 32, device)
+    assert block(x, rotary).equal(eager(x, rotary))
+    assert "mixer" in graphs[0]
+    assert "mlp_branch" in graphs[0]
+    for each in (block, eager):
+        each(x, rotary).square().sum().backward()
+    for trained, expected in zip(block.parameters(), eager.parameters(), strict=True):
+        assert trained.grad.equal(expected.grad)
+    assert len(graphs) == 1
+    for each in (block, eager):
+        each.out_proj.register_forward_hook(lambda _module, _inputs, output: 2 * output)
+    assert block(x, rotary).equal(eager(x, rotary))
+    assert len(graphs) == 2
+    assert "mixer" not in graphs[1]
+    assert "mlp_branch" in graphs[1]
 
 
 def test_training_mode_without_gradient(device: torch.device) -> None:

@@ -157,8 +157,11 @@ def remember_autograd_functions(regions: Sequence[nn.Module]) -> None:
     which read the key for timed kernels that is in their environment, must be started later. The functions that a
     region lists in `autograd_calls` are not traced by dynamo either, which takes as long as everything else it does.
     """
-    name = "autograd_cache_allow_custom_autograd_functions"  # since torch 2.8
-    if not (hasattr(torch._functorch.config, name) and hasattr(torch.compiler.config, "cache_key_tag")):
+    from torch._inductor import config as inductor
+
+    name, marked = "autograd_cache_allow_custom_autograd_functions", "unsafe_marked_cacheable_functions"  # since 2.8
+    places = (torch._functorch.config, name), (torch.compiler.config, "cache_key_tag"), (inductor, marked)
+    if not all(hasattr(config, key) for config, key in places):
         return
     folders = {Path(inspect.getfile(type(region))).parent for region in regions}
     files = sorted(file for folder in folders for glob in ("*.py", "*/*.py") for file in folder.glob(glob))
@@ -166,13 +169,11 @@ def remember_autograd_functions(regions: Sequence[nn.Module]) -> None:
     torch.compiler.config.cache_key_tag = digest
     os.environ["TORCH_COMPILE_CACHE_KEY_TAG"] = digest  # where it differs, each start times the kernels again
     setattr(torch._functorch.config, name, True)
-    from torch._inductor import config as inductor
-
     listed: list[Any] = [region for region in regions if hasattr(region, "autograd_calls")]
     calls = {f"{call.__module__}.{call.__name__}": call for region in listed for call in region.autograd_calls()}
     for call_name, call in calls.items():
         torch._dynamo.allow_in_graph(call)
-        inductor.unsafe_marked_cacheable_functions[call_name] = digest
+        getattr(inductor, marked)[call_name] = digest
 
 
 def uses_graphs(mode: str, device: torch.device) -> bool:
