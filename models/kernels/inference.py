@@ -28,6 +28,9 @@ from models.mlla import MLLABlock, Stage
 from models.rope import position_tables
 
 MANY_PIXELS = 2**19  # for the kernel of the stem's layers: 42 images of 224x224; fewer leave multiprocessors idle
+FEW_VALUES = 2**18  # tokens times channels of a block that take as long as their launches: one image of 224x224
+WIDEST_FEW = 512  # channels of such tokens
+WIDEST_FEW_HEAD = 32
 NUM_POSITIONS = 1024  # rows and columns of tokens together, for which a prepared stage keeps tables
 
 
@@ -162,6 +165,11 @@ class InferenceStage(Stage):
         return self.cos[:count], self.sin[:count]  # (H + W, C / 4) each
 
 
+def takes_few_tokens(channels: int, heads: int) -> bool:
+    """Return whether there are kernels for few tokens of a block of this width, in 16 bits."""
+    return channels <= min(WIDEST_FEW, heads * WIDEST_FEW_HEAD)
+
+
 class InferenceBlock(nn.Module):
     """A block with one product for both projections of its input, and sums with the residual inside of products.
 
@@ -193,9 +201,14 @@ class InferenceBlock(nn.Module):
         """Map tokens x (B, H, W, C) to (B, H, W, C); `rotary` holds (cos, sin) of `position_tables`."""
         return self.mix_channels(self.mix_tokens(x, rotary))
 
+    def supports_few(self, kernel: str, x: Tensor) -> bool:
+        """Return whether kernels made for few tokens compute one half of x (B, H, W, C)."""
+        is_fit = takes_few_tokens(self.attn.dim, self.attn.num_heads) and compute_dtype(x) != torch.float32
+        return is_fit and x.numel() <= FEW_VALUES and self.supports(kernel, x)
+
     def supports(self, kernel: str, x: Tensor) -> bool:
         """Return whether the kernels of one half, named as its self-test, compute tokens x (B, H, W, C)."""
-        is_mixer = kernel == "inference_mixer"
+        is_mixer = kernel in ("inference_mixer", "few_tokens_mixer")
         return dispatch.can_run(self.kernels, x) and dispatch.supports(
             *(self.kernels, x, kernel),
             channels=self.attn.dim,
@@ -207,13 +220,15 @@ class InferenceBlock(nn.Module):
     def mix_tokens(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Add the attention branch, (B, H, W, C) -> (B, H, W, C)."""
         norm, attention, in_proj, out = self.norm1, self.attn, self.in_proj, self.out_proj.weight
-        if self.supports("inference_mixer", x):
+        few = self.supports_few("few_tokens_mixer", x)
+        if few or self.supports("inference_mixer", x):
             lepe = attention.lepe
             return halves().mix_tokens(
                 *(x.to(compute_dtype(x)), rotary, attention.num_heads, norm.eps),
                 *(self.cpe1.weight, self.cpe1.bias, norm.weight, norm.bias, in_proj.weight, in_proj.bias),
                 *(self.dwc.weight, self.dwc.bias, attention.qk.weight, attention.qk.bias),
                 *(lepe.weight, lepe.bias, out, self.out_bias),
+                few=few,
             )
         x, y = eager_conv_norm(x, self.cpe1, norm, self.out_bias)
         inner, gate = in_proj(y).chunk(2, dim=-1)
@@ -222,10 +237,12 @@ class InferenceBlock(nn.Module):
     def mix_channels(self, x: Tensor) -> Tensor:
         """Add the MLP branch, (B, H, W, C) -> (B, H, W, C)."""
         norm, fc1, fc2 = self.norm2, self.fc1, self.fc2
-        if self.supports("inference_mlp", x):
+        few = self.supports_few("few_tokens_mlp", x)
+        if few or self.supports("inference_mlp", x):
             return halves().mix_channels(
                 *(x.to(compute_dtype(x)), norm.eps, self.cpe2.weight, self.cpe2.bias, norm.weight, norm.bias),
                 *(fc1.weight, fc1.bias, fc2.weight, self.mlp_bias if self.adds_mlp else fc2.bias),
+                few=few,
             )
         x, y = eager_conv_norm(x, self.cpe2, norm, self.mlp_bias)
         if not self.adds_mlp:

@@ -14,12 +14,15 @@ def mix_tokens(
     x: Tensor, rotary: tuple[Tensor, Tensor], heads: int, eps: float,
     cpe: Tensor, cpe_bias: Tensor, norm: Tensor, norm_bias: Tensor, in_proj: Tensor, in_proj_bias: Tensor,
     dwc: Tensor, dwc_bias: Tensor, qk: Tensor, qk_bias: Tensor | None,
-    lepe: Tensor, lepe_bias: Tensor, out: Tensor, out_bias: Tensor,
+    lepe: Tensor, lepe_bias: Tensor, out: Tensor, out_bias: Tensor, *, few: bool = False,
 ) -> Tensor:  # fmt: skip
     """Add the attention branch to tokens x (B, H, W, C); `in_proj` (2 C, C) gives the convolution's input and the gate.
 
-    Matrices must have the dtype of x, or be cast by autocast.
+    Matrices must have the dtype of x, or be cast by autocast. `few` chooses the kernels for `has_few_tokens`.
     """
+    if few:
+        weights = (cpe, cpe_bias, norm, norm_bias, in_proj, in_proj_bias, dwc, dwc_bias, qk, qk_bias)
+        return ops.few_tokens_mixer(x, *rotary, heads, eps, *weights, lepe, lepe_bias, out, out_bias)
     x, y = ops.conv_norm(x, cpe, cpe_bias, norm, norm_bias, eps, out_bias)
     inner, gate = F.linear(y, in_proj, in_proj_bias).chunk(2, dim=-1)  # (B, H, W, C) each
     v, _ = ops.conv_silu(inner, dwc, dwc_bias, False)
@@ -30,9 +33,11 @@ def mix_tokens(
 
 def mix_channels(
     x: Tensor, eps: float, cpe: Tensor, cpe_bias: Tensor, norm: Tensor, norm_bias: Tensor,
-    widen: Tensor, widen_bias: Tensor, narrow: Tensor, narrow_bias: Tensor,
+    widen: Tensor, widen_bias: Tensor, narrow: Tensor, narrow_bias: Tensor, *, few: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Add the MLP branch to tokens x (B, H, W, C); matrices as in `mix_tokens`."""
+    """Add the MLP branch to tokens x (B, H, W, C); matrices and `few` as in `mix_tokens`."""
+    if few:
+        return ops.few_tokens_mlp(x, eps, cpe, cpe_bias, norm, norm_bias, widen, widen_bias, narrow, narrow_bias)
     adds_mlp = narrow.shape[0] > WIDEST_FUSED_MLP
     x, y = ops.conv_norm(x, cpe, cpe_bias, norm, norm_bias, eps, narrow_bias if adds_mlp else None)
     if not adds_mlp:

@@ -16,6 +16,7 @@ from models.kernels.triton import (
     depthwise_backward,
     downsample,
     elementwise,
+    few_tokens,
     norm,
     stem,
     stem_layers,
@@ -135,6 +136,29 @@ def gelu_backward(grad: Tensor, scale: Tensor, x: Tensor) -> tuple[Tensor, Tenso
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, residual: Tensor) -> Tensor:
     """Return residual + MLP(x); for inference, without gradient."""
     return mlp_kernels.mlp_forward(x, weight1.to(x.dtype), bias1, weight2.to(x.dtype), bias2, residual)
+
+
+@torch.library.custom_op("mlla::few_tokens_mixer", mutates_args=())
+def few_tokens_mixer(
+    x: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float,
+    cpe: Tensor, cpe_bias: Tensor, norm: Tensor, norm_bias: Tensor, in_proj: Tensor, in_proj_bias: Tensor,
+    dwc: Tensor, dwc_bias: Tensor, qk: Tensor, qk_bias: Tensor | None,
+    lepe: Tensor, lepe_bias: Tensor, out: Tensor, out_bias: Tensor,
+) -> Tensor:  # fmt: skip
+    """Add a block's attention branch to a few tokens x (B, H, W, C); for inference, without gradient."""
+    in_proj, qk, out = in_proj.to(x.dtype), qk.to(x.dtype), out.to(x.dtype)
+    weights = (cpe, cpe_bias, norm, norm_bias, in_proj, in_proj_bias, dwc, dwc_bias, qk, qk_bias)
+    return few_tokens.mixer_forward(x, cos, sin, heads, eps, *weights, lepe, lepe_bias, out, out_bias)
+
+
+@torch.library.custom_op("mlla::few_tokens_mlp", mutates_args=())
+def few_tokens_mlp(
+    x: Tensor, eps: float, cpe: Tensor, cpe_bias: Tensor, norm: Tensor, norm_bias: Tensor,
+    widen: Tensor, widen_bias: Tensor, narrow: Tensor, narrow_bias: Tensor,
+) -> Tensor:  # fmt: skip
+    """Add a block's MLP branch to a few tokens x (B, H, W, C); for inference, without gradient."""
+    widen, narrow = widen.to(x.dtype), narrow.to(x.dtype)
+    return few_tokens.mlp_branch_forward(x, eps, cpe, cpe_bias, norm, norm_bias, widen, widen_bias, narrow, narrow_bias)
 
 
 @torch.library.custom_op("mlla::strided_conv", mutates_args=())
@@ -294,6 +318,16 @@ def _(grad: Tensor, images: Tensor, weight: Tensor) -> Tensor:
 
 
 @mlp.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return empty(x)
+
+
+@few_tokens_mixer.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return empty(x)
+
+
+@few_tokens_mlp.register_fake
 def _(x: Tensor, *_: Any) -> Tensor:
     return empty(x)
 

@@ -14,7 +14,10 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  #
 COLUMNS = 6
 FULL_SIZE = 2**14 + 2**13  # images times channels that keep a GPU busy: kernels take the tiles that training takes
 LEAST_FULL_BATCH = 112  # likewise, of the widest tokens
-INFERENCE_ONLY = ("inference_mixer", "inference_mlp", "mlp", "stem_conv_relu", "stem_layer")  # without gradient
+FEW_COLUMNS = 16  # for kernels for few tokens: with 17 rows, an image of more than they sum in one program
+# Without gradient.
+INFERENCE_ONLY = ("inference_mixer", "inference_mlp", "mlp", "stem_conv_relu", "stem_layer")
+INFERENCE_ONLY += ("few_tokens_mixer", "few_tokens_mlp")
 EPS = 1e-5  # of the norms
 Outputs = tuple[Tensor, ...]
 
@@ -80,7 +83,10 @@ def relative_errors(
         values = torch.randn(*shape, generator=generator, device=device) * scale
         return values.to(of).requires_grad_(kernel not in INFERENCE_ONLY)
 
-    fused, reference, inputs = problem(kernel, draw, (batch, rows, COLUMNS, channels), head_dim)
+    tokens = (batch, rows, COLUMNS, channels)
+    if kernel.startswith("few_tokens"):
+        tokens = (min(batch, 2), rows, FEW_COLUMNS if rows > COLUMNS else COLUMNS, channels)
+    fused, reference, inputs = problem(kernel, draw, tokens, head_dim)
     doubled = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs]
     trained, doubled_trained = ([tensor for tensor in t if tensor.requires_grad] for t in (inputs, doubled))
     with torch.set_grad_enabled(bool(trained)):
@@ -121,10 +127,11 @@ def problem(
         inputs = [x, *product(4 * channels), *product(channels, 4 * channels), draw(*tokens)]
         return (lambda *a: (ops.mlp(*a),)), reference_mlp, inputs
     scale = ((torch.arange(batch, device=x.device) + 1) % 3).view(-1, 1, 1, 1)  # of the branch, for each image
-    if kernel in ("mlp_branch", "inference_mlp"):
+    few = kernel.startswith("few_tokens")
+    if kernel in ("mlp_branch", "inference_mlp", "few_tokens_mlp"):
         inputs = [x, *taps(), *norm(), *product(4 * channels), *product(channels, 4 * channels)]
-        if kernel == "inference_mlp":
-            return inference_mlp, lambda *a: (reference_mlp_branch(*a),), inputs
+        if kernel != "mlp_branch":
+            return lambda *a: inference_mlp(*a, few=few), lambda *a: (reference_mlp_branch(*a),), inputs
         return (
             lambda x, *a: (autograd.MlpBranch.apply(x, scale.to(x.dtype), EPS, *a),),
             lambda *a: (reference_mlp_branch(*a, scale=scale),),
@@ -134,9 +141,9 @@ def problem(
     rotary = position_tables(rows, columns, channels, x.device)
     inputs = [x, *taps(), *norm(), *product(channels), *product(channels), *taps(), *product(2 * channels)]
     inputs += [*taps(), *product(channels)]
-    if kernel == "inference_mixer":
+    if kernel != "mixer":
         return (
-            lambda *a: inference_mixer(*a, rotary=rotary, heads=heads),
+            lambda *a: inference_mixer(*a, rotary=rotary, heads=heads, few=few),
             lambda *a: (reference_mixer(*a, rotary=rotary, heads=heads),),
             inputs,
         )
@@ -163,21 +170,21 @@ def stem_problem(
     return fused_stem, reference_stem, inputs
 
 
-def inference_mixer(x: Tensor, *weights: Tensor, rotary: tuple[Tensor, Tensor], heads: int) -> Outputs:
+def inference_mixer(x: Tensor, *weights: Tensor, rotary: tuple[Tensor, Tensor], heads: int, few: bool) -> Outputs:
     """Compute the first half of a block with joined and cast matrices, as `InferenceBlock` does."""
     inner, inner_bias, gate, gate_bias, dwc, dwc_bias, qk, qk_bias, lepe, lepe_bias, out, out_bias = weights[4:]
     matrices = torch.cat([inner, gate]), torch.cat([inner_bias, gate_bias]), qk, qk_bias, out
     joined, joined_bias, qk, qk_bias, out = (matrix.to(x.dtype) for matrix in matrices)
     others = [joined, joined_bias, dwc, dwc_bias, qk, qk_bias, lepe, lepe_bias, out, out_bias]
-    return (inference_halves.mix_tokens(x, rotary, heads, EPS, *weights[:4], *others),)
+    return (inference_halves.mix_tokens(x, rotary, heads, EPS, *weights[:4], *others, few=few),)
 
 
-def inference_mlp(x: Tensor, *weights: Tensor) -> Outputs:
+def inference_mlp(x: Tensor, *weights: Tensor, few: bool) -> Outputs:
     """Compute the second half of a block with cast matrices, as `InferenceBlock` does."""
     adds_bias = x.shape[-1] > inference_halves.WIDEST_FUSED_MLP  # to the residual, as it is
     count = 7 if adds_bias else 8
     cast = [weight.to(x.dtype) for weight in weights[4:count]]
-    return (inference_halves.mix_channels(x, EPS, *weights[:4], *cast, *weights[count:]),)
+    return (inference_halves.mix_channels(x, EPS, *weights[:4], *cast, *weights[count:], few=few),)
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:

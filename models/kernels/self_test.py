@@ -34,6 +34,7 @@ from models.kernels.fused_modules import (
     mlp_parts,
     stem_parts,
 )
+from models.kernels.inference import takes_few_tokens
 from models.kernels.self_test_pool import passed_in_workers, start_server, stop_server
 from models.kernels.verdicts import Case
 from models.mlla import MLLA
@@ -41,15 +42,19 @@ from models.mlla import MLLA
 # Seconds that a core takes to compile and solve a case, roughly: on the machine of README.md, 90 for training MLLA-T.
 SECONDS = {
     **{"mixer": 12, "mlp_branch": 6, "inference_mixer": 7, "wide_conv": 4},
+    **{"few_tokens_mixer": 6, "few_tokens_mlp": 4},
     **{"inference_mlp": 2, "mlp": 2, "stem_conv": 2, "stem_conv_relu": 2, "stem_layer": 4},
 }
 # What may be done with a model: "prepared" is inference of its `prepare_for_inference` copy, "inference" its own.
 KERNELS = {
     "training": ("mixer", "mlp_branch", "wide_conv", "stem_conv"),
     "inference": ("mixer", "mlp_branch", "mlp", "wide_conv", "stem_conv"),
-    "prepared": ("inference_mixer", "inference_mlp", "wide_conv", "stem_conv_relu", "stem_layer"),
+    "prepared": (
+        *("inference_mixer", "inference_mlp", "wide_conv", "stem_conv_relu", "stem_layer"),
+        *("few_tokens_mixer", "few_tokens_mlp"),
+    ),
 }
-ONLY_16_BITS = ("stem_layer",)
+ONLY_16_BITS = ("stem_layer", "few_tokens_mixer", "few_tokens_mlp")
 START_SECONDS = 14  # of 16 workers at once: imports and CUDA contexts
 OTHER_SECONDS = 4  # for kernels of other packages
 MOST_WORKERS = 16
@@ -274,10 +279,13 @@ def module_cases(module: nn.Module | None, rows: int) -> list[Case]:
         return [] if module.unsupported(downsample_parts) else [("wide_conv", width, 32, rows)]
     assert isinstance(module, FusedMLLABlock)
     attention, cases = module.attn, []
+    is_few = takes_few_tokens(attention.dim, attention.num_heads)
     if not module.unsupported(mixer_parts):
         head_dim = attention.dim // attention.num_heads
-        cases += [(kernel, attention.dim, head_dim, rows) for kernel in ("mixer", "inference_mixer")]
+        kernels = ("mixer", "inference_mixer", *(("few_tokens_mixer",) if is_few else ()))
+        cases += [(kernel, attention.dim, head_dim, rows) for kernel in kernels]
     if not module.unsupported(mlp_parts):
         kernels = ("mlp_branch", "inference_mlp", *(("mlp",) if attention.dim <= WIDEST_FUSED_MLP else ()))
+        kernels += ("few_tokens_mlp",) if is_few else ()
         cases += [(kernel, attention.dim, 32, rows) for kernel in kernels]
     return cases

@@ -7,12 +7,21 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+from triton.language.extra import cuda
 from triton.runtime.jit import KernelInterface
+
+try:
+    from triton.backends.nvidia.compiler import CUDAOptions
+except ImportError:  # a Triton for other GPUs
+    CUDAOptions = None
 
 PACKAGE = __name__.rpartition(".")[0]
 P = ParamSpec("P")
 R = TypeVar("R")
+# Programmatic dependent launch: a kernel starts while the one before it still runs, and waits for its results.
+HAS_DEPENDENT_LAUNCH = hasattr(cuda, "gdc_wait") and hasattr(CUDAOptions, "launch_pdl")
 INTERPRETED_MULTIPROCESSORS = 2  # on a CPU, where Triton's interpreter runs the kernels one program at a time
 
 
@@ -79,3 +88,43 @@ def num_multiprocessors(device: torch.device) -> int:
 def matmul_precision(dtype: torch.dtype) -> str:
     """Return tl.dot's input precision for a dtype: float32 exactly, not as TF32."""
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+if HAS_DEPENDENT_LAUNCH:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+    @triton.jit
+    def launch_dependents(PDL: tl.constexpr):
+        """With PDL, let the next kernel start once all programs of this one have called this, if it is launched so."""
+        if PDL:
+            gdc_launch_dependents()
+
+    @triton.jit
+    def wait_for_previous(PDL: tl.constexpr):
+        """With PDL, wait until the previous kernel has ended and its results are in memory.
+
+        Parameters may be loaded earlier: what wrote them ended before an earlier kernel of the model began.
+        """
+        if PDL:
+            gdc_wait()
+
+else:
+
+    @triton.jit
+    def launch_dependents(PDL: tl.constexpr):
+        """Do nothing: this Triton knows no such launches."""
+
+    @triton.jit
+    def wait_for_previous(PDL: tl.constexpr):
+        """Do nothing: the previous kernel has ended."""
+
+
+@lru_cache
+def can_launch_dependent(device: torch.device) -> bool:
+    """Return whether kernels on this device can start beside the previous one: on NVIDIA GPUs since Hopper."""
+    return HAS_DEPENDENT_LAUNCH and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """Return the arguments with which a kernel that calls `wait_for_previous` is launched."""
+    return {"PDL": True, "launch_pdl": True} if can_launch_dependent(device) else {"PDL": False}

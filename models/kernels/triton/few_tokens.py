@@ -1,0 +1,503 @@
+"""Triton kernels for the block of one image or a few: inference then takes as long as its launches, so these are few.
+
+Eager reference: `MLLABlock` in models/mlla.py, and `LinearAttention` in models/attention.py.
+
+Each half of a block is a chain of products. What comes before a product, a depthwise convolution and LayerNorm or SiLU,
+is computed again by every program for its own tokens, with all channels in registers. Programmatic dependent launch,
+where there is any, starts a kernel beside the previous one: it loads its weights, then waits for the other's results.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from models.kernels.triton.attention import NORMALIZER_EPS, load_angles, load_tokens, rotate, sum_keys_and_values
+from models.kernels.triton.depthwise_io import load_stencil
+from models.kernels.triton.launch import (
+    dependent_launch,
+    launch_dependents,
+    matmul_precision,
+    on_its_device,
+    token_stride,
+    wait_for_previous,
+)
+from models.kernels.triton.math import gelu, positive, reciprocal, sigmoid
+
+
+class Tile(NamedTuple):
+    """Tokens and outputs of one program, its warps, and parts of the sum over inputs that its warps share."""
+
+    tokens: int
+    units: int
+    warps: int
+    split: int = 1
+
+
+class AttentionTile(NamedTuple):
+    """Parts of an image's tokens in the sums of k and v, tokens of q in one program, and its warps.
+
+    With 0 parts, each program that attends sums k and v itself.
+    """
+
+    parts: int
+    queries: int
+    warps: int
+
+
+# By width: tokens of next_power_of_2(C) channels.
+PROJECTION = {
+    64: Tile(32, 128, 4),
+    128: Tile(16, 128, 4),
+    256: Tile(16, 64, 4),
+    512: Tile(16, 32, 8),
+    1024: Tile(16, 32, 8),
+}
+QUERY_KEY = {
+    64: Tile(32, 128, 4),
+    128: Tile(16, 128, 4),
+    256: Tile(16, 64, 4),
+    512: Tile(16, 32, 8),
+    1024: Tile(16, 32, 8),
+}
+WIDEN = {
+    64: Tile(32, 256, 4),
+    128: Tile(16, 256, 4),
+    256: Tile(16, 128, 4),
+    512: Tile(16, 64, 8),
+    1024: Tile(16, 32, 8),
+}
+OUT = {
+    64: Tile(32, 64, 4),
+    128: Tile(16, 64, 4),
+    256: Tile(16, 32, 4),
+    512: Tile(16, 16, 4, 4),
+    1024: Tile(16, 16, 4, 4),
+}
+NARROW = {
+    64: Tile(32, 64, 4),
+    128: Tile(16, 64, 4),
+    256: Tile(16, 32, 4, 4),
+    512: Tile(16, 16, 8, 8),
+    1024: Tile(16, 16, 8, 8),
+}
+MLP = {64: Tile(32, 128, 4)}  # widths whose MLP is one launch
+FEW, SEVERAL, MANY = AttentionTile(0, 16, 4), AttentionTile(0, 16, 8), AttentionTile(16, 32, 4)  # tokens of an image
+FEW_TOKENS, SEVERAL_TOKENS = 64, 256
+LONGEST_INPUT = 2048  # of a product, that a program loads at once
+WIDEST_HEAD = 32
+
+
+@triton.jit
+def load_shifted(x, token, ok, shift, stride, channel, channel_ok):
+    """Load tokens (tokens, channels), float32, that lie `shift` tokens further; zeros where not ok."""
+    place = x + (token + shift)[:, None] * stride + channel
+    return tl.load(place, mask=ok[:, None] & channel_ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def convolve(
+    x, token, token_ok, height, width, stride, channel, channel_ok, start,
+    top0, top1, top2, mid0, mid1, mid2, low0, low1, low2,
+):  # fmt: skip
+    """Return start + the depthwise convolution of x, float32 (tokens, channels)."""
+    row, column = token // width % height, token % width
+    left, right = column > 0, column + 1 < width
+    above, below = token_ok & (row > 0), token_ok & (row + 1 < height)
+    total = start + top0 * load_shifted(x, token, above & left, -width - 1, stride, channel, channel_ok)
+    total += top1 * load_shifted(x, token, above, -width, stride, channel, channel_ok)
+    total += top2 * load_shifted(x, token, above & right, 1 - width, stride, channel, channel_ok)
+    total += mid0 * load_shifted(x, token, token_ok & left, -1, stride, channel, channel_ok)
+    total += mid1 * load_shifted(x, token, token_ok, 0, stride, channel, channel_ok)
+    total += mid2 * load_shifted(x, token, token_ok & right, 1, stride, channel, channel_ok)
+    total += low0 * load_shifted(x, token, below & left, width - 1, stride, channel, channel_ok)
+    total += low1 * load_shifted(x, token, below, width, stride, channel, channel_ok)
+    total += low2 * load_shifted(x, token, below & right, width + 1, stride, channel, channel_ok)
+    return total
+
+
+@triton.jit
+def convolve_and_norm(
+    x, taps, conv_bias, norm_weight, norm_bias, conv_out, token, num_tokens, height, width, stride, eps,
+    NORM: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Wait for the previous kernel; return a product's input (tokens, WIDTH), and what is stored beside it.
+
+    NORM: LayerNorm(x + conv(x)) and x + conv(x), else SiLU(conv(x)) twice.
+    """
+    channel = tl.arange(0, WIDTH)[None, :]
+    channel_ok = channel < CHANNELS
+    token_ok = token < num_tokens
+    top0, top1, top2, mid0, mid1, mid2, low0, low1, low2 = load_stencil(taps, channel, channel_ok)
+    start = tl.load(conv_bias + channel, mask=channel_ok, other=0.0).to(tl.float32)
+    scale, shift = start, start
+    if NORM:
+        mid1 += 1.0
+        scale = tl.load(norm_weight + channel, mask=channel_ok, other=0.0).to(tl.float32)
+        shift = tl.load(norm_bias + channel, mask=channel_ok, other=0.0).to(tl.float32)
+    wait_for_previous(PDL)
+    total = convolve(
+        x, token, token_ok, height, width, stride, channel, channel_ok, start,
+        top0, top1, top2, mid0, mid1, mid2, low0, low1, low2,
+    )  # fmt: skip
+    dtype = conv_out.dtype.element_ty
+    if NORM:
+        rounded = total.to(dtype)
+        value = rounded.to(tl.float32)
+        mean = tl.sum(value, axis=1, keep_dims=True) / CHANNELS
+        centered = tl.where(channel_ok, value - mean, 0.0)
+        variance = tl.sum(centered * centered, axis=1, keep_dims=True) / CHANNELS
+        operand = (centered * tl.rsqrt(variance + eps) * scale + shift).to(dtype)
+    else:
+        rounded = (total * sigmoid(total)).to(dtype)
+        operand = rounded
+    return operand, rounded
+
+
+@triton.jit
+def load_weight(
+    weight, unit, unit_ok, first, LENGTH: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr
+):  # fmt: skip
+    """Load weight^T of (units, LENGTH), inputs from `first` on: (BLOCK, units) or (SPLIT, BLOCK / SPLIT, units)."""
+    if SPLIT > 1:
+        PART: tl.constexpr = BLOCK // SPLIT  # noqa: N806
+        k = first + tl.arange(0, SPLIT)[:, None, None] * PART + tl.arange(0, PART)[None, :, None]
+        place = weight + unit[None, None, :] * LENGTH + k
+        loaded = tl.load(place, mask=unit_ok[None, None, :] & (k < LENGTH), other=0.0)
+    else:
+        k = first + tl.arange(0, BLOCK)[:, None]
+        loaded = tl.load(weight + unit[None, :] * LENGTH + k, mask=unit_ok[None, :] & (k < LENGTH), other=0.0)
+    return loaded
+
+
+@triton.jit
+def load_input(
+    x, token, num_tokens, first, LENGTH: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr
+):  # fmt: skip
+    """Load a product's input (tokens, BLOCK) from `first` on, or (SPLIT, tokens, BLOCK / SPLIT)."""
+    token_ok = token < num_tokens
+    if SPLIT > 1:
+        PART: tl.constexpr = BLOCK // SPLIT  # noqa: N806
+        k = first + tl.arange(0, SPLIT)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
+        place = x + token[None, :, None] * LENGTH + k
+        loaded = tl.load(place, mask=token_ok[None, :, None] & (k < LENGTH), other=0.0)
+    else:
+        k = first + tl.arange(0, BLOCK)[None, :]
+        loaded = tl.load(x + token[:, None] * LENGTH + k, mask=token_ok[:, None] & (k < LENGTH), other=0.0)
+    return loaded
+
+
+@triton.jit
+def multiply(value, weight, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Return value weight, (tokens, units) in float32; with SPLIT the sum over the first dimension of both."""
+    if SPLIT > 1:
+        total = tl.sum(tl.dot(value, weight, input_precision=PRECISION), 0)
+    else:
+        total = tl.dot(value, weight, input_precision=PRECISION)
+    return total
+
+
+@triton.jit(do_not_specialize=["num_tokens", "height", "width"])
+def conv_linear_kernel(
+    x, taps, conv_bias, norm_weight, norm_bias, weight, bias, conv_out, out,
+    num_tokens, height, width, stride, units, eps,
+    NORM: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr, TOKENS: tl.constexpr, UNITS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Store conv_out and out = a product with weight^T + bias, or GELU of that.
+
+    NORM: conv_out = x + conv(x), and the product is of LayerNorm(conv_out); else conv_out = SiLU(conv(x)), and of that.
+    """
+    launch_dependents(PDL)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
+    unit_ok = unit < units
+    matrix = load_weight(weight, unit, unit_ok, 0, CHANNELS, WIDTH, SPLIT)
+    operand, beside = convolve_and_norm(
+        x, taps, conv_bias, norm_weight, norm_bias, conv_out, token, num_tokens, height, width, stride, eps,
+        NORM, CHANNELS, WIDTH, PDL,
+    )  # fmt: skip
+    if tl.program_id(1) == 0:
+        channel = tl.arange(0, WIDTH)[None, :]
+        ok = (token < num_tokens)[:, None] & (channel < CHANNELS)
+        tl.store(conv_out + token[:, None] * CHANNELS + channel, beside, mask=ok)
+    if SPLIT > 1:
+        operand = tl.permute(tl.reshape(operand, (TOKENS, SPLIT, WIDTH // SPLIT)), (1, 0, 2))
+    total = multiply(operand, matrix, SPLIT, PRECISION)
+    if BIAS:
+        total += tl.load(bias + unit, mask=unit_ok, other=0.0).to(tl.float32)[None, :]
+    if GELU:
+        total = gelu(total, PRECISION == "ieee")
+    ok = (token < num_tokens)[:, None] & unit_ok[None, :]
+    tl.store(out + token[:, None] * units + unit[None, :], total.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "height", "width"])
+def conv_mlp_kernel(
+    x, taps, conv_bias, norm_weight, norm_bias, weight1, bias1, weight2, bias2, out,
+    num_tokens, height, width, stride, eps,
+    PRECISION: tl.constexpr, CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
+    UNITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Store out = y + MLP(LayerNorm(y)) with y = x + conv(x)."""
+    launch_dependents(PDL)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    channel = tl.arange(0, WIDTH)
+    channel_ok = channel < CHANNELS
+    operand, beside = convolve_and_norm(
+        x, taps, conv_bias, norm_weight, norm_bias, out, token, num_tokens, height, width, stride, eps,
+        True, CHANNELS, WIDTH, PDL,
+    )  # fmt: skip
+    total = beside.to(tl.float32) + tl.load(bias2 + channel, mask=channel_ok, other=0.0).to(tl.float32)[None, :]
+    for first in tl.static_range(0, HIDDEN, UNITS):
+        unit = first + tl.arange(0, UNITS)
+        unit_ok = unit < HIDDEN
+        matrix = load_weight(weight1, unit, unit_ok, 0, CHANNELS, WIDTH, 1)
+        hidden = tl.dot(operand, matrix, input_precision=PRECISION)
+        hidden += tl.load(bias1 + unit, mask=unit_ok, other=0.0).to(tl.float32)[None, :]
+        hidden = gelu(hidden, PRECISION == "ieee").to(operand.dtype)
+        matrix = load_weight(weight2, channel, channel_ok, first, HIDDEN, UNITS, 1)
+        total = tl.dot(hidden, matrix, total, input_precision=PRECISION)
+    ok = (token < num_tokens)[:, None] & channel_ok[None, :]
+    tl.store(out + token[:, None] * CHANNELS + channel[None, :], total.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def linear_add_kernel(
+    x, weight, bias, residual, out, num_tokens, units,
+    PRECISION: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, UNITS: tl.constexpr,
+    SPLIT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Store out = residual + x weight^T + bias; x (num_tokens, LENGTH), out may be residual."""
+    launch_dependents(PDL)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
+    unit_ok = unit < units
+    matrix = load_weight(weight, unit, unit_ok, 0, LENGTH, BLOCK, SPLIT)
+    later = tl.load(bias + unit, mask=unit_ok, other=0.0).to(tl.float32)
+    wait_for_previous(PDL)
+    index = token[:, None] * units + unit[None, :]
+    ok = (token < num_tokens)[:, None] & unit_ok[None, :]
+    total = tl.load(residual + index, mask=ok, other=0.0).to(tl.float32) + later[None, :]
+    total += multiply(load_input(x, token, num_tokens, 0, LENGTH, BLOCK, SPLIT), matrix, SPLIT, PRECISION)
+    for first in tl.static_range(BLOCK, LENGTH, BLOCK):
+        matrix = load_weight(weight, unit, unit_ok, first, LENGTH, BLOCK, SPLIT)
+        total += multiply(load_input(x, token, num_tokens, first, LENGTH, BLOCK, SPLIT), matrix, SPLIT, PRECISION)
+    tl.store(out + index, total.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "width", "tokens_per_part"])
+def few_sums_kernel(
+    qk, v, cos, sin, matrix, mean, num_tokens, width, heads, tokens_per_part,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, MIXED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Store matrix = rope(k)^T v / N and mean = sum(k) / N of one part of an image's tokens and one head."""
+    launch_dependents(PDL)
+    wait_for_previous(PDL)
+    head_index, part = tl.program_id(0), tl.program_id(1)
+    image, head = head_index // heads, head_index % heads
+    channels = heads * DIM
+    i = tl.arange(0, DIM)
+    first_token = image * num_tokens
+    start = part * tokens_per_part
+    end = tl.minimum(start + tokens_per_part, num_tokens)
+    k_pointer = qk + first_token * 2 * channels + channels + head * DIM
+    v_pointer = v + first_token * channels + head * DIM
+    total, k_sum = sum_keys_and_values(
+        k_pointer, v_pointer, cos, sin, start, end, width, head, channels, BLOCK, DIM, PRECISION, MIXED
+    )
+    base = (head_index * tl.num_programs(1) + part) * DIM
+    tl.store(matrix + base * DIM + i[:, None] * DIM + i[None, :], total / num_tokens)
+    tl.store(mean + base + i, k_sum / num_tokens)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "height", "width"])
+def attend_gate_kernel(
+    qk, v, gate, taps, conv_bias, cos, sin, matrix, mean, out, num_tokens, height, width, heads, gate_stride,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+    MIXED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Store out = (rope(q) kv / (q . mean) + conv(v)) SiLU(gate) for some tokens of an image and one head.
+
+    kv and mean are sums over PARTS of `few_sums_kernel`; where that is 0 they are computed here.
+    """
+    launch_dependents(PDL)
+    head_index = tl.program_id(0)
+    image, head = head_index // heads, head_index % heads
+    channels = heads * DIM
+    i = tl.arange(0, DIM)
+    channel = (head * DIM + i)[None, :]
+    channel_ok = channel < channels
+    top0, top1, top2, mid0, mid1, mid2, low0, low1, low2 = load_stencil(taps, channel, channel_ok)
+    bias = tl.load(conv_bias + channel, mask=channel_ok, other=0.0).to(tl.float32)
+    wait_for_previous(PDL)
+    first_token = image * num_tokens
+    position = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
+    ok = position < num_tokens
+    token = first_token + position
+    q = load_tokens(qk + first_token * 2 * channels + head * DIM, position, num_tokens, 2 * channels, i)
+    lepe = convolve(
+        v, token, ok, height, width, channels, channel, channel_ok, bias,
+        top0, top1, top2, mid0, mid1, mid2, low0, low1, low2,
+    )  # fmt: skip
+    g = load_shifted(gate, token, ok, 0, gate_stride, channel, channel_ok)
+    c, s = load_angles(cos, sin, position, ok, width, head, channels // 2, DIM // 2, MIXED)
+    if PARTS:
+        part = tl.arange(0, PARTS)
+        place = (head_index * PARTS + part)[:, None, None] * DIM * DIM + i[None, :, None] * DIM + i[None, None, :]
+        kv = tl.sum(tl.load(matrix + place), 0)
+        mean_k = tl.sum(tl.load(mean + (head_index * PARTS + part)[:, None] * DIM + i[None, :]), 0)
+    else:
+        k_pointer = qk + first_token * 2 * channels + channels + head * DIM
+        v_pointer = v + first_token * channels + head * DIM
+        kv, mean_k = sum_keys_and_values(
+            k_pointer, v_pointer, cos, sin, 0, num_tokens, width, head, channels, BLOCK, DIM, PRECISION, MIXED
+        )
+        kv /= num_tokens
+        mean_k /= num_tokens
+    q = positive(q.to(tl.float32))
+    inverse = reciprocal(tl.sum(q * mean_k[None, :], 1, keep_dims=True) + NORMALIZER_EPS)
+    rotated = rotate(q, c, s, QUERIES, DIM).to(qk.dtype.element_ty)
+    result = tl.dot(rotated, kv.to(qk.dtype.element_ty), input_precision=PRECISION) * inverse
+    result = (result + lepe) * g * sigmoid(g)
+    tl.store(out + token[:, None] * channels + channel, result.to(out.dtype.element_ty), mask=ok[:, None])
+
+
+def tile_of(table: dict[int, Tile], channels: int) -> Tile:
+    """Return the tile for a width, of the nearest one in a table."""
+    return table[min(max(triton.next_power_of_2(channels), min(table)), max(table))]
+
+
+def width_of(channels: int) -> int:
+    """Return the power of two of channels that a program holds; tl.dot takes 16 and more."""
+    return max(16, triton.next_power_of_2(channels))
+
+
+@on_its_device
+def conv_linear(
+    x: Tensor, taps: Tensor, conv_bias: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile,
+    *, norm: tuple[Tensor, Tensor, float] | None = None, use_gelu: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return x + conv(x), and the product of its norm, (weight, bias, eps), with weight^T; bias is added to that.
+
+    Without `norm`, SiLU(conv(x)) and its product. x is (B, H, W, C) or a slice of wider tokens.
+    """
+    batch, height, width, channels = x.shape
+    x, stride = token_stride(x)
+    num_tokens, units = batch * height * width, weight.shape[0]
+    conv_out = torch.empty(batch, height, width, channels, dtype=x.dtype, device=x.device)
+    out = torch.empty(batch, height, width, units, dtype=x.dtype, device=x.device)
+    norm_weight, norm_bias, eps = norm or (conv_bias, conv_bias, 0.0)
+    conv_linear_kernel[(triton.cdiv(num_tokens, tile.tokens), triton.cdiv(units, tile.units))](
+        *(x, taps, conv_bias, norm_weight, norm_bias, weight, conv_bias if bias is None else bias, conv_out, out),
+        *(num_tokens, height, width, stride, units, eps),
+        NORM=norm is not None, GELU=use_gelu, BIAS=bias is not None, PRECISION=matmul_precision(x.dtype),
+        CHANNELS=channels, WIDTH=width_of(channels), TOKENS=tile.tokens, UNITS=tile.units, SPLIT=tile.split,
+        num_warps=tile.warps, num_stages=1, **dependent_launch(x.device),
+    )  # fmt: skip
+    return conv_out, out
+
+
+@on_its_device
+def conv_mlp(
+    x: Tensor, taps: Tensor, conv_bias: Tensor, norm: tuple[Tensor, Tensor, float],
+    weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, tile: Tile,
+) -> Tensor:  # fmt: skip
+    """Return y + MLP(LayerNorm(y)) with y = x + conv(x), (B, H, W, C), in one launch."""
+    _, height, width, channels = x.shape
+    x, stride = token_stride(x)
+    num_tokens = x.numel() // channels
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    conv_mlp_kernel[(triton.cdiv(num_tokens, tile.tokens),)](
+        *(x, taps, conv_bias, *norm[:2], weight1, bias1, weight2, bias2, out),
+        *(num_tokens, height, width, stride, norm[2]),
+        PRECISION=matmul_precision(x.dtype), CHANNELS=channels, HIDDEN=weight1.shape[0], WIDTH=width_of(channels),
+        TOKENS=tile.tokens, UNITS=tile.units,
+        num_warps=tile.warps, num_stages=1, **dependent_launch(x.device),
+    )  # fmt: skip
+    return out
+
+
+@on_its_device
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, tile: Tile) -> Tensor:
+    """Return residual + x weight^T + bias; x (..., K), weight (C, K), residual (..., C), all contiguous."""
+    units, length = weight.shape
+    num_tokens = x.numel() // length
+    out = torch.empty_like(residual)
+    linear_add_kernel[(triton.cdiv(num_tokens, tile.tokens), triton.cdiv(units, tile.units))](
+        *(x, weight, bias, residual, out, num_tokens, units),
+        PRECISION=matmul_precision(x.dtype), LENGTH=length, BLOCK=min(LONGEST_INPUT, width_of(length)),
+        TOKENS=tile.tokens, UNITS=tile.units, SPLIT=tile.split,
+        num_warps=tile.warps, num_stages=1, **dependent_launch(x.device),
+    )  # fmt: skip
+    return out
+
+
+@on_its_device
+def attend_and_gate(
+    qk: Tensor, v: Tensor, gate: Tensor, taps: Tensor, conv_bias: Tensor, cos: Tensor, sin: Tensor, heads: int,
+    tile: AttentionTile,
+) -> Tensor:  # fmt: skip
+    """Return (attention + conv(v)) SiLU(gate), (B, H, W, C); qk and v contiguous, gate a slice of wider tokens."""
+    batch, height, width, channels = v.shape
+    num_tokens, dim, head_count = height * width, channels // heads, batch * heads
+    gate, gate_stride = token_stride(gate)
+    constants = {"DIM": dim, "PRECISION": matmul_precision(v.dtype), "MIXED": heads % 2 == 1, "num_stages": 1}
+    constants |= dependent_launch(v.device)
+    out = torch.empty_like(v)
+    matrix = mean = qk
+    if tile.parts:
+        matrix = torch.empty(head_count, tile.parts, dim, dim, dtype=torch.float32, device=v.device)
+        mean = torch.empty(head_count, tile.parts, dim, dtype=torch.float32, device=v.device)
+        part = triton.cdiv(num_tokens, tile.parts)
+        few_sums_kernel[(head_count, tile.parts)](
+            *(qk, v, cos, sin, matrix, mean, num_tokens, width, heads, part),
+            BLOCK=64 if part <= 64 else 256, num_warps=4 if part <= 64 else 8, **constants,
+        )  # fmt: skip
+    attend_gate_kernel[(head_count, triton.cdiv(num_tokens, tile.queries))](
+        *(qk, v, gate, taps, conv_bias, cos, sin, matrix, mean, out),
+        *(num_tokens, height, width, heads, gate_stride),
+        PARTS=tile.parts, BLOCK=64 if num_tokens <= FEW_TOKENS else 256, QUERIES=tile.queries,
+        num_warps=tile.warps, **constants,
+    )  # fmt: skip
+    return out
+
+
+def attention_tile(num_tokens: int) -> AttentionTile:
+    """Return the tile for images of so many tokens."""
+    return FEW if num_tokens <= FEW_TOKENS else SEVERAL if num_tokens <= SEVERAL_TOKENS else MANY
+
+
+def mixer_forward(
+    x: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float,
+    cpe: Tensor, cpe_bias: Tensor, norm: Tensor, norm_bias: Tensor, in_proj: Tensor, in_proj_bias: Tensor,
+    dwc: Tensor, dwc_bias: Tensor, qk: Tensor, qk_bias: Tensor | None,
+    lepe: Tensor, lepe_bias: Tensor, out: Tensor, out_bias: Tensor,
+) -> Tensor:  # fmt: skip
+    """Add the attention branch to tokens x (B, H, W, C), in four launches, or five of many tokens."""
+    channels = x.shape[-1]
+    x, joined = conv_linear(
+        *(x, cpe, cpe_bias, in_proj, in_proj_bias, tile_of(PROJECTION, channels)), norm=(norm, norm_bias, eps)
+    )
+    inner, gate = joined.chunk(2, dim=-1)  # (B, H, W, C) each
+    v, queries_keys = conv_linear(inner, dwc, dwc_bias, qk, qk_bias, tile_of(QUERY_KEY, channels))
+    tile = attention_tile(x.shape[1] * x.shape[2])
+    gated = attend_and_gate(queries_keys, v, gate, lepe, lepe_bias, cos, sin, heads, tile)
+    return linear_add(gated, out, out_bias, x, tile_of(OUT, channels))
+
+
+def mlp_branch_forward(
+    x: Tensor, eps: float, cpe: Tensor, cpe_bias: Tensor, norm: Tensor, norm_bias: Tensor,
+    widen: Tensor, widen_bias: Tensor, narrow: Tensor, narrow_bias: Tensor,
+) -> Tensor:  # fmt: skip
+    """Add the MLP branch to tokens x (B, H, W, C), in two launches, or one of narrow tokens."""
+    channels = x.shape[-1]
+    if channels <= max(MLP, default=0):
+        tile = tile_of(MLP, channels)
+        return conv_mlp(x, cpe, cpe_bias, (norm, norm_bias, eps), widen, widen_bias, narrow, narrow_bias, tile)
+    x, hidden = conv_linear(
+        *(x, cpe, cpe_bias, widen, widen_bias, tile_of(WIDEN, channels)), norm=(norm, norm_bias, eps), use_gelu=True
+    )
+    return linear_add(hidden, narrow, narrow_bias, x, tile_of(NARROW, channels))
