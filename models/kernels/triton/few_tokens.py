@@ -24,7 +24,7 @@ from models.kernels.triton.launch import (
     token_stride,
     wait_for_previous,
 )
-from models.kernels.triton.math import gelu, positive, reciprocal, sigmoid
+from models.kernels.triton.math import gelu, pinned, positive, reciprocal, sigmoid
 
 
 class Tile(NamedTuple):
@@ -98,6 +98,25 @@ def load_shifted(x, token, ok, shift, stride, channel, channel_ok):
 
 
 @triton.jit
+def early(x):
+    """Return float32 x, brought here into the layout of what it is used with, and not before the next load.
+
+    A change of layout has barriers, which no load passes: each would wait for the one before. Adding 0 is what changes.
+    """
+    return pinned(x) + 0.0
+
+
+@triton.jit
+def load_early(taps, conv_bias, channel, channel_ok):
+    """Load a convolution's nine taps and its bias, each (1, channels), in the layout of tokens."""
+    top0, top1, top2, mid0, mid1, mid2, low0, low1, low2 = load_stencil(taps, channel, channel_ok)
+    bias = tl.load(conv_bias + channel, mask=channel_ok, other=0.0).to(tl.float32)
+    top0, top1, top2, mid0, mid1 = early(top0), early(top1), early(top2), early(mid0), early(mid1)
+    mid2, low0, low1, low2, bias = early(mid2), early(low0), early(low1), early(low2), early(bias)
+    return top0, top1, top2, mid0, mid1, mid2, low0, low1, low2, bias
+
+
+@triton.jit
 def convolve(
     x, token, token_ok, height, width, stride, channel, channel_ok, start,
     top0, top1, top2, mid0, mid1, mid2, low0, low1, low2,
@@ -115,7 +134,7 @@ def convolve(
     total += low0 * load_shifted(x, token, below & left, width - 1, stride, channel, channel_ok)
     total += low1 * load_shifted(x, token, below, width, stride, channel, channel_ok)
     total += low2 * load_shifted(x, token, below & right, width + 1, stride, channel, channel_ok)
-    return total
+    return pinned(total)
 
 
 @triton.jit
@@ -130,13 +149,13 @@ def convolve_and_norm(
     channel = tl.arange(0, WIDTH)[None, :]
     channel_ok = channel < CHANNELS
     token_ok = token < num_tokens
-    top0, top1, top2, mid0, mid1, mid2, low0, low1, low2 = load_stencil(taps, channel, channel_ok)
-    start = tl.load(conv_bias + channel, mask=channel_ok, other=0.0).to(tl.float32)
+    top0, top1, top2, mid0, mid1, mid2, low0, low1, low2, start = load_early(taps, conv_bias, channel, channel_ok)
     scale, shift = start, start
     if NORM:
         mid1 += 1.0
         scale = tl.load(norm_weight + channel, mask=channel_ok, other=0.0).to(tl.float32)
         shift = tl.load(norm_bias + channel, mask=channel_ok, other=0.0).to(tl.float32)
+        scale, shift = early(scale), early(shift)
     wait_for_previous(PDL)
     total = convolve(
         x, token, token_ok, height, width, stride, channel, channel_ok, start,
@@ -330,8 +349,7 @@ def attend_gate_kernel(
     i = tl.arange(0, DIM)
     channel = (head * DIM + i)[None, :]
     channel_ok = channel < channels
-    top0, top1, top2, mid0, mid1, mid2, low0, low1, low2 = load_stencil(taps, channel, channel_ok)
-    bias = tl.load(conv_bias + channel, mask=channel_ok, other=0.0).to(tl.float32)
+    top0, top1, top2, mid0, mid1, mid2, low0, low1, low2, bias = load_early(taps, conv_bias, channel, channel_ok)
     wait_for_previous(PDL)
     first_token = image * num_tokens
     position = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
@@ -357,7 +375,7 @@ def attend_gate_kernel(
         )
         kv /= num_tokens
         mean_k /= num_tokens
-    q = positive(q.to(tl.float32))
+    q, g, c, s = positive(pinned(q.to(tl.float32))), pinned(g), pinned(c), pinned(s)
     inverse = reciprocal(tl.sum(q * mean_k[None, :], 1, keep_dims=True) + NORMALIZER_EPS)
     rotated = rotate(q, c, s, QUERIES, DIM).to(qk.dtype.element_ty)
     result = tl.dot(rotated, kv.to(qk.dtype.element_ty), input_precision=PRECISION) * inverse

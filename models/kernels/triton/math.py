@@ -48,6 +48,15 @@ def rescale(x, scale):
 
 
 @triton.jit
+def pinned(x):
+    """Return float32 x, of which Triton computes nothing again in another layout, such as that of a product's input."""
+    if USE_PTX:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
+    else:  # noqa: RET505
+        return x
+
+
+@triton.jit
 def sigmoid(x):
     return reciprocal(1.0 + exponential(-x))
 
