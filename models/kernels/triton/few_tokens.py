@@ -92,48 +92,36 @@ WIDEST_HEAD = 32
 
 @triton.jit
 def load_shifted(x, token, ok, shift, stride, channel, channel_ok):
-    """Load tokens (tokens, channels), float32, that lie `shift` tokens further; zeros where not ok."""
-    place = x + (token + shift)[:, None] * stride + channel
-    return tl.load(place, mask=ok[:, None] & channel_ok, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def early(x):
-    """Return float32 x, brought here into the layout of what it is used with, and not before the next load.
-
-    A change of layout has barriers, which no load passes: each would wait for the one before. Adding 0 is what changes.
-    """
-    return pinned(x) + 0.0
-
-
-@triton.jit
-def load_early(taps, conv_bias, channel, channel_ok):
-    """Load a convolution's nine taps and its bias, each (1, channels), in the layout of tokens."""
-    top0, top1, top2, mid0, mid1, mid2, low0, low1, low2 = load_stencil(taps, channel, channel_ok)
-    bias = tl.load(conv_bias + channel, mask=channel_ok, other=0.0).to(tl.float32)
-    top0, top1, top2, mid0, mid1 = early(top0), early(top1), early(top2), early(mid0), early(mid1)
-    mid2, low0, low1, low2, bias = early(mid2), early(low0), early(low1), early(low2), early(bias)
-    return top0, top1, top2, mid0, mid1, mid2, low0, low1, low2, bias
+    """Load tokens (tokens, channels) that lie `shift` tokens further; zeros where not ok."""
+    return tl.load(x + (token + shift)[:, None] * stride + channel, mask=ok[:, None] & channel_ok, other=0.0)
 
 
 @triton.jit
 def convolve(
-    x, token, token_ok, height, width, stride, channel, channel_ok, start,
-    top0, top1, top2, mid0, mid1, mid2, low0, low1, low2,
+    x, token, token_ok, height, width, stride, channel, channel_ok, bias,
+    top0, top1, top2, mid0, mid1, mid2, low0, low1, low2, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """Return start + the depthwise convolution of x, float32 (tokens, channels)."""
+    """Return the depthwise convolution of x with bias, + x if RESIDUAL; float32 (tokens, channels).
+
+    All loads come first: taps change their layout behind barriers, over which no load can be moved.
+    """
     row, column = token // width % height, token % width
     left, right = column > 0, column + 1 < width
     above, below = token_ok & (row > 0), token_ok & (row + 1 < height)
-    total = start + top0 * load_shifted(x, token, above & left, -width - 1, stride, channel, channel_ok)
-    total += top1 * load_shifted(x, token, above, -width, stride, channel, channel_ok)
-    total += top2 * load_shifted(x, token, above & right, 1 - width, stride, channel, channel_ok)
-    total += mid0 * load_shifted(x, token, token_ok & left, -1, stride, channel, channel_ok)
-    total += mid1 * load_shifted(x, token, token_ok, 0, stride, channel, channel_ok)
-    total += mid2 * load_shifted(x, token, token_ok & right, 1, stride, channel, channel_ok)
-    total += low0 * load_shifted(x, token, below & left, width - 1, stride, channel, channel_ok)
-    total += low1 * load_shifted(x, token, below, width, stride, channel, channel_ok)
-    total += low2 * load_shifted(x, token, below & right, width + 1, stride, channel, channel_ok)
+    x0 = load_shifted(x, token, above & left, -width - 1, stride, channel, channel_ok)
+    x1 = load_shifted(x, token, above, -width, stride, channel, channel_ok)
+    x2 = load_shifted(x, token, above & right, 1 - width, stride, channel, channel_ok)
+    x3 = load_shifted(x, token, token_ok & left, -1, stride, channel, channel_ok)
+    x4 = load_shifted(x, token, token_ok, 0, stride, channel, channel_ok)
+    x5 = load_shifted(x, token, token_ok & right, 1, stride, channel, channel_ok)
+    x6 = load_shifted(x, token, below & left, width - 1, stride, channel, channel_ok)
+    x7 = load_shifted(x, token, below, width, stride, channel, channel_ok)
+    x8 = load_shifted(x, token, below & right, width + 1, stride, channel, channel_ok)
+    total = bias + top0 * x0.to(tl.float32) + top1 * x1.to(tl.float32) + top2 * x2.to(tl.float32)
+    total += mid0 * x3.to(tl.float32) + mid1 * x4.to(tl.float32) + mid2 * x5.to(tl.float32)
+    total += low0 * x6.to(tl.float32) + low1 * x7.to(tl.float32) + low2 * x8.to(tl.float32)
+    if RESIDUAL:
+        total += x4.to(tl.float32)
     return pinned(total)
 
 
@@ -149,17 +137,16 @@ def convolve_and_norm(
     channel = tl.arange(0, WIDTH)[None, :]
     channel_ok = channel < CHANNELS
     token_ok = token < num_tokens
-    top0, top1, top2, mid0, mid1, mid2, low0, low1, low2, start = load_early(taps, conv_bias, channel, channel_ok)
+    top0, top1, top2, mid0, mid1, mid2, low0, low1, low2 = load_stencil(taps, channel, channel_ok)
+    start = tl.load(conv_bias + channel, mask=channel_ok, other=0.0).to(tl.float32)
     scale, shift = start, start
     if NORM:
-        mid1 += 1.0
         scale = tl.load(norm_weight + channel, mask=channel_ok, other=0.0).to(tl.float32)
         shift = tl.load(norm_bias + channel, mask=channel_ok, other=0.0).to(tl.float32)
-        scale, shift = early(scale), early(shift)
     wait_for_previous(PDL)
     total = convolve(
         x, token, token_ok, height, width, stride, channel, channel_ok, start,
-        top0, top1, top2, mid0, mid1, mid2, low0, low1, low2,
+        top0, top1, top2, mid0, mid1, mid2, low0, low1, low2, NORM,
     )  # fmt: skip
     dtype = conv_out.dtype.element_ty
     if NORM:
@@ -349,24 +336,28 @@ def attend_gate_kernel(
     i = tl.arange(0, DIM)
     channel = (head * DIM + i)[None, :]
     channel_ok = channel < channels
-    top0, top1, top2, mid0, mid1, mid2, low0, low1, low2, bias = load_early(taps, conv_bias, channel, channel_ok)
+    top0, top1, top2, mid0, mid1, mid2, low0, low1, low2 = load_stencil(taps, channel, channel_ok)
+    bias = tl.load(conv_bias + channel, mask=channel_ok, other=0.0).to(tl.float32)
     wait_for_previous(PDL)
     first_token = image * num_tokens
     position = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
     ok = position < num_tokens
     token = first_token + position
     q = load_tokens(qk + first_token * 2 * channels + head * DIM, position, num_tokens, 2 * channels, i)
-    lepe = convolve(
-        v, token, ok, height, width, channels, channel, channel_ok, bias,
-        top0, top1, top2, mid0, mid1, mid2, low0, low1, low2,
-    )  # fmt: skip
     g = load_shifted(gate, token, ok, 0, gate_stride, channel, channel_ok)
     c, s = load_angles(cos, sin, position, ok, width, head, channels // 2, DIM // 2, MIXED)
+    lepe = convolve(
+        v, token, ok, height, width, channels, channel, channel_ok, bias,
+        top0, top1, top2, mid0, mid1, mid2, low0, low1, low2, False,
+    )  # fmt: skip
     if PARTS:
-        part = tl.arange(0, PARTS)
-        place = (head_index * PARTS + part)[:, None, None] * DIM * DIM + i[None, :, None] * DIM + i[None, None, :]
-        kv = tl.sum(tl.load(matrix + place), 0)
-        mean_k = tl.sum(tl.load(mean + (head_index * PARTS + part)[:, None] * DIM + i[None, :]), 0)
+        kv = tl.zeros((DIM, DIM), dtype=tl.float32)
+        mean_k = tl.zeros((DIM,), dtype=tl.float32)
+        for part in tl.static_range(PARTS):
+            base = (head_index * PARTS + part) * DIM
+            kv += tl.load(matrix + base * DIM + i[:, None] * DIM + i[None, :])
+            mean_k += tl.load(mean + base + i)
+        kv = pinned(kv)
     else:
         k_pointer = qk + first_token * 2 * channels + channels + head * DIM
         v_pointer = v + first_token * channels + head * DIM
@@ -375,7 +366,7 @@ def attend_gate_kernel(
         )
         kv /= num_tokens
         mean_k /= num_tokens
-    q, g, c, s = positive(pinned(q.to(tl.float32))), pinned(g), pinned(c), pinned(s)
+    q, g, c, s = positive(pinned(q.to(tl.float32))), pinned(g.to(tl.float32)), pinned(c), pinned(s)
     inverse = reciprocal(tl.sum(q * mean_k[None, :], 1, keep_dims=True) + NORMALIZER_EPS)
     rotated = rotate(q, c, s, QUERIES, DIM).to(qk.dtype.element_ty)
     result = tl.dot(rotated, kv.to(qk.dtype.element_ty), input_precision=PRECISION) * inverse
