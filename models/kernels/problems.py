@@ -16,8 +16,10 @@ FULL_SIZE = 2**14 + 2**13  # images times channels that keep a GPU busy: kernels
 LEAST_FULL_BATCH = 112  # likewise, of the widest tokens
 FEW_COLUMNS = 16  # for kernels for few tokens: with 17 rows, an image of more than they sum in one program
 # Without gradient.
-INFERENCE_ONLY = ("inference_mixer", "inference_mlp", "mlp", "stem_conv_relu", "stem_layer")
-INFERENCE_ONLY += ("few_tokens_mixer", "few_tokens_mlp")
+INFERENCE_ONLY = (
+    *("inference_mixer", "inference_mlp", "mlp", "stem_conv_relu", "stem_layer"),
+    *("few_tokens_mixer", "few_tokens_mlp"),
+)
 EPS = 1e-5  # of the norms
 Outputs = tuple[Tensor, ...]
 

@@ -53,6 +53,16 @@ def test_mlp_and_elementwise(draw: Any) -> None:
     check(ops.mlp, x, draw(128, 32), draw(128), draw(32, 128), draw(32), x)
 
 
+def test_few_tokens(draw: Any) -> None:
+    x, taps, bias, table, square = draw(1, 4, 6, 32), draw(32, 1, 3, 3), draw(32), draw(10, 8), draw(32, 32)
+    conv_and_norm, double = (taps, bias, bias, bias), (draw(64, 32), draw(64))
+    check(
+        *(ops.few_tokens_mixer, x, table, table, 2, 1e-5, *conv_and_norm, *double, taps, bias, *double, taps, bias),
+        *(square, bias),
+    )
+    check(ops.few_tokens_mlp, x, 1e-5, *conv_and_norm, draw(128, 32), draw(128), draw(32, 128), bias)
+
+
 def test_sums(draw: Any) -> None:
     check(ops.sum_parts, [draw(3, 10, 32), draw(2, 1, 8)])
 
