@@ -19,6 +19,7 @@ GRID_CLASSES = ((7, 6), (14, 12))
 LARGE_GRID_ROWS = 17
 Problem = tuple[torch.device, torch.dtype, Case]
 VERDICTS: dict[Problem, str] = {}  # of this process
+SET_UP: set[torch.device] = set()  # devices on which a run has tested its kernels
 ASSUMED: list[set[Problem]] = []  # where there is one, problems without a verdict go there, and count as passed
 
 logger = logging.getLogger("mlla")
@@ -59,6 +60,7 @@ def supports(
     head_dim: int = 32,
     dtype: torch.dtype | None = None,
     reason: str = "",
+    only_tested: bool = False,
 ) -> bool:
     """Return whether a kernel computes tokens x (B, H, W, C), or images (B, C, H, W), for which `can_run`.
 
@@ -71,6 +73,7 @@ def supports(
         head_dim: channels of an attention head, likewise.
         dtype: what the kernel computes in; None for that of x.
         reason: why the kernels do not support the module, or "".
+        only_tested: return False if a run's set-up has left out this kernel's self-test.
 
     Raises:
         KernelsUnavailableError: `mode` is "triton" and the kernel cannot compute this.
@@ -82,6 +85,8 @@ def supports(
     if dtype not in DTYPES:
         reason = f"the kernels do not support {dtype}"
     if not reason and mode == "auto":
+        if only_tested and is_left_out(kernel, x.device, dtype, channels, head_dim, self_test_rows(shape[1])):
+            return False
         reason = failed_self_test(kernel, x.device, dtype, channels, head_dim, self_test_rows(shape[1]))
     return not reason or fall_back(mode, reason)
 
@@ -151,6 +156,13 @@ def failed_self_test(
 ) -> str:
     """Return why a kernel is not to be trusted for this problem, or an empty string."""
     return self_test_verdict(kernel, device, dtype, int(channels), int(head_dim), int(rows))
+
+
+@torch.compiler.assume_constant_result
+def is_left_out(kernel: str, device: torch.device, dtype: torch.dtype, channels: int, head_dim: int, rows: int) -> bool:
+    """Return whether a run's set-up has tested kernels without this problem."""
+    case = kernel, int(channels), int(head_dim), int(rows)
+    return device in SET_UP and case not in known_verdicts([case], device, dtype)
 
 
 def self_test_verdict(

@@ -28,9 +28,9 @@ from models.mlla import MLLABlock, Stage
 from models.rope import position_tables
 
 MANY_PIXELS = 2**19  # for the kernel of the stem's layers: 42 images of 224x224; fewer leave multiprocessors idle
-FEW_VALUES = 2**18  # tokens times channels of a block that take as long as their launches: one image of 224x224
-WIDEST_FEW = 512  # channels of such tokens
-WIDEST_FEW_HEAD = 32
+# Tokens times the square of their channels for which kernels of few launches are faster: up to two images of 224x224.
+FEW_PRODUCTS = 2**25
+WIDEST_FEW, WIDEST_FEW_HEAD = 512, 32  # channels of such tokens, and of their heads
 NUM_POSITIONS = 1024  # rows and columns of tokens together, for which a prepared stage keeps tables
 
 
@@ -165,9 +165,9 @@ class InferenceStage(Stage):
         return self.cos[:count], self.sin[:count]  # (H + W, C / 4) each
 
 
-def takes_few_tokens(channels: int, heads: int) -> bool:
-    """Return whether there are kernels for few tokens of a block of this width, in 16 bits."""
-    return channels <= min(WIDEST_FEW, heads * WIDEST_FEW_HEAD)
+def are_few_tokens(num_tokens: int, channels: int, heads: int) -> bool:
+    """Return whether a block of this width has kernels for so few tokens, in 16 bits."""
+    return channels <= min(WIDEST_FEW, heads * WIDEST_FEW_HEAD) and num_tokens * channels**2 <= FEW_PRODUCTS
 
 
 class InferenceBlock(nn.Module):
@@ -202,11 +202,16 @@ class InferenceBlock(nn.Module):
         return self.mix_channels(self.mix_tokens(x, rotary))
 
     def supports_few(self, kernel: str, x: Tensor) -> bool:
-        """Return whether kernels made for few tokens compute one half of x (B, H, W, C)."""
-        is_fit = takes_few_tokens(self.attn.dim, self.attn.num_heads) and compute_dtype(x) != torch.float32
-        return is_fit and x.numel() <= FEW_VALUES and self.supports(kernel, x)
+        """Return whether the kernels for few tokens compute one half of x (B, H, W, C).
 
-    def supports(self, kernel: str, x: Tensor) -> bool:
+        In a run that has tested other kernels alone they stay unused: a test would hold up an evaluation.
+        """
+        attention, num_tokens = self.attn, x.shape[0] * x.shape[1] * x.shape[2]
+        if compute_dtype(x) == torch.float32 or not are_few_tokens(num_tokens, attention.dim, attention.num_heads):
+            return False
+        return self.supports(kernel, x, only_tested=True)
+
+    def supports(self, kernel: str, x: Tensor, *, only_tested: bool = False) -> bool:
         """Return whether the kernels of one half, named as its self-test, compute tokens x (B, H, W, C)."""
         is_mixer = kernel in ("inference_mixer", "few_tokens_mixer")
         return dispatch.can_run(self.kernels, x) and dispatch.supports(
@@ -215,6 +220,7 @@ class InferenceBlock(nn.Module):
             head_dim=self.attn.dim // self.attn.num_heads if is_mixer else 32,
             dtype=compute_dtype(x),
             reason=self.unsupported_mixer if is_mixer else self.unsupported_mlp,
+            only_tested=only_tested,
         )
 
     def mix_tokens(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

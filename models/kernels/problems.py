@@ -14,7 +14,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  #
 COLUMNS = 6
 FULL_SIZE = 2**14 + 2**13  # images times channels that keep a GPU busy: kernels take the tiles that training takes
 LEAST_FULL_BATCH = 112  # likewise, of the widest tokens
-FEW_COLUMNS = 16  # for kernels for few tokens: with 17 rows, an image of more than they sum in one program
+FEW_COLUMNS = 16  # for kernels for few tokens: with 17 rows, an image of more than they sum in a step
 # Without gradient.
 INFERENCE_ONLY = (
     *("inference_mixer", "inference_mlp", "mlp", "stem_conv_relu", "stem_layer"),

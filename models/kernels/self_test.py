@@ -34,7 +34,7 @@ from models.kernels.fused_modules import (
     mlp_parts,
     stem_parts,
 )
-from models.kernels.inference import takes_few_tokens
+from models.kernels.inference import are_few_tokens
 from models.kernels.self_test_pool import passed_in_workers, start_server, stop_server
 from models.kernels.verdicts import Case
 from models.mlla import MLLA
@@ -45,14 +45,13 @@ SECONDS = {
     **{"few_tokens_mixer": 6, "few_tokens_mlp": 4},
     **{"inference_mlp": 2, "mlp": 2, "stem_conv": 2, "stem_conv_relu": 2, "stem_layer": 4},
 }
-# What may be done with a model: "prepared" is inference of its `prepare_for_inference` copy, "inference" its own.
+# What may be done with a model: "prepared" is inference of its `prepare_for_inference` copy, "inference" its own. That of
+# one image has kernels besides.
 KERNELS = {
     "training": ("mixer", "mlp_branch", "wide_conv", "stem_conv"),
     "inference": ("mixer", "mlp_branch", "mlp", "wide_conv", "stem_conv"),
-    "prepared": (
-        *("inference_mixer", "inference_mlp", "wide_conv", "stem_conv_relu", "stem_layer"),
-        *("few_tokens_mixer", "few_tokens_mlp"),
-    ),
+    "prepared": ("inference_mixer", "inference_mlp", "wide_conv", "stem_conv_relu", "stem_layer"),
+    "prepared, one image": ("few_tokens_mixer", "few_tokens_mlp"),
 }
 ONLY_16_BITS = ("stem_layer", "few_tokens_mixer", "few_tokens_mlp")
 START_SECONDS = 14  # of 16 workers at once: imports and CUDA contexts
@@ -119,6 +118,7 @@ def log_self_test(
     reason = dispatch.missing_triton(device.type)
     if reason and any(getattr(module, "kernels", "") == "triton" for module in model.modules()):
         dispatch.fall_back("triton", reason)
+    dispatch.SET_UP.add(device)
     cases = kernel_cases(model, image_size, uses, dtype)
     other_cases = [] if reason else [verdicts.other_case(name) for name in others]
     if not (cases or other_cases) or (reason and device.type == "cpu"):
@@ -249,25 +249,26 @@ def kernel_cases(
     model: nn.Module, image_size: int | tuple[int, int], uses: Collection[str], dtype: torch.dtype = torch.bfloat16
 ) -> list[Case]:
     """List what the kernels of the networks inside a model have to solve for images of this size, each case once."""
-    height = image_size if isinstance(image_size, int) else image_size[0]
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     cases: list[Case] = []
     for network in model.modules():
         if isinstance(network, MLLA):
             cases += module_cases(network.patch_embed, network.in_chans)
-            rows = -(-height // 4)
+            rows, columns = -(-height // 4), -(-width // 4)
             for stage in network.stages:
                 for module in (*stage.blocks, stage.downsample):
-                    cases += module_cases(module, rows)
-                rows = -(-rows // 2)
+                    cases += module_cases(module, rows, columns)
+                rows, columns = -(-rows // 2), -(-columns // 2)
     used = {kernel for use in uses for kernel in KERNELS[use]}
     used -= set(ONLY_16_BITS) if dtype == torch.float32 else set()
     return sorted({case for case in cases if case[0] in used})
 
 
-def module_cases(module: nn.Module | None, rows: int) -> list[Case]:
+def module_cases(module: nn.Module | None, rows: int, columns: int = 0) -> list[Case]:
     """List a module's cases in all uses, for inputs of so many rows (for a stem: channels, its second dimension)."""
     if not isinstance(module, FusedModule) or module.kernels != "auto":
         return []
+    num_tokens = rows * columns
     rows = dispatch.self_test_rows(rows)
     if isinstance(module, FusedStem):
         width = module.conv1.conv.out_channels
@@ -279,7 +280,7 @@ def module_cases(module: nn.Module | None, rows: int) -> list[Case]:
         return [] if module.unsupported(downsample_parts) else [("wide_conv", width, 32, rows)]
     assert isinstance(module, FusedMLLABlock)
     attention, cases = module.attn, []
-    is_few = takes_few_tokens(attention.dim, attention.num_heads)
+    is_few = are_few_tokens(num_tokens, attention.dim, attention.num_heads)
     if not module.unsupported(mixer_parts):
         head_dim = attention.dim // attention.num_heads
         kernels = ("mixer", "inference_mixer", *(("few_tokens_mixer",) if is_few else ()))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import prepare_for_inference, use_kernels
-from models.kernels import inference
+from models.kernels import dispatch, inference
 from models.mlla import MLLABlock
 from models.rope import position_tables
 
@@ -39,7 +39,7 @@ def test_product_and_residual(draw: Any, monkeypatch: pytest.MonkeyPatch, tile: 
     near(few_tokens.linear_add(x, weight, bias, residual, tile), expected)
 
 
-@pytest.mark.parametrize("tile", [Tile(16, 16, 4), Tile(32, 64, 4, 4)], ids=str)
+@pytest.mark.parametrize("tile", [Tile(16, 16, 4), Tile(32, 64, 4)], ids=str)
 @pytest.mark.parametrize("has_norm", [True, False])
 def test_convolution_and_product(draw: Any, tile: Any, has_norm: bool) -> None:
     """Of a slice of wider tokens, of two images, without bias where there is no norm."""
@@ -59,7 +59,9 @@ def test_convolution_and_product(draw: Any, tile: Any, has_norm: bool) -> None:
     near(out, product)
 
 
-@pytest.mark.parametrize("tile", [AttentionTile(0, 16, 4), AttentionTile(4, 32, 4), AttentionTile(16, 16, 4)], ids=str)
+@pytest.mark.parametrize(
+    "tile", [AttentionTile(0, 16, 4, 64), AttentionTile(4, 32, 4, 64), AttentionTile(16, 16, 4, 16)], ids=str
+)
 @pytest.mark.parametrize("heads", [3, 2])
 def test_attention_and_gate(draw: Any, device: torch.device, tile: Any, heads: int) -> None:
     """With 70 tokens in 16 parts there are parts without tokens."""
@@ -86,17 +88,31 @@ def test_no_dependent_launch_on_a_cpu() -> None:
     assert launch.dependent_launch(torch.device("cpu")) == {"PDL": False}
 
 
-@pytest.mark.parametrize("most", [2 * 36 * 32, 2 * 36 * 32 - 1])
+@pytest.mark.parametrize("most", [2 * 36 * 32**2, 2 * 36 * 32**2 - 1])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("tested", [None, (), ("few_tokens_mixer", "few_tokens_mlp")], ids=str)
 @pytest.mark.usefixtures("trusted")
 def test_a_prepared_block_takes_them_for_few_tokens(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, most: int, dtype: torch.dtype
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    most: int,
+    dtype: torch.dtype,
+    tested: tuple[str, ...] | None,
 ) -> None:
+    """Where a run has tested kernels at set-up, if they were among them; else their first call tests them."""
+    if tested is not None:
+        monkeypatch.setattr(dispatch, "SET_UP", {torch.zeros(1, device=device).device})
+    known = {
+        case: ""
+        for case in (("few_tokens_mixer", 32, 16, 6), ("few_tokens_mlp", 32, 32, 6))
+        if case[0] in (tested or ())
+    }
+    monkeypatch.setattr(dispatch, "known_verdicts", lambda *_: known)
     calls = []
     for name in ("few_tokens_mixer", "few_tokens_mlp"):
         right = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *args, name=name, right=right: calls.append(name) or right(*args))
-    monkeypatch.setattr(inference, "FEW_VALUES", most)
+    monkeypatch.setattr(inference, "FEW_PRODUCTS", most)
     torch.manual_seed(0)
     block = use_kernels(MLLABlock(32, 2, qkv_bias=False)).to(device).eval()
     prepared = prepare_for_inference(block, dtype)
@@ -105,10 +121,13 @@ def test_a_prepared_block_takes_them_for_few_tokens(
         found = prepared(x, rotary)
         expected = use_kernels(block, "torch")(x, rotary)
     torch.testing.assert_close(found.float(), expected.float(), rtol=1e-2, atol=1e-2)
-    is_few = most == x.numel() and dtype == torch.float16
+    is_few = most == 32 * x.numel() and dtype == torch.float16 and tested != ()
     assert calls == (["few_tokens_mixer", "few_tokens_mlp"] if is_few else [])
 
 
-@pytest.mark.parametrize(("channels", "heads", "is_taken"), [(512, 16, True), (64, 1, False), (768, 24, False)])
-def test_widths_and_heads(channels: int, heads: int, is_taken: bool) -> None:
-    assert inference.takes_few_tokens(channels, heads) is is_taken
+@pytest.mark.parametrize(
+    ("num_tokens", "channels", "heads", "are_few"),
+    [(2 * 49, 512, 16, True), (3 * 49, 512, 16, False), (49, 64, 1, False), (49, 768, 24, False)],
+)
+def test_widths_heads_and_tokens(num_tokens: int, channels: int, heads: int, are_few: bool) -> None:
+    assert inference.are_few_tokens(num_tokens, channels, heads) is are_few

@@ -149,12 +149,15 @@ def test_cases_of_each_use() -> None:
     trained = ["mixer 128", "mixer 256", "mlp_branch 128", "mlp_branch 256", "stem_conv 64", "wide_conv 1024"]
     prepared = ["inference_mixer 128", "inference_mixer 256", "inference_mlp 128", "inference_mlp 256"]
     prepared += ["stem_conv_relu 64", "wide_conv 1024"]
-    few = ["few_tokens_mixer 128", "few_tokens_mixer 256", "few_tokens_mlp 128", "few_tokens_mlp 256"]
-    prepared = [*few, *prepared]
     assert cases("training") == trained
     assert cases("inference") == sorted(["mlp 128", *trained])
     assert cases("prepared") == prepared
     assert cases("training", "prepared") == sorted({*trained, *prepared})
+    assert cases("prepared, one image") == []
+    few = kernel_cases(model, 112, ["prepared, one image"])
+    assert [case[:2] for case in few] == [
+        (name, width) for name in ("few_tokens_mixer", "few_tokens_mlp") for width in (128, 256)
+    ]
 
 
 @pytest.mark.parametrize("use", KERNELS)
@@ -169,23 +172,25 @@ def test_a_model_asks_for_the_cases_of_its_use(device: torch.device, monkeypatch
     model = use_kernels(MLLA(**SIZES)).to(device).train(use == "training")  # type: ignore[arg-type]
     cases = kernel_cases(model, 16, [use])
     monkeypatch.setattr(inference, "MANY_PIXELS", 0)
-    if use == "prepared":
+    is_prepared = use.startswith("prepared")
+    if is_prepared:
         model = prepare_for_inference(model, torch.float16)
-    autocast = torch.autocast(device.type, torch.float16, enabled=use == "prepared")
-    for few_values in (0, inference.FEW_VALUES):
-        monkeypatch.setattr(inference, "FEW_VALUES", few_values)
-        with torch.set_grad_enabled(use == "training"), autocast:
-            model(torch.zeros(2, 3, 16, 16, device=device))
+    if use == "prepared":
+        monkeypatch.setattr(inference, "FEW_PRODUCTS", 0)
+    autocast = torch.autocast(device.type, torch.float16, enabled=is_prepared)
+    with torch.set_grad_enabled(use == "training"), autocast:
+        model(torch.zeros(2, 3, 16, 16, device=device))
+    if use == "prepared, one image":
+        asked = {case for case in asked if case[0].startswith("few_tokens")}  # the others are of "prepared"
     assert sorted(asked) == cases
 
 
 def test_kernels_for_16_bits_alone_are_not_tested_in_float32() -> None:
     model = use_kernels(MLLA(**SIZES))  # type: ignore[arg-type]
     left_out = set(kernel_cases(model, 16, ["prepared"])) - set(kernel_cases(model, 16, ["prepared"], torch.float32))
-    few = {("few_tokens_mixer", width, 16, 6) for width in (16, 32)} | {
-        ("few_tokens_mlp", width, 32, 6) for width in (16, 32)
-    }
-    assert left_out == {("stem_layer", 8, 32, 6), *few}
+    assert left_out == {("stem_layer", 8, 32, 6)}
+    assert kernel_cases(model, 16, ["prepared, one image"]) != []
+    assert kernel_cases(model, 16, ["prepared, one image"], torch.float32) == []
 
 
 def test_a_wrong_kernel_of_prepared_blocks_falls_back(

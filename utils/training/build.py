@@ -82,13 +82,15 @@ def measures_loading(config: CfgNode) -> bool:
 
 
 def model_uses(config: CfgNode, device: torch.device) -> set[str]:
-    """Return what is done with the model: "training", "inference" of it as it is, and of a "prepared" copy."""
+    """Return what is done with the model, of `KERNELS` in models/kernels/self_test.py."""
     uses = {"training"} if trains(config) else set()
     if trains(config) and config.EMA.ENABLED and config.AUG.get("MESA"):
         uses.add("inference")  # of the teacher
     if not (config.THROUGHPUT_MODE and config.BENCHMARK.TRAIN):
         mode = resolve_inference_mode(config.TEST.COMPILE, device)
         uses.add("inference" if mode == "off" else "prepared")
+        if mode != "off" and (config.THROUGHPUT_MODE or (config.EVAL_MODE and config.DATA.BATCH_SIZE == 1)):
+            uses.add("prepared, one image")
     return uses
 
 
