@@ -45,8 +45,8 @@ SECONDS = {
     **{"few_tokens_mixer": 6, "few_tokens_mlp": 4},
     **{"inference_mlp": 2, "mlp": 2, "stem_conv": 2, "stem_conv_relu": 2, "stem_layer": 4},
 }
-# What may be done with a model: "prepared" is inference of its `prepare_for_inference` copy, "inference" its own. That of
-# one image has kernels besides.
+# What may be done with a model: "prepared" is inference of its `prepare_for_inference` copy, "inference" its own. That
+# of one image has kernels besides.
 KERNELS = {
     "training": ("mixer", "mlp_branch", "wide_conv", "stem_conv"),
     "inference": ("mixer", "mlp_branch", "mlp", "wide_conv", "stem_conv"),
