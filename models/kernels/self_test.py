@@ -45,13 +45,13 @@ SECONDS = {
     **{"few_tokens_mixer": 6, "few_tokens_mlp": 4},
     **{"inference_mlp": 2, "mlp": 2, "stem_conv": 2, "stem_conv_relu": 2, "stem_layer": 4},
 }
-# What may be done with a model: "prepared" is inference of its `prepare_for_inference` copy, "inference" its own. That
-# of one image has kernels besides.
+# What may be done with a model: "prepared" is inference of its `prepare_for_inference` copy, for "one_image" with more
+# kernels; "inference" is its own.
 KERNELS = {
     "training": ("mixer", "mlp_branch", "wide_conv", "stem_conv"),
     "inference": ("mixer", "mlp_branch", "mlp", "wide_conv", "stem_conv"),
     "prepared": ("inference_mixer", "inference_mlp", "wide_conv", "stem_conv_relu", "stem_layer"),
-    "prepared, one image": ("few_tokens_mixer", "few_tokens_mlp"),
+    "one_image": ("few_tokens_mixer", "few_tokens_mlp"),
 }
 ONLY_16_BITS = ("stem_layer", "few_tokens_mixer", "few_tokens_mlp")
 START_SECONDS = 14  # of 16 workers at once: imports and CUDA contexts

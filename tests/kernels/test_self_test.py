@@ -153,8 +153,8 @@ def test_cases_of_each_use() -> None:
     assert cases("inference") == sorted(["mlp 128", *trained])
     assert cases("prepared") == prepared
     assert cases("training", "prepared") == sorted({*trained, *prepared})
-    assert cases("prepared, one image") == []
-    few = kernel_cases(model, 112, ["prepared, one image"])
+    assert cases("one_image") == []
+    few = kernel_cases(model, 112, ["one_image"])
     assert [case[:2] for case in few] == [
         (name, width) for name in ("few_tokens_mixer", "few_tokens_mlp") for width in (128, 256)
     ]
@@ -172,7 +172,7 @@ def test_a_model_asks_for_the_cases_of_its_use(device: torch.device, monkeypatch
     model = use_kernels(MLLA(**SIZES)).to(device).train(use == "training")  # type: ignore[arg-type]
     cases = kernel_cases(model, 16, [use])
     monkeypatch.setattr(inference, "MANY_PIXELS", 0)
-    is_prepared = use.startswith("prepared")
+    is_prepared = use in ("prepared", "one_image")
     if is_prepared:
         model = prepare_for_inference(model, torch.float16)
     if use == "prepared":
@@ -180,7 +180,7 @@ def test_a_model_asks_for_the_cases_of_its_use(device: torch.device, monkeypatch
     autocast = torch.autocast(device.type, torch.float16, enabled=is_prepared)
     with torch.set_grad_enabled(use == "training"), autocast:
         model(torch.zeros(2, 3, 16, 16, device=device))
-    if use == "prepared, one image":
+    if use == "one_image":
         asked = {case for case in asked if case[0].startswith("few_tokens")}  # the others are of "prepared"
     assert sorted(asked) == cases
 
@@ -189,8 +189,8 @@ def test_kernels_for_16_bits_alone_are_not_tested_in_float32() -> None:
     model = use_kernels(MLLA(**SIZES))  # type: ignore[arg-type]
     left_out = set(kernel_cases(model, 16, ["prepared"])) - set(kernel_cases(model, 16, ["prepared"], torch.float32))
     assert left_out == {("stem_layer", 8, 32, 6)}
-    assert kernel_cases(model, 16, ["prepared, one image"]) != []
-    assert kernel_cases(model, 16, ["prepared, one image"], torch.float32) == []
+    assert kernel_cases(model, 16, ["one_image"]) != []
+    assert kernel_cases(model, 16, ["one_image"], torch.float32) == []
 
 
 def test_a_wrong_kernel_of_prepared_blocks_falls_back(

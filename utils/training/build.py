@@ -89,8 +89,8 @@ def model_uses(config: CfgNode, device: torch.device) -> set[str]:
     if not (config.THROUGHPUT_MODE and config.BENCHMARK.TRAIN):
         mode = resolve_inference_mode(config.TEST.COMPILE, device)
         uses.add("inference" if mode == "off" else "prepared")
-        if mode != "off" and (config.THROUGHPUT_MODE or (config.EVAL_MODE and config.DATA.BATCH_SIZE <= 2)):
-            uses.add("prepared, one image")
+        if "prepared" in uses and not trains(config) and (config.THROUGHPUT_MODE or config.DATA.BATCH_SIZE <= 2):
+            uses.add("one_image")
     return uses
 
 
