@@ -1,9 +1,12 @@
 """Time since the start of this process, and where the seconds of a run's start went."""
 
 import os
+import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 
 IMPORT_TIME = time.monotonic()
 START_TIME_FIELD = 19  # of /proc/PID/stat after the program's name, in clock ticks since the system's start
@@ -49,6 +52,18 @@ def launch_seconds() -> dict[str, float]:
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
         launcher = seconds_since_start_of(os.getppid())
     return {"launcher": max(0.0, (launcher or own) - own), "imports": own}
+
+
+def import_advice(package: ModuleType) -> str:
+    """Return how a package is imported faster if Python compiles its modules at each start, else an empty string."""
+    spec = package.__spec__
+    if not sys.dont_write_bytecode or not (spec and spec.origin and spec.cached) or Path(spec.cached).exists():
+        return ""
+    folder = Path(spec.origin).parents[1]
+    return (
+        "imports are slow: Python compiles all modules at each start, since PYTHONDONTWRITEBYTECODE is set and "
+        f"{folder} has none; unset it, or run once: python -m compileall -q -j 0 {shlex.quote(str(folder))}"
+    )
 
 
 def seconds_since_start_of(process: int) -> float | None:

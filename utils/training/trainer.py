@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from utils.checkpoint.best_weights import is_new_best, score_in
@@ -26,7 +27,7 @@ from utils.logs.logger import (
     logger,
 )
 from utils.logs.plots import Panel
-from utils.logs.process_clock import StartClock, process_seconds
+from utils.logs.process_clock import StartClock, import_advice, process_seconds
 from utils.logs.recorder import RunRecorder, weight_samples
 from utils.logs.wandb_logger import WandbLogger
 from utils.speed.data_wait import DataWait
@@ -259,6 +260,8 @@ class Trainer:
         """Log, after the first step, what the time until then was spent on."""
         clock.end("first step")
         logger.info("First step after %s", clock, extra=DETAIL)
+        if advice := import_advice(torch):
+            logger.info("%s", advice)
         self.start_clock = None
 
     def report(self, bar: ProgressBar, step: int, result: StepResult) -> None:

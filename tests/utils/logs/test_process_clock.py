@@ -1,12 +1,15 @@
 import os
+import shlex
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import pytest
 
 from tests.helpers import ROOT
 from utils.logs import process_clock
-from utils.logs.process_clock import StartClock
+from utils.logs.process_clock import StartClock, import_advice
 
 
 def test_the_interpreters_start_counts() -> None:
@@ -41,3 +44,22 @@ def test_the_launchers_first_start_counts(
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
     assert process_clock.launch_seconds() == {"launcher": launcher, "imports": 3.0}
+
+
+def test_advice_where_python_compiles_modules_at_each_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in container images whose packages were installed without that; the advice holds."""
+    source = tmp_path / "site packages" / "package" / "__init__.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("")
+    spec = spec_from_file_location("package", source)
+    assert spec is not None
+    monkeypatch.setattr(sys, "pycache_prefix", None)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    advice = import_advice(module_from_spec(spec))
+    folder = str(source.parents[1])
+    assert advice.endswith(f"run once: python -m compileall -q -j 0 '{folder}'")
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert import_advice(module_from_spec(spec)) == ""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    subprocess.run([sys.executable, *shlex.split(advice.rpartition("python ")[2])], check=True)
+    assert import_advice(module_from_spec(spec)) == ""
