@@ -108,7 +108,7 @@ _C.DATA.AUGMENT_ON = Key(
     "auto", one_of("auto", "cpu", "gpu"), help="where training images are augmented; auto: on a GPU, if there is one"
 )
 _C.DATA.DECODE_ON = Key(
-    "cpu", one_of("cpu", "gpu"), help="where JPEGs for training are decoded; gpu needs AUGMENT_ON gpu"
+    "cpu", one_of("cpu", "gpu"), help="where JPEGs for training are decoded; gpu: images are augmented there, too"
 )
 _C.DATA.GPU_DECODE_SHARE = Key(
     1.0, ABOVE_0_TO_1, help="share of the JPEGs that the GPU decodes with DECODE_ON gpu; workers decode the others"
@@ -410,8 +410,8 @@ def check_data(values: Mapping[str, Any]) -> None:
         refuse(values, "DATA.ZIP_MODE", f"DATA.DATASET is {dataset}, which comes without archives; leave out --zip")
     if values["DATA.CLASSES"] and dataset != "digits":
         refuse(values, "DATA.CLASSES", f"works with DATA.DATASET digits, not {dataset}: leave out class folders")
-    if values["DATA.DECODE_ON"] == "gpu" and values["DATA.AUGMENT_ON"] != "gpu":
-        refuse(values, "DATA.DECODE_ON", "images that a GPU decodes stay there; set DATA.AUGMENT_ON gpu too")
+    if values["DATA.DECODE_ON"] == "gpu" and values["DATA.AUGMENT_ON"] == "cpu":
+        refuse(values, "DATA.DECODE_ON", "images that a GPU decodes stay there; leave out DATA.AUGMENT_ON cpu")
 
 
 def check_timm(values: Mapping[str, Any]) -> None:

@@ -228,10 +228,14 @@ def train_loader(
 
 
 def train_transform(config: CfgNode, device: torch.device) -> TrainTransform:
-    """Return the transform for where DATA.AUGMENT_ON says; "auto" leaves to the CPU what the GPU does not support."""
-    place = config.DATA.AUGMENT_ON
-    if place == "gpu" and device.type != "cuda":
-        raise DataError(f"DATA.AUGMENT_ON gpu: this process trains on {device.type}; set it to cpu or auto")
+    """Return the transform for where DATA.AUGMENT_ON says; "auto" leaves to the CPU what the GPU does not support.
+
+    Images that the GPU decodes are augmented there in any case.
+    """
+    place, decodes_on_device = config.DATA.AUGMENT_ON, config.DATA.DECODE_ON == "gpu"
+    if "gpu" in (place, config.DATA.DECODE_ON) and device.type != "cuda":
+        key, others = ("AUGMENT_ON", "cpu or auto") if place == "gpu" else ("DECODE_ON", "cpu")
+        raise DataError(f"DATA.{key} gpu: this process trains on {device.type}; set it to {others}")
     make = partial(
         TrainTransform,
         config.DATA.IMG_SIZE,
@@ -243,15 +247,19 @@ def train_transform(config: CfgNode, device: torch.device) -> TrainTransform:
         color_jitter=config.AUG.COLOR_JITTER,
         erase_prob=config.AUG.REPROB,
         erase_count=config.AUG.RECOUNT,
-        device_side=LARGE_SIDE if config.DATA.DECODE_ON == "gpu" else SMALL_SIDE,
+        device_side=LARGE_SIDE if decodes_on_device else SMALL_SIDE,
     )
     if place == "cpu" or device.type != "cuda":
         return make(on_device=False)
     try:
         return make(on_device=True)
-    except DataError:
+    except DataError as error:
         if place == "gpu":
             raise
+        if decodes_on_device:
+            raise DataError(
+                f"DATA.DECODE_ON gpu: set it to cpu, since a GPU that decodes augments ({error})"
+            ) from error
         return make(on_device=False)
 
 

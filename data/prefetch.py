@@ -98,7 +98,7 @@ class DeviceLoader:
         transform = self.dataset.transform
         may_augment = self.device.type == "cuda" and getattr(transform, "may_move_to_device", False)
         augments = getattr(transform, "recorded_policy", None) is not None
-        decode_there = ["DATA.DECODE_ON gpu with DATA.AUGMENT_ON gpu"] * (may_augment or augments)
+        decode_there = ["DATA.DECODE_ON gpu" + " with DATA.AUGMENT_ON gpu" * may_augment] * (may_augment or augments)
         if share:
             decode_there = [f"a higher DATA.GPU_DECODE_SHARE, which is {share:g}"] * (share < 1)
         remedies = {

@@ -180,9 +180,9 @@ def test_draws_do_not_depend_on_where_images_are_decoded(
 @pytest.mark.parametrize(
     ("arguments", "given", "expected"),
     [
-        (["--opts", "DATA.DECODE_ON", "gpu", "DATA.AUGMENT_ON", "gpu"], None, "32"),
+        (["--opts", "DATA.DECODE_ON", "gpu"], None, "32"),
         (["--throughput", "--opts", "BENCHMARK.LOADING", "4"], None, "32"),  # among others with JPEGs on the GPU
-        (["--opts", "DATA.DECODE_ON", "gpu", "DATA.AUGMENT_ON", "gpu"], "8", "8"),
+        (["--opts", "DATA.DECODE_ON", "gpu"], "8", "8"),
         ([], None, None),
     ],
 )
@@ -254,11 +254,14 @@ def test_broken_jpegs_are_found_by_the_device_named_and_replaced(
 
 def test_refusals(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opts = ["DATA.DATA_PATH", str(image_folder), "DATA.DECODE_ON", "gpu"]
-    with pytest.raises(ConfigError, match=r"^DATA\.DECODE_ON.* set DATA\.AUGMENT_ON gpu too"):
-        load_config("cfgs/mlla_t.yaml", opts)
-    opts += ["DATA.AUGMENT_ON", "gpu"]
-    with pytest.raises(DataError, match=r"^DATA\.AUGMENT_ON gpu: this process trains on cpu; set it to cpu or auto"):
-        build_data(load_config("cfgs/mlla_t.yaml", opts))
+    with pytest.raises(ConfigError, match=r"^DATA\.DECODE_ON.* leave out DATA\.AUGMENT_ON cpu"):
+        load_config("cfgs/mlla_t.yaml", [*opts, "DATA.AUGMENT_ON", "cpu"])
+    for place, key in (("gpu", "AUGMENT_ON gpu"), ("auto", "DECODE_ON gpu")):
+        with pytest.raises(DataError, match=rf"^DATA\.{key}: this process trains on cpu; set it to cpu"):
+            build_data(load_config("cfgs/mlla_t.yaml", [*opts, "DATA.AUGMENT_ON", place]))
+    config = load_config("cfgs/mlla_t.yaml", [*opts, "AUG.AUTO_AUGMENT", "augmix-m3-w3"])
+    with pytest.raises(DataError, match=r"^DATA\.DECODE_ON gpu: set it to cpu, since a GPU that decodes augments \("):
+        train_transform(config, torch.device("cuda"))
     check_support(CPU)
     monkeypatch.setattr(batch_decoding, "torchvision", SimpleNamespace(__version__="0.99"))
     monkeypatch.setattr(batch_decoding, "decode_jpeg", lambda *_: torch.ops.image.no_such_decoder())

@@ -321,6 +321,11 @@ def test_where_images_are_augmented(place: str, device: str, policy: str, is_on_
     assert (transform.recorded_policy is not None) == is_on_device
 
 
+def test_images_that_a_gpu_decodes_are_augmented_there() -> None:
+    config = load_config("cfgs/mlla_t.yaml", ["DATA.DECODE_ON", "gpu"])
+    assert train_transform(config, torch.device("cuda")).recorded_policy is not None
+
+
 def test_augmentation_on_a_gpu_needs_one(image_folder: Path) -> None:
     with pytest.raises(DataError, match=r"^DATA\.AUGMENT_ON gpu: this process trains on cpu; set it to cpu or auto"):
         build_data(folder_config(image_folder, "DATA.AUGMENT_ON", "gpu"))

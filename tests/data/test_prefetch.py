@@ -86,6 +86,7 @@ SHARE = "DATA.GPU_DECODE_SHARE, which is 0.5"
     ("seconds", "transform", "share", "device", "remedies"),
     [
         ([0.0, 0.2, 0.0], {"may_move_to_device": True}, 0.0, "cuda", f", or {DECODE_THERE}, or smaller images"),
+        ([0.0, 0.2, 0.0], {"recorded_policy": "any"}, 0.0, "cuda", ", or DATA.DECODE_ON gpu, or smaller images"),
         ([0.0, 0.2, 0.0], {"may_move_to_device": True}, 0.0, "cpu", ", or smaller images"),
         ([0.0, 0.2, 0.0], {}, 0.5, "cuda", f", or a higher {SHARE}, or smaller images"),
         ([0.0, 0.2, 0.0], {}, 1.0, "cuda", ", or smaller images"),
@@ -96,7 +97,7 @@ SHARE = "DATA.GPU_DECODE_SHARE, which is 0.5"
 )
 def test_advice_names_the_slowest_stage_and_what_is_not_yet_in_use(
     seconds: list[float],
-    transform: dict[str, bool],
+    transform: dict[str, object],
     share: float,
     device: str,
     remedies: str,
