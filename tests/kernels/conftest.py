@@ -17,6 +17,12 @@ def verdicts_of_these_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield
 
 
+@pytest.fixture(autouse=True)
+def _without_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run of an earlier test counts as having tested its kernels."""
+    monkeypatch.setattr(dispatch, "SET_UP", set())
+
+
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """A GPU, with exact float32 convolutions, or the CPU that plays one through the interpreter."""
